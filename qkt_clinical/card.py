@@ -1,0 +1,191 @@
+"""Cards: what a bundle says of itself in JSON. Free of torch, so that a plan costs no framework import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from qkt_clinical.catalog import Estimator, Method, Network
+from qkt_clinical.config import Name, Strict
+from qkt_clinical.errors import BundleError
+
+CARD, WEIGHTS, MASK = "bundle.json", "weights.safetensors", "mask.json"
+MAX_JSON_BYTES = 4_000_000
+REMEDY = "Ask the site that made it to send it again; nothing of it was used."
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Index = Annotated[int, Field(ge=0, lt=1000)]
+
+
+class NetworkSpec(Strict):
+    """What is needed to build a network; nothing in it can run code."""
+
+    name: Network
+    spatial_dims: Literal[2, 3]
+    in_channels: Annotated[int, Field(ge=1, le=16)]
+    classes: Annotated[int, Field(ge=2, le=1000)]
+
+
+class Mask(Strict):
+    """What a mask file says: ``mask.json``."""
+
+    format: Literal["qkt-mask/1"] = "qkt-mask/1"
+    estimator: Estimator
+    probes: int
+    seed: int
+    classes: tuple[str, ...]
+    scores: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...]
+    """Per class of the label space, the largest 1."""
+    threshold: float
+    """lambda: scores at or above it count as known."""
+    automatic: bool
+    """Whether the threshold came from the gap in the scores."""
+    known: tuple[bool, ...]
+
+    def knows(self, class_name: str) -> bool:
+        """Whether the teacher knows the class."""
+        return class_name in self.classes and self.known[self.classes.index(class_name)]
+
+
+class InputSpec(Strict):
+    """What the network takes: shape (C, H, W) or (C, D, H, W) and how images are normalised."""
+
+    shape: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=3, max_length=4)
+    normalisation: Literal["unit", "zscore"]
+    spacing_mm: tuple[float, ...] | None
+
+
+class Weights(Strict):
+    """The weights file that belongs to the card."""
+
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+
+class Decision(Strict):
+    """How a student's logits become an answer over the relevant label space R.
+
+    Local classes keep their logits. With m the largest local logit, a query class q of logit z_q scores
+    ``m + z_q - surprise * m + offset_q``, and the answer is the class of the highest score: q is named
+    where ``z_q - surprise * m + offset_q > 0``. ``surprise`` says how much the student's own confidence
+    speaks against the query; the offset is the operating point: for an absent class it is set so that at
+    most ``budget`` of the hospital's own held-out images are given away to the query.
+    """
+
+    method: Method
+    local: tuple[Index, ...] = Field(min_length=1)
+    query: tuple[Index, ...] = Field(min_length=1)
+    surprise: Annotated[float, Field(ge=0.0, le=4.0)]
+    offsets: tuple[float, ...]
+    """One per query class, in the order of ``query``."""
+    budget: float
+    experts: tuple[Name, ...] = ()
+    """Sites whose networks answer for the query (``routed``); their logits are averaged."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Decision:
+        if set(self.local) & set(self.query) or len(self.offsets) != len(self.query):
+            raise ValueError("local and query overlap, or offsets do not match query")
+        return self
+
+    @property
+    def relevant(self) -> tuple[int, ...]:
+        """R, the local and query classes, sorted."""
+        return tuple(sorted({*self.local, *self.query}))
+
+
+class Card(Strict):
+    """``bundle.json``: what a bundle is. No class counts, no paths, no people."""
+
+    format: Literal["qkt-bundle/1"] = "qkt-bundle/1"
+    kind: Literal["teacher", "student"]
+    site: Name
+    query: Name | None = None
+    network: NetworkSpec
+    classes: tuple[str, ...]
+    input: InputSpec
+    training: dict[str, float | int | str | bool | None]
+    weights: Weights
+    decision: Decision | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Card:
+        if len(self.classes) != self.network.classes:
+            raise ValueError(
+                f"{len(self.classes)} class names for a network of {self.network.classes} classes"
+            )
+        if (
+            self.input.shape[0] != self.network.in_channels
+            or len(self.input.shape) != self.network.spatial_dims + 1
+        ):
+            raise ValueError("input shape does not fit the network")
+        if (self.kind == "student") != (self.decision is not None):
+            raise ValueError("a student has a decision, a teacher has none")
+        if self.decision and max(self.decision.relevant) >= len(self.classes):
+            raise ValueError("the decision names a class that is not there")
+        return self
+
+
+def _read_json(path: Path, site: str | None) -> Any:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BundleError(f"larger than {MAX_JSON_BYTES} bytes", remedy=REMEDY, file=path, site=site)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BundleError(
+            "cannot be read", remedy=REMEDY, file=path, site=site, code="bundle-missing"
+        ) from None
+    except (ValueError, RecursionError):
+        raise BundleError("not JSON", remedy=REMEDY, file=path, site=site, code="bundle-card") from None
+
+
+def read_card(folder: Path) -> Card:
+    """Read and validate ``bundle.json`` alone; no tensor is touched.
+
+    Raises:
+        BundleError: absent, too large, not JSON, or not a card.
+    """
+    path = folder / CARD
+    data = _read_json(path, folder.name)
+    try:
+        return Card.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise BundleError(
+            f"not a bundle card: {where} {first['msg']}".strip(),
+            remedy=REMEDY,
+            file=path,
+            site=folder.name,
+            code="bundle-card",
+        ) from None
+
+
+def read_mask(folder: Path, card: Card) -> Mask | None:
+    """The mask beside a card, or None.
+
+    Raises:
+        BundleError: not a mask, or of another label space.
+    """
+    path = folder / MASK
+    if not path.exists():
+        return None
+    try:
+        mask = Mask.model_validate(_read_json(path, card.site))
+    except ValidationError:
+        raise BundleError(
+            "not a mask", remedy=REMEDY, file=path, site=card.site, code="bundle-mask"
+        ) from None
+    count = len(card.classes)
+    if mask.classes != card.classes or len(mask.scores) != count or len(mask.known) != count:
+        raise BundleError(
+            "mask and network have other classes",
+            remedy=REMEDY,
+            file=path,
+            site=card.site,
+            code="bundle-mask",
+        )
+    return mask

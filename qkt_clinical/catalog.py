@@ -1,0 +1,57 @@
+"""Names that the CLI, the configuration, the docs and the tests share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Network = Literal["resnet-small", "resnet18", "densenet-small", "densenet121", "efficientnet-b0"]
+Estimator = Literal[
+    "gaussian-noise",
+    "uniform-noise",
+    "smooth-noise",
+    "mixed-noise",
+    "batch-norm-noise",
+    "feature-noise",
+    "head-row-norm",
+    "combined",
+]
+Method = Literal["qkt", "qkt-light", "routed"]
+Device = Literal["auto", "cpu", "cuda"]
+SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
+Split = Literal["train", "calibration", "val", "test"]
+
+NETWORKS: tuple[str, ...] = get_args(Network)
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+METHODS: tuple[str, ...] = get_args(Method)
+DEVICES: tuple[str, ...] = get_args(Device)
+SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
+SPLITS: tuple[str, ...] = get_args(Split)
+
+STAGES: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "ingest": "turn a hospital's files into arrays with patient-wise splits",
+        "train": "train a hospital's teacher on its own images",
+        "mask": "find out which classes a teacher knows, without any image",
+        "plan": "choose the relevant teachers of a query and fetch their bundles",
+        "transfer": "answer a query: phase 1 and phase 2 on the asking hospital's images",
+        "evaluate": "measure every answer on held-out patients, before and after",
+        "report": "write the HTML report",
+        "track": "mirror the outputs to MLflow: runs, models, registry",
+    }
+)
+
+BLOOD_CELLS: tuple[str, ...] = (
+    "basophil",
+    "eosinophil",
+    "erythroblast",
+    "ig",
+    "lymphocyte",
+    "monocyte",
+    "neutrophil",
+    "platelet",
+)
+"""Label order of the blood-cell data sets (BloodMNIST's); the phantom uses the same names."""
+
+LESIONS: tuple[str, ...] = ("solid", "ground-glass", "cavity", "calcified")
+"""Label order of the 3D phantom."""

@@ -1,0 +1,413 @@
+"""Typed ``params.yaml``, ``site.yaml`` and query files: frozen, unknown keys refused with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qkt_clinical.catalog import Estimator, Method, Network, SourceKind, Split
+from qkt_clinical.errors import ConfigError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MAX_CONFIG_BYTES = 1_000_000
+
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- site.yaml ---------------------------------------------------------------------------------
+
+
+class Source(Strict):
+    """Where a site's images lie.
+
+    ``path`` is relative to the site's folder and stays inside it (a symbolic link may lead out), so
+    that DVC can watch ``hospitals/<site>/data``.
+    """
+
+    kind: SourceKind
+    path: str = "data"
+
+    @field_validator("path")
+    @classmethod
+    def _below_data(cls, value: str) -> str:
+        parts = Path(value).parts
+        if not parts or parts[0] != "data" or ".." in parts:
+            raise ValueError("must be 'data' or below it; link data/ to the folder where your files are")
+        return value
+
+
+class Column(Strict):
+    """A value per file taken from the class folder, a CSV column, a DICOM tag or the npz file.
+
+    - ``folder``: name of the folder that holds the file (below the source path); ``level`` counts
+      from the source path, 0 is the outermost folder.
+    - ``csv``: ``column`` of ``file`` (relative to the source path), in the row whose ``key`` column
+      holds the file's path relative to the source path, its name, or its name without extensions.
+    - ``tag``: DICOM keyword, such as ``PatientID``.
+    - ``npz``: the labels (or ``*_groups``) arrays of the npz file.
+    - ``none`` (patients only): every file is a patient of its own.
+    """
+
+    source: Literal["folder", "csv", "tag", "npz", "none"] = Field(alias="from")
+    level: int = Field(default=0, ge=0, le=16)
+    file: str | None = None
+    column: str | None = None
+    key: str | None = None
+    tag: str | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Column:
+        if self.source == "csv" and not (self.file and self.column and self.key):
+            raise ValueError("'from: csv' needs file, column and key")
+        if self.source == "tag" and not self.tag:
+            raise ValueError("'from: tag' needs tag")
+        return self
+
+
+class Window(Strict):
+    """Intensity window in the modality's units (CT: Hounsfield)."""
+
+    center: float
+    width: Annotated[float, Field(gt=0)]
+
+
+class ImageSpec(Strict):
+    """What every image of a site is brought to.
+
+    ``size`` in pixels, (H, W) or (D, H, W); ``spacing_mm`` of the same length, or null to resize
+    without regard to spacing; ``channels`` 1 or 3. ``window`` maps intensities to [0, 1] (null: the
+    stored type's range for 8-bit images, else the image's own 0.5 to 99.5 percentiles);
+    ``normalisation``: ``unit`` keeps [0, 1], ``zscore`` centres and scales every image by itself.
+    """
+
+    size: tuple[Annotated[int, Field(ge=4, le=1024)], ...] = Field(min_length=2, max_length=3)
+    spacing_mm: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    channels: Literal[1, 3] = 3
+    window: Window | None = None
+    normalisation: Literal["unit", "zscore"] = "unit"
+
+    @model_validator(mode="after")
+    def _same_length(self) -> ImageSpec:
+        if self.spacing_mm is not None and len(self.spacing_mm) != len(self.size):
+            raise ValueError("spacing_mm needs as many numbers as size")
+        return self
+
+
+class SiteConfig(Strict):
+    """One hospital: ``hospitals/<site>/site.yaml``."""
+
+    name: Name
+    source: Source
+    label: Column
+    patient: Column
+    label_map: dict[str, str] = Field(default_factory=dict)
+    """From the site's own words to the federation's classes; words not listed map to themselves."""
+    image: ImageSpec
+    splits: Literal["patient", "given"] = "patient"
+    """``given`` (npz only): keep the file's train/val/test; calibration is carved out of train."""
+
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): v for k, v in value.items()}
+        return value
+
+
+# --- hospitals/<site>/queries/<query>.yaml --------------------------------------------------------
+
+
+class QueryConfig(Strict):
+    """What a hospital asks: ``hospitals/<site>/queries/<query>.yaml``."""
+
+    classes: tuple[str, ...] = Field(min_length=1)
+    """Classes to learn, in the federation's label space."""
+    method: Method = "qkt"
+    budget: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    """Give away at most this share of the images that the hospital classifies today."""
+    max_teachers: Annotated[int, Field(ge=1, le=64)] | None = None
+    exclude_teachers: tuple[Name, ...] = ()
+
+
+# --- params.yaml ---------------------------------------------------------------------------------
+
+
+class SplitFractions(Strict):
+    """Shares of a site's images per split; they sum to 1. Patients are never divided."""
+
+    train: Fraction = 0.55
+    calibration: Fraction = 0.15
+    val: Fraction = 0.10
+    test: Fraction = 0.20
+
+    @model_validator(mode="after")
+    def _sum(self) -> SplitFractions:
+        total = self.train + self.calibration + self.val + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the four shares sum to {total:g}, not 1")
+        return self
+
+    def of(self, split: Split) -> float:
+        """Share of one split."""
+        return float(getattr(self, split))
+
+
+class IngestParams(Strict):
+    """Stage ``ingest``."""
+
+    splits: SplitFractions = SplitFractions()
+    max_file_mb: Annotated[int, Field(ge=1, le=100_000)] = 2_000
+    """Files whose stored or declared pixels exceed this are rejected before pixels are allocated."""
+
+
+class TrainParams(Strict):
+    """Stage ``train``: one teacher per site."""
+
+    network: Network = "resnet-small"
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 30
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-2
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Stop when balanced accuracy on validation images has not risen for so many epochs."""
+    augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """Strength of augmentation; 0 turns it off."""
+
+
+class MaskParams(Strict):
+    """Stage ``mask``: which classes a teacher knows, from its weights alone."""
+
+    estimator: Estimator = "combined"
+    threshold: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """lambda of the paper: scores at or above it count as known; ``auto``: the gap in the scores."""
+    probes: Annotated[int, Field(ge=8, le=100_000)] = 256
+
+
+class TransferParams(Strict):
+    """Stage ``transfer``: phases 1 and 2."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    views: Annotated[int, Field(ge=1, le=64)] = 8
+    """Augmented views per local image; each teacher sees each view once."""
+    augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
+    surprise: Annotated[float, Field(ge=0.0, le=4.0)] = 0.75
+    """Weight of the student's own logits in the query's score (method.md's lambda on z_loc)."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    ridge: Annotated[float, Field(gt=0)] = 1e-2
+
+
+class EvaluateParams(Strict):
+    """Stage ``evaluate``."""
+
+    bootstrap: Annotated[int, Field(ge=0, le=100_000)] = 500
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+
+
+class TrackParams(Strict):
+    """Stage ``track``."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: ``sqlite:///<workspace>/mlflow.db``."""
+    experiment: str = "qkt-clinical"
+
+
+class QueryRef(Strict):
+    """A query that the pipeline answers: ``hospitals/<hospital>/queries/<query>.yaml``."""
+
+    hospital: Name
+    query: Name
+
+
+class Params(Strict):
+    """``params.yaml``."""
+
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    classes: tuple[str, ...] = Field(min_length=2, max_length=1000)
+    """The federation's label space; its order is the order of every network's outputs."""
+    sites: tuple[Name, ...] = Field(min_length=1)
+    queries: dict[Name, QueryRef]
+    ingest: IngestParams = IngestParams()
+    train: TrainParams = TrainParams()
+    mask: MaskParams = MaskParams()
+    transfer: TransferParams = TransferParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    track: TrackParams = TrackParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        for what, names in (("classes", self.classes), ("sites", self.sites)):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what} names {', '.join(twice)} twice")
+        for key, ref in self.queries.items():
+            if ref.hospital not in self.sites:
+                raise ValueError(f"query {key} belongs to {ref.hospital!r}, which is not among sites")
+        return self
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that the nested model at ``location`` (without its last part) accepts."""
+    current: Any = model
+    for part in location[:-1]:
+        fields = getattr(current, "model_fields", {})
+        name = next((n for n, f in fields.items() if part in (n, f.alias)), None)
+        if name is None:
+            return []
+        current = fields[name].annotation
+    return [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(p) for p in item["loc"]) or "the file"
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            near = difflib.get_close_matches(key, _known_keys(model, item["loc"]), n=1)
+            lines.append(f"unknown key {where}" + (f", did you mean {near[0]!r}?" if near else ""))
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
+
+
+def parse(model: type[Model], data: Any, *, file: Path | str, site: str | None = None) -> Model:
+    """Validate ``data`` as ``model``.
+
+    Raises:
+        ConfigError: naming every wrong key, with the nearest known key for a misspelt one.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(
+            _explain(model, error), remedy="Correct the file and run again.", file=file, site=site
+        ) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a small YAML file with the safe loader.
+
+    Raises:
+        ConfigError: absent, too large, not UTF-8 or not YAML.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"larger than {MAX_CONFIG_BYTES} bytes",
+                remedy="Check that this is the right file.",
+                file=path,
+            )
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", remedy="Check the path and its permissions.", file=path
+        ) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"not valid YAML: {first}", remedy="Correct the file.", file=path) from None
+
+
+def load_params(root: Path) -> Params:
+    """Read ``<root>/params.yaml``."""
+    path = root / "params.yaml"
+    return parse(Params, read_yaml(path), file=path)
+
+
+def load_site(root: Path, site: str) -> SiteConfig:
+    """Read ``<root>/hospitals/<site>/site.yaml``; its name must be the folder's."""
+    path = site_folder(root, site) / "site.yaml"
+    config = parse(SiteConfig, read_yaml(path), file=path, site=site)
+    if config.name != site:
+        raise ConfigError(
+            f"name is {config.name!r} in folder {site!r}", remedy="Give both one name.", file=path, site=site
+        )
+    return config
+
+
+def load_query(root: Path, site: str, query: str) -> QueryConfig:
+    """Read ``<root>/hospitals/<site>/queries/<query>.yaml``."""
+    path = site_folder(root, site) / "queries" / f"{_name(query, 'query')}.yaml"
+    return parse(QueryConfig, read_yaml(path), file=path, site=site)
+
+
+def _name(value: str, what: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ConfigError(
+            f"{value!r} is no {what} name",
+            remedy="Use lower-case letters, digits, '-' and '_', at most 63.",
+        )
+    return value
+
+
+def site_folder(root: Path, site: str) -> Path:
+    """``<root>/hospitals/<site>``.
+
+    Raises:
+        ConfigError: the name is malformed or the folder does not exist.
+    """
+    folder = root / "hospitals" / _name(site, "site")
+    if not folder.is_dir():
+        known = sorted(p.name for p in (root / "hospitals").glob("*") if (p / "site.yaml").is_file())
+        near = difflib.get_close_matches(site, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known sites: {', '.join(known) or 'none'}."
+        raise ConfigError(f"no hospital {site!r}", remedy=hint, site=site)
+    return folder
+
+
+# --- where things lie -------------------------------------------------------------------------------
+
+
+class Workspace:
+    """Paths of a workspace: the folder with ``params.yaml``, ``dvc.yaml`` and ``hospitals/``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepared(self, site: str) -> Path:
+        """Prepared site: arrays, splits, manifest, integrity report."""
+        return self.root / "data" / "prepared" / site
+
+    def teacher(self, site: str) -> Path:
+        """Teacher bundle of a site."""
+        return self.root / "models" / "teachers" / site
+
+    def fetched(self, site: str, query: str) -> Path:
+        """Plan of a query and the teacher bundles fetched for it."""
+        return self.root / "models" / "fetched" / site / query
+
+    def student(self, site: str, query: str) -> Path:
+        """Student bundle of a query."""
+        return self.root / "models" / "students" / site / query
+
+    @property
+    def scratch(self) -> Path:
+        """Checkpoints and caches that survive DVC's removal of outs; never an output."""
+        return self.root / ".qkt"
+
+    @property
+    def reports(self) -> Path:
+        """Evaluation, plots and the HTML report."""
+        return self.root / "reports"

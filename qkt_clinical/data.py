@@ -1,0 +1,207 @@
+"""A prepared site: memory-mapped arrays and a manifest, written by ``ingest`` and read by all others.
+
+``data/prepared/<site>/`` holds
+
+- ``images.npy``: (N, C, H, W) or (N, C, D, H, W); uint8 in 0..255, or float32;
+- ``labels.npy``: (N,) int64, indices into the federation's classes;
+- ``groups.npy``: (N,) unicode, salted patient ids;
+- ``splits.json``: split name to sorted image indices;
+- ``manifest.json``: see :class:`Manifest`;
+- ``integrity.json``: every input file, accepted or rejected with its reason code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from qkt_clinical.catalog import SPLITS
+from qkt_clinical.config import Strict
+from qkt_clinical.errors import PreparedError
+from qkt_clinical.files import digest_file, new_folder, write_json
+
+Images = NDArray[np.uint8] | NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+FORMAT = "qkt-prepared/1"
+ARRAYS = ("images.npy", "labels.npy", "groups.npy")
+
+
+class Manifest(Strict):
+    """What a prepared site holds. Counts are for the site's own eyes and never leave it."""
+
+    format: Literal["qkt-prepared/1"]
+    site: str
+    source_kind: str
+    classes: tuple[str, ...]
+    """The federation's label space."""
+    count: int
+    shape: tuple[int, ...]
+    """Of one image: (C, H, W) or (C, D, H, W)."""
+    dtype: Literal["uint8", "float32"]
+    spacing_mm: tuple[float, ...] | None
+    normalisation: Literal["unit", "zscore"]
+    transforms: tuple[str, ...]
+    """In words, in the order applied."""
+    counts: dict[str, dict[str, int]]
+    """Split to class to number of images."""
+    patients: dict[str, int]
+    """Split to number of patients."""
+    rejected: dict[str, int]
+    """Reason code to number of files."""
+    digests: dict[str, str]
+    """File name to SHA-256 of the arrays and splits."""
+
+
+@dataclass(frozen=True)
+class PreparedSite:
+    """A prepared site with its images left on disk (memory map)."""
+
+    folder: Path
+    manifest: Manifest
+    images: Images
+    labels: Labels
+    groups: NDArray[np.str_]
+    splits: Mapping[str, NDArray[np.int64]]
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.manifest.site
+
+    def part(self, *splits: str) -> tuple[Images, Labels]:
+        """Images and labels of the splits together, copied into memory, in index order."""
+        index = np.sort(np.concatenate([self.splits[s] for s in splits]))
+        return np.ascontiguousarray(self.images[index]), self.labels[index]
+
+    def local_classes(self) -> tuple[int, ...]:
+        """Indices of the classes that the training split holds at all."""
+        return tuple(int(c) for c in np.unique(self.labels[self.splits["train"]]))
+
+
+def write_prepared(
+    folder: Path,
+    *,
+    site: str,
+    source_kind: str,
+    classes: tuple[str, ...],
+    images: Images,
+    labels: Labels,
+    groups: NDArray[np.str_],
+    splits: Mapping[str, NDArray[np.int64]],
+    spacing_mm: tuple[float, ...] | None,
+    normalisation: Literal["unit", "zscore"],
+    transforms: tuple[str, ...],
+    integrity: list[dict[str, Any]],
+) -> Manifest:
+    """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
+
+    Raises:
+        PreparedError: lengths differ, an index stands in two splits, or a patient does.
+    """
+    count = len(labels)
+    if not (len(images) == len(groups) == count):
+        raise PreparedError(
+            f"{len(images)} images, {count} labels and {len(groups)} patient ids",
+            remedy="Report this as a defect.",
+            site=site,
+        )
+    seen = np.concatenate([splits[s] for s in SPLITS])
+    owners = [set(groups[splits[s]].tolist()) for s in SPLITS]
+    if len(np.unique(seen)) != len(seen) or sum(map(len, owners)) != len(set().union(*owners)):
+        raise PreparedError(
+            "an image or a patient stands in two splits", remedy="Report this as a defect.", site=site
+        )
+    with new_folder(folder) as temporary:
+        np.save(temporary / "images.npy", images, allow_pickle=False)
+        np.save(temporary / "labels.npy", labels.astype(np.int64), allow_pickle=False)
+        np.save(temporary / "groups.npy", groups.astype(np.str_), allow_pickle=False)
+        write_json(temporary / "splits.json", {s: np.sort(splits[s]).tolist() for s in SPLITS})
+        rejected: dict[str, int] = {}
+        for row in integrity:
+            if not row["accepted"]:
+                rejected[row["code"]] = rejected.get(row["code"], 0) + 1
+        manifest = Manifest(
+            format="qkt-prepared/1",
+            site=site,
+            source_kind=source_kind,
+            classes=classes,
+            count=count,
+            shape=tuple(images.shape[1:]),
+            dtype="uint8" if images.dtype == np.uint8 else "float32",
+            spacing_mm=spacing_mm,
+            normalisation=normalisation,
+            transforms=transforms,
+            counts={
+                s: {
+                    classes[c]: int(n)
+                    for c, n in zip(*np.unique(labels[splits[s]], return_counts=True), strict=True)
+                }
+                for s in SPLITS
+            },
+            patients={s: len(owners[i]) for i, s in enumerate(SPLITS)},
+            rejected=rejected,
+            digests={name: digest_file(temporary / name) for name in (*ARRAYS, "splits.json")},
+        )
+        write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(temporary / "integrity.json", integrity)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest alone.
+
+    Raises:
+        PreparedError: absent or not a manifest.
+    """
+    path = folder / "manifest.json"
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise PreparedError(
+            "no readable manifest", remedy="Run 'qkt ingest' for this site.", file=path, site=folder.name
+        ) from None
+
+
+def load_prepared(folder: Path) -> PreparedSite:
+    """Open a prepared site; images stay on disk.
+
+    Raises:
+        PreparedError: a file is missing, or shapes, dtypes or splits do not match the manifest.
+    """
+    manifest = read_manifest(folder)
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", allow_pickle=False)
+        groups = np.load(folder / "groups.npy", allow_pickle=False)
+        splits = {
+            s: np.asarray(v, dtype=np.int64)
+            for s, v in json.loads((folder / "splits.json").read_text()).items()
+        }
+    except (OSError, ValueError) as error:
+        raise PreparedError(
+            f"cannot be read: {type(error).__name__}",
+            remedy="Run 'qkt ingest' for this site again.",
+            site=manifest.site,
+            file=folder,
+        ) from None
+    wanted = (manifest.count, *manifest.shape)
+    if images.shape != wanted or str(images.dtype) != manifest.dtype or labels.shape != wanted[:1]:
+        raise PreparedError(
+            f"images {images.shape} {images.dtype} against {wanted} {manifest.dtype} in the manifest",
+            remedy="Run 'qkt ingest' for this site again.",
+            site=manifest.site,
+            file=folder,
+        )
+    if set(splits) != set(SPLITS):
+        raise PreparedError(
+            "splits.json lacks a split", remedy="Run 'qkt ingest' for this site again.", site=manifest.site
+        )
+    return PreparedSite(folder, manifest, images, labels, groups, splits)

@@ -1,0 +1,275 @@
+"""From one decoded image to the array that ``ImageSpec`` asks for.
+
+Axes of a prepared array: flat images are (C, H, W), rows from top to bottom as displayed. Volumes are
+(C, D, H, W) with D from foot to head, H from front to back and W from the patient's right to left:
+axial slices in the usual display, stacked upwards. DICOM series and NIfTI files of one anatomy come out
+alike, since both are brought there by their own geometry (see :func:`to_head_back_left`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.config import ImageSpec
+from qkt_clinical.ingest.codes import reject
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Weights of red, green and blue (ITU-R BT.601), as Pillow uses them."""
+PERCENTILES = (0.5, 99.5)
+SAME_SPACING = 1e-3
+"""Relative difference up to which two spacings count as equal: header figures are rounded."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One decoded image in the modality's units.
+
+    Attributes:
+        pixels: (H, W) or (D, H, W), with a last axis of 3 where ``colour``; any real dtype.
+        colour: whether the last axis holds red, green and blue.
+        spacing_mm: per spatial axis of ``pixels``; None if unknown.
+        limits: the two intensities shown as black and white, from the stored 8-bit type or the file's
+            own display window; None if the image does not say.
+        eight_bit: whether ``limits`` are those of an 8-bit type, so that 8 bits can hold the result.
+        inverted: whether low values are bright (MONOCHROME1).
+    """
+
+    pixels: NDArray[Any]
+    colour: bool = False
+    spacing_mm: tuple[float, ...] | None = None
+    limits: tuple[float, float] | None = None
+    eight_bit: bool = False
+    inverted: bool = False
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Spatial shape."""
+        return self.pixels.shape[:-1] if self.colour else self.pixels.shape
+
+
+def eight_bit_limits(dtype: np.dtype[Any], bits: int = 8) -> tuple[float, float] | None:
+    """Range of an 8-bit integer type of which ``bits`` are used; None for any other type."""
+    if dtype.kind not in "iub" or dtype.itemsize != 1:
+        return None
+    if dtype.kind == "b":
+        return 0.0, 1.0
+    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if dtype.kind == "i" else (0.0, 2.0**bits - 1)
+
+
+def to_head_back_left(pixels: NDArray[Any], affine: F64) -> tuple[NDArray[Any], tuple[float, float, float]]:
+    """Flip and swap axes so that they run to head, back and left.
+
+    Args:
+        pixels: (A, B, C) or (A, B, C, 3).
+        affine: (4, 4), voxel index to millimetres towards right, front and head (RAS+).
+
+    Returns:
+        The same voxels as (D, H, W) or (D, H, W, 3), and their spacing in millimetres. Oblique axes
+        go to the nearest anatomical one; nothing is interpolated.
+
+    Raises:
+        FileRejected: ``geometry-invalid``.
+    """
+    from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+    matrix = affine[:3, :3]
+    steps = np.linalg.norm(matrix, axis=0)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or (steps < 1e-6).any():
+        raise reject("geometry-invalid")
+    if abs(float(np.linalg.det(matrix / steps))) < 1e-3:
+        raise reject("geometry-invalid")
+    here = io_orientation(affine)  # type: ignore[no-untyped-call]
+    wanted = axcodes2ornt(("S", "P", "L"))  # type: ignore[no-untyped-call]
+    there = ornt_transform(here, wanted)  # type: ignore[no-untyped-call]
+    turned = np.asarray(apply_orientation(pixels, there))  # type: ignore[no-untyped-call]
+    spacing = np.empty(3)
+    spacing[there[:, 0].astype(int)] = steps
+    return turned, (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+
+
+def flat_view(
+    pixels: NDArray[Any], spacing: tuple[float, float, float]
+) -> tuple[NDArray[Any], tuple[float, float]]:
+    """The one slice of a (D, H, W[, 3]) array as it is displayed, and its spacing.
+
+    Axial: front at the top, the patient's right at the left. Coronal: head at the top, right at the
+    left. Sagittal: head at the top, front at the left.
+
+    Raises:
+        FileRejected: ``dimensions`` if no axis has length 1.
+    """
+    axis = next((a for a in range(3) if pixels.shape[a] == 1), None)
+    if axis is None:
+        raise reject("dimensions")
+    flat = np.take(pixels, 0, axis=axis)
+    rest = [s for a, s in enumerate(spacing) if a != axis]
+    return (flat if axis == 0 else np.flip(flat, 0)), (rest[0], rest[1])
+
+
+def _limits(picture: Picture, spec: ImageSpec) -> tuple[float, float]:
+    if spec.window is not None:
+        half = spec.window.width / 2
+        return spec.window.center - half, spec.window.center + half
+    if picture.limits is not None:
+        return picture.limits
+    low, high = np.percentile(picture.pixels, PERCENTILES)
+    return float(low), float(high)
+
+
+def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Non-finite values become the lowest finite one: they mark what lies outside the field of view."""
+    if pixels.dtype.kind != "f":
+        return pixels
+    good = np.isfinite(pixels)
+    if good.all():
+        return pixels
+    if not good.any():
+        raise reject("no-finite-values")
+    return np.where(good, pixels, pixels[good].min())
+
+
+def _unit(picture: Picture, limits: tuple[float, float]) -> F32:
+    """Intensities to [0, 1]; a constant image (no range at all) becomes 0."""
+    low, high = limits
+    if not high > low:
+        return np.zeros(picture.pixels.shape, dtype=np.float32)
+    scaled = (picture.pixels.astype(np.float64) - low) / (high - low)
+    return np.clip(scaled, 0.0, 1.0).astype(np.float32)
+
+
+def _monai(module: str = "monai.transforms") -> Any:
+    """Loaded only where it is needed: it takes seconds."""
+    return importlib.import_module(module)
+
+
+def _same(first: Sequence[float], second: Sequence[float]) -> bool:
+    return bool(np.allclose(first, second, rtol=SAME_SPACING, atol=0.0))
+
+
+def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) -> F32:
+    """Bring (C, ...) float32 to the spacing and size wanted.
+
+    With ``spec.spacing_mm``: MONAI's Spacing (linear; smoothed first where it shrinks, so that nothing
+    aliases), then pad with 0 or crop about the centre. Without: MONAI's Resize, ``area`` (block means)
+    where no axis grows, else linear with the same smoothing. MONAI is imported only if there is
+    something to do.
+
+    Raises:
+        FileRejected: ``spacing-missing``.
+    """
+    if spec.spacing_mm is None:
+        return image if image.shape[1:] == spec.size else _resized(image, spec.size)
+    if spacing_mm is None:
+        raise reject("spacing-missing")
+    if not _same(spacing_mm, spec.spacing_mm):
+        image = _respaced(image, spacing_mm, spec.spacing_mm)
+    if image.shape[1:] == spec.size:
+        return image
+    pad_or_crop = _monai().ResizeWithPadOrCrop
+    return np.asarray(pad_or_crop(spec.size, mode="constant", value=0.0)(image), dtype=np.float32)
+
+
+def _resized(image: F32, size: tuple[int, ...]) -> F32:
+    if all(new <= old for new, old in zip(size, image.shape[1:], strict=True)):
+        change = _monai().Resize(size, mode="area")
+    else:
+        mode = "bilinear" if len(size) == 2 else "trilinear"
+        change = _monai().Resize(size, mode=mode, anti_aliasing=True)
+    return np.asarray(change(image), dtype=np.float32)
+
+
+def _respaced(image: F32, old: tuple[float, ...], new: tuple[float, ...]) -> F32:
+    import torch
+
+    sigma = [max(0.0, (n / o - 1) / 2) for o, n in zip(old, new, strict=True)]
+    tensor = torch.as_tensor(np.ascontiguousarray(image))
+    if any(sigma):
+        tensor = torch.as_tensor(_monai().GaussianSmooth(sigma=sigma)(tensor))
+    affine = torch.diag(torch.tensor([*old, 1.0], dtype=torch.float64))
+    # scale_extent with align_corners: outer edges of the outer pixels stay where they are.
+    change = _monai().Spacing(
+        pixdim=new, mode="bilinear", padding_mode="border", scale_extent=True, align_corners=True
+    )
+    return np.asarray(change(_monai("monai.data").MetaTensor(tensor, affine=affine)), dtype=np.float32)
+
+
+def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
+    """Bring one image to ``spec``.
+
+    In this order: window to [0, 1], polarity, colour, resampling, normalisation.
+
+    Returns:
+        (C, H, W) or (C, D, H, W): uint8 for 8-bit images with ``unit`` normalisation and no window,
+        else float32.
+
+    Raises:
+        FileRejected: ``dimensions``, ``no-finite-values`` or ``spacing-missing``.
+    """
+    if len(picture.size) != len(spec.size):
+        raise reject("dimensions")
+    pixels = _finite(picture.pixels)
+    if pixels is not picture.pixels:
+        picture = Picture(pixels, picture.colour, picture.spacing_mm, picture.limits, False, picture.inverted)
+    eight = picture.eight_bit and spec.window is None and spec.normalisation == "unit"
+    limits = _limits(picture, spec)
+    grey = picture.colour and spec.channels == 1
+    untouched = picture.size == spec.size and (
+        spec.spacing_mm is None
+        or (picture.spacing_mm is not None and _same(picture.spacing_mm, spec.spacing_mm))
+    )
+    if eight and untouched and not grey and pixels.dtype == np.uint8 and limits == (0.0, 255.0):
+        exact = _channels_first(255 - pixels if picture.inverted else pixels, picture.colour)
+        return np.ascontiguousarray(_spread(exact, spec.channels))
+    unit = _unit(picture, limits)
+    if picture.inverted:
+        unit = np.float32(1) - unit
+    image: F32 = (unit @ LUMINANCE)[None] if grey else _channels_first(unit, picture.colour)
+    image = np.clip(resample(image, picture.spacing_mm, spec), 0.0, 1.0)
+    if eight:
+        return np.ascontiguousarray(_spread(np.rint(image * 255).astype(np.uint8), spec.channels))
+    if spec.normalisation == "zscore":
+        spread = float(image.std(dtype=np.float64))
+        mean = float(image.mean(dtype=np.float64))
+        image = ((image - mean) / spread).astype(np.float32) if spread > 1e-6 else np.zeros_like(image)
+    return np.ascontiguousarray(_spread(image, spec.channels))
+
+
+def _channels_first(pixels: NDArray[Any], colour: bool) -> NDArray[Any]:
+    return np.moveaxis(pixels, -1, 0) if colour else pixels[None]
+
+
+def _spread(image: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Repeat the one channel of a grey image where three are wanted."""
+    return image if image.shape[0] == channels else np.broadcast_to(image, (channels, *image.shape[1:]))
+
+
+def in_words(spec: ImageSpec) -> tuple[str, ...]:
+    """The steps of :func:`prepare` for the manifest."""
+    if spec.window is None:
+        window = (
+            "intensities to [0, 1]: 8-bit range or the file's display window, else 0.5 to 99.5 percentiles"
+        )
+    else:
+        window = f"intensities to [0, 1]: window centre {spec.window.center:g}, width {spec.window.width:g}"
+    size = " x ".join(map(str, spec.size))
+    if spec.spacing_mm is None:
+        place = f"resize to {size}"
+    else:
+        spacing = " x ".join(f"{s:g}" for s in spec.spacing_mm)
+        place = f"resample to {spacing} mm, then pad or crop to {size}"
+    colour = "grey to RGB by repetition" if spec.channels == 3 else "RGB to grey by luminance"
+    steps = ("bright is high (MONOCHROME1 inverted)", colour, place)
+    return (
+        window,
+        *steps,
+        *(("zero mean, unit spread per image",) if spec.normalisation == "zscore" else ()),
+    )

@@ -1,0 +1,628 @@
+"""DICOM files and series, read by pydicom 3.
+
+Geometry is our own projection of ImagePositionPatient on the slice normal: MONAI's reader sorts by
+InstanceNumber, drops slices without one, averages the spacing and ignores MONOCHROME1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.errors import FileRejected
+from qkt_clinical.files import digest_file
+from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
+from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.source import (
+    Outcome,
+    Reading,
+    Refusal,
+    Request,
+    Sample,
+    SourceFile,
+    bounded_pixels,
+    bounded_size,
+)
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset, FileDataset
+
+Limits = tuple[float, float]
+F64 = NDArray[np.float64]
+
+DEFLATED = "1.2.840.10008.1.2.1.99"
+DECODERS: dict[str, str] = {
+    "1.2.840.10008.1.2": "",
+    "1.2.840.10008.1.2.1": "",
+    "1.2.840.10008.1.2.2": "",
+    DEFLATED: "",
+    "1.2.840.10008.1.2.4.50": "pillow",
+    "1.2.840.10008.1.2.4.51": "pillow",
+    "1.2.840.10008.1.2.4.57": "gdcm",
+    "1.2.840.10008.1.2.4.70": "gdcm",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg",
+    "1.2.840.10008.1.2.5": "pylibjpeg",
+}
+"""Transfer syntax to the one decoder used for it ("": uncompressed), so that the same file gives the same
+pixels whatever else is installed."""
+
+NON_IMAGES = frozenset(
+    {
+        "1.2.840.10008.1.3.10",  # DICOMDIR
+        "1.2.840.10008.5.1.4.1.1.66.4",  # segmentation
+        "1.2.840.10008.5.1.4.1.1.66.7",  # label map segmentation
+    }
+)
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
+GREYS = frozenset({"MONOCHROME1", "MONOCHROME2"})
+PALETTE = "PALETTE COLOR"
+
+ORIENTATION_TOLERANCE = 1e-3
+POSITION_ROUNDING_MM = 0.101
+"""Positions are often rounded to a tenth of a millimetre: two of them may be off by that together."""
+
+
+# --- reading one file -----------------------------------------------------------------------------
+
+
+def _reading(code: str) -> AbstractContextManager[None]:
+    """The edge to pydicom: it converts values as they are looked at, so every look may raise."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    return reading(code, BytesLengthException, InvalidDicomError)
+
+
+def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
+    """Read a file's elements, with or without its pixels, after checking that it is bounded.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
+    from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
+
+    bounded_size(path, max_bytes)
+    with reading("unreadable"), path.open("rb") as stream:
+        if stream.read(132)[128:] != b"DICM":
+            raise reject("not-dicom")
+    with _reading("header-unreadable"):
+        meta = read_file_meta_info(path)
+        if str(meta.get("MediaStorageSOPClassUID", "")) in NON_IMAGES:
+            raise reject("non-image-object")
+        syntax = str(meta.get("TransferSyntaxUID", "") or "")
+        if not syntax:
+            raise reject("transfer-syntax-missing")
+        if syntax == DEFLATED:
+            _bounded_inflation(path, 132 + 12 + int(meta.FileMetaInformationGroupLength), max_bytes)
+        data = dcmread(path, stop_before_pixels=not pixels)
+        _check_header(data, max_bytes)
+    if syntax not in DECODERS:
+        raise reject("transfer-syntax-unsupported")
+    if pixels and not any(name in data for name in PIXELS):
+        raise reject("no-pixel-data")
+    return data
+
+
+def _bounded_inflation(path: Path, offset: int, max_bytes: int) -> None:
+    """Inflate piece by piece and throw away, since pydicom inflates a whole data set at once."""
+    machine = zlib.decompressobj(-zlib.MAX_WBITS)
+    total = 0
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        while piece := stream.read(1 << 20):
+            while piece:
+                total += len(machine.decompress(piece, 1 << 20))
+                if total > max_bytes:
+                    raise reject("too-large")
+                piece = machine.unconsumed_tail
+
+
+def _check_header(data: Dataset, max_bytes: int) -> None:
+    if str(data.get("SOPClassUID", "")) in NON_IMAGES:
+        raise reject("non-image-object")
+    if data.get("Rows") is None or data.get("Columns") is None:
+        raise reject("no-pixel-data")
+    shape = (_frames(data), int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1))
+    bounded_pixels(shape, int(data.BitsAllocated), max_bytes)
+
+
+def _frames(data: Dataset) -> int:
+    return int(data.get("NumberOfFrames", 1) or 1)
+
+
+def _photometric(data: Dataset) -> str:
+    return str(data.get("PhotometricInterpretation", "") or "").strip().upper()
+
+
+def _stored(data: FileDataset) -> NDArray[Any]:
+    """Decoded pixels as stored, colour as RGB: (H, W), (F, H, W), each with a last axis of 3 if colour.
+
+    Raises:
+        FileRejected: ``truncated``, ``pixels-undecodable``, ``transfer-syntax-unsupported``,
+            ``colour-unknown``.
+    """
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.pixels.utils import get_expected_length, pixel_array
+
+    kind = _photometric(data)
+    if kind not in COLOURS | GREYS | {PALETTE}:
+        raise reject("colour-unknown")
+    with _reading("pixels-undecodable"):
+        syntax = data.file_meta.TransferSyntaxUID
+        plugin = DECODERS[str(syntax)]
+        if plugin and plugin not in get_decoder(syntax).available_plugins:
+            raise reject("transfer-syntax-unsupported")
+        if plugin:
+            _check_frames(data)
+        elif "PixelData" in data and len(data.PixelData) < get_expected_length(data):
+            raise reject("truncated")
+        pixels = pixel_array(data, decoding_plugin=plugin)
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    colour = int(data.get("SamplesPerPixel", 1) or 1) == 3
+    if colour != (kind in COLOURS):
+        raise reject("colour-unknown")
+    shape = (data.Rows, data.Columns, 3) if colour else (data.Rows, data.Columns)
+    if pixels.shape not in (shape, (_frames(data), *shape)):
+        raise reject("pixels-undecodable")
+    return pixels
+
+
+def _check_frames(data: Dataset) -> None:
+    """Refuse compressed frames whose own header declares another size than Rows and Columns.
+
+    Decoders allocate by that inner header, which :func:`_check_header` has not seen.
+    """
+    from pydicom.encaps import generate_frames
+
+    for frame in generate_frames(data.PixelData, number_of_frames=_frames(data)):
+        declared = coded_size(frame)
+        if declared is not None and declared != (data.Rows, data.Columns):
+            raise reject("pixels-undecodable")
+
+
+def coded_size(frame: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream declares; None for another stream."""
+
+    def number(start: int, length: int) -> int:
+        return int.from_bytes(frame[start : start + length], "big")
+
+    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ follows at once
+        return number(12, 4) - number(20, 4), number(8, 4) - number(16, 4)
+    if frame[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return number(at + 5, 2), number(at + 7, 2)
+        at += 2 + number(at + 2, 2)
+    return None
+
+
+# --- from stored values to the modality's units ---------------------------------------------------
+
+
+def _item(data: Dataset, frame: int, macro: str) -> Dataset | None:
+    """A functional group of a frame, its own or the shared one; the data set itself holds older tags."""
+    groups = [
+        sequence[index]
+        for name, index in (
+            ("PerFrameFunctionalGroupsSequence", frame),
+            ("SharedFunctionalGroupsSequence", 0),
+        )
+        if (sequence := data.get(name)) and len(sequence) > index
+    ]
+    return next((group.get(macro)[0] for group in groups if group.get(macro)), None)
+
+
+def _first(value: Any) -> float:
+    """First number of a value that may hold several (one per alternative display)."""
+    return float(value[0]) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
+
+
+def _window(data: Dataset) -> Limits | None:
+    """The file's first linear display window as (black, white); None where it has none that is sound."""
+    if data.get("WindowCenter") in (None, "") or data.get("WindowWidth") in (None, ""):
+        return None
+    centre, width = _first(data.WindowCenter), _first(data.WindowWidth)
+    function = str(data.get("VOILUTFunction", "") or "LINEAR").upper()
+    if function == "LINEAR" and width > 1:  # DICOM PS3.3 C.11.2.1.2.1
+        return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+    if function == "LINEAR_EXACT" and width > 0:
+        return centre - width / 2, centre + width / 2
+    return None
+
+
+def _padding(data: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """Where the scanner filled up what lies outside its field of view."""
+    value = data.get("PixelPaddingValue")
+    if value is None or stored.dtype.kind not in "iu":
+        return None
+    low = int(value)
+    limit = data.get("PixelPaddingRangeLimit")
+    high = low if limit is None else int(limit)
+    mask = (stored >= min(low, high)) & (stored <= max(low, high))
+    return mask if mask.any() and not mask.all() else None
+
+
+def _rescaled(data: Dataset, stored: NDArray[Any], frame: int) -> tuple[NDArray[Any], Limits | None]:
+    """Modality units of one frame, and the two ends of its 8-bit range in these units."""
+    from pydicom.pixels.processing import apply_modality_lut
+
+    limits = eight_bit_limits(stored.dtype, int(data.get("BitsStored", 8) or 8))
+    if data.get("ModalityLUTSequence"):
+        return np.asarray(apply_modality_lut(stored, data)), None
+    source = _item(data, frame, "PixelValueTransformationSequence") or data
+    slope, intercept = source.get("RescaleSlope"), source.get("RescaleIntercept")
+    if slope in (None, "") or intercept in (None, "") or (float(slope), float(intercept)) == (1.0, 0.0):
+        return stored, limits
+    values = stored * float(slope) + float(intercept)
+    if limits is not None:
+        ends = sorted(x * float(slope) + float(intercept) for x in limits)
+        limits = ends[0], ends[1]
+    return values, limits
+
+
+def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits | None]:
+    """RGB of a colour or palette image, and the range of its stored type."""
+    from pydicom.pixels.processing import apply_color_lut
+
+    if _photometric(data) != PALETTE:
+        bits = int(data.get("BitsStored", 8) or 8)
+        integer = stored.dtype.kind == "u"
+        return stored, eight_bit_limits(stored.dtype, bits) or ((0.0, 2.0**bits - 1) if integer else None)
+    painted = np.asarray(apply_color_lut(stored, data))[..., :3]
+    if painted.dtype == np.uint16:
+        # 16-bit palettes hold the colour in the high byte; some writers left it in the low one.
+        painted = (painted >> 8 if painted.max() > 255 else painted).astype(np.uint8)
+    return painted, (0.0, 255.0)
+
+
+def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: bool) -> Picture:
+    """One frame in the modality's units, without its spacing.
+
+    Args:
+        data: the elements.
+        stored: (H, W) or (H, W, 3) as decoded.
+        frame: its number, from 0.
+        lookup: whether a display look-up table or sigmoid of the file may be applied (not where
+            site.yaml sets a window, nor for slices of a volume).
+    """
+    from pydicom.pixels.processing import apply_voi_lut
+
+    if _photometric(data) not in GREYS:
+        values, limits = _coloured(data, stored)
+        return Picture(values, colour=True, limits=limits, eight_bit=values.dtype == np.uint8)
+    inverted = _photometric(data) == "MONOCHROME1"
+    padding = _padding(data, stored)
+    values, limits = _rescaled(data, stored, frame)
+    if padding is not None:
+        valid = values[~padding]
+        values = np.where(padding, valid.max() if inverted else valid.min(), values)
+    source = _item(data, frame, "FrameVOILUTSequence") or data
+    window = _window(source)
+    if window is not None:
+        eight = limits is not None and bool(np.allclose(window, limits))
+        return Picture(values, limits=limits if eight else window, eight_bit=eight, inverted=inverted)
+    if lookup and source is data and (data.get("VOILUTSequence") or data.get("VOILUTFunction") == "SIGMOID"):
+        shown = np.asarray(apply_voi_lut(values, data, prefer_lut=True))
+        if data.get("VOILUTSequence"):
+            bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
+            return Picture(shown, limits=(0.0, 2.0**bits - 1), inverted=inverted)
+        return Picture(shown, limits=(float(shown.min()), float(shown.max())), inverted=inverted)
+    return Picture(values, limits=limits, eight_bit=limits is not None, inverted=inverted)
+
+
+def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
+    """Distance between rows and between columns in millimetres."""
+    measures = _item(data, frame, "PixelMeasuresSequence")
+    for source, names in (
+        (measures, ("PixelSpacing",)),
+        (data, ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")),
+    ):
+        for name in names if source is not None else ():
+            value = source.get(name) if source is not None else None
+            if value is not None and len(value) == 2:
+                rows, columns = float(value[0]), float(value[1])
+                if 0 < rows < 1e6 and 0 < columns < 1e6:
+                    return rows, columns
+    return None
+
+
+def _tags(data: Dataset, names: Sequence[str]) -> dict[str, str]:
+    """The values of tags as text; a sequence has none."""
+    values = {}
+    for name in names:
+        value = data.get(name)
+        if value is None or (len(names) and data[name].VR == "SQ"):
+            continue
+        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        values[name] = "\\".join(map(str, value)) if several else str(value)
+    return {name: text.strip(" \0") for name, text in values.items() if text.strip(" \0")}
+
+
+def _as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
+    names = sorted(set().union(*values)) if values else []
+    return {name: frozenset(v[name] for v in values if name in v) for name in names}
+
+
+# --- flat images ----------------------------------------------------------------------------------
+
+
+def _flat(file: SourceFile, request: Request) -> Sample:
+    with _reading("header-unreadable"):
+        data = _open(file.path, request.max_bytes, pixels=True)
+        if _frames(data) > 1:
+            raise reject("multi-frame")
+        stored = _stored(data)
+        stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
+        picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
+        tags = _as_sets([_tags(data, request.tags)])
+        spacing = _pixel_spacing(data)
+        series = str(data.get("SOPInstanceUID", "") or "")
+    picture = Picture(
+        picture.pixels, picture.colour, spacing, picture.limits, picture.eight_bit, picture.inverted
+    )
+    return Sample((file,), picture, tags=tags, keys=(series,) if series else ())
+
+
+# --- series ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice's header: what decides its place and whether it fits the others."""
+
+    file: SourceFile
+    frame: int
+    position: F64
+    """(3,) centre of the first voxel, millimetres towards left, back and head (LPS)."""
+    orientation: F64
+    """(6,) direction along a row, then down a column."""
+    spacing: tuple[float, float]
+    kind: tuple[Any, ...]
+    instance: str
+
+
+@dataclass(frozen=True)
+class _Header:
+    file: SourceFile
+    series: str
+    frames: int
+    slices: tuple[Slice, ...]
+    code: str | None
+    """Why it has no place in space."""
+    tags: dict[str, str]
+
+
+def _header(file: SourceFile, request: Request) -> _Header:
+    with _reading("header-unreadable"):
+        data = _open(file.path, request.max_bytes, pixels=False)
+        frames = _frames(data)
+        try:
+            slices = tuple(_slice(data, file, frame) for frame in range(frames))
+            code = None
+        except FileRejected as rejected:
+            slices, code = (), rejected.code
+        if frames > 1 and code == "geometry-missing":
+            code = "multi-frame"
+        series = str(data.get("SeriesInstanceUID", "") or "")
+        return _Header(file, series, frames, slices, code, _tags(data, request.tags))
+
+
+def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
+    place = (_item(data, frame, "PlanePositionSequence") or data).get("ImagePositionPatient")
+    turn = (_item(data, frame, "PlaneOrientationSequence") or data).get("ImageOrientationPatient")
+    spacing = _pixel_spacing(data, frame)
+    shared = _frames(data) > 1 and "PerFrameFunctionalGroupsSequence" not in data
+    if place is None or turn is None or spacing is None or len(place) != 3 or len(turn) != 6 or shared:
+        raise reject("geometry-missing")
+    position, orientation = np.array([float(v) for v in place]), np.array([float(v) for v in turn])
+    row, column = orientation[:3], orientation[3:]
+    sound = np.isfinite(position).all() and np.isfinite(orientation).all()
+    if not sound or abs(row @ row - 1) > 0.02 or abs(column @ column - 1) > 0.02 or abs(row @ column) > 0.02:
+        raise reject("geometry-invalid")
+    kind = (int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1), _photometric(data))
+    instance = str(data.get("SOPInstanceUID", "") or "")
+    return Slice(file, frame, position, orientation, spacing, kind, instance)
+
+
+def sort_slices(slices: Sequence[Slice]) -> tuple[list[Slice], F64]:
+    """Slices in the order of their projection on the common normal, and the volume's affine.
+
+    Returns:
+        The sorted slices, and (4, 4): (slice, row, column) index to millimetres in LPS.
+
+    Raises:
+        FileRejected: ``too-few-slices``, ``sizes-mixed``, ``orientation-mixed``, ``slice-duplicate``,
+            ``slice-missing``, ``spacing-uneven``, ``slices-shifted``.
+    """
+    first = slices[0]
+    if len(slices) < 2:
+        raise reject("too-few-slices")
+    if any(s.kind != first.kind or not np.allclose(s.spacing, first.spacing, rtol=1e-3) for s in slices):
+        raise reject("sizes-mixed")
+    if any(np.abs(s.orientation - first.orientation).max() > ORIENTATION_TOLERANCE for s in slices):
+        raise reject("orientation-mixed")
+    row, column = first.orientation[:3], first.orientation[3:]
+    normal = np.cross(row, column)
+    normal /= np.linalg.norm(normal)
+    heights = np.array([s.position @ normal for s in slices])
+    order = np.argsort(heights, kind="stable")
+    heights = heights[order]
+    gaps = np.diff(heights)
+    step = float(heights[-1] - heights[0]) / len(gaps)
+    if gaps.min() < max(0.01 * step, 1e-4):
+        raise reject("slice-duplicate")
+    grid = heights[0] + step * np.arange(len(heights))
+    tolerance = max(0.02 * step, min(POSITION_ROUNDING_MM, 0.2 * step))
+    if np.abs(heights - grid).max() > tolerance:
+        steps = gaps / gaps.min()
+        raise reject("slice-missing" if np.abs(steps - np.rint(steps)).max() < 0.1 else "spacing-uneven")
+    placed = [slices[i] for i in order]
+    origin = placed[0].position
+    sideways = [s.position - origin - ((s.position - origin) @ normal) * normal for s in placed]
+    if max(float(np.linalg.norm(v)) for v in sideways) > max(0.5 * min(first.spacing), POSITION_ROUNDING_MM):
+        raise reject("slices-shifted")
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([normal * step, column * first.spacing[0], row * first.spacing[1]], axis=1)
+    affine[:3, 3] = origin
+    return placed, affine
+
+
+def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
+    """Decode sorted slices into one volume, file by file.
+
+    Raises:
+        FileRejected: of the first file that fails, with ``file`` naming it.
+    """
+    rows, columns, samples, photometric = slices[0].kind
+    bounded_pixels((len(slices), rows, columns, samples), 32, request.max_bytes)
+    colour = samples == 3 or photometric == PALETTE
+    shape = (len(slices), rows, columns, 3) if colour else (len(slices), rows, columns)
+    by_file: dict[SourceFile, list[int]] = {}
+    for number, part in enumerate(slices):
+        by_file.setdefault(part.file, []).append(number)
+    volume: NDArray[Any] | None = None
+    limits: set[Limits | None] = set()
+    eight = True
+    for file, numbers in by_file.items():
+        try:
+            with _reading("header-unreadable"):
+                data = _open(file.path, request.max_bytes, pixels=True)
+                stored = _stored(data)
+                frames = stored.reshape(-1, *shape[1 : 3 + (samples == 3)])
+                pictures = [
+                    _frame_picture(data, frames[slices[n].frame], slices[n].frame, lookup=False)
+                    for n in numbers
+                ]
+        except FileRejected as rejected:
+            raise FileRejected(
+                rejected.message, remedy=rejected.remedy, code=rejected.code, file=file.name
+            ) from None
+        for number, picture in zip(numbers, pictures, strict=True):
+            if volume is None:
+                volume = np.empty(shape, dtype=np.uint8 if picture.pixels.dtype == np.uint8 else np.float32)
+            elif volume.dtype == np.uint8 and picture.pixels.dtype != np.uint8:
+                volume = volume.astype(np.float32)
+            volume[number] = picture.pixels
+            limits.add(picture.limits)
+            eight &= picture.eight_bit
+    assert volume is not None  # slices are never empty
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    pixels, spacing = to_head_back_left(volume, to_ras @ affine)
+    same = len(limits) == 1
+    return Picture(
+        pixels,
+        colour=colour,
+        spacing_mm=spacing,
+        limits=next(iter(limits)) if same else None,
+        eight_bit=eight and same,
+        inverted=photometric == "MONOCHROME1",
+    )
+
+
+def _copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[SourceFile]]:
+    """Set aside files that are byte for byte copies of another at the same position."""
+    kept: list[Slice] = []
+    dropped: list[SourceFile] = []
+    at: dict[tuple[float, ...], list[Slice]] = {}
+    for part in slices:
+        twins = at.setdefault(tuple(part.position.round(3).tolist()), [])
+        if any(digest_file(t.file.path) == digest_file(part.file.path) for t in twins if t.file != part.file):
+            dropped.append(part.file)
+        else:
+            twins.append(part)
+            kept.append(part)
+    return kept, dropped
+
+
+def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
+    """One series (or one enhanced file) to one sample or its refusals."""
+    files = tuple(h.file for h in headers)
+    lost = next((h.code for h in headers if h.code is not None), None)
+    if lost is not None:
+        yield Refusal(files, lost)
+        return
+    try:
+        with reading("unreadable"):
+            slices, dropped = _copies([s for h in headers for s in h.slices])
+        if dropped:
+            yield Refusal(tuple(dropped), "duplicate")
+        files = tuple(f for f in files if f not in dropped)
+        placed, affine = sort_slices(slices)
+        picture = _volume(placed, affine, request)
+    except FileRejected as rejected:
+        culprit = tuple(f for f in files if f.name == rejected.where.file)
+        if culprit:
+            yield Refusal(culprit, rejected.code)
+            yield Refusal(tuple(f for f in files if f not in culprit), "series-incomplete")
+        else:
+            yield Refusal(files, rejected.code)
+        return
+    tags = _as_sets([h.tags for h in headers])
+    yield Sample(files, picture, tags=tags, keys=(headers[0].series,))
+
+
+def _all_series(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
+    groups: dict[str, list[_Header]] = {}
+    for file in files:
+        try:
+            header = _header(file, request)
+        except FileRejected as rejected:
+            yield Refusal((file,), rejected.code)
+            continue
+        if not header.series:
+            yield Refusal((file,), "geometry-missing")
+            continue
+        # A multi-frame file is a volume by itself; a series may hold several.
+        key = f"{header.series}\0{file.name}" if header.frames > 1 else header.series
+        groups.setdefault(key, []).append(header)
+    for headers in sorted(groups.values(), key=lambda group: group[0].file):
+        yield from _series(headers, request)
+
+
+def _each(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
+    for file in files:
+        try:
+            yield _flat(file, request)
+        except FileRejected as rejected:
+            yield Refusal((file,), rejected.code)
+
+
+def read(files: Sequence[SourceFile], request: Request) -> Reading:
+    """Read flat images (one file each) or volumes (one series or one enhanced file each)."""
+    return Reading(len(files), (_all_series if request.volumes else _each)(files, request))
+
+
+def check(path: Path, max_bytes: int) -> None:
+    """Decode every frame of a file by itself, whatever site it may belong to.
+
+    Raises:
+        FileRejected: with the reason.
+    """
+    with _reading("header-unreadable"):
+        data = _open(path, max_bytes, pixels=True)
+        stored = _stored(data)
+        colour = _photometric(data) in COLOURS
+        frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
+        for number, frame in zip(itertools.count(), frames):
+            _frame_picture(data, frame, number, lookup=True)

@@ -1,0 +1,183 @@
+"""NIfTI-1 and NIfTI-2 files, single or as a pair of ``.hdr`` and ``.img``, read by nibabel.
+
+The affine decides: axes are flipped and swapped to the prepared convention (see ``arrays``). A flat
+image is one slice, stored as (X, Y), (X, Y, 1) or with its single-voxel axis elsewhere; its rows and columns
+come out as radiologists display that plane. Colour is NIfTI's RGB24 type or a last axis of 3.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.errors import FileRejected
+from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, flat_view, to_head_back_left
+from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.source import (
+    Outcome,
+    Reading,
+    Refusal,
+    Request,
+    Sample,
+    SourceFile,
+    bounded_pixels,
+    bounded_size,
+)
+
+MAX_HEADER_BYTES = 16_000_000
+"""Header extensions beyond this are refused: nibabel reads them whole."""
+CIFTI_INTENTS = range(3000, 3100)
+MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+
+
+def _header(path: Path) -> Any:
+    """The header object (its methods carry no types).
+
+    Raises:
+        FileRejected: ``not-nifti``.
+    """
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+
+    with reading("not-nifti"), (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
+        block = stream.read(540)
+    for length, start, magics, kind in (
+        (348, 344, (b"n+1\0", b"ni1\0"), Nifti1Header),
+        (540, 4, (b"n+2\0", b"ni2\0"), Nifti2Header),
+    ):
+        if block[start : start + 4] in magics and int.from_bytes(block[:4], "little") in (
+            length,
+            int.from_bytes(length.to_bytes(4, "little"), "big"),
+        ):
+            if len(block) < length:
+                break
+            return kind(block[:length], check=False)  # type: ignore[no-untyped-call]
+    raise reject("not-nifti")
+
+
+def _open(path: Path, max_bytes: int) -> Any:
+    """Open an image lazily after checking that header and declared voxels are bounded.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    bounded_size(path, max_bytes)
+    header = _header(path)
+    with reading("header-unreadable", HeaderDataError, ImageFileError):
+        if float(header["vox_offset"]) > MAX_HEADER_BYTES:
+            raise reject("too-large")
+        if int(header["intent_code"]) in CIFTI_INTENTS:
+            raise reject("non-image-object")
+        bounded_pixels(header.get_data_shape() or (0,), 8 * header.get_data_dtype().itemsize, max_bytes)
+        if bytes(header["magic"]).startswith(b"ni"):
+            _check_pair(path, max_bytes)
+        return nibabel.load(path)
+
+
+def _check_pair(path: Path, max_bytes: int) -> None:
+    partner = path.with_name(path.name[: -len(".hdr")] + (".IMG" if path.name.endswith(".HDR") else ".img"))
+    if not path.name.lower().endswith(".hdr") or not partner.is_file():
+        raise reject("pair-missing")
+    bounded_size(partner, max_bytes)
+
+
+def _voxels(image: Any) -> tuple[NDArray[Any], bool]:
+    """Scaled voxels without trailing axes of length 1 beyond the third, and whether the last is colour."""
+    from nibabel.filebasedimages import ImageFileError
+
+    with reading("pixels-undecodable", ImageFileError):
+        try:
+            data = np.asanyarray(image.dataobj)
+        except EOFError:
+            raise reject("truncated") from None
+        except OSError as error:
+            # nibabel: "Expected N bytes, got M bytes from file": said without errno, unlike a disk's fault.
+            raise reject("truncated" if error.errno is None else "unreadable") from None
+    colour = data.dtype.names is not None
+    if data.dtype.names is not None:
+        if set("RGB") - set(data.dtype.names):
+            raise reject("colour-unknown")
+        data = np.stack([data[name] for name in "RGB"], axis=-1)
+    if data.dtype.kind not in "iuf":
+        raise reject("pixels-undecodable")
+    return data, colour
+
+
+def _spatial(data: NDArray[Any], colour: bool, *, volumes: bool) -> tuple[NDArray[Any], bool]:
+    """Voxels as (X, Y, Z) or (X, Y, Z, 3).
+
+    Raises:
+        FileRejected: ``dimensions`` or ``time-series``.
+    """
+    if colour:
+        data, hue = data[..., :], True
+        space = data.shape[:-1]
+    else:
+        flat_colour = data.ndim == 3 and data.shape[2] == 3 and not volumes and 1 not in data.shape
+        vector = data.ndim >= 4 and data.shape[-1] == 3 and all(n == 1 for n in data.shape[3:-1])
+        hue = flat_colour or (vector and (data.ndim >= 5 or (not volumes and 1 in data.shape[:3])))
+        space = data.shape[:-1] if hue else data.shape
+    if len(space) < 2:
+        raise reject("dimensions")
+    if any(n > 1 for n in space[3:]):
+        raise reject("time-series")
+    space = (*space, 1)[:3]
+    return data.reshape((*space, 3) if hue else space), hue
+
+
+def _read(file: SourceFile, request: Request) -> Sample:
+    image = _open(file.path, request.max_bytes)
+    data, colour = _voxels(image)
+    data, colour = _spatial(data, colour, volumes=request.volumes)
+    with reading("header-unreadable"):
+        scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+        stored = image.header.get_data_dtype()
+        base = stored[stored.names[0]] if stored.names else stored
+        limits = eight_bit_limits(base)
+        slope, intercept = image.dataobj.slope, image.dataobj.inter
+        if limits is not None and not colour:
+            ends = sorted(x * float(slope) + float(intercept) for x in limits)
+            limits = ends[0], ends[1]
+    turned, spacing = to_head_back_left(data, affine)
+    if request.volumes:
+        if min(turned.shape[:3]) < 2:
+            raise reject("dimensions")
+        return Sample((file,), Picture(turned, colour, spacing, limits, limits is not None))
+    flat, pixel = flat_view(turned, spacing)
+    return Sample((file,), Picture(flat, colour, pixel, limits, limits is not None))
+
+
+def _each(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
+    for file in files:
+        try:
+            yield _read(file, request)
+        except FileRejected as rejected:
+            yield Refusal((file,), rejected.code)
+
+
+def read(files: Sequence[SourceFile], request: Request) -> Reading:
+    """Read one image per file; an ``.img`` belongs to the ``.hdr`` beside it."""
+    names = {f.name.lower() for f in files}
+    heads = [
+        f for f in files if not f.name.lower().endswith(".img") or f"{f.name.lower()[:-4]}.hdr" not in names
+    ]
+    return Reading(len(heads), _each(heads, request))
+
+
+def check(path: Path, max_bytes: int) -> None:
+    """Decode a file by itself, whatever its number of dimensions.
+
+    Raises:
+        FileRejected: with the reason.
+    """
+    _voxels(_open(path, max_bytes))

@@ -1,0 +1,234 @@
+"""The files of a site's source folder, and what a reader hands over for each image."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from qkt_clinical.config import ImageSpec
+from qkt_clinical.ingest.arrays import Picture
+from qkt_clinical.ingest.codes import reject
+
+SIDE_SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *(
+            "bval",
+            "bvec",
+            "csv",
+            "db",
+            "doc",
+            "docx",
+            "dvc",
+            "htm",
+            "html",
+            "ini",
+            "inf",
+            "json",
+            "log",
+            "md",
+        ),
+        *("md5", "ods", "pdf", "rtf", "sha256", "tsv", "txt", "xls", "xlsx", "xml", "yaml", "yml"),
+    )
+)
+"""Tables, texts and indexes that lie beside images; never read as images."""
+
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "dicom": (".dcm", ".dicom", ".dic", ".ima"),
+    "nifti": (".nii.gz", ".nii", ".hdr", ".img"),
+    "images": (".png", ".jpg", ".jpeg", ".tif", ".tiff"),
+    "npz": (".npz",),
+}
+"""Name endings per source kind. DICOM files need none: scanners often write UIDs as names."""
+
+
+@dataclass(frozen=True, order=True)
+class SourceFile:
+    """A file by its path relative to the source folder (POSIX) and where it lies."""
+
+    name: str
+    path: Path = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a reader needs to know: the image wanted, the tags wanted, and the largest file."""
+
+    spec: ImageSpec
+    tags: tuple[str, ...]
+    max_bytes: int
+    site: str
+    seed: int
+
+    @property
+    def volumes(self) -> bool:
+        """Whether images are volumes (D, H, W)."""
+        return len(self.spec.size) == 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded image and everything that may name its class and patient."""
+
+    files: tuple[SourceFile, ...]
+    picture: Picture
+    tags: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """DICOM keyword to the values that its files hold."""
+    keys: tuple[str, ...] = ()
+    """Further names under which a CSV file may list it (the series UID)."""
+    label: str | None = None
+    patient: str | None = None
+    split: str | None = None
+    item: str | None = None
+    """Which image of its file, for files that hold many."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Files (or one image of a file) that cannot be used, with the reason code."""
+
+    files: tuple[SourceFile, ...]
+    code: str
+    item: str | None = None
+
+
+Outcome = Sample | Refusal
+
+
+class Reading(NamedTuple):
+    """What a reader returns: how many steps to expect, and the outcomes as they come."""
+
+    total: int
+    outcomes: Iterator[Outcome]
+
+
+class Listing(NamedTuple):
+    """Files to read and files refused unread, both sorted by name."""
+
+    files: list[SourceFile]
+    refused: list[Refusal]
+
+
+def suffix(name: str) -> str:
+    """The known ending of a name, else nothing: an unknown one may be part of a patient's name."""
+    lower = name.lower()
+    known = (s for suffixes in SUFFIXES.values() for s in suffixes)
+    return next((s for s in known if lower.endswith(s)), "")
+
+
+def stem(name: str) -> str:
+    """The name without its known ending."""
+    return name[: len(name) - len(suffix(name))]
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a name is that of a table, text or index, or hidden."""
+    last = PurePosixPath(name).name
+    return (
+        last.startswith((".", "~$"))
+        or last.upper() in {"DICOMDIR", "README", "LICENSE", "LICENCE", "CHANGES"}
+        or PurePosixPath(last.lower()).suffix in SIDE_SUFFIXES
+    )
+
+
+def _belongs(name: str, kind: str) -> bool:
+    if kind == "dicom":
+        return suffix(name) in ("", *SUFFIXES["dicom"])
+    return suffix(name) in SUFFIXES[kind]
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path, str | None]]:
+    """Every entry below ``folder`` that is no folder: name, path, and a code where it must not be opened."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError:
+        yield prefix.rstrip("/") or ".", folder, "unreadable"
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), f"{name}/")
+        else:
+            yield name, Path(entry.path), None
+
+
+def _barred(path: Path, root: Path) -> str | None:
+    """Why an entry must not be opened; ``link`` for a link to a folder inside, which is walked anyway."""
+    try:
+        real = path.resolve()
+        if not real.is_relative_to(root):
+            return "outside-source"
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return "unreadable"
+    if stat.S_ISDIR(mode):
+        return "link"
+    return None if stat.S_ISREG(mode) else "not-a-file"
+
+
+def list_files(folder: Path, kind: str) -> Listing:
+    """Files below ``folder`` that a reader of ``kind`` should open, in sorted order.
+
+    ``folder`` itself may be a symbolic link; a link below it that leads out of it is refused. Tables,
+    texts, hidden files and DICOMDIR are left out.
+    """
+    root = folder.resolve()
+    files: list[SourceFile] = []
+    refused: list[Refusal] = []
+    for name, path, code in _walk(root):
+        if is_side_file(name):
+            continue
+        file = SourceFile(name, path)
+        code = code or _barred(path, root) or (None if _belongs(name, kind) else "other-kind")
+        if code is None:
+            files.append(file)
+        elif code != "link":
+            refused.append(Refusal((file,), code))
+    return Listing(sorted(files), sorted(refused, key=lambda r: r.files))
+
+
+def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:
+    """Every visible file below ``folder`` with the code that bars it from being opened, sorted."""
+    root = folder.resolve()
+    found = [
+        (SourceFile(name, path), code or _barred(path, root))
+        for name, path, code in _walk(root)
+        if not PurePosixPath(name).name.startswith(".")
+    ]
+    return sorted((pair for pair in found if pair[1] != "link"), key=lambda pair: pair[0])
+
+
+def bounded_size(path: Path, max_bytes: int) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        FileRejected: ``unreadable``, ``empty`` or ``too-large``.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise reject("unreadable") from None
+    if size == 0:
+        raise reject("empty")
+    if size > max_bytes:
+        raise reject("too-large")
+    return size
+
+
+def bounded_pixels(shape: Sequence[int], bits: int, max_bytes: int) -> None:
+    """Refuse declared pixels before anything is allocated for them.
+
+    Raises:
+        FileRejected: ``header-unreadable`` for a size below 1, ``too-large``.
+    """
+    total = max(bits, 1)
+    for length in shape:
+        if length < 1:
+            raise reject("header-unreadable")
+        total *= int(length)
+    if total > 8 * max_bytes:
+        raise reject("too-large")

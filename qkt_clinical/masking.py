@@ -1,0 +1,197 @@
+"""Data-free masks: which classes does a teacher know, read from its network alone.
+
+A network is overconfident towards the classes it was trained on, so noise shows them (QKT, section on
+masking). Plain noise shows only some: most networks send all Gaussian noise to one class. The better
+estimators let the noise reach the head at the scale that the head was trained on, or read the head itself.
+
+Every estimator maps a network to one score per class in [0, 1], the largest being 1. A mask computed by
+the teacher's site and one computed from its bundle are equal: the probes depend on the seed alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkt_clinical.card import Mask
+from qkt_clinical.catalog import ESTIMATORS, Estimator
+from qkt_clinical.networks import Classifier
+
+TINY = 1e-4
+"""Scores below this are all alike: nothing is learned from how far below they lie."""
+
+LEAST_RATIO = 2.0
+"""A gap of less than this ratio is no gap: a teacher without one knows every class."""
+
+NORM_POWER = 4
+"""Head-row norms of known and unknown classes differ by a factor of about 2, softmax scores by 100 or
+more; the power brings them to comparable gaps."""
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    scores = scores.double().clamp(min=0)
+    top = scores.max()
+    return scores / top if float(top) > 0 else scores
+
+
+def gaussian(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Standard normal noise."""
+    return torch.randn(shape, generator=draw)
+
+
+def uniform(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Uniform noise over the input range [-1, 1]."""
+    return torch.rand(shape, generator=draw) * 2 - 1
+
+
+def smooth(shape: tuple[int, ...], draw: torch.Generator, *, cells: int = 4) -> Tensor:
+    """Low-frequency noise: a coarse uniform grid, interpolated; about [-1, 1]."""
+    count, channels, *spatial = shape
+    coarse = torch.rand((count, channels, *[cells] * len(spatial)), generator=draw) * 2 - 1
+    mode = "bilinear" if len(spatial) == 2 else "trilinear"
+    return F.interpolate(coarse, size=tuple(spatial), mode=mode, align_corners=True) * 1.5
+
+
+def mixed(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Equal parts of six kinds.
+
+    Gaussian, uniform, smooth, smooth plus Gaussian, smooth on a flat colour, Gaussian on a flat colour.
+    """
+    count, channels, *spatial = shape
+    parts: list[Tensor] = []
+    sizes = [len(p) for p in torch.arange(count).tensor_split(6)]
+    ones = [1] * len(spatial)
+    for kind, size in enumerate(sizes):
+        part = (size, channels, *spatial)
+        flat = (torch.rand((size, channels, *ones), generator=draw) * 2 - 1).expand(part)
+        match kind:
+            case 0:
+                parts.append(gaussian(part, draw))
+            case 1:
+                parts.append(uniform(part, draw))
+            case 2:
+                parts.append(smooth(part, draw))
+            case 3:
+                parts.append(smooth(part, draw, cells=8) + 0.3 * gaussian(part, draw))
+            case 4:
+                parts.append(flat + 0.5 * smooth(part, draw))
+            case _:
+                parts.append(flat + 0.1 * gaussian(part, draw))
+    return torch.cat(parts)
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@torch.no_grad()
+def _noise_logits(network: Classifier, probes: Tensor, *, batch_statistics: bool) -> Tensor:
+    """Logits for the probes. The network is copied, so that its running statistics stay as they are."""
+    probe = copy.deepcopy(network).eval()
+    if batch_statistics:
+        for module in probe.modules():
+            if isinstance(module, _NORMS):
+                module.train()
+    return torch.cat([probe(part) for part in probes.split(256)]).double()
+
+
+def _mean_softmax(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=1).mean(dim=0)
+
+
+def head_row_norm(weight: Tensor) -> Tensor:
+    """Norm of each head row (C, F) around the mean row: rows of classes never trained stay alike.
+
+    Cross-entropy pushes all rows of classes that never occur in the same direction, so what they have in
+    common is taken out before the norm.
+    """
+    weight = weight.double()
+    norms: Tensor = (weight - weight.median(dim=0).values).norm(dim=1)
+    return norms
+
+
+def class_scores(
+    network: Classifier, shape: tuple[int, ...], *, estimator: Estimator, probes: int, seed: int
+) -> Tensor:
+    """Scores (C,), float64 in [0, 1], largest 1.
+
+    Args:
+        network: on the CPU; left as it was, bit for bit.
+        shape: of one input, (channels, *spatial).
+        probes: number of noise inputs.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    full = (probes, *shape)
+    weight, bias = network.head.weight.detach().double(), network.head.bias.detach().double()
+    match estimator:
+        case "gaussian-noise" | "uniform-noise" | "smooth-noise" | "mixed-noise":
+            kind = {
+                "gaussian-noise": gaussian,
+                "uniform-noise": uniform,
+                "smooth-noise": smooth,
+                "mixed-noise": mixed,
+            }[estimator]
+            return _normalised(
+                _mean_softmax(_noise_logits(network, kind(full, draw), batch_statistics=False))
+            )
+        case "batch-norm-noise":
+            return _normalised(
+                _mean_softmax(_noise_logits(network, mixed(full, draw), batch_statistics=True))
+            )
+        case "feature-noise":
+            features = torch.randn((probes, weight.shape[1]), generator=draw).abs().double()
+            return _normalised(_mean_softmax(features @ weight.T + bias))
+        case "head-row-norm":
+            return _normalised(head_row_norm(weight)) ** NORM_POWER
+        case "combined":
+            parts = [
+                class_scores(network, shape, estimator=name, probes=probes, seed=seed)
+                for name in ("batch-norm-noise", "feature-noise", "head-row-norm")
+            ]
+            # A geometric mean: a class must look known to all three.
+            return _normalised(torch.stack(parts).clamp(min=TINY).log().mean(dim=0).exp())
+    raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(ESTIMATORS)}")
+
+
+def gap_threshold(scores: Tensor) -> float:
+    """Lambda from a teacher's own scores: the middle, in logarithms, of their widest gap.
+
+    Where no neighbouring scores differ by ``LEAST_RATIO``, every class counts as known.
+    """
+    logs = scores.clamp(min=TINY).log().sort(descending=True).values
+    gaps = logs[:-1] - logs[1:]
+    widest = int(gaps.argmax())
+    if float(gaps[widest]) < math.log(LEAST_RATIO):
+        return math.exp(float(logs[-1]))
+    return math.exp(float(logs[widest] + logs[widest + 1]) / 2)
+
+
+def compute_mask(
+    network: Classifier,
+    shape: tuple[int, ...],
+    classes: tuple[str, ...],
+    *,
+    estimator: Estimator = "combined",
+    threshold: float | Literal["auto"] = "auto",
+    probes: int = 256,
+    seed: int = 0,
+) -> Mask:
+    """The mask of a teacher. Same network, shape and seed: same mask, whoever computes it."""
+    scores = class_scores(network, shape, estimator=estimator, probes=probes, seed=seed)
+    value = gap_threshold(scores) if threshold == "auto" else float(threshold)
+    # Rounded, so that the file does not depend on the last bits of a sum.
+    rounded = tuple(round(float(s), 6) for s in scores)
+    return Mask(
+        estimator=estimator,
+        probes=probes,
+        seed=seed,
+        classes=classes,
+        scores=rounded,
+        threshold=round(value, 6),
+        automatic=threshold == "auto",
+        known=tuple(s >= round(value, 6) for s in rounded),
+    )

@@ -1,0 +1,203 @@
+"""A query's plan: which teachers are relevant, why, and what fetching them costs. Free of torch.
+
+Plans are made from cards and masks alone; the weights of a teacher that is not relevant are never moved.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from qkt_clinical.card import CARD, MASK, WEIGHTS, Card, Mask, read_card, read_mask
+from qkt_clinical.catalog import Method
+from qkt_clinical.config import Params, QueryConfig, Strict, Workspace, load_query
+from qkt_clinical.data import Manifest, read_manifest
+from qkt_clinical.errors import BundleError, QueryError
+from qkt_clinical.files import digest_file, new_folder, write_json
+
+SHARED = (CARD, WEIGHTS, MASK)
+"""The files of a teacher bundle that leave its site: no metrics, no curves."""
+
+
+class Candidate(Strict):
+    """One teacher as the plan sees it."""
+
+    site: str
+    relevant: bool
+    reason: str
+    teaches: tuple[str, ...]
+    """Query classes that it knows."""
+    known: tuple[str, ...]
+    scores: dict[str, float]
+    """Mask score per query class."""
+    threshold: float
+    bytes: int
+    digest: str
+
+
+class Plan(Strict):
+    """``plan.json``."""
+
+    format: Literal["qkt-plan/1"] = "qkt-plan/1"
+    hospital: str
+    query: str
+    classes: tuple[str, ...]
+    method: Method
+    budget: float
+    local: tuple[str, ...]
+    teachers: tuple[Candidate, ...]
+    uncovered: tuple[str, ...]
+    bytes_moved: int
+
+    @property
+    def relevant(self) -> tuple[str, ...]:
+        """Sites whose bundles are fetched."""
+        return tuple(t.site for t in self.teachers if t.relevant)
+
+
+def judge(
+    card: Card, mask: Mask, manifest: Manifest, query: QueryConfig, *, size: int, digest: str
+) -> Candidate:
+    """Decide whether a teacher says anything about the query, from its card and mask."""
+    wanted = [c for c in query.classes if c in mask.classes]
+    teaches = tuple(c for c in wanted if mask.knows(c))
+    if card.site in query.exclude_teachers:
+        reason = "excluded by the query"
+    elif card.classes != manifest.classes:
+        reason = "has another label space"
+    elif card.input.shape != manifest.shape or card.input.normalisation != manifest.normalisation:
+        shapes = ["x".join(map(str, s)) for s in (card.input.shape, manifest.shape)]
+        reason = (
+            f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {manifest.normalisation}"
+        )
+    elif not teaches:
+        reason = "does not know " + " or ".join(query.classes)
+    else:
+        reason = ""
+    return Candidate(
+        site=card.site,
+        relevant=not reason,
+        reason=reason or "knows " + " and ".join(teaches),
+        teaches=teaches,
+        known=tuple(c for c, k in zip(mask.classes, mask.known, strict=True) if k),
+        scores={c: mask.scores[mask.classes.index(c)] for c in wanted},
+        threshold=mask.threshold,
+        bytes=size,
+        digest=digest,
+    )
+
+
+def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candidate]:
+    """Keep at most ``max_teachers``, those with the highest scores, but one for every class taught."""
+    if query.max_teachers is None:
+        return list(candidates)
+    kept: set[str] = set()
+    ranked = sorted(
+        (c for c in candidates if c.relevant), key=lambda c: (-max(c.scores[n] for n in c.teaches), c.site)
+    )
+    for name in query.classes:
+        first = next((c.site for c in ranked if name in c.teaches), None)
+        if first is not None and not any(c.site in kept and name in c.teaches for c in ranked):
+            kept.add(first)
+    for candidate in ranked:
+        if len(kept) < query.max_teachers:
+            kept.add(candidate.site)
+    return [
+        c
+        if not c.relevant or c.site in kept
+        else c.model_copy(update={"relevant": False, "reason": f"beyond max_teachers {query.max_teachers}"})
+        for c in candidates
+    ]
+
+
+def make_plan(
+    hospital: str,
+    name: str,
+    query: QueryConfig,
+    manifest: Manifest,
+    teachers: Mapping[str, Path],
+) -> Plan:
+    """Plan a query.
+
+    Args:
+        hospital: the asking site; its own teacher is left out.
+        manifest: of the asking site's prepared data.
+        teachers: site to bundle folder.
+
+    Raises:
+        QueryError: a class is unknown to the federation, or no teacher knows it.
+        BundleError: a teacher's card or mask is not valid.
+    """
+    strange = [c for c in query.classes if c not in manifest.classes]
+    if strange:
+        raise QueryError(
+            f"query {name!r} asks for {', '.join(strange)}, which is no class of the federation",
+            remedy=f"Choose among {', '.join(manifest.classes)}.",
+            site=hospital,
+            stage="plan",
+        )
+    candidates = []
+    for site, folder in sorted(teachers.items()):
+        if site == hospital:
+            continue
+        card = read_card(folder)
+        mask = read_mask(folder, card)
+        if mask is None:
+            raise BundleError(
+                "no mask", remedy=f"Run 'qkt mask {site}'.", file=folder, site=site, code="bundle-mask"
+            )
+        size = sum((folder / f).stat().st_size for f in SHARED)
+        digest = digest_file(folder / CARD)
+        candidates.append(judge(card, mask, manifest, query, size=size, digest=digest))
+    candidates = _capped(candidates, query)
+    covered = {c for t in candidates if t.relevant for c in t.teaches}
+    uncovered = tuple(c for c in query.classes if c not in covered)
+    if uncovered:
+        raise QueryError(
+            f"no usable teacher knows {', '.join(uncovered)}",
+            remedy="Ask for a class that some hospital knows, or lower mask.threshold; "
+            f"'qkt plan {hospital} {name}' shows the scores.",
+            code="uncovered",
+            site=hospital,
+            stage="plan",
+        )
+    local = [c for c in manifest.counts["train"] if c not in query.classes]
+    if not local:
+        raise QueryError(
+            "the hospital has no class of its own beside the query",
+            remedy="Add training images of at least one other class.",
+            site=hospital,
+            stage="plan",
+        )
+    return Plan(
+        hospital=hospital,
+        query=name,
+        classes=query.classes,
+        method=query.method,
+        budget=query.budget,
+        local=tuple(local),
+        teachers=tuple(candidates),
+        uncovered=(),
+        bytes_moved=sum(c.bytes for c in candidates if c.relevant),
+    )
+
+
+def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
+    """Stage ``plan``: make the plan and fetch the relevant teachers' bundles, in one step.
+
+    Writes ``models/fetched/<hospital>/<query>/``: ``plan.json`` and ``teachers/<site>/``.
+    """
+    space = Workspace(root)
+    query = load_query(root, hospital, name)
+    manifest = read_manifest(space.prepared(hospital))
+    sites = [s for s in params.sites if s != hospital]
+    plan = make_plan(hospital, name, query, manifest, {s: space.teacher(s) for s in sites})
+    with new_folder(space.fetched(hospital, name)) as folder:
+        for site in plan.relevant:
+            (folder / "teachers" / site).mkdir(parents=True)
+            for file in SHARED:
+                shutil.copyfile(space.teacher(site) / file, folder / "teachers" / site / file)
+        write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    return plan

@@ -1,0 +1,276 @@
+"""A finished run written by hand: the files that stages leave behind, with figures that are easy to check."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qkt_clinical.card import CARD, MASK, WEIGHTS, Card
+from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
+from qkt_clinical.config import Params, Workspace, parse
+from qkt_clinical.files import digest_bytes, digest_file, write_json
+
+SHAPE = (3, 16, 16)
+
+
+def interval(value: float, half: float = 0.04) -> dict[str, float]:
+    return {"value": round(value, 6), "low": round(value - half, 6), "high": round(value + half, 6)}
+
+
+def share(*names: object) -> float:
+    """A number in [0, 1) that depends on the names alone."""
+    return hashlib.sha256("/".join(map(str, names)).encode()).digest()[0] / 256
+
+
+def sample_params(classes: Sequence[str] = BLOOD_CELLS, sites: int = 3, **sections: Any) -> Params:
+    """Site ``h<i>`` has the classes i, i + 1 and i + 2 and asks for class i + 3, query ``q<i>``."""
+    names = [f"h{i}" for i in range(sites)]
+    queries = {f"{n}-q{i}": {"hospital": n, "query": f"q{i}"} for i, n in enumerate(names)}
+    data = {"classes": list(classes), "sites": names, "queries": queries, **sections}
+    return parse(Params, data, file="params.yaml")
+
+
+def _local(params: Params, index: int) -> list[str]:
+    return [params.classes[(index + k) % len(params.classes)] for k in range(3)]
+
+
+def _card(params: Params, site: str, **rest: Any) -> dict[str, Any]:
+    return {
+        "kind": "teacher",
+        "site": site,
+        "network": {
+            "name": "resnet-small",
+            "spatial_dims": len(SHAPE) - 1,
+            "in_channels": SHAPE[0],
+            "classes": len(params.classes),
+        },
+        "classes": list(params.classes),
+        "input": {"shape": list(SHAPE), "normalisation": "unit", "spacing_mm": None},
+        "training": {"epochs": 12},
+        **rest,
+    }
+
+
+def write_card(folder: Path, card: dict[str, Any], *, weights: bool, seed: int) -> None:
+    """A real bundle of random weights, or its card alone with a weights file of a few bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights:
+        from qkt_clinical.bundle import write_bundle
+        from qkt_clinical.card import NetworkSpec
+        from qkt_clinical.networks import build
+
+        network = build(NetworkSpec.model_validate(card["network"]), seed=seed)
+        write_bundle(folder, network, {k: v for k, v in card.items() if k != "network"})
+        return
+    (folder / WEIGHTS).write_bytes(f"weights {seed}".encode())
+    size = {"bytes": 1_234_567, "sha256": digest_file(folder / WEIGHTS)}
+    write_json(folder / CARD, Card.model_validate({**card, "weights": size}).model_dump(mode="json"))
+
+
+def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bool) -> None:
+    site, local = params.sites[index], _local(params, index)
+    folder = workspace.teacher(site)
+    write_card(folder, _card(params, site), weights=weights, seed=index)
+    scores = [1.0 if c in local else round(0.001 + 0.01 * share(site, c), 6) for c in params.classes]
+    write_json(
+        folder / MASK,
+        {
+            "format": "qkt-mask/1",
+            "estimator": "combined",
+            "probes": 256,
+            "seed": 0,
+            "classes": list(params.classes),
+            "scores": scores,
+            "threshold": 0.1,
+            "automatic": True,
+            "known": [s >= 0.1 for s in scores],
+        },
+    )
+    write_json(
+        folder / "metrics.json",
+        {
+            "balanced_accuracy": 0.9375,
+            "recall": dict(zip(local, (0.9, 0.95, 0.9625), strict=True)),
+            "epochs": 12,
+            "best_epoch": 9,
+            "stopped_early": True,
+            "parameters": 308_776,
+        },
+    )
+    write_json(
+        folder / "curves.json",
+        [
+            {"epoch": float(e), "loss": round(1.1 / e, 6), "score": round(0.95 - 0.5 / e, 6)}
+            for e in range(1, 13)
+        ],
+    )
+    sizes = dict(zip(SPLITS, (270, 70, 50, 90), strict=True))
+    counts = {s: dict(zip(local, (n // 2, n // 2 - 3, 3), strict=True)) for s, n in sizes.items()}
+    prepared = workspace.prepared(site)
+    prepared.mkdir(parents=True, exist_ok=True)
+    write_json(
+        prepared / "manifest.json",
+        {
+            "format": "qkt-prepared/1",
+            "site": site,
+            "source_kind": ("dicom", "nifti", "images", "npz")[index % 4],
+            "classes": list(params.classes),
+            "count": sum(sizes.values()),
+            "shape": list(SHAPE),
+            "dtype": "uint8",
+            "spacing_mm": None,
+            "normalisation": "unit",
+            "transforms": ["centre crop", "resize to 16 x 16"],
+            "counts": counts,
+            "patients": {"train": 40, "calibration": 11, "val": 4, "test": 14},
+            "rejected": {"unreadable": 2, "polarity": 1} if index == 0 else {},
+            "digests": {"images.npy": digest_bytes(site.encode())},
+        },
+    )
+
+
+def _scores(relevant: list[str], recalls: dict[str, float], query: str, images: int) -> dict[str, Any]:
+    rows = []
+    for i, name in enumerate(relevant):
+        right = round(images * recalls[name])
+        rows.append([right if i == j else 0 for j in range(len(relevant))])
+        rows[-1][(i + 1) % len(relevant)] += images - right
+    local = [v for k, v in recalls.items() if k != query]
+    return {
+        "query_accuracy": interval(recalls[query]),
+        "retained_accuracy": interval(sum(local) / len(local), 0.02),
+        "balanced_accuracy": interval(sum(recalls.values()) / len(recalls), 0.02),
+        "auroc": interval(0.9, 0.03) if recalls[query] else None,
+        "ece": 0.05,
+        "recall": {k: interval(v) for k, v in recalls.items()},
+        "confusion": rows,
+    }
+
+
+def _write_query(
+    workspace: Workspace, params: Params, index: int, *, weights: bool, reason: str, loss: bool
+) -> None:
+    site, query = params.sites[index], f"q{index}"
+    local, asked = _local(params, index), params.classes[(index + 3) % len(params.classes)]
+    method = ("qkt", "qkt-light", "routed")[index % 3]
+    relevant = [c for c in params.classes if c in {*local, asked}]
+    others = [s for s in params.sites if s != site]
+    teachers = [s for s in others if asked in _local(params, params.sites.index(s))]
+    student = workspace.student(site, query)
+    decision = {
+        "method": method,
+        "local": sorted(params.classes.index(c) for c in local),
+        "query": [params.classes.index(asked)],
+        "surprise": 0.75,
+        "offsets": [-1.25],
+        "budget": 0.05,
+        "experts": teachers if method == "routed" else [],
+    }
+    write_card(
+        student,
+        _card(params, site, kind="student", query=query, decision=decision),
+        weights=weights,
+        seed=100 + index,
+    )
+    for expert in decision["experts"]:
+        write_card(student / "experts" / expert, _card(params, expert), weights=weights, seed=200 + index)
+    moved = 1_234_567 * len(teachers)
+    ask = {
+        "hospital": site,
+        "query": query,
+        "classes": [asked],
+        "method": method,
+        "budget": 0.05,
+        "max_teachers": None,
+        "exclude_teachers": [],
+    }
+    write_json(student / "query.json", ask)
+    plan = {
+        "format": "qkt-plan/1",
+        **{k: ask[k] for k in ("hospital", "query", "classes", "method", "budget")},
+        "local": local,
+        "teachers": [
+            {
+                "site": s,
+                "relevant": s in teachers,
+                "reason": reason if s in teachers else f"knows none of: {asked}",
+                "teaches": [asked] if s in teachers else [],
+                "known": _local(params, params.sites.index(s)),
+                "scores": {asked: 1.0 if s in teachers else 0.004},
+                "threshold": 0.1,
+                "bytes": 1_234_567,
+                "digest": digest_bytes(s.encode()),
+            }
+            for s in others
+        ],
+        "uncovered": [],
+        "bytes_moved": moved,
+    }
+    write_json(student / "plan.json", plan)
+    curves = [
+        {"epoch": float(e), "loss": round(2 / e, 6), "own": round(0.9 / e, 6), "features": round(1.1 / e, 6)}
+        for e in range(1, 25)
+    ]
+    write_json(
+        student / "phases.json",
+        {
+            "format": "qkt-phases/1",
+            "method": method,
+            "phase1": {"curves": curves, "views": 8, "teacher_passes": 2160} if method == "qkt" else None,
+            "phase2": {
+                "offsets": {asked: -1.25},
+                "budget": 0.05,
+                "given_away": 0.043478,
+                "calibration_images": 69,
+                "rare": {},
+                "curves": [],
+            },
+        },
+    )
+    before = {c: 0.0 if c == asked else 0.96 for c in relevant}
+    after = {c: (0.80 + 0.02 * index) if c == asked else 0.93 for c in relevant}
+    if loss:
+        after = {c: 0.05 if c == asked else 0.90 for c in relevant}
+    first, second = _scores(relevant, before, asked, 50), _scores(relevant, after, asked, 50)
+
+    def gain(key: str, sign: int = 1) -> dict[str, float]:
+        return interval(sign * (second[key]["value"] - first[key]["value"]), 0.03)
+
+    write_json(
+        workspace.reports / "evaluation" / site / f"{query}.json",
+        {
+            "format": "qkt-evaluation/1",
+            **ask,
+            "teachers": teachers,
+            "bytes_moved": moved,
+            "relevant": relevant,
+            "local": local,
+            "test_images": {c: 3 if c == asked else 50 for c in relevant},
+            "passes_per_prediction": 1 + len(teachers) if method == "routed" else 1,
+            "before": first,
+            "after": second,
+            "gain": gain("balanced_accuracy"),
+            "forgetting": gain("retained_accuracy", -1),
+            "query_gain": gain("query_accuracy"),
+        },
+    )
+
+
+def write_sample_run(
+    root: Path,
+    params: Params,
+    *,
+    weights: bool = False,
+    reason: str = "knows what is asked; nearest in scores",
+    loss_at: int | None = None,
+) -> None:
+    """Everything that report and track read. Query ``loss_at`` ends worse than the site's own model."""
+    workspace = Workspace(root)
+    for index in range(len(params.sites)):
+        _write_site(workspace, params, index, weights=weights)
+    for index in range(len(params.sites)):
+        _write_query(
+            workspace, params, index, weights=weights, reason=reason, loss=index == loss_at
+        )

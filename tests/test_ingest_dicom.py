@@ -1,0 +1,556 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import random
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.sequence import Sequence as Items
+
+from qkt_clinical.errors import FileRejected, SourceError
+from qkt_clinical.ingest import check_file, check_folder, reasons
+from qkt_clinical.ingest.dicom import coded_size
+from tests.ingest_files import (
+    CLASSES,
+    LITTLE,
+    codes,
+    dicom,
+    hospital,
+    ingest,
+    nifti,
+    noise,
+    save,
+    series,
+    uid,
+)
+
+CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def one(root: Path, data: Any, **changes: Any) -> NDArray[Any]:
+    """The prepared array of a site with one file."""
+    folder = hospital(root, "dicom", **changes)
+    save(data, folder / "solid" / "a.dcm")
+    return np.asarray(ingest(root)[1].images[0])
+
+
+# --- flat images ----------------------------------------------------------------------------------
+
+
+def test_eight_bit_grey_keeps_its_bytes(tmp_path: Path) -> None:
+    image = one(tmp_path, dicom(RAMP))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, RAMP[None])
+
+
+def test_monochrome1_is_the_inverse_of_monochrome2(tmp_path: Path) -> None:
+    plain = one(tmp_path / "a", dicom(RAMP))
+    inverse = one(tmp_path / "b", dicom(255 - RAMP, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(plain, inverse)
+    deep = RAMP.astype(np.uint16) * 4
+    window = {"size": [8, 8], "channels": 1, "window": {"center": 512, "width": 1024}}
+    high = one(tmp_path / "c", dicom(deep), image=window)
+    low = one(tmp_path / "d", dicom(1024 - deep, PhotometricInterpretation="MONOCHROME1"), image=window)
+    np.testing.assert_allclose(high, low, atol=1e-6)
+
+
+def test_rescale_then_window_gives_hand_computed_values(tmp_path: Path) -> None:
+    stored = np.zeros((8, 8), dtype=np.uint16)
+    stored[0, :4] = [0, 974, 1024, 1074]  # -1024, -50, 0 and 50 Hounsfield units
+    data = dicom(stored, RescaleSlope=1, RescaleIntercept=-1024)
+    window = {"size": [8, 8], "channels": 1, "window": {"center": 0, "width": 200}}
+    image = one(tmp_path, data, image=window)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image[0, 0, :4], [0.0, 0.25, 0.5, 0.75], atol=1e-6)
+
+
+def test_modality_lut_and_display_window_of_the_file(tmp_path: Path) -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData, table.ModalityLUTType = [64, 0, 16], list(range(0, 640, 10)), "US"
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    stored = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    data = dicom(stored, ModalityLUTSequence=Items([table]), WindowCenter=320.5, WindowWidth=641)
+    image = one(tmp_path, data)
+    # C.11.2.1.2: black at centre - 0.5 - (width - 1) / 2 = 0, white at 640.
+    np.testing.assert_allclose(image[0].reshape(-1), np.arange(64) * 10 / 640, atol=1e-6)
+
+
+def test_display_window_equal_to_the_type_keeps_eight_bits(tmp_path: Path) -> None:
+    image = one(tmp_path, dicom(RAMP, WindowCenter=128, WindowWidth=256))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image[0], RAMP)
+
+
+def test_padding_does_not_count_in_the_percentiles(tmp_path: Path) -> None:
+    stored = np.tile(np.arange(8, dtype=np.int16) * 100, (8, 1))
+    stored[0] = -2000
+    image = one(tmp_path, dicom(stored, PixelPaddingValue=-2000))
+    np.testing.assert_allclose(image[0, 0], 0.0)
+    np.testing.assert_allclose(image[0, 4], np.arange(8) / 7, atol=1e-6)
+
+
+def test_colour_palette_and_ybr_become_rgb(tmp_path: Path) -> None:
+    wanted = {"size": [8, 8], "channels": 3}
+    rgb = noise(1, 8, 8, 3)
+    np.testing.assert_array_equal(one(tmp_path / "rgb", dicom(rgb), image=wanted), rgb.transpose(2, 0, 1))
+
+    planes = dicom(rgb, PlanarConfiguration=1)
+    planes.PixelData = rgb.transpose(2, 0, 1).tobytes()
+    np.testing.assert_array_equal(one(tmp_path / "planes", planes, image=wanted), rgb.transpose(2, 0, 1))
+
+    index = (np.arange(64).reshape(8, 8) % 4).astype(np.uint8)
+    palette = dicom(index, PhotometricInterpretation="PALETTE COLOR")
+    for colour, values in (("Red", [0, 255, 0, 7]), ("Green", [0, 0, 255, 8]), ("Blue", [9, 0, 0, 255])):
+        setattr(palette, f"{colour}PaletteColorLookupTableDescriptor", [4, 0, 16])
+        words = (np.array(values, dtype=np.uint16) * 257).tobytes()
+        setattr(palette, f"{colour}PaletteColorLookupTableData", words)
+    image = one(tmp_path / "palette", palette, image=wanted)
+    assert image[:, 0, :4].T.tolist() == [[0, 0, 9], [255, 0, 0], [0, 255, 0], [7, 8, 255]]
+
+    grey = np.full((8, 8, 3), 128, dtype=np.uint8)
+    grey[..., 0] = RAMP
+    ybr = one(tmp_path / "ybr", dicom(grey, PhotometricInterpretation="YBR_FULL"), image=wanted)
+    np.testing.assert_array_equal(ybr, np.stack([RAMP] * 3))
+
+
+def test_rgb_to_grey_is_luminance(tmp_path: Path) -> None:
+    rgb = np.zeros((8, 8, 3), dtype=np.uint8)
+    rgb[0, 0], rgb[0, 1], rgb[0, 2] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert one(tmp_path, dicom(rgb))[0, 0, :3].tolist() == [76, 150, 29]
+
+
+@pytest.mark.parametrize(
+    "syntax", ["1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5"]
+)
+def test_lossless_compression_changes_nothing(tmp_path: Path, syntax: str) -> None:
+    pixels = noise(3, 32, 32)
+    data = dicom(pixels)
+    data.compress(syntax)
+    image = one(tmp_path, data, image={"size": [32, 32], "channels": 1})
+    np.testing.assert_array_equal(image[0], pixels)
+
+
+def test_tags_give_labels_and_patients(tmp_path: Path) -> None:
+    folder = hospital(
+        tmp_path,
+        "dicom",
+        label={"from": "tag", "tag": "StudyDescription"},
+        patient={"from": "tag", "tag": "PatientID"},
+        label_map={"MASS": "solid"},
+    )
+    for i, word in enumerate(["MASS", "cavity", "unheard-of", None]):
+        tags = {} if word is None else {"StudyDescription": word}
+        save(dicom(noise(i, 8, 8), patient=f"P-{i}", **tags), folder / f"{i}")  # no ending, as scanners do
+    save(dicom(noise(9, 8, 8), patient="", StudyDescription="MASS"), folder / "1.2.840.1")
+    manifest, site = ingest(tmp_path)
+    assert site.labels.tolist() == [0, 1]
+    assert manifest.rejected == {"label-unknown": 1, "label-missing": 1, "patient-missing": 1}
+
+
+def test_five_hundred_small_files_are_quick(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "dicom")
+    for i in range(500):
+        save(dicom(noise(i, 8, 8)), folder / "solid" / f"{i}.dcm")
+    start = time.perf_counter()
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 500
+    assert time.perf_counter() - start < 10  # about 1.5 s on an idle core
+
+
+# --- rejections -------------------------------------------------------------------------------------
+
+
+def deflated_bomb(path: Path) -> None:
+    save(dicom(RAMP, syntax="1.2.840.10008.1.2.1.99"), path)
+    blob = path.read_bytes()
+    start = 132 + 12 + int.from_bytes(blob[140:144], "little")
+    machine = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    path.write_bytes(blob[:start] + machine.compress(b"\0" * 3_000_000) + machine.flush())
+
+
+def lying_jpeg(path: Path) -> None:
+    """Declares 8 x 8 pixels around a JPEG stream of 4096 x 4096."""
+    data = dicom(RAMP, syntax="1.2.840.10008.1.2.4.50")
+    stream = bytes.fromhex("ffd8ffc0000b0810001000010111 00".replace(" ", "")) + b"\xff\xd9"
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].VR = "OB"
+    save(data, path)
+
+
+def cut(path: Path) -> None:
+    data = dicom(RAMP)
+    data.PixelData = data.PixelData[:-10]
+    save(data, path)
+
+
+def without(path: Path, *names: str) -> None:
+    data = dicom(RAMP)
+    for name in names:
+        delattr(data, name)
+    save(data, path)
+
+
+BROKEN = {
+    "empty": lambda p: p.write_bytes(b""),
+    "not-dicom": lambda p: p.write_bytes(b"\x1f\x8b" + bytes(300)),
+    "header-unreadable": lambda p: save(dicom(RAMP, Rows=0), p),
+    "transfer-syntax-missing": lambda p: p.write_bytes(bytes(128) + b"DICM" + b"\xff" * 200),
+    "truncated": cut,
+    "no-pixel-data": lambda p: without(p, "PixelData"),
+    "too-large": lambda p: save(dicom(RAMP, Rows=60_000, Columns=60_000), p),
+    "multi-frame": lambda p: save(dicom(noise(0, 2, 8, 8)), p),
+    "colour-unknown": lambda p: save(dicom(RAMP, PhotometricInterpretation="HSV"), p),
+    "non-image-object": lambda p: save(dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"), p),
+    "transfer-syntax-unsupported": lambda p: save(dicom(RAMP, syntax="1.2.840.10008.1.2.4.100"), p),
+    "pixels-undecodable": lying_jpeg,
+}
+
+
+@pytest.mark.parametrize("code", sorted(BROKEN))
+def test_bad_file_gets_its_code_and_the_rest_goes_on(tmp_path: Path, code: str) -> None:
+    folder = hospital(tmp_path, "dicom")
+    save(dicom(RAMP), folder / "solid" / "good.dcm")
+    if code == "transfer-syntax-unsupported":
+        data = dicom(RAMP, syntax="1.2.840.10008.1.2.4.100")
+        data.PixelData = encapsulate([b"\0" * 64])
+        data["PixelData"].VR = "OB"
+        save(data, folder / "solid" / "bad.dcm")
+    else:
+        BROKEN[code](folder / "solid" / "bad.dcm")
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 1
+    assert manifest.rejected == {code: 1}
+    assert code in reasons
+
+
+def test_deflated_bomb_is_refused_unread(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "dicom")
+    save(dicom(RAMP), folder / "solid" / "good.dcm")
+    deflated_bomb(folder / "solid" / "bomb.dcm")
+    assert (folder / "solid" / "bomb.dcm").stat().st_size < 10_000
+    manifest, _ = ingest(tmp_path, ingest={"max_file_mb": 1})
+    assert manifest.rejected == {"too-large": 1}
+
+
+def test_damage_anywhere_in_the_header_is_never_an_exception(tmp_path: Path) -> None:
+    path = save(
+        dicom(RAMP, WindowCenter=[1, 2], WindowWidth=[3, 4], RescaleSlope=2, RescaleIntercept=1),
+        tmp_path / "a",
+    )
+    blob = path.read_bytes()
+    rng = random.Random(0)
+    accepted = 0
+    for _ in range(300):
+        broken = bytearray(blob)
+        for _ in range(3):
+            broken[rng.randrange(132, len(blob))] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            check_file(path)
+            accepted += 1
+        except FileRejected as rejected:
+            assert rejected.code in reasons
+    assert 0 < accepted < 300
+
+
+def test_coded_size_of_compressed_streams() -> None:
+    for syntax in ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.80"):
+        data = dicom(noise(0, 32, 40))
+        data.compress(syntax)
+        (frame,) = generate_frames(data.PixelData, number_of_frames=1)
+        assert coded_size(frame) == (32, 40)
+    assert coded_size(b"\xff\xd8\xff") is None
+    assert coded_size(b"RLE") is None
+
+
+# --- series -----------------------------------------------------------------------------------------
+
+SIZE = (4, 5, 6)
+VOLUME = (np.arange(120).reshape(SIZE) * 7 % 251).astype(np.uint16)
+"""(D, H, W) to head, back and left; no symmetry of any kind."""
+IMAGE = {"size": list(SIZE), "channels": 1, "window": {"center": 125, "width": 250}}
+EXPECTED = VOLUME[None] / 250
+
+
+def volumes(root: Path, **changes: Any) -> Path:
+    return hospital(root, "dicom", image=IMAGE, **changes)
+
+
+def test_series_is_sorted_by_position_not_by_name_or_number(tmp_path: Path) -> None:
+    folder = volumes(tmp_path)
+    series(folder / "solid" / "s", VOLUME, names=["c", "a", "d", "b"])
+    _, site = ingest(tmp_path)
+    assert site.images.shape == (1, 1, *SIZE)
+    np.testing.assert_allclose(site.images[0], EXPECTED, atol=1e-6)
+
+
+def test_every_orientation_of_dicom_and_nifti_gives_one_array(tmp_path: Path) -> None:
+    """Axial from the feet or the head, coronal, sagittal and NIfTI in three voxel orders."""
+    left, back, head = np.eye(3)
+    views = {
+        "axial": (VOLUME, left, back),
+        "axial-reversed": (VOLUME[::-1, ::-1], left, -back),
+        "coronal": (VOLUME[::-1].transpose(1, 0, 2), left, -head),
+        "sagittal": (VOLUME[::-1].transpose(2, 0, 1), back, -head),
+    }
+    for name, (stack, row, column) in views.items():
+        root = tmp_path / name
+        normal = np.cross(row, column)
+        stored = stack if normal.sum() > 0 else stack
+        # The stack runs along its slices' normal; where that points the other way, store it reversed.
+        axis = {"axial": head, "axial-reversed": -head, "coronal": back, "sagittal": left}[name]
+        stored = stack if normal @ axis > 0 else stack[::-1]
+        series(volumes(root) / "solid" / "s", stored, orientation=(*row, *column), step=1.0)
+        np.testing.assert_allclose(ingest(root)[1].images[0], EXPECTED, atol=1e-6, err_msg=name)
+    xyz = VOLUME.transpose(2, 1, 0)  # (X, Y, Z) to left, back, head
+    orders = {
+        "lps": (xyz, np.diag([-1.0, -1, 1, 1])),
+        "ras": (xyz[::-1, ::-1], np.diag([1.0, 1, 1, 1])),
+        "slp": (
+            xyz.transpose(2, 0, 1),
+            np.array([[0, -1.0, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+        ),
+    }
+    for name, (voxels, affine) in orders.items():
+        root = tmp_path / name
+        nifti(
+            hospital(root, "nifti", image=IMAGE) / "solid" / "a.nii.gz", np.ascontiguousarray(voxels), affine
+        )
+        np.testing.assert_allclose(ingest(root)[1].images[0], EXPECTED, atol=1e-6, err_msg=name)
+
+
+def test_oblique_series_agrees_with_its_nifti(tmp_path: Path) -> None:
+    angle = np.deg2rad(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    row, column = turn[:, 0], turn[:, 1]
+    series(volumes(tmp_path / "d") / "solid" / "s", VOLUME, orientation=(*row, *column), step=3.0)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([-1, -1, 1]) @ turn @ np.diag([1, 1, 3])
+    folder = hospital(tmp_path / "n", "nifti", image=IMAGE)
+    nifti(folder / "solid" / "a.nii", np.ascontiguousarray(VOLUME.transpose(2, 1, 0)), affine)
+    first, second = ingest(tmp_path / "d")[1].images[0], ingest(tmp_path / "n")[1].images[0]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, EXPECTED, atol=1e-6)
+
+
+def test_spacing_follows_the_axes(tmp_path: Path) -> None:
+    """2 mm slices, 4 mm rows, 1 mm columns, wanted at 1 mm: sizes double and quadruple."""
+    image = {**IMAGE, "size": [8, 20, 6], "spacing_mm": [1, 1, 1]}
+    folder = hospital(tmp_path, "dicom", image=image)
+    constant = np.full(SIZE, 50, dtype=np.uint16)
+    series(folder / "solid" / "s", constant, step=2.0, spacing=(4.0, 1.0))
+    _, site = ingest(tmp_path)
+    np.testing.assert_allclose(site.images[0], 0.2, atol=1e-6)  # nothing padded: the sizes fit
+
+
+def per_slice(paths: list[Path], change: Any) -> None:
+    import pydicom
+
+    for k, path in enumerate(paths):
+        data = pydicom.dcmread(path)
+        change(k, data)
+        data.save_as(path)
+
+
+def shift(k: int, data: Any) -> None:
+    data.ImagePositionPatient = [0, 2.0 * k, 2.0 * k]
+
+
+def uneven(k: int, data: Any) -> None:
+    data.ImagePositionPatient = [0, 0, [0.0, 2.0, 5.1, 7.1, 9.0, 11.0][k]]
+
+
+def same_place(k: int, data: Any) -> None:
+    data.ImagePositionPatient = [0, 0, [0.0, 2.0, 2.0, 4.0, 6.0, 8.0][k]]
+
+
+def localiser(k: int, data: Any) -> None:
+    if k == 0:
+        data.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+
+def other_spacing(k: int, data: Any) -> None:
+    if k == 2:
+        data.PixelSpacing = [0.5, 0.5]
+
+
+def no_position(k: int, data: Any) -> None:
+    if k == 1:
+        del data.ImagePositionPatient
+
+
+def skewed(k: int, data: Any) -> None:
+    data.ImageOrientationPatient = [1, 0, 0, 1, 0, 0]
+
+
+def damaged(k: int, data: Any) -> None:
+    if k == 2:
+        data.PixelData = data.PixelData[:20]
+
+
+SERIES = {
+    "slices-shifted": (shift, {"slices-shifted": 4}),
+    "spacing-uneven": (uneven, {"spacing-uneven": 4}),
+    "slice-duplicate": (same_place, {"slice-duplicate": 4}),
+    "orientation-mixed": (localiser, {"orientation-mixed": 4}),
+    "sizes-mixed": (other_spacing, {"sizes-mixed": 4}),
+    "geometry-missing": (no_position, {"geometry-missing": 4}),
+    "geometry-invalid": (skewed, {"geometry-invalid": 4}),
+    "series-incomplete": (damaged, {"truncated": 1, "series-incomplete": 3}),
+}
+
+
+@pytest.mark.parametrize("code", sorted(SERIES))
+def test_bad_series_gets_its_code_and_the_rest_goes_on(tmp_path: Path, code: str) -> None:
+    folder = volumes(tmp_path)
+    series(folder / "solid" / "good", VOLUME)
+    change, expected = SERIES[code]
+    per_slice(series(folder / "solid" / "bad", VOLUME + 1), change)
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 1
+    assert manifest.rejected == expected
+
+
+@pytest.mark.parametrize(("leave_out", "code"), [((1,), "slice-missing"), ((1, 2, 3), "too-few-slices")])
+def test_missing_slices(tmp_path: Path, leave_out: tuple[int, ...], code: str) -> None:
+    folder = volumes(tmp_path)
+    series(folder / "solid" / "good", VOLUME)
+    series(folder / "solid" / "bad", VOLUME + 1, leave_out=leave_out)
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 1
+    assert manifest.rejected == {code: 4 - len(leave_out)}
+
+
+def test_rounded_positions_are_even_enough(tmp_path: Path) -> None:
+    folder = volumes(tmp_path)
+    paths = series(folder / "solid" / "s", VOLUME, step=0.625)
+
+    def rounded(k: int, data: Any) -> None:
+        data.ImagePositionPatient = [0, 0, round(0.625 * k, 1)]
+
+    per_slice(paths, rounded)
+    assert ingest(tmp_path)[0].count == 1
+
+
+def test_copied_slice_file_is_dropped_and_the_series_kept(tmp_path: Path) -> None:
+    folder = volumes(tmp_path)
+    paths = series(folder / "solid" / "s", VOLUME)
+    shutil.copy(paths[1], folder / "solid" / "s" / "copy.dcm")
+    manifest, site = ingest(tmp_path)
+    assert manifest.rejected == {"duplicate": 1}
+    np.testing.assert_allclose(site.images[0], EXPECTED, atol=1e-6)
+
+
+def test_series_labels_from_a_table_of_folders(tmp_path: Path) -> None:
+    folder = volumes(
+        tmp_path,
+        label={"from": "csv", "file": "series.csv", "key": "series", "column": "finding"},
+        patient={"from": "tag", "tag": "PatientID"},
+    )
+    series(folder / "p1" / "s1", VOLUME)
+    series(folder / "p1" / "s2", VOLUME + 1)
+    series(folder / "p1" / "s3", VOLUME + 2)
+    (folder / "series.csv").write_text(
+        f"series,finding\np1/s1,cavity\n{uid(folder / 'p1' / 's2')},calcified\ns3,solid\np1/s3,cavity\n"
+    )
+    _, site = ingest(tmp_path)
+    assert site.labels.tolist() == [CLASSES.index(w) for w in ("cavity", "calcified", "cavity")]
+    assert len(set(site.groups)) == 1
+
+
+def test_two_patients_in_one_series_are_refused(tmp_path: Path) -> None:
+    folder = volumes(tmp_path, patient={"from": "tag", "tag": "PatientID"})
+    series(folder / "solid" / "good", VOLUME)
+
+    def other(k: int, data: Any) -> None:
+        data.PatientID = f"P-{k % 2}"
+
+    per_slice(series(folder / "solid" / "bad", VOLUME + 1), other)
+    assert ingest(tmp_path)[0].rejected == {"patient-conflict": 4}
+
+
+def enhanced() -> Any:
+    """Enhanced multi-frame: frames out of order, spacing and rescale shared, positions per frame."""
+    order = [2, 0, 3, 1]
+    data = dicom(VOLUME[order], PixelSpacing=None, SeriesInstanceUID=uid("enhanced"))
+    shared = Dataset()
+    measures, turn, units = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing = [1, 1]
+    turn.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    units.RescaleSlope, units.RescaleIntercept = 2, -10
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Items([measures]), Items([turn])
+    shared.PixelValueTransformationSequence = Items([units])
+    data.SharedFunctionalGroupsSequence = Items([shared])
+    frames = []
+    for k in order:
+        place, frame = Dataset(), Dataset()
+        place.ImagePositionPatient = [0, 0, 2.0 * k]
+        frame.PlanePositionSequence = Items([place])
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = Items(frames)
+    return data
+
+
+def test_enhanced_multi_frame_is_placed_by_its_frames(tmp_path: Path) -> None:
+    image = {**IMAGE, "window": {"center": 240, "width": 500}}  # 2 x - 10 from -10 to 490
+    save(enhanced(), hospital(tmp_path, "dicom", image=image) / "solid" / "e.dcm")
+    np.testing.assert_allclose(ingest(tmp_path)[1].images[0], EXPECTED, atol=1e-6)
+
+
+def test_multi_frame_without_positions_is_no_volume(tmp_path: Path) -> None:
+    save(dicom(VOLUME), volumes(tmp_path) / "solid" / "cine.dcm")
+    with pytest.raises(SourceError, match="multi-frame"):
+        ingest(tmp_path)
+    assert codes  # nothing was written
+    assert not (tmp_path / "data").exists()
+
+
+# --- real files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="needs ../shared/data/dicom-conformance")
+def test_conformance_files_get_the_right_verdict() -> None:
+    got = {row["file"]: row for row in check_folder(CONFORMANCE)}
+    lossless_jpeg = importlib.util.find_spec("gdcm") is not None
+    with (CONFORMANCE / "manifest.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 59
+    for row in rows:
+        verdict = got[row["file"]]
+        assert verdict["accepted"] == (verdict["code"] is None)
+        assert verdict["accepted"] or verdict["code"] in reasons
+        if row["expected"] == "broken":
+            assert not verdict["accepted"], row["file"]
+        elif row["kind"] != "image" or "SEG" in row["special"]:
+            assert verdict["code"] == "non-image-object", row["file"]
+        elif row["transfer_syntax"] == "1.2.840.10008.1.2.4.70" and not lossless_jpeg:
+            assert verdict["code"] == "transfer-syntax-unsupported", row["file"]
+        else:
+            assert verdict["accepted"], (row["file"], verdict["code"])
+
+
+@pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="needs ../shared/data/dicom-conformance")
+def test_same_pixels_in_every_encoding(tmp_path: Path) -> None:
+    """MR_small in six encodings: one picture, of which ingest keeps one copy."""
+    folder = hospital(tmp_path, "dicom", image={"size": [64, 64], "channels": 1})
+    (folder / "solid").mkdir()
+    for path in sorted((CONFORMANCE / "pydicom").glob("MR_small*.dcm")):
+        shutil.copy(path, folder / "solid" / path.name)
+    manifest, _ = ingest(tmp_path)
+    assert (manifest.count, manifest.rejected) == (1, {"duplicate": 5})
+
+
+def test_little_endian_is_the_default_here() -> None:
+    assert dicom(RAMP).file_meta.TransferSyntaxUID == LITTLE
+    assert nibabel.aff2axcodes(np.diag([-1, -1, 1, 1])) == ("L", "P", "S")
