@@ -136,7 +136,11 @@ def _read_json(path: Path, site: str | None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise BundleError(
-            "cannot be read", remedy=REMEDY, file=path, site=site, code="bundle-missing"
+            "cannot be read",
+            remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
+            file=path,
+            site=site,
+            code="bundle-missing",
         ) from None
     except (ValueError, RecursionError):
         raise BundleError("not JSON", remedy=REMEDY, file=path, site=site, code="bundle-card") from None

@@ -207,10 +207,10 @@ class TransferParams(Strict):
     views: Annotated[int, Field(ge=1, le=64)] = 8
     """Augmented views per local image; each teacher sees each view once."""
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
-    surprise: Annotated[float, Field(ge=0.0, le=4.0)] = 0.75
-    """Weight of the student's own logits in the query's score (method.md's lambda on z_loc)."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    surprise: Annotated[float, Field(ge=0.0, le=4.0)] = 0.4
+    """How much the student's own largest logit speaks against the query."""
     ridge: Annotated[float, Field(gt=0)] = 1e-2
+    """Penalty of the closed-form regression of ``qkt-light``."""
 
 
 class EvaluateParams(Strict):

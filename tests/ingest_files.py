@@ -15,7 +15,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 
 from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import Manifest, PreparedSite, load_prepared
-from qkt_clinical.ingest import ingest_site
+from qkt_clinical.errors import FileRejected
+from qkt_clinical.ingest import check_file, ingest_site
 
 CLASSES = ("solid", "cavity", "calcified")
 SITE = "alder"
@@ -130,10 +131,14 @@ def nifti(path: Path, voxels: NDArray[Any], affine: NDArray[Any] | Sequence[floa
     return path
 
 
-def codes(root: Path) -> dict[str, int]:
-    """Reason code to number of rows of the integrity report."""
-    return load_prepared(Workspace(root).prepared(SITE)).manifest.rejected
-
-
 def noise(seed: int, *shape: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def verdict(path: Path) -> str | None:
+    """The reason code of one file, None where it is readable."""
+    try:
+        check_file(path, max_file_mb=10)
+    except FileRejected as rejected:
+        return rejected.code
+    return None

@@ -25,7 +25,7 @@ def share(*names: object) -> float:
 
 
 def sample_params(classes: Sequence[str] = BLOOD_CELLS, sites: int = 3, **sections: Any) -> Params:
-    """Site ``h<i>`` has the classes i, i + 1 and i + 2 and asks for class i + 3, query ``q<i>``."""
+    """Site ``h<i>`` has the classes i, i + 1 and i + 2 and asks one query, ``q<i>``."""
     names = [f"h{i}" for i in range(sites)]
     queries = {f"{n}-q{i}": {"hospital": n, "query": f"q{i}"} for i, n in enumerate(names)}
     data = {"classes": list(classes), "sites": names, "queries": queries, **sections}
@@ -34,6 +34,11 @@ def sample_params(classes: Sequence[str] = BLOOD_CELLS, sites: int = 3, **sectio
 
 def _local(params: Params, index: int) -> list[str]:
     return [params.classes[(index + k) % len(params.classes)] for k in range(3)]
+
+
+def asked_class(params: Params, index: int) -> str:
+    """The next class where some other site has it, else the one before."""
+    return params.classes[index + 3 if index + 3 < len(params.sites) + 2 else index - 1]
 
 
 def _card(params: Params, site: str, **rest: Any) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _write_query(
     workspace: Workspace, params: Params, index: int, *, weights: bool, reason: str, loss: bool
 ) -> None:
     site, query = params.sites[index], f"q{index}"
-    local, asked = _local(params, index), params.classes[(index + 3) % len(params.classes)]
+    local, asked = _local(params, index), asked_class(params, index)
     method = ("qkt", "qkt-light", "routed")[index % 3]
     relevant = [c for c in params.classes if c in {*local, asked}]
     others = [s for s in params.sites if s != site]
@@ -175,7 +180,10 @@ def _write_query(
         seed=100 + index,
     )
     for expert in decision["experts"]:
-        write_card(student / "experts" / expert, _card(params, expert), weights=weights, seed=200 + index)
+        copy = student / "experts" / expert
+        copy.mkdir(parents=True)
+        for name in (CARD, WEIGHTS, MASK):
+            (copy / name).write_bytes((workspace.teacher(expert) / name).read_bytes())
     moved = 1_234_567 * len(teachers)
     ask = {
         "hospital": site,
@@ -248,6 +256,7 @@ def _write_query(
             "relevant": relevant,
             "local": local,
             "test_images": {c: 3 if c == asked else 50 for c in relevant},
+            "test_sites": sorted({site, *teachers}),
             "passes_per_prediction": 1 + len(teachers) if method == "routed" else 1,
             "before": first,
             "after": second,
@@ -271,6 +280,4 @@ def write_sample_run(
     for index in range(len(params.sites)):
         _write_site(workspace, params, index, weights=weights)
     for index in range(len(params.sites)):
-        _write_query(
-            workspace, params, index, weights=weights, reason=reason, loss=index == loss_at
-        )
+        _write_query(workspace, params, index, weights=weights, reason=reason, loss=index == loss_at)

@@ -9,7 +9,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,13 +16,11 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence as Items
 
-from qkt_clinical.errors import FileRejected, SourceError
-from qkt_clinical.ingest import check_file, check_folder, reasons
+from qkt_clinical.errors import SourceError
+from qkt_clinical.ingest import check_folder, reasons
 from qkt_clinical.ingest.dicom import coded_size
 from tests.ingest_files import (
     CLASSES,
-    LITTLE,
-    codes,
     dicom,
     hospital,
     ingest,
@@ -32,6 +29,7 @@ from tests.ingest_files import (
     save,
     series,
     uid,
+    verdict,
 )
 
 CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
@@ -188,6 +186,13 @@ def lying_jpeg(path: Path) -> None:
     save(data, path)
 
 
+def mpeg(path: Path) -> None:
+    data = dicom(RAMP, syntax="1.2.840.10008.1.2.4.100")
+    data.PixelData = encapsulate([bytes(64)])
+    data["PixelData"].VR = "OB"
+    save(data, path)
+
+
 def cut(path: Path) -> None:
     data = dicom(RAMP)
     data.PixelData = data.PixelData[:-10]
@@ -212,7 +217,7 @@ BROKEN = {
     "multi-frame": lambda p: save(dicom(noise(0, 2, 8, 8)), p),
     "colour-unknown": lambda p: save(dicom(RAMP, PhotometricInterpretation="HSV"), p),
     "non-image-object": lambda p: save(dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"), p),
-    "transfer-syntax-unsupported": lambda p: save(dicom(RAMP, syntax="1.2.840.10008.1.2.4.100"), p),
+    "transfer-syntax-unsupported": mpeg,
     "pixels-undecodable": lying_jpeg,
 }
 
@@ -221,13 +226,7 @@ BROKEN = {
 def test_bad_file_gets_its_code_and_the_rest_goes_on(tmp_path: Path, code: str) -> None:
     folder = hospital(tmp_path, "dicom")
     save(dicom(RAMP), folder / "solid" / "good.dcm")
-    if code == "transfer-syntax-unsupported":
-        data = dicom(RAMP, syntax="1.2.840.10008.1.2.4.100")
-        data.PixelData = encapsulate([b"\0" * 64])
-        data["PixelData"].VR = "OB"
-        save(data, folder / "solid" / "bad.dcm")
-    else:
-        BROKEN[code](folder / "solid" / "bad.dcm")
+    BROKEN[code](folder / "solid" / "bad.dcm")
     manifest, _ = ingest(tmp_path)
     assert manifest.count == 1
     assert manifest.rejected == {code: 1}
@@ -250,18 +249,15 @@ def test_damage_anywhere_in_the_header_is_never_an_exception(tmp_path: Path) -> 
     )
     blob = path.read_bytes()
     rng = random.Random(0)
-    accepted = 0
+    verdicts = []
     for _ in range(300):
         broken = bytearray(blob)
         for _ in range(3):
             broken[rng.randrange(132, len(blob))] = rng.randrange(256)
         path.write_bytes(broken)
-        try:
-            check_file(path)
-            accepted += 1
-        except FileRejected as rejected:
-            assert rejected.code in reasons
-    assert 0 < accepted < 300
+        verdicts.append(verdict(path))
+    assert set(verdicts) <= {*reasons, None}
+    assert 0 < verdicts.count(None) < 300
 
 
 def test_coded_size_of_compressed_streams() -> None:
@@ -307,7 +303,6 @@ def test_every_orientation_of_dicom_and_nifti_gives_one_array(tmp_path: Path) ->
     for name, (stack, row, column) in views.items():
         root = tmp_path / name
         normal = np.cross(row, column)
-        stored = stack if normal.sum() > 0 else stack
         # The stack runs along its slices' normal; where that points the other way, store it reversed.
         axis = {"axial": head, "axial-reversed": -head, "coronal": back, "sagittal": left}[name]
         stored = stack if normal @ axis > 0 else stack[::-1]
@@ -512,8 +507,7 @@ def test_multi_frame_without_positions_is_no_volume(tmp_path: Path) -> None:
     save(dicom(VOLUME), volumes(tmp_path) / "solid" / "cine.dcm")
     with pytest.raises(SourceError, match="multi-frame"):
         ingest(tmp_path)
-    assert codes  # nothing was written
-    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "data").exists()  # nothing was written
 
 
 # --- real files -------------------------------------------------------------------------------------
@@ -549,8 +543,3 @@ def test_same_pixels_in_every_encoding(tmp_path: Path) -> None:
         shutil.copy(path, folder / "solid" / path.name)
     manifest, _ = ingest(tmp_path)
     assert (manifest.count, manifest.rejected) == (1, {"duplicate": 5})
-
-
-def test_little_endian_is_the_default_here() -> None:
-    assert dicom(RAMP).file_meta.TransferSyntaxUID == LITTLE
-    assert nibabel.aff2axcodes(np.diag([-1, -1, 1, 1])) == ("L", "P", "S")

@@ -182,18 +182,31 @@ def _resized(image: F32, size: tuple[int, ...]) -> F32:
     if all(new <= old for new, old in zip(size, image.shape[1:], strict=True)):
         change = _monai().Resize(size, mode="area")
     else:
-        mode = "bilinear" if len(size) == 2 else "trilinear"
-        change = _monai().Resize(size, mode=mode, anti_aliasing=True)
+        image = _smoothed(image, [old / new for new, old in zip(size, image.shape[1:], strict=True)])
+        change = _monai().Resize(size, mode="bilinear" if len(size) == 2 else "trilinear")
     return np.asarray(change(image), dtype=np.float32)
+
+
+def _smoothed(image: F32, factors: Sequence[float]) -> F32:
+    """Smooth (C, ...) along the axes that are to shrink by ``factors`` above 1.
+
+    Edges are repeated outwards first: MONAI's filter, also within Resize, takes what lies outside as 0
+    and would draw a dark frame.
+    """
+    sigma = [max(0.0, (factor - 1) / 2) for factor in factors]
+    if not any(sigma):
+        return image
+    margin = [0, *(int(np.ceil(4 * s)) for s in sigma)]
+    padded = np.pad(image, [(m, m) for m in margin], mode="edge")
+    smooth = np.asarray(_monai().GaussianSmooth(sigma=sigma)(padded), dtype=np.float32)
+    return smooth[tuple(slice(m, length - m) for m, length in zip(margin, smooth.shape, strict=True))]
 
 
 def _respaced(image: F32, old: tuple[float, ...], new: tuple[float, ...]) -> F32:
     import torch
 
-    sigma = [max(0.0, (n / o - 1) / 2) for o, n in zip(old, new, strict=True)]
+    image = _smoothed(image, [n / o for o, n in zip(old, new, strict=True)])
     tensor = torch.as_tensor(np.ascontiguousarray(image))
-    if any(sigma):
-        tensor = torch.as_tensor(_monai().GaussianSmooth(sigma=sigma)(tensor))
     affine = torch.diag(torch.tensor([*old, 1.0], dtype=torch.float64))
     # scale_extent with align_corners: outer edges of the outer pixels stay where they are.
     change = _monai().Spacing(

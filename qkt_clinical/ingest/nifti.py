@@ -45,7 +45,10 @@ def _header(path: Path) -> Any:
     from nibabel.nifti2 import Nifti2Header
 
     with reading("not-nifti"), (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
-        block = stream.read(540)
+        try:
+            block = stream.read(540)
+        except EOFError:  # gzip
+            raise reject("truncated") from None
     for length, start, magics, kind in (
         (348, 344, (b"n+1\0", b"ni1\0"), Nifti1Header),
         (540, 4, (b"n+2\0", b"ni2\0"), Nifti2Header),

@@ -223,6 +223,8 @@ class _Gathered:
     files: list[tuple[SourceFile, ...]] = field(default_factory=list)
     by_pixels: dict[bytes, int] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
+    copies: dict[int, list[tuple[SourceFile, ...]]] = field(default_factory=dict)
+    """Position of an accepted image to the files refused as copies of it."""
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -357,8 +359,12 @@ def _refuse_copy(sample: Sample, kind: int, gathered: _Gathered, position: int) 
         return
     if gathered.labels[earlier] != kind and earlier not in gathered.withdrawn:
         gathered.withdrawn.add(earlier)
-        gathered.refusals.append(Refusal(gathered.files[earlier], "duplicate-conflict"))
-    raise reject("duplicate-conflict" if earlier in gathered.withdrawn else "duplicate")
+        for files in (gathered.files[earlier], *gathered.copies.get(earlier, ())):
+            gathered.refusals.append(Refusal(files, "duplicate-conflict"))
+    if earlier in gathered.withdrawn:
+        raise reject("duplicate-conflict")
+    gathered.copies.setdefault(earlier, []).append(sample.files)
+    raise reject("duplicate")
 
 
 def _fingerprint(picture: Picture) -> bytes:

@@ -14,6 +14,7 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_bytes, digest_file, to_json
+from qkt_clinical.query import Plan
 
 
 class View(BaseModel):
@@ -31,7 +32,7 @@ class Interval(View):
 
 
 class Scores(View):
-    """Figures of one model on held-out images; ``confusion`` has truth in rows, in the order of ``relevant``."""
+    """Figures of one model on held-out images; ``confusion`` has truth in rows, ordered as ``relevant``."""
 
     query_accuracy: Interval
     retained_accuracy: Interval
@@ -55,34 +56,13 @@ class Evaluation(View):
     relevant: tuple[str, ...]
     local: tuple[str, ...]
     test_images: dict[str, int]
+    test_sites: tuple[str, ...] = ()
     passes_per_prediction: int
     before: Scores
     after: Scores
     gain: Interval
     forgetting: Interval
     query_gain: Interval
-
-
-class PlanTeacher(View):
-    """Why one teacher was or was not chosen."""
-
-    site: str
-    relevant: bool
-    reason: str
-    teaches: tuple[str, ...] = ()
-    known: tuple[str, ...] = ()
-    scores: dict[str, float] = {}
-    threshold: float
-    bytes: int
-    digest: str
-
-
-class Plan(View):
-    """``plan.json``."""
-
-    teachers: tuple[PlanTeacher, ...]
-    uncovered: tuple[str, ...] = ()
-    bytes_moved: int
 
 
 class Phase1(View):
@@ -115,12 +95,12 @@ class Phases(View):
 class TeacherMetrics(View):
     """``metrics.json`` of a teacher, on its validation images."""
 
-    balanced_accuracy: float
+    balanced_accuracy: float | None
     recall: dict[str, float]
     epochs: int
     best_epoch: int
     stopped_early: bool
-    parameters: int
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,315 @@
+"""``qkt``: a thin command line over the library. Heavy rooms are imported inside commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from qkt_clinical import __version__
+from qkt_clinical.catalog import STAGES, Device
+from qkt_clinical.config import Params, Workspace, load_params
+from qkt_clinical.console import errors_as_lines, progress
+from qkt_clinical.errors import ConfigError
+
+EPILOG = "Exit codes: 0 ok, 1 failed (the message says what to do), 2 wrong use."
+
+app = typer.Typer(
+    name="qkt",
+    help="Learn to recognise a diagnosis from other hospitals' models, without any image leaving a site.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Root = Annotated[
+    Path, typer.Option("--root", "-C", help="Workspace: the folder with params.yaml.", file_okay=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+OnDevice = Annotated[
+    Device | None, typer.Option("--device", help="Overrides 'device' in params.yaml.", show_default=False)
+]
+Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
+Hospital = Annotated[str | None, typer.Argument(help="The asking hospital; all queries where none is named.")]
+Query = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
+HERE = Path()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _named_sites(params: Params, sites: list[str] | None) -> list[str]:
+    return list(sites) if sites else list(params.sites)
+
+
+def _named_queries(params: Params, hospital: str | None, query: str | None) -> list[tuple[str, str]]:
+    """The queries meant: one, all of a hospital, or all."""
+    if hospital and query:
+        return [(hospital, query)]
+    chosen = [(r.hospital, r.query) for _, r in sorted(params.queries.items())]
+    if hospital:
+        chosen = [c for c in chosen if c[0] == hospital]
+    if not chosen:
+        raise ConfigError(
+            f"no query of {hospital or 'any hospital'} in params.yaml",
+            remedy="Name hospital and query, or add the query to params.yaml.",
+        )
+    return chosen
+
+
+class _SiteOrCommand(TyperGroup):
+    """``qkt ingest [SITE]...`` and ``qkt ingest check``: a first word that is no command is a site."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [a for a in args if not a.startswith("-")]
+        if "--help" not in args and (not words or words[0] not in self.commands):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+ingest_app = typer.Typer(
+    cls=_SiteOrCommand,
+    epilog=EPILOG,
+    pretty_exceptions_enable=False,
+    help=f"{STAGES['ingest'].capitalize()}.",
+)
+app.add_typer(ingest_app, name="ingest")
+
+
+@ingest_app.command("run", epilog=EPILOG)
+def ingest(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Turn hospitals' files into arrays with patient-wise splits ('run' may be left out)."""
+    from qkt_clinical.ingest import ingest_site
+
+    params = load_params(root)
+    done = {}
+    for site in _named_sites(params, sites):
+        with progress(f"ingest {site}", quiet=as_json) as step:
+            manifest = ingest_site(root, site, params, progress=step)
+        done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
+        if not as_json:
+            rejected = sum(manifest.rejected.values())
+            print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
+    if as_json:
+        _print_json(done)
+
+
+@app.command(epilog=EPILOG)
+def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
+    """Train each hospital's teacher on its own images."""
+    from qkt_clinical.stages.train import train_site
+
+    params = load_params(root)
+    done = {}
+    for site in _named_sites(params, sites):
+        with progress(f"train {site}", quiet=as_json) as step:
+            done[site] = train_site(root, site, params, device=device, progress=step)
+        if not as_json:
+            print(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
+    if as_json:
+        _print_json(done)
+
+
+@app.command(epilog=EPILOG)
+def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Find out which classes each teacher knows, without any image."""
+    from qkt_clinical.stages.mask import mask_site
+
+    params = load_params(root)
+    done = {}
+    for site in _named_sites(params, sites):
+        found = mask_site(root, site, params)
+        known = [c for c, k in zip(found.classes, found.known, strict=True) if k]
+        done[site] = {
+            "known": known,
+            "scores": dict(zip(found.classes, found.scores, strict=True)),
+            "threshold": found.threshold,
+        }
+        if not as_json:
+            print(f"{site}: knows {', '.join(known)}")
+    if as_json:
+        _print_json(done)
+
+
+@app.command(epilog=EPILOG)
+def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Choose the relevant teachers of a query and fetch their bundles."""
+    from qkt_clinical.query import plan_query
+
+    params = load_params(root)
+    done = []
+    for site, name in _named_queries(params, hospital, query):
+        made = plan_query(root, site, name, params)
+        done.append(made.model_dump(mode="json"))
+        if not as_json:
+            print(f"{site}/{name}: {', '.join(made.relevant)}; {made.bytes_moved:,} bytes")
+            for teacher in made.teachers:
+                print(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
+    if as_json:
+        _print_json(done)
+
+
+@app.command(epilog=EPILOG)
+def transfer(
+    hospital: Hospital = None,
+    query: Query = None,
+    root: Root = HERE,
+    device: OnDevice = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a query on the asking hospital's images: phase 1 and phase 2.
+
+    Makes the plan first where there is none.
+    """
+    from qkt_clinical.query import plan_query
+    from qkt_clinical.stages.transfer import transfer_query
+
+    params = load_params(root)
+    done = []
+    for site, name in _named_queries(params, hospital, query):
+        if not (Workspace(root).fetched(site, name) / "plan.json").is_file():
+            plan_query(root, site, name, params)
+        with progress(f"transfer {site}/{name}", quiet=as_json) as step:
+            phases = transfer_query(root, site, name, params, device=device, progress=step)
+        done.append({"hospital": site, "query": name, **phases})
+        if not as_json:
+            given = phases["phase2"]["given_away"]
+            print(f"{site}/{name}: answered by {phases['method']}; {given:.1%} of own images given away")
+    if as_json:
+        _print_json(done)
+
+
+@app.command(epilog=EPILOG)
+def evaluate(root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
+    """Measure every answer on held-out patients, before and after."""
+    from qkt_clinical.stages.evaluate import evaluate_queries
+
+    rows = evaluate_queries(root, load_params(root), device=device)
+    if as_json:
+        _print_json(rows)
+    else:
+        _table(rows)
+
+
+@app.command(epilog=EPILOG)
+def report(root: Root = HERE, as_json: Json = False) -> None:
+    """Write the HTML report, reports/index.html."""
+    from qkt_clinical.report import write_figure, write_report
+
+    params = load_params(root)
+    written = [write_report(root, params), write_figure(root)]
+    if as_json:
+        _print_json({"files": [p.as_posix() for p in written]})
+    else:
+        print(f"report: {written[0]}")
+
+
+@app.command(epilog=EPILOG)
+def track(root: Root = HERE, as_json: Json = False) -> None:
+    """Mirror the outputs to MLflow; running it again changes nothing, and rebuilds an empty database."""
+    from qkt_clinical.tracking import track as mirror
+
+    done = mirror(root, load_params(root))
+    if as_json:
+        _print_json(done)
+    else:
+        print(f"track: {len(done['models'])} registered models")
+
+
+@app.command(epilog=EPILOG)
+def summary(root: Root = HERE, as_json: Json = False) -> None:
+    """Print the table of answered queries, and where report and database are."""
+    path = Workspace(root).reports / "queries.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path) from None
+    if as_json:
+        _print_json(rows)
+        return
+    _table(rows)
+    for label, file in (("report", "reports/index.html"), ("MLflow database", "mlflow.db")):
+        if (root / file).exists():
+            print(f"{label}: {(root / file).resolve()}")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def change(row: dict[str, Any], key: str) -> str:
+        return f"{row['before'][key]:.3f} → {row['after'][key]:.3f}"
+
+    table = Table(title="Accuracy on held-out patients: own model → answer")
+    for column in ("hospital", "query", "method", "query acc.", "retained acc.", "balanced acc.", "teachers"):
+        table.add_column(column, overflow="fold")
+    table.add_column("moved", justify="right")
+    for row in rows:
+        table.add_row(
+            row["hospital"],
+            row["query"],
+            row["method"],
+            *(change(row, k) for k in ("query_accuracy", "retained_accuracy", "balanced_accuracy")),
+            ", ".join(row["teachers"]),
+            f"{row['bytes_moved'] / 1e6:.1f} MB",
+        )
+    # Without a terminal the width is unknown; a wide table reads better in a log than a folded one.
+    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console.print(table)
+
+
+@app.command(epilog=EPILOG)
+def phantom(
+    dims: Annotated[int, typer.Option(min=2, max=3, help="2: blood smears, 3: small CT volumes.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other patients.")] = 0,
+    images_per_site: Annotated[int | None, typer.Option(min=20, help="Images per hospital.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet into this PNG and stop.")] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Generate the embedded federation: hospitals with phantom images in real file formats."""
+    from qkt_clinical.phantom import render_sheet, write_federation
+
+    three: Literal[2, 3] = 3 if dims == 3 else 2
+    if sheet is not None:
+        render_sheet(sheet, dims=three, seed=seed)
+        print(f"sheet: {sheet}")
+        return
+    with progress("phantom", quiet=as_json) as step:
+        sites = write_federation(root, dims=three, seed=seed, images_per_site=images_per_site, progress=step)
+    if as_json:
+        _print_json({"sites": sites})
+    else:
+        print(f"hospitals: {', '.join(sites)}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Show one line per error, never a traceback, for what a user can put right."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can act on end as one line on standard error and exit code 1."""
+    with errors_as_lines():
+        app(args=None if arguments is None else list(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Numbers and text ready for drawing: formats, and points of line charts. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MINUS = "\N{MINUS SIGN}"
+SMALLEST_COUNT = 5
+"""Counts of images or patients below this are not shown, except 0."""
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage, such as ``93.8%``."""
+    return f"{100 * value:.{digits}f}%"
+
+
+def percents(low: float, high: float) -> str:
+    """An interval of shares, such as ``90–97``, clipped to 0 and 100."""
+    return f"{100 * max(low, 0.0):.0f}–{100 * min(high, 1.0):.0f}"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points with its sign, such as ``+3.1`` or ``−0.4``."""
+    text = f"{100 * value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def count(number: int) -> str:
+    """A number of images or patients; 1 to 4 become ``<5``."""
+    return f"<{SMALLEST_COUNT}" if 0 < number < SMALLEST_COUNT else f"{number:,}"
+
+
+def size(number: int) -> str:
+    """A number of bytes in decimal units, such as ``1.2 MB``."""
+    value, unit = float(number), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def words(names: Sequence[str], last: str = "and") -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def figure(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}".replace("-", MINUS)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a line chart; ``path`` holds points in a square of 100 by 100, y downwards."""
+
+    name: str
+    path: str
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines on common axes with the texts at the axes' ends."""
+
+    title: str
+    lines: tuple[Line, ...]
+    top: str
+    bottom: str
+    left: str
+    right: str
+
+    @property
+    def words(self) -> str:
+        """The chart in words, for those who do not see it."""
+        return "; ".join(f"{line.name} from {line.first} to {line.last}" for line in self.lines)
+
+
+def line_chart(
+    title: str, rows: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
+) -> LineChart | None:
+    """A chart over epochs of the columns ``names`` (all, where None); None where there is nothing to draw."""
+    rows = [row for row in rows if "epoch" in row]
+    if names is None:
+        names = sorted({key for row in rows for key in row} - {"epoch"})
+    columns = {n: [(row["epoch"], row[n]) for row in rows if n in row] for n in names}
+    columns = {n: pairs for n, pairs in columns.items() if pairs}
+    if not columns:
+        return None
+    epochs = [e for pairs in columns.values() for e, _ in pairs]
+    values = [v for pairs in columns.values() for _, v in pairs]
+    left, right, bottom, top = min(epochs), max(epochs), min(0.0, *values), max(values)
+
+    def place(epoch: float, value: float) -> str:
+        x = 100 * (epoch - left) / ((right - left) or 1.0)
+        y = 100 - 100 * (value - bottom) / ((top - bottom) or 1.0)
+        return f"{x:.2f},{y:.2f}"
+
+    lines = tuple(
+        Line(name, " ".join(place(*pair) for pair in pairs), figure(pairs[0][1]), figure(pairs[-1][1]))
+        for name, pairs in columns.items()
+    )
+    return LineChart(title, lines, figure(top), figure(bottom), f"epoch {left:.0f}", f"epoch {right:.0f}")

@@ -1,0 +1,165 @@
+"""Stage ``evaluate``: every answer on held-out patients, before and after.
+
+The federation's own view, not a query job: it opens the test split of every hospital, since a hospital
+that lacks a class has no test images of it. Where a hospital's prepared data are absent, its test images
+are missing from the figures and its name from ``test_sites``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qkt_clinical.bundle import load_bundle
+from qkt_clinical.config import Params, QueryRef, Workspace
+from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.errors import QueryError
+from qkt_clinical.evaluation import TestSet, assess
+from qkt_clinical.files import write_json, write_text
+from qkt_clinical.networks import pick_device
+from qkt_clinical.seeding import derive
+from qkt_clinical.stages.transfer import read_plan
+from qkt_clinical.training import predict, to_input
+from qkt_clinical.transfer import predict_scores
+
+HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
+
+def _test_images(
+    sites: dict[str, PreparedSite], hospital: str, local: tuple[int, ...], query: tuple[int, ...]
+) -> tuple[torch.Tensor, np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
+    """The hospital's own test images of R, and every other hospital's of the query."""
+    images, labels, patients, used = [], [], [], []
+    for name, site in sorted(sites.items()):
+        wanted = (*local, *query) if name == hospital else query
+        index = site.splits["test"][np.isin(site.labels[site.splits["test"]], wanted)]
+        if len(index):
+            used.append(name)
+            images.append(to_input(site.images[index], site.manifest.normalisation))
+            labels.append(site.labels[index])
+            patients.append(np.char.add(f"{name}/", site.groups[index]))
+    return torch.cat(images), np.concatenate(labels), np.concatenate(patients), used
+
+
+def evaluate_query(
+    space: Workspace, ref: QueryRef, sites: dict[str, PreparedSite], params: Params, device: torch.device
+) -> dict[str, Any]:
+    """Figures of one answer, as in ``reports/evaluation/<hospital>/<query>.json``.
+
+    Raises:
+        QueryError: no hospital has a test image of a query class.
+    """
+    student = load_bundle(space.student(ref.hospital, ref.query))
+    own = load_bundle(space.teacher(ref.hospital))
+    plan = read_plan(space.student(ref.hospital, ref.query))
+    decision = student.card.decision
+    if decision is None:
+        raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
+    classes = student.card.classes
+    inputs, labels, patients, used = _test_images(sites, ref.hospital, decision.local, decision.query)
+    relevant = list(decision.relevant)
+    missing = [classes[c] for c in relevant if not (labels == c).any()]
+    if missing:
+        raise QueryError(
+            f"no hospital here has a test image of {', '.join(missing)}",
+            remedy="Evaluate where test images of the class are prepared.",
+            site=ref.hospital,
+            code="no-test-images",
+            stage="evaluate",
+        )
+    before = predict(own.network.to(device), inputs, device)[:, relevant]
+    after = predict_scores(student, inputs, device)[:, relevant]
+    test = TestSet(
+        labels=np.searchsorted(relevant, labels),
+        patients=patients,
+        classes=len(relevant),
+        query=tuple(relevant.index(q) for q in decision.query),
+    )
+    figures = assess(
+        test,
+        before.double().numpy(),
+        after.double().numpy(),
+        draws=params.evaluate.bootstrap,
+        confidence=params.evaluate.confidence,
+        seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
+    )
+    names = [classes[c] for c in relevant]
+    for side in ("before", "after"):
+        figures[side]["recall"] = dict(zip(names, figures[side]["recall"], strict=True))
+    return {
+        "format": "qkt-evaluation/1",
+        "hospital": ref.hospital,
+        "query": ref.query,
+        "classes": [classes[c] for c in decision.query],
+        "method": decision.method,
+        "teachers": list(plan.relevant),
+        "bytes_moved": plan.bytes_moved,
+        "budget": decision.budget,
+        "relevant": names,
+        "local": [classes[c] for c in decision.local],
+        "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
+        "test_sites": used,
+        "passes_per_prediction": 1 + len(decision.experts),
+        **figures,
+    }
+
+
+def _confusion_rows(result: dict[str, Any]) -> list[list[str]]:
+    """One row per test image: query, actual, predicted (after)."""
+    rows = []
+    for actual, counts in zip(result["relevant"], result["after"]["confusion"], strict=True):
+        for predicted, count in zip(result["relevant"], counts, strict=True):
+            rows += [[f"{result['hospital']}-{result['query']}", actual, predicted]] * count
+    return rows
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -> list[dict[str, Any]]:
+    """Evaluate every query of ``params.yaml``.
+
+    Writes ``reports/evaluation/<hospital>/<query>.json``, ``reports/queries.json``,
+    ``reports/metrics.json`` and ``reports/plots/``.
+
+    Returns:
+        The list in ``reports/queries.json``.
+    """
+    space = Workspace(root)
+    where = pick_device(device or params.device)
+    sites = {s: load_prepared(space.prepared(s)) for s in params.sites if space.prepared(s).is_dir()}
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, dict[str, float]] = {}
+    accuracy: list[list[str]] = []
+    confusion: list[list[str]] = []
+    for key, ref in sorted(params.queries.items()):
+        result = evaluate_query(space, ref, sites, params, where)
+        write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
+        rows.append(
+            {k: result[k] for k in ("hospital", "query", "classes", "method", "teachers", "bytes_moved")}
+            | {s: {h: result[s][h]["value"] for h in HEADLINE} for s in ("before", "after")}
+        )
+        metrics[key] = {h: result["after"][h]["value"] for h in HEADLINE} | {
+            "gain": result["gain"]["value"],
+            "forgetting": result["forgetting"]["value"],
+        }
+        accuracy += [[key, h, f"{result[s][h]['value']}", s] for h in HEADLINE for s in ("before", "after")]
+        confusion += _confusion_rows(result)
+    if metrics:
+        names = next(iter(metrics.values()))
+        metrics["mean"] = {n: round(sum(m[n] for m in metrics.values()) / len(metrics), 6) for n in names}
+    write_json(space.reports / "queries.json", rows)
+    write_json(space.reports / "metrics.json", metrics)
+    _write_csv(space.reports / "plots" / "accuracy.csv", ["query", "measure", "value", "when"], accuracy)
+    _write_csv(space.reports / "plots" / "confusion.csv", ["query", "actual", "predicted"], confusion)
+    return rows

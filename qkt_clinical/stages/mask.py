@@ -1,0 +1,36 @@
+"""Stage ``mask``: which classes a teacher knows, from its bundle alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qkt_clinical.bundle import load_bundle
+from qkt_clinical.card import MASK, Mask
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.files import write_json
+from qkt_clinical.masking import compute_mask
+from qkt_clinical.seeding import derive
+
+
+def mask_site(root: Path, site: str, params: Params) -> Mask:
+    """Compute a teacher's mask and write ``models/teachers/<site>/mask.json``.
+
+    It opens no image. On the CPU always, so that whoever holds the bundle gets the same mask.
+
+    Raises:
+        BundleError: the bundle is not valid.
+    """
+    folder = Workspace(root).teacher(site)
+    (folder / MASK).unlink(missing_ok=True)
+    bundle = load_bundle(folder)
+    mask = compute_mask(
+        bundle.network,
+        bundle.card.input.shape,
+        bundle.card.classes,
+        estimator=params.mask.estimator,
+        threshold=params.mask.threshold,
+        probes=params.mask.probes,
+        seed=derive(params.seed, "mask"),
+    )
+    write_json(folder / MASK, mask.model_dump(mode="json"))
+    return mask

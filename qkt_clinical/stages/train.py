@@ -1,0 +1,135 @@
+"""Stage ``train``: a hospital's teacher, from its own prepared images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkt_clinical import __version__
+from qkt_clinical.bundle import write_bundle
+from qkt_clinical.card import CARD, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.errors import SourceError
+from qkt_clinical.files import digest_bytes, to_json, write_json
+from qkt_clinical.networks import check_size, pick_device
+from qkt_clinical.training import Checkpoint, History, predict, to_input, train_teacher
+
+METRICS, CURVES = "metrics.json", "curves.json"
+
+
+def _key(site: PreparedSite, params: Params, device: torch.device) -> str:
+    """Everything the run depends on, as a file name: a checkpoint of another run is never taken up."""
+    parts = {
+        "version": __version__,
+        "site": site.name,
+        "data": site.manifest.digests,
+        "train": params.train.model_dump(mode="json"),
+        "seed": params.seed,
+        "device": device.type,
+    }
+    return f"{site.name}-{digest_bytes(to_json(parts).encode())[:16]}"
+
+
+def _metrics(
+    site: PreparedSite, logits: torch.Tensor, labels: torch.Tensor, history: History
+) -> dict[str, Any]:
+    recall = {
+        site.manifest.classes[int(c)]: round(float((logits[labels == c].argmax(1) == c).float().mean()), 6)
+        for c in labels.unique()
+    }
+    return {
+        "balanced_accuracy": round(sum(recall.values()) / len(recall), 6) if recall else None,
+        "recall": recall,
+        "epochs": len(history.curves),
+        "best_epoch": history.best_epoch,
+        "stopped_early": history.stopped_early,
+    }
+
+
+def train_site(
+    root: Path,
+    site: str,
+    params: Params,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train a site's teacher and write its bundle to ``models/teachers/<site>/``.
+
+    Returns:
+        The metrics on validation images, as in ``metrics.json``.
+
+    Raises:
+        SourceError: fewer than two classes, or too few images, to train on.
+    """
+    space = Workspace(root)
+    prepared = load_prepared(space.prepared(site))
+    images, labels = prepared.part("train")
+    classes = prepared.local_classes()
+    if len(classes) < 2:
+        raise SourceError(
+            f"training images of {len(classes)} class",
+            remedy="A teacher needs at least two classes; check label_map in site.yaml.",
+            site=site,
+            stage="train",
+        )
+    channels, *spatial = prepared.manifest.shape
+    spec = NetworkSpec(
+        name=params.train.network,
+        spatial_dims=3 if len(spatial) == 3 else 2,
+        in_channels=channels,
+        classes=len(prepared.manifest.classes),
+    )
+    check_size(spec, tuple(spatial))
+    where = pick_device(device or params.device)
+    normalisation = prepared.manifest.normalisation
+    network, history = train_teacher(
+        spec,
+        (images, labels),
+        prepared.part("val"),
+        params.train,
+        seed=params.seed,
+        site=site,
+        normalisation=normalisation,
+        device=where,
+        checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
+        progress=progress,
+    )
+    val_images, val_labels = prepared.part("val")
+    logits = predict(network, to_input(val_images, normalisation), where)
+    metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history)
+    folder = space.teacher(site)
+    part = folder.with_name(f".{site}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    write_bundle(
+        part,
+        network,
+        {
+            "kind": "teacher",
+            "site": site,
+            "classes": prepared.manifest.classes,
+            "input": InputSpec(
+                shape=prepared.manifest.shape,
+                normalisation=normalisation,
+                spacing_mm=prepared.manifest.spacing_mm,
+            ),
+            "training": {
+                "epochs": len(history.curves),
+                "best_epoch": history.best_epoch,
+                "seed": params.seed,
+                "version": __version__,
+            },
+        },
+    )
+    write_json(part / METRICS, metrics)
+    write_json(part / CURVES, history.curves)
+    folder.mkdir(parents=True, exist_ok=True)
+    # File by file, since mask.json in the same folder is another stage's; the card last, it names the rest.
+    for name in (METRICS, CURVES, WEIGHTS, CARD):
+        (part / name).replace(folder / name)
+    part.rmdir()
+    return metrics

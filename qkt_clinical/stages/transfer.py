@@ -1,0 +1,148 @@
+"""Stage ``transfer``: answer a query from the asking hospital's own images and the fetched bundles."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qkt_clinical import __version__
+from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.config import Params, Workspace, load_query
+from qkt_clinical.data import load_prepared
+from qkt_clinical.errors import QueryError
+from qkt_clinical.files import digest_bytes, digest_file, new_folder, to_json, write_json
+from qkt_clinical.networks import pick_device
+from qkt_clinical.query import Plan
+from qkt_clinical.seeding import derive
+from qkt_clinical.training import Checkpoint
+from qkt_clinical.transfer import LocalData, Teacher, answer_query
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read ``plan.json``.
+
+    Raises:
+        QueryError: absent or not a plan.
+    """
+    try:
+        return Plan.model_validate_json((folder / "plan.json").read_bytes())
+    except (OSError, ValidationError):
+        raise QueryError(
+            "no readable plan", remedy="Run 'qkt plan' for this query first.", file=folder, code="no-plan"
+        ) from None
+
+
+def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
+    """The plan's relevant bundles, each as it was when the plan was made."""
+    bundles = []
+    for candidate in plan.teachers:
+        if not candidate.relevant:
+            continue
+        bundle = load_bundle(folder / "teachers" / candidate.site)
+        if bundle.card.site != candidate.site or bundle.digest != candidate.digest:
+            raise QueryError(
+                "a fetched bundle is not the planned one",
+                remedy="Run 'qkt plan' for this query again.",
+                site=candidate.site,
+                code="plan-outdated",
+            )
+        if bundle.card.classes != own.card.classes or bundle.card.input.shape != own.card.input.shape:
+            raise QueryError(
+                "a fetched bundle has other classes or another input than the student",
+                remedy="Run 'qkt plan' for this query again.",
+                site=candidate.site,
+                code="plan-outdated",
+            )
+        bundles.append(bundle)
+    return bundles
+
+
+def transfer_query(
+    root: Path,
+    hospital: str,
+    name: str,
+    params: Params,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer a query and write its student to ``models/students/<hospital>/<query>/``.
+
+    Reads the hospital's prepared images, its own teacher bundle and ``models/fetched/<hospital>/<query>/``;
+    no other hospital's folder is opened.
+
+    Returns:
+        The phases' record, as in ``phases.json``.
+    """
+    space = Workspace(root)
+    query = load_query(root, hospital, name)
+    prepared = load_prepared(space.prepared(hospital))
+    own = load_bundle(space.teacher(hospital))
+    fetched = space.fetched(hospital, name)
+    plan = read_plan(fetched)
+    if (plan.classes, plan.method, plan.budget) != (query.classes, query.method, query.budget):
+        raise QueryError(
+            "the query file was changed after the plan",
+            remedy="Run 'qkt plan' for this query again.",
+            code="plan-outdated",
+        )
+    bundles = _fetched(fetched, plan, own)
+    where = pick_device(device or params.device)
+    parts = {
+        "version": __version__,
+        "plan": digest_file(fetched / "plan.json"),
+        "own": own.digest,
+        "data": prepared.manifest.digests,
+        "transfer": params.transfer.model_dump(mode="json"),
+        "seed": params.seed,
+        "device": where.type,
+    }
+    key = f"{hospital}-{name}-{digest_bytes(to_json(parts).encode())[:16]}"
+    classes = own.card.classes
+    answer = answer_query(
+        own.network,
+        [Teacher.of(b) for b in bundles],
+        LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation),
+        [classes.index(c) for c in query.classes],
+        method=query.method,
+        budget=query.budget,
+        params=params.transfer,
+        seed=derive(params.seed, "transfer", hospital, name),
+        device=where,
+        checkpoint=Checkpoint(space.scratch / "transfer", key),
+        progress=progress,
+    )
+    phases = {"format": "qkt-phases/1", **answer.phases}
+    second = phases["phase2"]
+    for field in ("offsets", "rare"):
+        second[field] = {classes[int(c)]: v for c, v in second[field].items()}
+    with new_folder(space.student(hospital, name)) as folder:
+        write_bundle(
+            folder,
+            answer.network,
+            {
+                "kind": "student",
+                "site": hospital,
+                "query": name,
+                "classes": classes,
+                "input": own.card.input,
+                "training": {
+                    "epochs": len((phases["phase1"] or {"curves": []})["curves"]),
+                    "seed": params.seed,
+                    "version": __version__,
+                },
+                "decision": answer.decision,
+            },
+        )
+        for expert in answer.decision.experts:
+            shutil.copytree(fetched / "teachers" / expert, folder / "experts" / expert)
+        write_json(
+            folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}
+        )
+        write_json(folder / "plan.json", plan.model_dump(mode="json"))
+        write_json(folder / "phases.json", phases)
+    return phases

@@ -1,0 +1,629 @@
+"""Mirror a run's outputs to MLflow: runs, data sets, registered models. The only module that imports it.
+
+Everything is keyed by a digest of what it mirrors, so that a second call changes nothing, a changed output
+makes a new run and a new model version, and an empty MLflow is rebuilt from the workspace. A run of the
+pipeline holds the runs made for it; results that did not change stay where they were made, and the
+pipeline's ``contents.json`` names the digests of all.
+
+Models are logged through MLflow's client rather than ``log_model``: the same files, but no active run, no
+absolute path in ``MLmodel`` and no name of a user or script.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from qkt_clinical import __version__
+from qkt_clinical.card import Card
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.errors import OutputsError, QktError
+from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.report.charts import points, size, words
+from qkt_clinical.report.outputs import Outputs, QueryOutputs, Scores, SiteOutputs, read_outputs
+from qkt_clinical.report.page import gain_bars, recall_bars, render_chart
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DIGEST, KIND = "qkt.digest", "qkt.kind"
+ALIAS = "candidate"
+NEUTRAL = {"mlflow.user": "qkt-clinical", "mlflow.source.name": "qkt track", "mlflow.source.type": "LOCAL"}
+"""In place of the names of a user and a script, which say nothing about a result."""
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+
+REQUIREMENTS = ("monai", "numpy", "pandas", "pydantic", "safetensors", "torch")
+"""What serving imports. This package itself is not listed: where it is not published, a package index may
+hold another project of its name."""
+
+LARGEST_EXAMPLE = 200_000
+"""Input examples are JSON; one with more numbers would outweigh the network."""
+
+MAX_PARAM, MAX_TAG = 6000, 5000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One run to mirror."""
+
+    kind: str
+    name: str
+    digest: str
+    note: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, Any] | None = None
+    model: Model | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a registered model."""
+
+    name: str
+    folder: Path
+    card: Card
+    digest: str
+    note: str
+    model_card: Mapping[str, Any]
+    tags: Mapping[str, str]
+
+
+def key(name: str) -> str:
+    """A part of a metric's name, at most 200 characters.
+
+    Letters, digits, ``-`` and blanks stay, others become their code point, so that two names never meet.
+    """
+    text = "".join(c if c.isalnum() or c in "- " else f"_{ord(c):x}_" for c in name) or "_"
+    return text if len(text) <= 200 else f"{text[:180]}_{digest_bytes(name.encode())[:16]}"
+
+
+def flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested mappings as ``a.b`` keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for name, inner in value.items():
+        out |= flat(f"{prefix}.{name}", inner)
+    return out
+
+
+def curves_of(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
+    """Rows per epoch as series of (epoch, value)."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "epoch" and "epoch" in row:
+                series.setdefault(f"{prefix}/{key(name)}", []).append((int(row["epoch"]), value))
+    return series
+
+
+# --- what is mirrored ----------------------------------------------------------------------------
+
+
+def _digest(value: Any) -> str:
+    return digest_bytes(to_json(value).encode())
+
+
+def _model_card(card: Card, *, digest: str, data: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": "qkt-model-card/1",
+        "kind": card.kind,
+        "site": card.site,
+        "query": card.query,
+        "network": card.network.model_dump(mode="json"),
+        "classes": list(card.classes),
+        "input": card.input.model_dump(mode="json"),
+        "request": "float32 images as prepared; 8-bit images divided by 255",
+        "response": "label and one probability per class, 0 for classes it does not answer for",
+        "bytes": card.weights.bytes,
+        "digests": {"bundle": digest, "weights": card.weights.sha256, "data": data},
+        "version": __version__,
+        "intended_use": "research on knowledge transfer between hospitals",
+        "not_intended": "not a medical device; no diagnosis and no treatment decision",
+        **facts,
+    }
+
+
+def site_item(site: SiteOutputs, params: Params) -> Item | None:
+    """The run of a site and its teacher; None where there is no teacher here."""
+    if site.teacher is None or site.card is None:
+        return None
+    used = {
+        "seed": params.seed,
+        **flat("train", params.train.model_dump(mode="json")),
+        **flat("mask", params.mask.model_dump(mode="json")),
+    }
+    folder = digest_folder(site.teacher)
+    known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
+    metrics: dict[str, float] = {}
+    if site.metrics is not None:
+        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items()}
+        metrics |= {"epochs": site.metrics.epochs, "best_epoch": site.metrics.best_epoch}
+        if site.metrics.balanced_accuracy is not None:
+            metrics["balanced_accuracy"] = site.metrics.balanced_accuracy
+    note = f"Teacher of {site.name}: {site.card.network.name}, knows {words(known) or 'nothing by its mask'}."
+    bundle = str(site.card_digest)
+    tags = {"qkt.site": site.name, "qkt.bundle": bundle, "qkt.data": site.data_digest or "not here"}
+    facts = {
+        "knows": known,
+        "validation": None if site.metrics is None else site.metrics.model_dump(mode="json"),
+    }
+    card = _model_card(site.card, digest=bundle, data=site.data_digest, facts=facts)
+    dataset = None
+    if site.manifest is not None:
+        # Counts stay with the site; shape and type are on the card anyway.
+        dataset = {
+            "name": site.name,
+            "digest": site.data_digest,
+            "profile": {"shape": site.manifest.shape, "dtype": site.manifest.dtype},
+        }
+    return Item(
+        kind="site",
+        name=site.name,
+        digest=_digest({"folder": folder, "data": site.data_digest, "params": used}),
+        note=note,
+        params=used | {"network_bytes": site.card.weights.bytes},
+        metrics=metrics,
+        curves=curves_of("curve", site.curves),
+        tags=tags,
+        files={p.name: p for p in (site.teacher / n for n in ("bundle.json", "mask.json")) if p.is_file()},
+        texts={"model_card.json": to_json(card)},
+        dataset=dataset,
+        model=Model(f"teacher.{site.name}", site.teacher, site.card, folder, note, card, tags),
+    )
+
+
+def _score_metrics(prefix: str, scores: Scores) -> dict[str, float]:
+    named = {
+        n: getattr(scores, n) for n in ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc")
+    }
+    named |= {f"recall/{key(c)}": interval for c, interval in scores.recall.items()}
+    return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None} | {
+        f"{prefix}/ece": scores.ece
+    }
+
+
+def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
+    """The run of an answered query and its student."""
+    e, phases, params = query.evaluation, query.phases, outputs.params
+    site = outputs.site(e.hospital)
+    data = site.data_digest if site else None
+    used = {
+        "seed": params.seed,
+        "hospital": e.hospital,
+        "query": e.query,
+        "classes": ", ".join(e.classes),
+        "method": e.method,
+        "budget": e.budget,
+        "teachers": ", ".join(e.teachers),
+        **flat("transfer", params.transfer.model_dump(mode="json")),
+        **flat("evaluate", params.evaluate.model_dump(mode="json")),
+    }
+    metrics = _score_metrics("before", e.before) | _score_metrics("after", e.after)
+    for name, interval in (("gain", e.gain), ("forgetting", e.forgetting), ("query_gain", e.query_gain)):
+        metrics |= {name: interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
+    metrics |= {
+        "bytes_moved": e.bytes_moved,
+        "passes_per_prediction": e.passes_per_prediction,
+        "given_away": phases.phase2.given_away,
+    }
+    metrics |= {f"offset/{key(c)}": v for c, v in phases.phase2.offsets.items()}
+    curves = curves_of("phase2", phases.phase2.curves)
+    if phases.phase1 is not None:
+        curves |= curves_of("phase1", phases.phase1.curves)
+    note = (
+        f"{e.hospital} asks for {words(e.classes)}; method {e.method}, teachers "
+        f"{words(e.teachers) or 'none'}, {size(e.bytes_moved)} moved. "
+        f"Balanced accuracy {points(e.gain.value)} points "
+        f"({points(e.gain.low)} to {points(e.gain.high)}), forgetting {points(e.forgetting.value)} points."
+    )
+    bundle = query.card_digest
+    tags = {
+        "qkt.site": e.hospital,
+        "qkt.query": e.query,
+        "qkt.method": e.method,
+        "qkt.bundle": bundle,
+        "qkt.data": data or "not here",
+    }
+    shown = {"value", "low", "high"}
+    facts = {
+        "asked": list(e.classes),
+        "local": list(e.local),
+        "teachers": {t.site: t.digest for t in query.plan.teachers if t.relevant},
+        "gain": e.gain.model_dump(mode="json", include=shown),
+        "forgetting": e.forgetting.model_dump(mode="json", include=shown),
+        "balanced_accuracy": e.after.balanced_accuracy.model_dump(mode="json", include=shown),
+    }
+    card = _model_card(query.card, digest=bundle, data=data, facts=facts)
+    folder = digest_folder(query.student)
+    return Item(
+        kind="query",
+        name=query.name,
+        digest=_digest({"folder": folder, "evaluation": digest_file(query.evaluation_file), "params": used}),
+        note=note,
+        params=used,
+        metrics=metrics,
+        curves=curves,
+        tags=tags,
+        files={
+            "evaluation.json": query.evaluation_file,
+            "plan.json": query.student / "plan.json",
+            "phases.json": query.student / "phases.json",
+        },
+        texts={
+            "model_card.json": to_json(card),
+            "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
+        },
+        model=Model(f"student.{e.hospital}.{e.query}", query.student, query.card, folder, note, card, tags),
+    )
+
+
+def pipeline_item(outputs: Outputs, items: Sequence[Item]) -> Item:
+    """The run that holds the others."""
+    contents = {f"{i.kind} {i.name}": i.digest for i in items}
+    gains = [q.evaluation.gain.value for q in outputs.queries]
+    metrics: dict[str, float] = {"queries": len(gains), "sites": len(outputs.sites)}
+    if gains:
+        metrics |= {
+            "gain": sum(gains) / len(gains),
+            "forgetting": sum(q.evaluation.forgetting.value for q in outputs.queries) / len(gains),
+            "balanced_accuracy": sum(q.evaluation.after.balanced_accuracy.value for q in outputs.queries)
+            / len(gains),
+            "bytes_moved": sum(q.evaluation.bytes_moved for q in outputs.queries),
+            "queries_below_own_model": sum(g < 0 for g in gains),
+        }
+    chart = render_chart("dumbbells", "Balanced accuracy before and after, per query", gain_bars(outputs))
+    return Item(
+        kind="pipeline",
+        name="pipeline",
+        digest=_digest({"contents": contents, "params": outputs.params_digest}),
+        note=f"{len(outputs.queries)} queries answered among {len(outputs.sites)} hospitals.",
+        params={
+            "seed": outputs.params.seed,
+            "classes": ", ".join(outputs.params.classes),
+            "sites": ", ".join(outputs.params.sites),
+            "version": __version__,
+        },
+        metrics=metrics,
+        tags={"qkt.params": outputs.params_digest},
+        texts={"contents.json": to_json(contents), "gain.svg": chart},
+    )
+
+
+# --- MLflow -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _environ(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set already, within the block."""
+    new = {k: v for k, v in values.items() if k not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def tracking_uri(root: Path, params: Params) -> str:
+    """``track.uri`` of params.yaml, or the workspace's own database."""
+    return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/mlflow.db"
+
+
+@contextmanager
+def _unsynced() -> Iterator[None]:
+    """SQLite connections made within the block do not wait for the disk.
+
+    That halves the time; a database torn by a power failure is rebuilt from the workspace.
+    """
+    from sqlalchemy import Engine, event
+
+    def relax(connection: Any, _record: Any) -> None:
+        if type(connection).__module__.startswith("sqlite3"):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
+
+
+@contextmanager
+def _client(uri: str) -> Iterator[MlflowClient]:
+    """A client of ``uri``; the process's own MLflow settings are as before afterwards.
+
+    The registry of an SQL store looks models up through the process-wide address, so that is set too.
+
+    Raises:
+        QktError: MLflow could not do what was asked, code ``mlflow``.
+    """
+    with _environ(ENVIRONMENT):
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        loggers = [logging.getLogger(n) for n in ("mlflow", "alembic")]
+        levels = [one.level for one in loggers]
+        # MLflow mirrors the address it was given to this variable; None takes it back.
+        before: Any = os.environ.get("MLFLOW_TRACKING_URI")
+        try:
+            for one in loggers:
+                one.setLevel(logging.WARNING)
+            mlflow.set_tracking_uri(uri)
+            yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        except MlflowException as error:
+            raise QktError(
+                f"MLflow: {str(error).splitlines()[0][:300]}",
+                remedy="Check track.uri in params.yaml and that the server or database is there.",
+                code="mlflow",
+                stage="track",
+            ) from error
+        finally:
+            mlflow.set_tracking_uri(before)
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
+
+
+def _experiment(client: MlflowClient, root: Path, params: Params, uri: str) -> str:
+    """Id of the experiment; made once, with its artifacts in the workspace where the store is a database.
+
+    Raises:
+        OutputsError: the database came here from another folder and would write its artifacts there.
+    """
+    wanted = (root.resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    found = client.get_experiment_by_name(params.track.experiment)
+    if found is None:
+        return str(client.create_experiment(params.track.experiment, artifact_location=wanted))
+    if found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    if wanted is not None and found.artifact_location != wanted:
+        raise OutputsError(
+            "the MLflow database keeps its artifacts in another folder",
+            remedy="Remove mlflow.db and mlartifacts and run 'qkt track', which rebuilds both.",
+            stage="track",
+            code="moved-database",
+        )
+    return str(found.experiment_id)
+
+
+def _existing(client: MlflowClient, experiment: str) -> dict[tuple[str, str], str]:
+    """(kind, digest) to id of every finished run. Runs that an interrupted call left behind end as failed."""
+    found: dict[tuple[str, str], str] = {}
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment], filter_string=f"tags.`{KIND}` != ''", page_token=token)
+        for run in page:
+            if run.info.status == "FINISHED":
+                found[run.data.tags[KIND], run.data.tags[DIGEST]] = str(run.info.run_id)
+            elif run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "FAILED")
+        token = page.token
+        if not token:
+            return found
+
+
+def _log(client: MlflowClient, run: str, item: Item) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+    client.log_batch(
+        run,
+        metrics=[Metric(n, float(v), 0, 0) for n, v in item.metrics.items()],
+        params=[Param(n, str(v)[:MAX_PARAM]) for n, v in item.params.items()],
+        tags=[RunTag(n, v[:MAX_TAG]) for n, v in item.tags.items()],
+    )
+    points_ = [Metric(n, float(v), 0, step) for n, series in item.curves.items() for step, v in series]
+    for start in range(0, len(points_), 1000):  # MLflow's limit per batch
+        client.log_batch(run, metrics=points_[start : start + 1000])
+    if item.dataset is not None:
+        digest = str(item.dataset["digest"])
+        dataset = Dataset(
+            name=str(item.dataset["name"]),
+            digest=digest[:32],  # MLflow holds 36 characters; the whole digest is in the source
+            source_type="qkt-prepared",
+            source=json.dumps({"sha256": digest}),
+            profile=json.dumps(item.dataset["profile"]),
+        )
+        client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in item.texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        for name, path in item.files.items():
+            (Path(folder) / name).write_bytes(path.read_bytes())
+        client.log_artifacts(run, folder)
+
+
+def _lost(client: MlflowClient, name: str, number: str) -> bool:
+    """Whether a version's files have been removed from this machine's disk."""
+    parts = urlsplit(client.get_model_version_download_uri(name, number))
+    return parts.scheme in ("", "file") and not (Path(unquote(parts.path)) / "MLmodel").is_file()
+
+
+def _find_version(client: MlflowClient, model: Model) -> str | None:
+    """Number of the version that holds this bundle."""
+    found = client.search_model_versions(f"name = '{model.name}' and tags.`{DIGEST}` = '{model.digest}'")
+    numbers = sorted((int(v.version) for v in found), reverse=True)
+    return next((str(n) for n in numbers if not _lost(client, model.name, str(n))), None)
+
+
+def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
+    """Write the pyfunc model: bundle, loader module, signature, requirements; no pickle."""
+    import mlflow.models
+    import mlflow.pyfunc
+    import numpy as np
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    shape = model.card.input.shape
+    answers: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "label")]
+    # The names are serving.probability_column's, which is not imported here: it would load torch.
+    answers += [ColSpec(DataType.double, f"probability_{c}") for c in model.card.classes]
+    signature = mlflow.models.ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]), outputs=Schema(answers)
+    )
+    example = np.zeros((1, *shape), dtype=np.float32)
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        loader_module="qkt_clinical.serving",
+        data_path=str(model.folder),
+        mlflow_model=mlflow.models.Model(run_id=run, model_id=model_id, model_uuid=model_id),
+        signature=signature,
+        input_example=example if example.size <= LARGEST_EXAMPLE else None,
+        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
+        metadata={"model_card": model.model_card},
+    )
+
+
+def _register(client: MlflowClient, experiment: str, run: str, model: Model, extra: Mapping[str, str]) -> str:
+    """Make a new version of a model and return its number."""
+    from mlflow.exceptions import MlflowException
+
+    tags = {DIGEST: model.digest, **model.tags, **extra}
+    logged = client.create_logged_model(
+        experiment, name=model.name.replace(".", "-"), source_run_id=run, tags={**NEUTRAL, **tags}
+    )
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            _save_model(model, run, logged.model_id, folder)
+            client.log_model_artifacts(logged.model_id, str(folder))
+    except (MlflowException, OSError):
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    made = client.create_model_version(
+        model.name,
+        source=f"models:/{logged.model_id}",
+        run_id=run,
+        model_id=logged.model_id,
+        tags=tags,
+        description=model.note,
+    )
+    return str(made.version)
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(name)
+
+
+def _state(root: Path) -> dict[str, str]:
+    """Tags of the code and pipeline that made a result, where they are known."""
+    state = {"qkt.version": __version__}
+    lock = root / "dvc.lock"
+    if lock.is_file():
+        state["qkt.dvc_lock"] = digest_file(lock)
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return state
+    if done.returncode == 0:
+        state["mlflow.source.git.commit"] = done.stdout.strip()
+    return state
+
+
+@contextmanager
+def _run(
+    client: MlflowClient,
+    experiment: str,
+    item: Item,
+    parent: str | None,
+    runs: Mapping[tuple[str, str], str],
+    state: Mapping[str, str],
+) -> Iterator[str]:
+    """The run of an item, made and ended where it does not exist yet."""
+    if (known := runs.get((item.kind, item.digest))) is not None:
+        yield known
+        return
+    tags = {**NEUTRAL, **state, KIND: item.kind, DIGEST: item.digest, "mlflow.note.content": item.note}
+    if parent is not None:
+        tags["mlflow.parentRunId"] = parent
+    run = str(client.create_run(experiment, tags=tags, run_name=item.name).info.run_id)
+    status = "FAILED"
+    try:
+        _log(client, run, item)
+        yield run
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run, status)
+
+
+def _mirror_model(
+    client: MlflowClient, experiment: str, run: str, model: Model, state: Mapping[str, str]
+) -> str:
+    """Number of the version that holds the model, made where it does not exist; it becomes the candidate."""
+    _ensure_model(client, model.name)
+    number = _find_version(client, model) or _register(client, experiment, run, model, state)
+    if client.get_registered_model(model.name).aliases.get(ALIAS) != number:
+        client.set_registered_model_alias(model.name, ALIAS, number)
+    return number
+
+
+def track(root: Path, params: Params) -> dict[str, Any]:
+    """Mirror a workspace's outputs to MLflow and write ``reports/track.json``.
+
+    Models are registered as ``teacher.<site>`` and ``student.<site>.<query>``; the alias ``candidate`` stands
+    on the version that the workspace holds now.
+
+    Returns:
+        ``{"runs": number of runs of this workspace's state, "models": {name: {"version", "digest"}}}``.
+
+    Raises:
+        OutputsError: outputs are missing or malformed, or the database came from another folder.
+        BundleError, PreparedError: a card, mask or manifest is malformed.
+        QktError: MLflow cannot be reached or refuses, code ``mlflow``.
+    """
+    outputs = read_outputs(root, params)
+    teachers = [item for site in outputs.sites if (item := site_item(site, params))]
+    items = [*teachers, *(query_item(query, outputs) for query in outputs.queries)]
+    whole = pipeline_item(outputs, items)
+    uri = tracking_uri(root, params)
+    models: dict[str, dict[str, str]] = {}
+    with _unsynced(), _client(uri) as client:
+        experiment = _experiment(client, root, params, uri)
+        runs, state = _existing(client, experiment), _state(root)
+        with _run(client, experiment, whole, None, runs, state) as parent:
+            for item in items:
+                with _run(client, experiment, item, parent, runs, state) as run:
+                    if item.model is not None:
+                        number = _mirror_model(client, experiment, run, item.model, state)
+                        models[item.model.name] = {"version": number, "digest": item.model.digest}
+    write_json(
+        Workspace(root).reports / "track.json",
+        {
+            "format": "qkt-track/1",
+            "runs": {f"{i.kind} {i.name}": i.digest for i in (whole, *items)},
+            "models": {name: entry["digest"] for name, entry in models.items()},
+        },
+    )
+    return {"runs": len(items) + 1, "models": models}

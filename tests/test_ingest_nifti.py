@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qkt_clinical.errors import SourceError
+from qkt_clinical.ingest import check_folder, reasons
+from tests.ingest_files import hospital, ingest, nifti, noise, verdict
+
+CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+RGB24 = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+PICTURE = noise(5, 8, 6)
+"""(H, W): rows and columns as they are to be seen."""
+FLAT = {"size": [8, 6], "channels": 1}
+
+
+def one(root: Path, voxels: NDArray[Any], affine: Any = (-1, -1, 1), **image: Any) -> NDArray[Any]:
+    """The prepared array of a site with one file."""
+    folder = hospital(root, "nifti", image={**FLAT, **image})
+    nifti(folder / "solid" / "a.nii.gz", np.ascontiguousarray(voxels), affine)
+    return np.asarray(ingest(root)[1].images[0])
+
+
+def test_flat_image_shows_its_rows_whatever_the_voxel_order(tmp_path: Path) -> None:
+    """Axial: columns run to the patient's left, rows to the back."""
+    columns_first = PICTURE.T[:, :, None]
+    for name, (voxels, affine) in {
+        "lps": (columns_first, (-1, -1, 1)),
+        "ras": (columns_first[::-1, ::-1], (1, 1, 1)),
+        "two-dimensional": (PICTURE.T, (-1, -1, 1)),
+        "rows first": (
+            PICTURE[:, :, None],
+            np.array([[0, -1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        ),
+    }.items():
+        image = one(tmp_path / name, voxels, affine)
+        assert image.dtype == np.uint8
+        np.testing.assert_array_equal(image[0], PICTURE, err_msg=name)
+
+
+def test_coronal_and_sagittal_planes_have_the_head_at_the_top(tmp_path: Path) -> None:
+    # coronal: (X, 1, Z); seen with z falling from the top and x running to the left of the patient
+    np.testing.assert_array_equal(one(tmp_path / "c", PICTURE.T[:, None, ::-1])[0], PICTURE)
+    # sagittal: (1, Y, Z); seen with the front at the left
+    np.testing.assert_array_equal(one(tmp_path / "s", PICTURE.T[None, :, ::-1])[0], PICTURE)
+
+
+def test_colour_as_rgb24_or_as_a_last_axis(tmp_path: Path) -> None:
+    picture = noise(6, 8, 6, 3)
+    columns_first = np.ascontiguousarray(picture.transpose(1, 0, 2))
+    for name, voxels in {
+        "rgb24": columns_first.view(RGB24)[..., 0][:, :, None],
+        "rgb24-flat": columns_first.view(RGB24)[..., 0],
+        "four axes": columns_first[:, :, None, :],
+        "three axes": columns_first,
+        "vector": columns_first[:, :, None, None, :],
+    }.items():
+        image = one(tmp_path / name, voxels, channels=3)
+        assert image.dtype == np.uint8
+        np.testing.assert_array_equal(image, picture.transpose(2, 0, 1), err_msg=name)
+
+
+def test_scaled_voxels_and_units(tmp_path: Path) -> None:
+    """Slope and intercept give the modality's units; metres become millimetres."""
+    folder = hospital(
+        tmp_path, "nifti", image={**FLAT, "window": {"center": 0, "width": 200}, "spacing_mm": [1, 1]}
+    )
+    voxels = np.zeros((6, 8, 1), dtype=np.int16)
+    voxels[:4, 0, 0] = [-60, 0, 10, 35]
+    image = nibabel.Nifti1Image(voxels, np.diag([-0.001, -0.001, 0.001, 1]))
+    image.header.set_xyzt_units("meter")
+    image.header.set_slope_inter(2, 20)
+    (folder / "solid").mkdir()
+    nibabel.save(image, folder / "solid" / "a.nii")
+    raw = bytearray((folder / "solid" / "a.nii").read_bytes())
+    raw[112:120] = np.array([2, 20], dtype="<f4").tobytes()
+    raw[352:] = voxels.tobytes(order="F")
+    (folder / "solid" / "a.nii").write_bytes(raw)
+    _, site = ingest(tmp_path)
+    np.testing.assert_allclose(site.images[0, 0, 0, :4], [0.0, 0.6, 0.7, 0.95], atol=1e-6)
+
+
+def test_percentiles_where_there_is_no_window(tmp_path: Path) -> None:
+    voxels = np.arange(48, dtype=np.int16).reshape(8, 6).T * 100
+    image = one(tmp_path, voxels)
+    low, high = np.percentile(voxels, [0.5, 99.5])
+    expected = np.clip((np.arange(48).reshape(8, 6) * 100 - low) / (high - low), 0, 1)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image[0], expected, atol=1e-6)
+
+
+def test_values_outside_the_field_of_view_become_the_lowest(tmp_path: Path) -> None:
+    voxels = np.tile(np.arange(6, dtype=np.float32)[:, None], (1, 8))
+    voxels[:, 0] = np.nan
+    image = one(tmp_path, voxels, window={"center": 2.5, "width": 5})
+    np.testing.assert_allclose(image[0, 0], 0.0)
+    np.testing.assert_allclose(image[0, 1], np.arange(6) / 5, atol=1e-6)
+
+
+def test_pair_of_header_and_voxels(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "nifti", image=FLAT) / "solid"
+    folder.mkdir()
+    nibabel.save(nibabel.Nifti1Pair(PICTURE.T[:, :, None], np.diag([-1, -1, 1, 1])), folder / "a.hdr")
+    assert sorted(p.name for p in folder.iterdir()) == ["a.hdr", "a.img"]
+    manifest, site = ingest(tmp_path)
+    assert (manifest.count, manifest.rejected) == (1, {})
+    np.testing.assert_array_equal(site.images[0, 0], PICTURE)
+
+
+def good() -> bytes:
+    image = nibabel.Nifti1Image(noise(0, 6, 8, 1), np.diag([-1, -1, 1, 1]))
+    return image.to_bytes()
+
+
+def changed(start: int, values: Any, dtype: str) -> bytes:
+    blob = bytearray(good())
+    data = np.array(values, dtype=dtype).tobytes()
+    blob[start : start + len(data)] = data
+    return bytes(blob)
+
+
+BROKEN: dict[str, bytes] = {
+    "empty": b"",
+    "not-nifti": b"hello" * 200,
+    "truncated": good()[:-10],
+    "too-large": changed(40, [3, 30_000, 30_000, 100], "<i2"),
+    "header-unreadable": changed(40, [3, -5, 8, 1], "<i2"),
+    "pair-missing": changed(344, list(b"ni1\0"), "u1"),
+    "non-image-object": changed(68, 3001, "<i2"),
+    "geometry-invalid": changed(280, [np.nan] * 12, "<f4"),
+    "time-series": nibabel.Nifti1Image(noise(1, 6, 8, 1, 4), np.eye(4)).to_bytes(),
+    "dimensions": nibabel.Nifti1Image(noise(2, 6, 8, 5), np.eye(4)).to_bytes(),
+    "colour-unknown": b"",
+    "no-finite-values": nibabel.Nifti1Image(np.full((6, 8, 1), np.nan, np.float32), np.eye(4)).to_bytes(),
+    "pixels-undecodable": nibabel.Nifti1Image(np.zeros((6, 8, 1), np.complex64), np.eye(4)).to_bytes(),
+}
+del BROKEN["colour-unknown"]
+
+
+@pytest.mark.parametrize("code", sorted(BROKEN))
+def test_bad_file_gets_its_code_and_the_rest_goes_on(tmp_path: Path, code: str) -> None:
+    folder = hospital(tmp_path, "nifti", image=FLAT) / "solid"
+    nifti(folder / "good.nii.gz", PICTURE.T[:, :, None])
+    (folder / "bad.nii").write_bytes(BROKEN[code])
+    manifest, _ = ingest(tmp_path, ingest={"max_file_mb": 10})
+    assert (manifest.count, manifest.rejected) == (1, {code: 1})
+    assert code in reasons
+
+
+def test_gzip_that_is_none_and_gzip_cut_short(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "nifti", image=FLAT) / "solid"
+    nifti(folder / "good.nii.gz", PICTURE.T[:, :, None])
+    (folder / "plain.nii.gz").write_bytes(good())
+    (folder / "short.nii.gz").write_bytes(gzip.compress(good())[:-30])
+    assert ingest(tmp_path)[0].rejected == {"not-nifti": 1, "truncated": 1}
+
+
+def test_site_of_volumes_refuses_a_slice(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "nifti", image={"size": [4, 8, 6], "channels": 1})
+    nifti(folder / "solid" / "a.nii", PICTURE.T[:, :, None])
+    with pytest.raises(SourceError, match="dimensions"):
+        ingest(tmp_path)
+
+
+def test_damage_anywhere_in_the_header_is_never_an_exception(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    path = tmp_path / "a.nii"
+    verdicts = []
+    for _ in range(300):
+        blob = bytearray(good())
+        for _ in range(3):
+            blob[rng.randrange(0, 352)] = rng.randrange(256)
+        path.write_bytes(blob)
+        verdicts.append(verdict(path))
+    assert set(verdicts) <= {*reasons, None}
+    assert 0 < verdicts.count(None) < 300
+
+
+@pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="needs ../shared/data/dicom-conformance")
+def test_real_files() -> None:
+    verdicts = {
+        row["file"]: row["code"]
+        for row in check_folder(CONFORMANCE / "nibabel")
+        if row["kind"] or row["code"]
+    }
+    assert verdicts["anatomical.nii"] is None
+    assert verdicts["functional.nii"] is None
+    assert verdicts["nifti2.hdr"] == "pair-missing"
+    assert verdicts["row_major.dconn.nii"] == "non-image-object"

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.errors import OutputsError
+from qkt_clinical.files import digest_folder, write_json
+from qkt_clinical.tracking import ALIAS, DIGEST, KIND, curves_of, flat, key, track, tracking_uri
+from tests.sample_run import SHAPE, sample_params, write_sample_run
+
+PARAMS = sample_params()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace that has been tracked once. Tests may change it and track again: each compares with what
+    it found."""
+    root = tmp_path_factory.mktemp("tracking")
+    write_sample_run(root, PARAMS, weights=True)
+    track(root, PARAMS)
+    return root
+
+
+@pytest.fixture
+def client(root: Path) -> Iterator[Any]:
+    import mlflow
+
+    uri = tracking_uri(root, PARAMS)
+    mlflow.set_tracking_uri(uri)
+    yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+
+
+def runs_of(client: Any, params: Params = PARAMS) -> list[Any]:
+    experiment = client.get_experiment_by_name(params.track.experiment).experiment_id
+    return list(client.search_runs([experiment], max_results=1000))
+
+
+def one(runs: list[Any], kind: str, name: str) -> Any:
+    """The newest run of that kind and name."""
+    found = [r for r in runs if r.data.tags[KIND] == kind and r.info.run_name == name]
+    return max(found, key=lambda r: r.info.start_time)
+
+
+def versions(client: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for version in client.search_model_versions():
+        found.setdefault(version.name, []).append(version.tags[DIGEST])
+    return found
+
+
+def test_names_of_metrics_never_meet() -> None:
+    assert key("ground-glass") == "ground-glass"
+    names = ["a/b", "a_b", "a.b", "a b", "a_2f_b", "", "..", "x" * 300, "x" * 301]
+    assert len({key(n) for n in names}) == len(names)
+    assert all(0 < len(key(n)) <= 200 for n in names)
+
+
+def test_flat_and_curves() -> None:
+    assert flat("train", {"a": 1, "b": {"c": 2}}) == {"train.a": 1, "train.b.c": 2}
+    rows = [{"epoch": 1.0, "loss": 0.5}, {"epoch": 2.0, "loss": 0.25, "own": 1.0}]
+    assert curves_of("phase1", rows) == {"phase1/loss": [(1, 0.5), (2, 0.25)], "phase1/own": [(2, 1.0)]}
+
+
+def test_one_run_per_site_and_query_below_the_pipeline(client: Any) -> None:
+    runs = runs_of(client)
+    assert {r.info.status for r in runs} <= {"FINISHED", "FAILED"}
+    pipeline = one(runs, "pipeline", "pipeline")
+    assert pipeline.data.metrics["queries"] == 3
+    everything = {r.info.run_id for r in runs}
+    for kind, names in (("site", ["h0", "h1", "h2"]), ("query", ["h0-q0", "h1-q1", "h2-q2"])):
+        for name in names:
+            run = one(runs, kind, name)
+            assert run.info.status == "FINISHED"
+            assert run.data.tags["mlflow.parentRunId"] in everything
+
+
+def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> None:
+    run = one(runs_of(client), "site", "h0")
+    assert run.data.metrics["balanced_accuracy"] == 0.9375
+    assert run.data.metrics["recall/erythroblast"] == 0.9625
+    assert run.data.params["train.network"] == "resnet-small"
+    assert run.data.params["mask.estimator"] == "combined"
+    curve = client.get_metric_history(run.info.run_id, "curve/loss")
+    assert [(m.step, m.value) for m in curve][:2] == [(1, 1.1), (2, 0.55)]
+    assert len(curve) == 12
+    (entry,) = run.inputs.dataset_inputs
+    source = json.loads(entry.dataset.source)
+    assert source["sha256"].startswith(entry.dataset.digest)
+    assert set(json.loads(entry.dataset.profile)) == {"shape", "dtype"}
+
+
+def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
+    run = one(runs_of(client), "query", "h1-q1")
+    metrics = run.data.metrics
+    assert metrics["before/query_accuracy"] == 0.0
+    assert metrics["after/query_accuracy"] == pytest.approx(0.82)
+    assert metrics["gain"] == pytest.approx((3 * 0.93 + 0.82) / 4 - 0.72)
+    assert metrics["gain/low"] < metrics["gain"] < metrics["gain/high"]
+    assert metrics["bytes_moved"] == 1_234_567
+    assert run.data.params["method"] == "qkt-light"
+    first = one(runs_of(client), "query", "h0-q0")
+    assert len(client.get_metric_history(first.info.run_id, "phase1/features")) == 24
+    names = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert names == {"evaluation.json", "plan.json", "phases.json", "model_card.json", "recall.svg"}
+
+
+def test_models_are_registered_with_digest_alias_and_card(root: Path, client: Any) -> None:
+    space = Workspace(root)
+    folders = {f"teacher.h{i}": space.teacher(f"h{i}") for i in range(3)}
+    folders |= {f"student.h{i}.q{i}": space.student(f"h{i}", f"q{i}") for i in range(3)}
+    assert {m.name for m in client.search_registered_models()} == set(folders)
+    for name, folder in folders.items():
+        version = client.get_model_version_by_alias(name, ALIAS)
+        assert version.tags[DIGEST] == digest_folder(folder)
+        assert version.tags["qkt.site"] == name.split(".")[1]
+        assert version.description
+    assert client.get_model_version_by_alias("student.h2.q2", ALIAS).tags["qkt.method"] == "routed"
+
+
+def test_model_files_hold_no_pickle_no_path_and_no_user(root: Path, client: Any) -> None:
+    files = [p for p in (root / "mlartifacts").rglob("*") if p.is_file()]
+    assert not [p for p in files if p.suffix in {".pkl", ".pickle", ".pt", ".pth", ".bin"}]
+    cards = [p for p in files if p.name == "MLmodel"]
+    assert len(cards) >= 6
+    for path in cards:
+        flavor = yaml.safe_load(path.read_text())["flavors"]["python_function"]
+        assert flavor["loader_module"] == "qkt_clinical.serving"
+        assert flavor["code"] is None
+        assert (path.parent / flavor["data"] / "weights.safetensors").is_file()
+    for path in files:
+        if path.suffix != ".safetensors":
+            text = path.read_text(encoding="utf-8")
+            assert str(root) not in text, path.name
+            assert str(Path(sys.prefix)) not in text, path.name
+    for run in runs_of(client):
+        assert run.data.tags["mlflow.user"] == "qkt-clinical"
+        assert run.data.tags["mlflow.source.name"] == "qkt track"
+        assert getpass.getuser() not in json.dumps(dict(run.data.tags)).split('"')
+
+
+def test_requirements_are_exact_and_public(root: Path) -> None:
+    (path, *_) = sorted((root / "mlartifacts").rglob("requirements.txt"))
+    lines = path.read_text().split()
+    assert all("==" in line and "+" not in line for line in lines)
+    assert {line.split("==")[0] for line in lines} >= {"torch", "monai", "safetensors"}
+    assert not [line for line in lines if line.startswith("qkt")]
+
+
+def test_tracking_again_changes_nothing(root: Path, client: Any) -> None:
+    first = track(root, PARAMS)
+    before, held = [r.info.run_id for r in runs_of(client)], versions(client)
+    report = (root / "reports" / "track.json").read_bytes()
+    assert track(root, PARAMS) == first
+    assert [r.info.run_id for r in runs_of(client)] == before
+    assert versions(client) == held
+    assert (root / "reports" / "track.json").read_bytes() == report
+    assert first["runs"] == 7
+    assert b"version" not in report
+
+
+def test_the_process_keeps_its_own_mlflow_settings(root: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri("sqlite:///:memory:")
+    track(root, PARAMS)
+    assert mlflow.get_tracking_uri() == "sqlite:///:memory:"
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    environment = dict(os.environ)
+    track(root, PARAMS)
+    assert dict(os.environ) == environment
+
+
+def test_a_changed_mask_makes_a_new_run_and_version(root: Path, client: Any) -> None:
+    track(root, PARAMS)
+    before, held = len(runs_of(client)), versions(client)
+    path = Workspace(root).teacher("h1") / "mask.json"
+    original = path.read_bytes()
+    mask = json.loads(original)
+    mask["scores"][7] = 0.05
+    write_json(path, mask)
+    try:
+        models = track(root, PARAMS)["models"]
+        assert len(runs_of(client)) == before + 2  # the site and the pipeline
+        after = versions(client)
+        assert len(after.pop("teacher.h1")) == len(held.pop("teacher.h1")) + 1
+        assert after == held
+        assert (
+            client.get_model_version_by_alias("teacher.h1", ALIAS).tags[DIGEST]
+            == models["teacher.h1"]["digest"]
+        )
+    finally:
+        path.write_bytes(original)
+    # Back to the first content: no third version, and the alias returns to the first.
+    again = track(root, PARAMS)["models"]["teacher.h1"]
+    assert int(again["version"]) < int(models["teacher.h1"]["version"])
+    assert client.get_model_version_by_alias("teacher.h1", ALIAS).version == int(again["version"])
+
+
+def test_a_changed_evaluation_makes_a_run_but_no_version(root: Path, client: Any) -> None:
+    track(root, PARAMS)
+    before, held = len(runs_of(client)), versions(client)
+    path = root / "reports" / "evaluation" / "h0" / "q0.json"
+    original = path.read_bytes()
+    data = json.loads(original)
+    data["after"]["ece"] = 0.25
+    write_json(path, data)
+    try:
+        track(root, PARAMS)
+        assert len(runs_of(client)) == before + 2
+        assert one(runs_of(client), "query", "h0-q0").data.metrics["after/ece"] == 0.25
+        assert versions(client) == held
+    finally:
+        path.write_bytes(original)
+
+
+def test_what_an_interrupted_call_left_ends_as_failed_and_is_made_again(root: Path, client: Any) -> None:
+    track(root, PARAMS)
+    digest = json.loads((root / "reports" / "track.json").read_text())["runs"]["pipeline pipeline"]
+    (whole,) = (r for r in runs_of(client) if r.data.tags[DIGEST] == digest and r.info.status == "FINISHED")
+    left = client.create_run(whole.info.experiment_id, tags=dict(whole.data.tags)).info.run_id
+    client.delete_run(whole.info.run_id)
+    track(root, PARAMS)
+    assert client.get_run(left).info.status == "FAILED"
+    finished = [r for r in runs_of(client) if r.data.tags[DIGEST] == digest]
+    assert [r.info.status for r in finished if r.info.run_id != left] == ["FINISHED"]
+
+
+def test_a_removed_artifact_is_made_again(root: Path, client: Any) -> None:
+    number = track(root, PARAMS)["models"]["teacher.h2"]["version"]
+    folder = Path(client.get_model_version_download_uri("teacher.h2", number).removeprefix("file://"))
+    shutil.rmtree(folder)
+    models = track(root, PARAMS)["models"]
+    assert int(models["teacher.h2"]["version"]) == int(number) + 1
+    assert client.get_model_version_by_alias("teacher.h2", ALIAS).version == int(number) + 1
+
+
+def test_a_database_from_another_folder_is_refused(root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved, ignore=shutil.ignore_patterns("mlartifacts"))
+    with pytest.raises(OutputsError) as caught:
+        track(moved, PARAMS)
+    assert caught.value.code == "moved-database"
+    assert not (moved / "mlartifacts").exists()
+
+
+def test_the_registry_is_rebuilt_from_the_workspace(root: Path, tmp_path: Path) -> None:
+    first = track(root, PARAMS)["models"]
+    fresh = tmp_path / "fresh"
+    shutil.copytree(root, fresh, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db*"))
+    second = track(fresh, PARAMS)["models"]
+    assert {n: m["digest"] for n, m in second.items()} == {n: m["digest"] for n, m in first.items()}
+    assert {m["version"] for m in second.values()} == {"1"}
+    assert (fresh / "reports" / "track.json").read_bytes() == (root / "reports" / "track.json").read_bytes()
+
+
+def test_a_registered_model_answers(root: Path, client: Any) -> None:
+    import mlflow.pyfunc
+
+    from qkt_clinical.serving import _load_pyfunc
+
+    data = np.random.default_rng(0).random((4, *SHAPE), dtype=np.float32)
+    model = mlflow.pyfunc.load_model(f"models:/student.h2.q2@{ALIAS}")
+    expected = _load_pyfunc(str(Workspace(root).student("h2", "q2"))).predict(data)
+    assert model.predict(data).equals(expected)
+    with pytest.raises(Exception, match="shape"):
+        model.predict(data[:, :, :8])
+
+
+@pytest.mark.slow
+def test_the_command_of_mlflow_answers(root: Path, tmp_path: Path) -> None:
+    """``mlflow models predict`` on zeros, in a process of its own, without a network."""
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    request.write_text(json.dumps({"inputs": np.zeros((2, *SHAPE)).tolist()}))
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
+    command += ["-m", f"models:/teacher.h0@{ALIAS}", "-i", str(request), "-o", str(answer)]
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": tracking_uri(root, PARAMS),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(answer.read_text())["predictions"]
+    assert len(rows) == 2
+    assert rows[0]["label"] in PARAMS.classes[:3]
+    assert sum(rows[0][f"probability_{c}"] for c in PARAMS.classes) == pytest.approx(1.0)
