@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from qkt_clinical import __version__
-from qkt_clinical.catalog import STAGES, Device
+from qkt_clinical.catalog import STAGES, Device, Method
 from qkt_clinical.config import Params, Workspace, load_params
 from qkt_clinical.console import errors_as_lines, progress
 from qkt_clinical.errors import ConfigError
@@ -99,6 +99,30 @@ def ingest(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> Non
             print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
     if as_json:
         _print_json(done)
+
+
+@ingest_app.command("check", epilog=EPILOG)
+def ingest_check(
+    folder: Annotated[Path, typer.Argument(help="Any folder of DICOM, NIfTI, image or npz files.")],
+    as_json: Json = False,
+) -> None:
+    """Say for every file of a folder whether it can be read; exit code 1 if one cannot."""
+    from qkt_clinical.ingest import check_folder, reasons
+
+    with progress("check", quiet=as_json) as step:
+        rows = check_folder(folder, progress=step)
+    rejected = [r for r in rows if r["code"] is not None]
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            print(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
+        for code in sorted({r["code"] for r in rejected if r["code"]}):
+            meaning, remedy = reasons[code]
+            print(f"{code}: {meaning} {remedy}")
+        print(f"{len(rows) - len(rejected)} accepted, {len(rejected)} rejected")
+    if rejected:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=EPILOG)
@@ -288,6 +312,79 @@ def phantom(
         _print_json({"sites": sites})
     else:
         print(f"hospitals: {', '.join(sites)}")
+
+
+@app.command(epilog=EPILOG)
+def federate(
+    source: Annotated[Path, typer.Argument(help="Labelled npz in MedMNIST's layout.", metavar="FILE.npz")],
+    out: Annotated[Path, typer.Option(help="The workspace to write.")],
+    preset: Annotated[str | None, typer.Option(help="Settings that come with the package: pbc28.")] = None,
+    partition: Annotated[
+        Literal["pathological", "dirichlet"] | None,
+        typer.Option(help="A few classes for each hospital, or skewed proportions."),
+    ] = None,
+    hospitals: Annotated[int | None, typer.Option(min=2, help="How many.")] = None,
+    classes_per_hospital: Annotated[int | None, typer.Option(min=2, help="For pathological.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Concentration for dirichlet.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="How many absent classes are asked for.")] = None,
+    method: Annotated[Method | None, typer.Option(help="With which queries are answered.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Budget of every query.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the partition and of the queries.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn one labelled npz into simulated hospitals, a workspace for 'dvc repro'."""
+    from qkt_clinical.federate import federate as divide
+    from qkt_clinical.federate import load_preset
+    from qkt_clinical.workspace import write_workspace
+
+    base = load_preset(preset) if preset else None
+    if base is None and partition is None:
+        raise typer.BadParameter("give --partition or --preset")
+    given = {
+        "partition": partition,
+        "hospitals": hospitals,
+        "classes_per_hospital": classes_per_hospital,
+        "beta": beta,
+        "queries": queries,
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+    }
+    arguments = (base.federate.model_dump() if base else {}) | {
+        k: v for k, v in given.items() if v is not None
+    }
+    made = divide(source, out, **arguments)
+    write_workspace(out, {**(base.params if base else {}), **made.as_params()})
+    if as_json:
+        _print_json(made.as_params())
+    else:
+        print(f"{out}: {len(made.sites)} hospitals, {len(made.queries)} queries; next: cd {out} && dvc repro")
+
+
+@app.command(epilog=EPILOG)
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="Data set; without it they are listed.")] = None,
+    size: Annotated[int, typer.Option(help="Edge length in pixels: 28, 64, 128 or 224.")] = 28,
+    out: Annotated[Path, typer.Option(help="Folder for the file.")] = Path("data/medmnist"),
+    base_url: Annotated[str | None, typer.Option(help="A mirror with the same file names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a MedMNIST data set, checked against its MD5 sum."""
+    from qkt_clinical.fetch import fetch as download
+    from qkt_clinical.fetch import list_datasets
+
+    if name is None:
+        known = list_datasets()
+        if as_json:
+            _print_json(sorted(known))
+        else:
+            print("\n".join(sorted(known)))
+        return
+    path = download(name, out, size=size, base_url=base_url, progress=not as_json)
+    if as_json:
+        _print_json({"file": path.as_posix()})
+    else:
+        print(path)
 
 
 def _version(value: bool) -> None:

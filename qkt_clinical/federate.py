@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.config import NAME, Name, Params, QueryConfig, SiteConfig, Strict, parse
+from qkt_clinical.config import NAME, Name, QueryConfig, SiteConfig, Strict, parse
 from qkt_clinical.errors import ConfigError, SourceError
 from qkt_clinical.fetch import class_names
 from qkt_clinical.files import new_folder, write_text
@@ -428,17 +428,6 @@ def load_preset(name: str) -> Preset:
         raise ConfigError(f"no preset {name!r}", remedy=f"Known presets: {', '.join(list_presets())}.")
     text = files("qkt_clinical").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
     return parse(Preset, yaml.safe_load(text), file=f"presets/{name}.yaml")
-
-
-def write_workspace(out: Path, params: Mapping[str, Any]) -> None:
-    """Write ``out/params.yaml``, checked as the pipeline will check it.
-
-    Raises:
-        ConfigError: ``params`` are not those of params.yaml.
-    """
-    path = out / "params.yaml"
-    parse(Params, dict(params), file=path)
-    write_text(path, _yaml(params))
 
 
 def federate(

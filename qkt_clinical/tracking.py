@@ -329,6 +329,23 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _check_database(uri: str) -> None:
+    """Refuse a file that is no SQLite database at once; MLflow would try it again for minutes."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file():
+        return
+    with path.open("rb") as stream:
+        head = stream.read(16)
+    if head not in (b"", b"SQLite format 3\0"):
+        raise OutputsError(
+            "not a database",
+            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace.",
+            file=path,
+            stage="track",
+            code="damaged-database",
+        )
+
+
 def tracking_uri(root: Path, params: Params) -> str:
     """``track.uri`` of params.yaml, or the workspace's own database."""
     return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/mlflow.db"
@@ -365,6 +382,7 @@ def _client(uri: str) -> Iterator[MlflowClient]:
     with _environ(ENVIRONMENT):
         import mlflow
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         loggers = [logging.getLogger(n) for n in ("mlflow", "alembic")]
         levels = [one.level for one in loggers]
@@ -375,9 +393,9 @@ def _client(uri: str) -> Iterator[MlflowClient]:
                 one.setLevel(logging.WARNING)
             mlflow.set_tracking_uri(uri)
             yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise QktError(
-                f"MLflow: {str(error).splitlines()[0][:300]}",
+                f"MLflow: {str(error).strip().splitlines()[0][:200]}",
                 remedy="Check track.uri in params.yaml and that the server or database is there.",
                 code="mlflow",
                 stage="track",
@@ -599,7 +617,7 @@ def track(root: Path, params: Params) -> dict[str, Any]:
         ``{"runs": number of runs of this workspace's state, "models": {name: {"version", "digest"}}}``.
 
     Raises:
-        OutputsError: outputs are missing or malformed, or the database came from another folder.
+        OutputsError: outputs are missing or malformed, or the database is damaged or another folder's.
         BundleError, PreparedError: a card, mask or manifest is malformed.
         QktError: MLflow cannot be reached or refuses, code ``mlflow``.
     """
@@ -608,6 +626,7 @@ def track(root: Path, params: Params) -> dict[str, Any]:
     items = [*teachers, *(query_item(query, outputs) for query in outputs.queries)]
     whole = pipeline_item(outputs, items)
     uri = tracking_uri(root, params)
+    _check_database(uri)
     models: dict[str, dict[str, str]] = {}
     with _unsynced(), _client(uri) as client:
         experiment = _experiment(client, root, params, uri)

@@ -27,9 +27,9 @@ from qkt_clinical.federate import (
     partition_pathological,
     pathological_shares,
     read_medmnist,
-    write_workspace,
 )
 from qkt_clinical.files import digest_folder
+from qkt_clinical.workspace import write_workspace
 
 # No deadline: a busy machine is no failure. Derandomised: the same examples every time.
 steady = settings(deadline=None, derandomize=True, max_examples=60)

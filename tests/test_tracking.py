@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from qkt_clinical.config import Params, Workspace
-from qkt_clinical.errors import OutputsError
+from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
-from qkt_clinical.tracking import ALIAS, DIGEST, KIND, curves_of, flat, key, track, tracking_uri
+from qkt_clinical.tracking import ALIAS, DIGEST, KIND, Item, _run, curves_of, flat, key, track, tracking_uri
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()
@@ -254,6 +254,32 @@ def test_a_database_from_another_folder_is_refused(root: Path, tmp_path: Path) -
         track(moved, PARAMS)
     assert caught.value.code == "moved-database"
     assert not (moved / "mlartifacts").exists()
+
+
+def test_a_damaged_database_is_refused_at_once(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_text("what a disk left of it")
+    with pytest.raises(OutputsError) as caught:
+        track(root, sample_params(track={"uri": f"sqlite:///{path}"}))
+    assert caught.value.code == "damaged-database"
+
+
+def test_a_store_that_cannot_be_reached_is_one_typed_error(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(QktError) as caught:
+        track(root, sample_params(track={"uri": f"sqlite:///{tmp_path}/file/mlflow.db"}))
+    assert caught.value.code == "mlflow"
+
+
+def test_a_run_that_breaks_off_ends_as_failed(root: Path, client: Any) -> None:
+    track(root, PARAMS)
+    before = {r.info.run_id for r in runs_of(client)}
+    experiment = client.get_experiment_by_name(PARAMS.track.experiment).experiment_id
+    item = Item("site", "broken", "0" * 64, "note", params={}, metrics={})
+    with pytest.raises(KeyboardInterrupt), _run(client, experiment, item, None, {}, {}):
+        raise KeyboardInterrupt
+    (run,) = (r for r in runs_of(client) if r.info.run_id not in before)
+    assert run.info.status == "FAILED"
 
 
 def test_the_registry_is_rebuilt_from_the_workspace(root: Path, tmp_path: Path) -> None:

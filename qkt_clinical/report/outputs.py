@@ -160,8 +160,9 @@ class Outputs:
 
     @property
     def params_digest(self) -> str:
-        """SHA-256 of the parameters as read, defaults included."""
-        return digest_bytes(to_json(self.params.model_dump(mode="json")).encode())
+        """SHA-256 of the parameters that bear on results, defaults included."""
+        used = self.params.model_dump(mode="json", exclude={"device", "track"})
+        return digest_bytes(to_json(used).encode())
 
     def site(self, name: str) -> SiteOutputs | None:
         """The site of that name."""
