@@ -69,26 +69,30 @@ class Decision(Strict):
     """How a student's logits become an answer over the relevant label space R.
 
     Local classes keep their logits. With m the largest local logit, a query class q of logit z_q scores
-    ``m + z_q - surprise * m + offset_q``, and the answer is the class of the highest score: q is named
-    where ``z_q - surprise * m + offset_q > 0``. ``surprise`` says how much the student's own confidence
-    speaks against the query; the offset is the operating point: for an absent class it is set so that at
-    most ``budget`` of the hospital's own held-out images are given away to the query.
+    ``m + z_q - surprise_q * m + offset_q``, and the answer is the class of the highest score: q is named
+    where ``z_q - surprise_q * m + offset_q > 0``. ``surprise_q`` says how much the student's own
+    confidence speaks against the query; the offset is the operating point, set so that at most ``budget``
+    of the hospital's own held-out images are given away to the query.
     """
 
     method: Method
     local: tuple[Index, ...] = Field(min_length=1)
     query: tuple[Index, ...] = Field(min_length=1)
-    surprise: Annotated[float, Field(ge=0.0, le=4.0)]
+    rare: tuple[Index, ...] = ()
+    """Query classes of which the hospital has a few images: its own logit counts in z_q too."""
+    surprise: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...]
     offsets: tuple[float, ...]
-    """One per query class, in the order of ``query``."""
+    """Like ``surprise`` one per query class, in the order of ``query``."""
     budget: float
     experts: tuple[Name, ...] = ()
     """Sites whose networks answer for the query (``routed``); their logits are averaged."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
-        if set(self.local) & set(self.query) or len(self.offsets) != len(self.query):
-            raise ValueError("local and query overlap, or offsets do not match query")
+        if set(self.local) & set(self.query) or not set(self.rare) <= set(self.query):
+            raise ValueError("local and query overlap, or a rare class is not in the query")
+        if not len(self.offsets) == len(self.surprise) == len(self.query):
+            raise ValueError("offsets or surprise do not match query")
         return self
 
     @property

@@ -21,9 +21,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
+    """A frozen model that refuses unknown keys, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- site.yaml ---------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Column(Strict):
     key: str | None = None
     tag: str | None = None
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     @model_validator(mode="after")
     def _complete(self) -> Column:
@@ -208,7 +208,9 @@ class TransferParams(Strict):
     """Augmented views per local image; each teacher sees each view once."""
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
     surprise: Annotated[float, Field(ge=0.0, le=4.0)] = 0.4
-    """How much the student's own largest logit speaks against the query."""
+    """How much the student's own largest logit speaks against an absent query class."""
+    own: Annotated[float, Field(gt=0, le=100.0)] = 3.0
+    """Rare query classes: weight of the hospital's own preference for the class beside the teachers'."""
     ridge: Annotated[float, Field(gt=0)] = 1e-2
     """Penalty of the closed-form regression of ``qkt-light``."""
 
@@ -307,8 +309,17 @@ def parse(model: type[Model], data: Any, *, file: Path | str, site: str | None =
         ) from None
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """The safe loader without aliases: a few hundred bytes of nested merges would fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed here")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> Any:
-    """Read a small YAML file with the safe loader.
+    """Read a small YAML file with the safe loader, without aliases.
 
     Raises:
         ConfigError: absent, too large, not UTF-8 or not YAML.
@@ -320,12 +331,17 @@ def read_yaml(path: Path) -> Any:
                 remedy="Check that this is the right file.",
                 file=path,
             )
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = _PlainLoader(path.read_text(encoding="utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise ConfigError(
             f"cannot be read: {error.strerror}", remedy="Check the path and its permissions.", file=path
         ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: not UTF-8, a date that does not exist, an integer of thousands of digits.
         first = str(error).splitlines()[0]
         raise ConfigError(f"not valid YAML: {first}", remedy="Correct the file.", file=path) from None
 

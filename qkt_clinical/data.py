@@ -185,7 +185,7 @@ def load_prepared(folder: Path) -> PreparedSite:
             s: np.asarray(v, dtype=np.int64)
             for s, v in json.loads((folder / "splits.json").read_text()).items()
         }
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise PreparedError(
             f"cannot be read: {type(error).__name__}",
             remedy="Run 'qkt ingest' for this site again.",
@@ -193,9 +193,11 @@ def load_prepared(folder: Path) -> PreparedSite:
             file=folder,
         ) from None
     wanted = (manifest.count, *manifest.shape)
-    if images.shape != wanted or str(images.dtype) != manifest.dtype or labels.shape != wanted[:1]:
+    lengths = {labels.shape, groups.shape}
+    if images.shape != wanted or str(images.dtype) != manifest.dtype or lengths != {wanted[:1]}:
         raise PreparedError(
-            f"images {images.shape} {images.dtype} against {wanted} {manifest.dtype} in the manifest",
+            f"images {images.shape} {images.dtype}, labels {labels.shape} and patient ids {groups.shape} "
+            f"against {wanted} {manifest.dtype} in the manifest",
             remedy="Run 'qkt ingest' for this site again.",
             site=manifest.site,
             file=folder,
@@ -203,5 +205,11 @@ def load_prepared(folder: Path) -> PreparedSite:
     if set(splits) != set(SPLITS):
         raise PreparedError(
             "splits.json lacks a split", remedy="Run 'qkt ingest' for this site again.", site=manifest.site
+        )
+    if any(((v < 0) | (v >= manifest.count)).any() for v in splits.values()):
+        raise PreparedError(
+            "splits.json names images that are not there",
+            remedy="Run 'qkt ingest' for this site again.",
+            site=manifest.site,
         )
     return PreparedSite(folder, manifest, images, labels, groups, splits)

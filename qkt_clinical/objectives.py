@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROUNDING = 1e-5
+"""Relative; single precision rounds by a hundredth of it."""
+
 
 def margin(logits: Tensor, query: int, known: Sequence[int]) -> Tensor:
     """How much a teacher prefers the query class to all else that it knows.
@@ -79,14 +82,28 @@ def ridge(features: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, T
     return weight.to(features.dtype), (y_mean - weight @ x_mean).to(features.dtype)
 
 
-def query_scores(logits: Tensor, local: Sequence[int], query_logits: Tensor, surprise: float) -> Tensor:
-    """``z_q - surprise * max z_local`` (N, Q): above minus the offset, an image goes to the query.
+def query_scores(
+    logits: Tensor, local: Sequence[int], query_logits: Tensor, surprise: Sequence[float]
+) -> Tensor:
+    """``z_q - surprise_q * max z_local`` (N, Q): above minus the offset, an image goes to the query.
 
     Args:
         logits: (N, C) of the student.
         query_logits: (N, Q).
+        surprise: one per query class.
     """
-    return query_logits - surprise * logits[:, list(local)].max(dim=1, keepdim=True).values
+    most = logits[:, list(local)].max(dim=1, keepdim=True).values
+    return query_logits - most * torch.tensor(surprise, dtype=logits.dtype, device=logits.device)
+
+
+def allowed(budget: float, count: int) -> int:
+    """How many of ``count`` calibration images may go to the query.
+
+    The k-th largest of n scores is exceeded by a new image of the same kind with probability k / (n + 1)
+    (conformal prediction), so that k images given away are paid for as k + 1. With fewer than 1 / budget
+    images no offset can promise the budget; then none may go.
+    """
+    return max(0, math.floor(budget * (count + 1)) - 1)
 
 
 def offsets_for_budget(scores: Tensor, budget: float) -> tuple[Tensor, float]:
@@ -102,15 +119,21 @@ def offsets_for_budget(scores: Tensor, budget: float) -> tuple[Tensor, float]:
         budget: share of these images, in (0, 1).
 
     Returns:
-        Offsets (Q,) and the share of the images given away, at most ``budget``.
+        Offsets (Q,) and the share of the images given away, at most ``budget``; see :func:`allowed`.
     """
     count, classes = scores.shape
-    part = math.floor(budget / classes * count)
-    offsets = -scores.sort(dim=0, descending=True).values[part]
+    offsets = -scores.sort(dim=0, descending=True).values[allowed(budget / classes, count)]
     highest = (scores + offsets).max(dim=1).values
-    allowed = math.floor(budget * count)
-    offsets = offsets - highest.sort(descending=True).values[allowed]
-    return offsets, float(((scores + offsets).max(dim=1).values > 0).float().mean())
+    bound = highest.sort(descending=True).values[allowed(budget, count)]
+    # A hair lower, so that rounding in ``decide`` does not give the image at the bound away.
+    hair = ROUNDING * float(scores.abs().max().clamp(min=1))
+    offsets = offsets - bound - hair
+    return offsets, given_away(scores, offsets)
+
+
+def given_away(scores: Tensor, offsets: Tensor) -> float:
+    """Share of images that go to the query at these offsets."""
+    return float(((scores + offsets).max(dim=1).values > 0).double().mean())
 
 
 def decide(
@@ -118,7 +141,7 @@ def decide(
     query_logits: Tensor,
     local: Sequence[int],
     query: Sequence[int],
-    surprise: float,
+    surprise: Sequence[float],
     offsets: Tensor,
 ) -> Tensor:
     """Scores (N, C) over the relevant label space, minus infinity elsewhere; the answer is the argmax.

@@ -143,10 +143,26 @@ def make_plan(
         if site == hospital:
             continue
         card = read_card(folder)
+        if card.kind != "teacher" or card.site != site:
+            raise BundleError(
+                f"a {card.kind} of site {card.site!r} where the teacher of {site!r} should be",
+                remedy=f"Put the bundle of {site!r} there.",
+                file=folder,
+                site=site,
+                code="bundle-card",
+            )
         mask = read_mask(folder, card)
         if mask is None:
             raise BundleError(
                 "no mask", remedy=f"Run 'qkt mask {site}'.", file=folder, site=site, code="bundle-mask"
+            )
+        if not (folder / WEIGHTS).is_file():
+            raise BundleError(
+                "no weights",
+                remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
+                file=folder / WEIGHTS,
+                site=site,
+                code="bundle-missing",
             )
         size = sum((folder / f).stat().st_size for f in SHARED)
         digest = digest_file(folder / CARD)

@@ -24,7 +24,7 @@ from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import TrainParams
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.files import digest_bytes
-from qkt_clinical.networks import Classifier, build
+from qkt_clinical.networks import Classifier, build, fast_layout
 from qkt_clinical.seeding import derive
 
 MEAN, STD = 0.5, 0.5
@@ -131,7 +131,7 @@ def _pack(
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in modules.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v.detach().cpu().contiguous() for k, v in entry.items()}
-    return tensors | {f"best.{k}": v for k, v in (best or {}).items()}
+    return tensors | {f"best.{k}": v.contiguous() for k, v in (best or {}).items()}
 
 
 def _unpack(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -290,7 +290,7 @@ def train_teacher(
     The softmax runs over all the federation's classes: the rows of classes that the site never saw only
     ever fall, which is what masks read later.
     """
-    network = build(spec, seed=derive(seed, "train", site)).to(device)
+    network = fast_layout(build(spec, seed=derive(seed, "train", site)).to(device))
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
     weights = balanced_sample_weights(train[1], range(spec.classes)).to(device)
     val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])

@@ -33,7 +33,7 @@ from qkt_clinical.catalog import Method
 from qkt_clinical.config import TransferParams
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.errors import QueryError
-from qkt_clinical.networks import Classifier
+from qkt_clinical.networks import Classifier, fast_layout
 from qkt_clinical.objectives import (
     balanced_cross_entropy,
     decide,
@@ -171,7 +171,7 @@ def phase1(
         The new network (its head still the old one), one linear map per source from its features to the
         source's, and one row per epoch.
     """
-    network = copy.deepcopy(student).to(device)
+    network = fast_layout(copy.deepcopy(student).to(device))
     start = sources[0].features[0]
     linears = [_align(start, source.features[0]).to(device) for source in sources]
     heads = [
@@ -229,6 +229,8 @@ def carry_rows(
     teachers: Sequence[Teacher],
     maps: Sequence[nn.Linear],
     query: Sequence[int],
+    rare: Sequence[int] = (),
+    own_weight: float = 1.0,
 ) -> None:
     """Write the student's head: its own rows through the own map, query rows from the teachers' margins.
 
@@ -236,6 +238,7 @@ def carry_rows(
         network: changed in place, its head only.
         own: the hospital's own model, whose rows are carried.
         maps: the own map first, then one per teacher.
+        rare: query classes whose own row is added to the margin, ``own_weight`` times.
     """
     weight, bias = _carried(own.head.weight, own.head.bias, maps[0])
     for q in query:
@@ -245,8 +248,9 @@ def carry_rows(
                 head = teacher.network.head
                 row, shift = margin_row(head.weight, head.bias, q, teacher.known)
                 rows.append(_carried(row[None], shift[None], linear))
-        weight[q] = torch.cat([w for w, _ in rows]).mean(dim=0)
-        bias[q] = torch.cat([b for _, b in rows]).mean()
+        kept = own_weight if q in rare else 0.0
+        weight[q] = torch.cat([w for w, _ in rows]).mean(dim=0) + kept * weight[q]
+        bias[q] = torch.cat([b for _, b in rows]).mean() + kept * bias[q]
     network.head.weight.copy_(weight)
     network.head.bias.copy_(bias)
 
@@ -257,32 +261,35 @@ def refine_head(
     labels: Tensor,
     local: Sequence[int],
     query: Sequence[int],
-    surprise: float,
+    surprise: Sequence[float],
     *,
     steps: int = 300,
     learning_rate: float = 1e-2,
     pull: float = 1e-2,
-) -> tuple[Tensor, list[dict[str, float]]]:
+) -> list[dict[str, float]]:
     """Phase 2 for rare query classes: class-balanced refinement of the head on cached features.
 
-    Full-batch Adam on the head's relevant rows and the query's offsets, pulled towards where they
-    started, so that a handful of samples moves the operating point more than it rewrites the rows.
+    Full-batch Adam on the head's rows, pulled towards where they started, so that a handful of samples
+    corrects the rows more than it rewrites them. The offsets are set afterwards, by the budget.
+
+    Args:
+        features: (N, F) of views of the local training images; labels: (N,).
 
     Returns:
-        Offsets (Q,) and the loss every 10 steps. The head is changed in place, the extractor is not used.
+        The loss every 10 steps. The head is changed in place, the extractor is not used.
     """
     weight = network.head.weight.detach().clone().requires_grad_(True)
     bias = network.head.bias.detach().clone().requires_grad_(True)
-    offsets = torch.zeros(len(query), requires_grad=True)
     start, start_bias = weight.detach().clone(), bias.detach().clone()
     scale = start.norm(dim=1).mean() ** 2
-    optimizer = torch.optim.Adam([weight, bias, offsets], lr=learning_rate)
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     relevant = sorted({*local, *query})
+    none = torch.zeros(len(query))
     curves = []
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
         logits = features @ weight.T + bias
-        scores = decide(logits, logits[:, list(query)], local, query, surprise, offsets)
+        scores = decide(logits, logits[:, list(query)], local, query, surprise, none)
         drift = ((weight - start) ** 2).sum() / scale + ((bias - start_bias) ** 2).sum() / scale
         value = balanced_cross_entropy(scores, labels, relevant) + pull * drift
         value.backward()
@@ -292,7 +299,7 @@ def refine_head(
     with torch.no_grad():
         network.head.weight.copy_(weight)
         network.head.bias.copy_(bias)
-    return offsets.detach(), curves
+    return curves
 
 
 def expert_margins(
@@ -305,6 +312,19 @@ def expert_margins(
         each = [margin(logits[t.site], q, t.known) for t in teachers if q in t.known]
         columns.append(torch.stack(each).mean(dim=0))
     return torch.stack(columns, dim=1)
+
+
+def routed_logits(
+    own: Tensor, experts: Sequence[Teacher], inputs: Tensor, decision: Decision, device: torch.device
+) -> Tensor:
+    """Query logits (N, Q) of method ``routed``: the experts' mean margin.
+
+    For a rare class the own logit is added, weighed like the own model's confidence against it.
+    """
+    asked = expert_margins(experts, inputs, decision.query, device)
+    pairs = zip(decision.query, decision.surprise, strict=True)
+    shares = torch.tensor([surprise if q in decision.rare else 0.0 for q, surprise in pairs])
+    return asked + shares * own[:, list(decision.query)]
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -363,14 +383,14 @@ def answer_query(
         )
     inputs, labels = to_input(data.train[0], data.normalisation), torch.from_numpy(data.train[1])
     network, student = copy.deepcopy(student).cpu(), copy.deepcopy(student).cpu()
-    surprise = params.surprise
+    surprise = [params.own if q in rare else params.surprise for q in query]
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
-    offsets = torch.zeros(len(query))
 
     if method == "qkt":
         views = make_views(inputs, params.views, params.augment, seed, device)
-        sources = [_Source(student, local, 1.0, *_observe(student.to(device), views, device))]
+        own_known = (*local, *rare)
+        sources = [_Source(student, own_known, 1.0, *_observe(student.to(device), views, device))]
         for teacher in teachers:
             seen = _observe(teacher.network.to(device), views, device)
             sources.append(_Source(teacher.network, teacher.known, 1.0 / len(teachers), *seen))
@@ -386,7 +406,7 @@ def answer_query(
         )
         for source in sources:
             source.network.cpu()
-        carry_rows(network, student, teachers, maps, query)
+        carry_rows(network, student, teachers, maps, query, list(rare), params.own)
         first = {"curves": rows, "views": params.views, "teacher_passes": params.views * len(teachers)}
     elif method == "qkt-light":
         views = make_views(inputs, params.views, params.augment, seed, device)
@@ -394,42 +414,30 @@ def answer_query(
         targets = torch.cat([expert_margins(teachers, v, query, device) for v in views])
         weight, bias = ridge(features, targets, params.ridge)
         with torch.no_grad():
-            network.head.weight[list(query)] = weight
-            network.head.bias[list(query)] = bias
+            for i, q in enumerate(query):
+                share = params.own if q in rare else 0.0
+                network.head.weight[q] = weight[i] + share * network.head.weight[q]
+                network.head.bias[q] = bias[i] + share * network.head.bias[q]
 
     if rare and method != "routed":
         # Several views of every image, so that a handful of samples is not learned by heart.
         few = make_views(inputs, min(4, params.views), params.augment, derive(seed, "phase2"), device)
         cached = torch.cat([predict(network.to(device), view, device, features=True) for view in few])
         network.cpu()
-        offsets, curves = refine_head(network, cached, labels.repeat(len(few)), local, query, surprise)
-    own = predict(network.to(device), calibration, device)
-    network.cpu()
-    if method == "routed":
-        asked = expert_margins(teachers, calibration, query, device)
-    else:
-        asked = own[:, list(query)]
-    scores = query_scores(own, local, asked, surprise)
-    bounded, given_away = offsets_for_budget(scores, budget)
-    if rare and method != "routed":
-        # The offsets learned from samples stand, unless they give away more than the budget.
-        learned = float(((scores + offsets).max(dim=1).values > 0).float().mean())
-        if learned > budget:
-            excess = (scores + offsets).max(dim=1).values.sort(descending=True).values
-            offsets = offsets - excess[int(budget * len(scores))]
-        given_away = min(learned, budget)
-    else:
-        offsets = bounded
-    names = tuple(t.site for t in teachers) if method == "routed" else ()
-    decision = Decision(
+        curves = refine_head(network, cached, labels.repeat(len(few)), local, query, surprise)
+    draft = Decision(
         method=method,
         local=local,
         query=query,
-        surprise=surprise,
-        offsets=tuple(float(o) for o in offsets),
+        rare=tuple(rare),
+        surprise=tuple(surprise),
+        offsets=(0.0,) * len(query),
         budget=budget,
-        experts=names,
+        experts=tuple(t.site for t in teachers) if method == "routed" else (),
     )
+    own, asked = _logits_of(network, draft, teachers, calibration, device)
+    offsets, given_away = offsets_for_budget(query_scores(own, local, asked, surprise), budget)
+    decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
     second = {
         "offsets": {str(q): float(o) for q, o in zip(query, offsets, strict=True)},
         "budget": budget,
@@ -469,11 +477,17 @@ def scores_of(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> Tensor:
     """Like :func:`predict_scores`, from the parts."""
+    logits, asked = _logits_of(network, decision, experts, inputs, device)
+    offsets = torch.tensor(decision.offsets)
+    return decide(logits, asked, decision.local, decision.query, decision.surprise, offsets)
+
+
+def _logits_of(
+    network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The student's logits (N, C) and the query's (N, Q)."""
     logits = predict(network.to(device), inputs, device)
     network.cpu()
     if decision.method == "routed":
-        asked = expert_margins(experts, inputs, decision.query, device)
-    else:
-        asked = logits[:, list(decision.query)]
-    offsets = torch.tensor(decision.offsets)
-    return decide(logits, asked, decision.local, decision.query, decision.surprise, offsets)
+        return logits, routed_logits(logits, experts, inputs, decision, device)
+    return logits, logits[:, list(decision.query)]

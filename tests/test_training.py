@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qkt_clinical.config import TrainParams
+from qkt_clinical.networks import Classifier
+from qkt_clinical.training import (
+    Checkpoint,
+    History,
+    Schedule,
+    balanced_sample_weights,
+    batches_per_epoch,
+    fit,
+    generator,
+    learning_rate_factor,
+    mean_recall,
+    predict,
+    shuffled,
+    to_input,
+    train_teacher,
+)
+from tests.shapes import CPU, shapes, spec
+
+PARAMS = TrainParams(epochs=5, batch_size=16, patience=5)
+
+
+def train(
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    site: str = "aster",
+    params: TrainParams = PARAMS,
+    validate: bool = True,
+) -> tuple[Classifier, History]:
+    val = shapes((0, 1, 2), 5, 2)
+    return train_teacher(
+        spec("densenet-small"),
+        shapes((0, 1, 2), 14, 1),
+        val if validate else (val[0][:0], val[1][:0]),
+        params,
+        seed=3,
+        site=site,
+        device=CPU,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Classifier, History]:
+    return train()
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(epoch: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        assert total == PARAMS.epochs
+        if done == epoch:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("epochs", [(1,), (3,), (5,), (1, 2, 4)])
+def test_a_stopped_run_ends_in_the_same_weights(
+    tmp_path: Path, whole: tuple[Classifier, History], epochs: tuple[int, ...]
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "scratch", "run")
+    for epoch in epochs:
+        with pytest.raises(Stopped):
+            train(checkpoint, stop_after(epoch))
+        assert checkpoint.state.exists()
+    told: list[int] = []
+    network, history = train(checkpoint, lambda done, total: told.append(done))
+    assert told == list(range(epochs[-1] + 1, PARAMS.epochs + 1)), "no epoch is run twice"
+    assert same(network, whole[0])
+    assert history == whole[1]
+    assert list(checkpoint.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_without_validation_images_too(tmp_path: Path, epoch: int) -> None:
+    expected, history = train(validate=False)
+    assert history.best_epoch == PARAMS.epochs
+    checkpoint = Checkpoint(tmp_path, "run")
+    with pytest.raises(Stopped):
+        train(checkpoint, stop_after(epoch), validate=False)
+    resumed, again = train(checkpoint, validate=False)
+    assert same(resumed, expected)
+    assert again == history
+
+
+def test_a_killed_process_ends_in_the_same_weights(
+    tmp_path: Path, repository: Path, whole: tuple[Classifier, History]
+) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from qkt_clinical.training import Checkpoint
+from tests.test_training import train
+train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and time.sleep(600))
+"""
+    checkpoint = Checkpoint(tmp_path, "run")
+    # The order of sums depends on the number of threads.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=repository, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while (state := checkpoint.load()) is None or state[1]["done"] < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    told: list[int] = []
+    network, history = train(checkpoint, lambda done, total: told.append(done))
+    assert told == [3, 4, 5]
+    assert same(network, whole[0])
+    assert history == whole[1]
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "pair", "none"])
+def test_a_torn_checkpoint_counts_as_none(
+    tmp_path: Path, whole: tuple[Classifier, History], damage: str
+) -> None:
+    checkpoint = Checkpoint(tmp_path, "run")
+    with pytest.raises(Stopped):
+        train(checkpoint, stop_after(2))
+    earlier = checkpoint.weights.read_bytes()
+    match damage:
+        case "weights":
+            checkpoint.weights.write_bytes(earlier[:-8])
+        case "state":
+            checkpoint.state.write_text(checkpoint.state.read_text()[:-8])
+        case "pair":
+            # Killed between the two renames: the weights of epoch 3 beside the state of epoch 2.
+            state = checkpoint.state.read_text()
+            with pytest.raises(Stopped):
+                train(checkpoint, stop_after(3))
+            assert checkpoint.weights.read_bytes() != earlier
+            checkpoint.state.write_text(state)
+        case _:
+            checkpoint.weights.unlink()
+    assert checkpoint.load() is None
+    told: list[int] = []
+    network, _ = train(checkpoint, lambda done, total: told.append(done))
+    assert told == [1, 2, 3, 4, 5]
+    assert same(network, whole[0])
+
+
+# --- independence ---------------------------------------------------------------------------------
+
+
+def test_no_run_depends_on_what_ran_before(whole: tuple[Classifier, History]) -> None:
+    torch.manual_seed(12345)
+    train(site="birch", params=PARAMS.model_copy(update={"epochs": 1}))
+    torch.rand(7)
+    again, history = train()
+    assert same(again, whole[0])
+    assert history == whole[1]
+
+
+def test_another_site_or_seed_is_another_run(whole: tuple[Classifier, History]) -> None:
+    assert not same(train(site="birch")[0], whole[0])
+    assert torch.equal(torch.rand(3, generator=generator(1, "a")), torch.rand(3, generator=generator(1, "a")))
+    assert not torch.equal(
+        torch.rand(3, generator=generator(1, "a")), torch.rand(3, generator=generator(1, "b"))
+    )
+
+
+def test_it_learns(whole: tuple[Classifier, History]) -> None:
+    images, labels = shapes((0, 1, 2), 30, 77)
+    network, history = whole
+    assert not network.training
+    assert mean_recall(predict(network, to_input(images), CPU).argmax(1), torch.from_numpy(labels)) > 0.8
+    assert history.curves[-1]["loss"] < 0.7 * history.curves[0]["loss"]
+    assert [row["epoch"] for row in history.curves] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+# --- the loop by hand -----------------------------------------------------------------------------
+
+
+class Walk(nn.Module):
+    """One parameter whose gradient is always 1, so that AdamW moves it down by the learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()))
+
+
+def walk(
+    scores: list[float] | None, epochs: int = 8, patience: int | None = 3, steps: int = 1
+) -> tuple[Walk, History, list[bool]]:
+    module, modes = Walk(), []
+    given = iter(scores or [])
+
+    def score() -> float:
+        modes.append(module.training)
+        return next(given)
+
+    def batches(epoch: int) -> Iterator[int]:
+        yield from range(steps)
+
+    def loss(batch: int) -> Tensor:
+        modes.append(module.training)
+        return module.place * 1.0
+
+    history = fit(
+        module,
+        batches,
+        steps,
+        loss,
+        Schedule(epochs, 1.0, 0.0, patience),
+        device=CPU,
+        score=score if scores is not None else None,
+    )
+    return module, history, modes
+
+
+def test_learning_rate_by_hand() -> None:
+    # 20 steps, a tenth of them warm-up: 1/2, 1, then a cosine over the 18 that are left.
+    factors = [learning_rate_factor(s, 20, 0.1) for s in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[2 + 9] == pytest.approx(0.5)
+    assert factors[2 + 6] == pytest.approx(0.75)
+    assert factors[2 + 12] == pytest.approx(0.25)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert 0 < factors[-1] < 0.01
+    assert [learning_rate_factor(s, 1, 0.1) for s in range(1)] == [1.0]
+    assert learning_rate_factor(20, 20, 0.1) == pytest.approx(0.0)
+
+
+def test_steps_follow_the_learning_rate() -> None:
+    # Adam's step for a gradient that is always 1 is the learning rate itself.
+    module, history, _ = walk(None, epochs=4, steps=5)
+    expected = -sum(learning_rate_factor(s, 20, 0.1) for s in range(20))
+    assert float(module.place.detach()) == pytest.approx(expected, rel=1e-5)
+    # The loss is the place before the step, averaged over an epoch: 0, -0.5, -1.5, -2.5, ... in the first.
+    places = -np.cumsum([0.0] + [learning_rate_factor(s, 20, 0.1) for s in range(19)])
+    assert [r["loss"] for r in history.curves] == pytest.approx(places.reshape(4, 5).mean(1).tolist(), rel=1e-5)
+    assert history.best_epoch == 4
+
+
+def test_early_stopping_keeps_the_best_epoch() -> None:
+    module, history, _ = walk([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
+    assert history.stopped_early
+    assert history.best_epoch == 2
+    assert [r["score"] for r in history.curves] == [0.1, 0.5, 0.4, 0.5, 0.3]
+    two_steps = -sum(learning_rate_factor(s, 8, 0.1) for s in range(2))
+    assert float(module.place.detach()) == pytest.approx(two_steps, rel=1e-5)
+    _, history, _ = walk([0.1, 0.2, 0.2, 0.1, 0.3, 0.2, 0.2, 0.4], epochs=8)
+    assert not history.stopped_early
+    assert history.best_epoch == 8
+    assert len(history.curves) == 8
+
+
+def test_training_and_evaluation_modes_take_turns() -> None:
+    module, _, modes = walk([0.1, 0.2], epochs=2, steps=2)
+    assert modes == [True, True, False, True, True, False]
+    assert not module.training
+
+
+def test_only_what_asks_for_it_is_trained() -> None:
+    module = nn.Linear(2, 1)
+    module.bias.requires_grad_(False)
+    start = {k: v.clone() for k, v in module.state_dict().items()}
+    fit(
+        module,
+        lambda epoch: iter([torch.ones(1, 2)]),
+        1,
+        lambda batch: module(batch).sum(),
+        Schedule(2, 0.1, 0.5),
+        device=CPU,
+    )
+    assert torch.equal(module.bias, start["bias"])
+    assert not torch.equal(module.weight, start["weight"])
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_class_weights_by_hand() -> None:
+    labels = np.array([0, 0, 0, 0, 0, 0, 2, 2, 2, 3])
+    weights = balanced_sample_weights(labels, range(5))
+    # 10 images, 3 classes: 10 / (3 x 6), none, 10 / (3 x 3), 10 / (3 x 1), none
+    assert weights.tolist() == pytest.approx([10 / 18, 0.0, 10 / 9, 10 / 3, 0.0])
+    assert float(weights[torch.from_numpy(labels)].mean()) == pytest.approx(1.0)
+
+
+def test_mean_recall_by_hand() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 2, 2])
+    predicted = torch.tensor([0, 0, 0, 1, 2, 0])
+    assert mean_recall(predicted, labels) == pytest.approx((3 / 4 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7, 16, 64, 199])
+def test_batches_are_as_many_as_announced(batch_size: int) -> None:
+    for count in range(1, 201):
+        parts = list(shuffled(count, batch_size, generator(0, str(count))))
+        assert len(parts) == batches_per_epoch(count, batch_size)
+        assert torch.cat(parts).sort().values.tolist() == list(range(count))
+        sizes = [len(p) for p in parts]
+        assert max(sizes) <= batch_size + 1
+        assert count == 1 or min(sizes) > 1
+
+
+@given(st.integers(1, 5000), st.integers(2, 4096))
+def test_announced_batches_cover_the_images(count: int, batch_size: int) -> None:
+    number = batches_per_epoch(count, batch_size)
+    assert (number - 1) * batch_size < count <= number * batch_size + 1
+
+
+def test_inputs_by_hand() -> None:
+    images = np.array([[[[0, 255], [51, 204]]]], dtype=np.uint8)
+    expected = torch.tensor([[[[-1.0, 1.0], [-0.6, 0.6]]]])
+    assert torch.allclose(to_input(images), expected, atol=1e-6)
+    floats = images.astype(np.float32) / 255
+    assert torch.allclose(to_input(floats), expected, atol=1e-6)
+    assert torch.equal(to_input(floats, "zscore"), torch.from_numpy(floats))
+    assert to_input(images).dtype == torch.float32
+    assert images.max() == 255, "what is given is not written to"
+
+
+def test_predict_in_parts_equals_predict_at_once(whole: tuple[Classifier, History]) -> None:
+    network = whole[0]
+    inputs = to_input(shapes((0, 1), 300, 0)[0])
+    with torch.no_grad():
+        expected = network(inputs)
+    network.train()
+    found, features = predict(network, inputs, CPU), predict(network, inputs, CPU, features=True)
+    assert network.training, "the mode is given back"
+    network.eval()
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(network.head(features).detach(), found, atol=1e-4)
+    assert not found.requires_grad
+
