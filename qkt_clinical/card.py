@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from qkt_clinical.catalog import Estimator, Method, Network
 from qkt_clinical.config import Name, Strict
 from qkt_clinical.errors import BundleError
+from qkt_clinical.files import to_json
 
 CARD, WEIGHTS, MASK = "bundle.json", "weights.safetensors", "mask.json"
 MAX_JSON_BYTES = 4_000_000
@@ -137,7 +138,9 @@ def _read_json(path: Path, site: str | None) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise BundleError(f"larger than {MAX_JSON_BYTES} bytes", remedy=REMEDY, file=path, site=site)
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        to_json(data).encode()  # NaN and lone surrogates could not be written into a plan again
+        return data
     except OSError:
         raise BundleError(
             "cannot be read",

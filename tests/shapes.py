@@ -54,7 +54,9 @@ def spec(name: Network = "resnet-small", classes: int = len(CLASSES)) -> Network
     return NetworkSpec(name=name, spatial_dims=2, in_channels=3, classes=classes)
 
 
-def teacher(classes: Sequence[int], *, site: str, name: Network = "resnet-small", epochs: int = 12) -> Classifier:
+def teacher(
+    classes: Sequence[int], *, site: str, name: Network = "resnet-small", epochs: int = 12
+) -> Classifier:
     """A network trained on 40 images of each class."""
     seed = sum(map(ord, site))
     network, _ = train_teacher(

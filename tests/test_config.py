@@ -283,8 +283,21 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(
         LAUGHS.encode(),
     ],
     ids=[
-        "cut", "not-utf8", "nul", "mixed", "call", "name", "deep-list", "deep-map", "no-date", "long-number",
-        "no-number", "map-as-key", "two-documents", "merge-bomb", "alias-bomb",
+        "cut",
+        "not-utf8",
+        "nul",
+        "mixed",
+        "call",
+        "name",
+        "deep-list",
+        "deep-map",
+        "no-date",
+        "long-number",
+        "no-number",
+        "map-as-key",
+        "two-documents",
+        "merge-bomb",
+        "alias-bomb",
     ],
 )
 def test_text_that_is_no_plain_yaml(tmp_path: Path, content: bytes) -> None:

@@ -73,7 +73,12 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_manifest_counts_by_hand(tmp_path: Path) -> None:
     folder = write(tmp_path / "aster")
     manifest = read_manifest(folder)
-    assert manifest.counts == {"train": {"a": 2, "c": 2}, "calibration": {"a": 1, "c": 1}, "val": {"c": 2}, "test": {}}
+    assert manifest.counts == {
+        "train": {"a": 2, "c": 2},
+        "calibration": {"a": 1, "c": 1},
+        "val": {"c": 2},
+        "test": {},
+    }
     assert manifest.patients == {"train": 2, "calibration": 1, "val": 1, "test": 0}
     assert manifest.rejected == {"unreadable": 2, "no-label": 1}
     assert (manifest.count, manifest.shape, manifest.dtype) == (10, (3, 5, 4), "uint8")
@@ -90,7 +95,9 @@ def test_images_stay_on_disk(tmp_path: Path) -> None:
 
 def test_volumes_and_floats(tmp_path: Path) -> None:
     images = np.random.default_rng(1).random((10, 1, 3, 4, 5), dtype=np.float32)
-    site = load_prepared(write(tmp_path / "x", images=images, spacing_mm=(2.0, 1.0, 1.0), normalisation="zscore"))
+    site = load_prepared(
+        write(tmp_path / "x", images=images, spacing_mm=(2.0, 1.0, 1.0), normalisation="zscore")
+    )
     np.testing.assert_array_equal(site.part("train")[0], images[:4])
     assert (site.manifest.dtype, site.manifest.spacing_mm) == ("float32", (2.0, 1.0, 1.0))
 

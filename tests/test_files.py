@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from qkt_clinical.files import CHUNK, digest_bytes, digest_file, digest_folder, new_folder, to_json, write_json
+from qkt_clinical.files import (
+    CHUNK,
+    digest_bytes,
+    digest_file,
+    digest_folder,
+    new_folder,
+    to_json,
+    write_json,
+)
 from qkt_clinical.seeding import derive
 
 

@@ -127,9 +127,7 @@ train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and ti
     checkpoint = Checkpoint(tmp_path, "run")
     # The order of sums depends on the number of threads.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=repository, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=repository, env=environment)
     try:
         deadline = time.monotonic() + 60
         while (state := checkpoint.load()) is None or state[1]["done"] < 2:
@@ -264,7 +262,9 @@ def test_steps_follow_the_learning_rate() -> None:
     assert float(module.place.detach()) == pytest.approx(expected, rel=1e-5)
     # The loss is the place before the step, averaged over an epoch: 0, -0.5, -1.5, -2.5, ... in the first.
     places = -np.cumsum([0.0] + [learning_rate_factor(s, 20, 0.1) for s in range(19)])
-    assert [r["loss"] for r in history.curves] == pytest.approx(places.reshape(4, 5).mean(1).tolist(), rel=1e-5)
+    assert [r["loss"] for r in history.curves] == pytest.approx(
+        places.reshape(4, 5).mean(1).tolist(), rel=1e-5
+    )
     assert history.best_epoch == 4
 
 
@@ -360,4 +360,3 @@ def test_predict_in_parts_equals_predict_at_once(whole: tuple[Classifier, Histor
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(network.head(features).detach(), found, atol=1e-4)
     assert not found.requires_grad
-

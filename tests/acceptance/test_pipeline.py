@@ -1,0 +1,184 @@
+"""The whole pipeline, with the real programs, in a workspace of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkt_clinical.config import Params, Workspace, parse
+from qkt_clinical.files import digest_file, digest_folder
+from qkt_clinical.phantom import phantom_params, write_federation
+from qkt_clinical.workspace import write_workspace
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
+
+QUICK = {
+    "train": {"epochs": 4, "batch_size": 16},
+    "transfer": {"epochs": 2, "views": 2, "batch_size": 16},
+    "mask": {"probes": 48},
+    "evaluate": {"bootstrap": 50},
+}
+BIN = Path(sys.executable).parent
+
+
+def run(workspace: Path, *words: str) -> str:
+    """Run a program of the environment in a workspace; its output, both streams."""
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(
+        [str(BIN / words[0]), *words[1:]],
+        cwd=workspace,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A 3D federation of three hospitals after one ``dvc repro``, and what that printed."""
+    root = tmp_path_factory.mktemp("volumes")
+    write_federation(root, dims=3, images_per_site=36)
+    write_workspace(root, phantom_params(3) | QUICK)
+    return root, run(root, "dvc", "repro")
+
+
+def read(path: Path) -> Any:
+    """JSON of a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_three_dimensions_end_to_end(volumes: tuple[Path, str]) -> None:
+    root, _ = volumes
+    params = phantom_params(3)
+    rows = read(root / "reports" / "queries.json")
+    assert {(r["hospital"], r["query"]) for r in rows} == {
+        (q["hospital"], q["query"]) for q in params["queries"].values()
+    }
+    for row in rows:
+        assert row["teachers"]
+        assert row["bytes_moved"] > 0
+        assert row["before"]["query_accuracy"] == 0.0  # the class is absent
+        student = read(root / "models" / "students" / row["hospital"] / row["query"] / "bundle.json")
+        assert student["network"]["spatial_dims"] == 3
+        assert len(student["input"]["shape"]) == 4
+    kinds = {read(root / "data" / "prepared" / s / "manifest.json")["source_kind"] for s in params["sites"]}
+    assert kinds == {"dicom", "nifti"}
+    page = (root / "reports" / "index.html").read_text(encoding="utf-8")
+    assert all(row["hospital"] in page for row in rows)
+    assert not [p for p in root.joinpath("models").rglob("*") if p.suffix in {".pt", ".pth", ".pkl", ".bin"}]
+
+
+def test_a_second_repro_runs_nothing(volumes: tuple[Path, str]) -> None:
+    root, first = volumes
+    assert "Running stage 'train@north'" in first
+    again = run(root, "dvc", "repro")
+    assert "Running stage" not in again
+    assert "Data and pipelines are up to date." in again
+
+
+def test_dvc_shows_metrics_and_plots(volumes: tuple[Path, str]) -> None:
+    root, _ = volumes
+    metrics = json.loads(run(root, "dvc", "metrics", "show", "--json"))
+    files = metrics[""]["data"]
+    assert "mean" in files["reports/metrics.json"]["data"]
+    assert "models/teachers/north/metrics.json" in files
+    run(root, "dvc", "plots", "show", "--out", "plots")
+    assert (root / "plots" / "index.html").stat().st_size > 0
+
+
+def test_an_empty_registry_is_rebuilt(volumes: tuple[Path, str]) -> None:
+    root, _ = volumes
+    before = read(root / "reports" / "track.json")
+    (root / "mlflow.db").unlink()
+    shutil.rmtree(root / "mlartifacts")
+    run(root, "qkt", "track")
+    assert read(root / "reports" / "track.json") == before
+    assert (root / "mlflow.db").is_file()
+
+
+def test_a_query_job_needs_no_other_hospitals_data(volumes: tuple[Path, str], tmp_path: Path) -> None:
+    root, _ = volumes
+    query = next(iter(phantom_params(3)["queries"].values()))
+    asking, name = query["hospital"], query["query"]
+    alone = tmp_path / "alone"
+    shutil.copytree(root, alone, symlinks=True, ignore=shutil.ignore_patterns(".dvc", "mlartifacts", "plots"))
+    for site in phantom_params(3)["sites"]:
+        if site != asking:
+            shutil.rmtree(alone / "hospitals" / site)
+            shutil.rmtree(alone / "data" / "prepared" / site)
+    expected = digest_folder(Workspace(alone).student(asking, name))
+    shutil.rmtree(alone / "models" / "students")
+    shutil.rmtree(alone / "models" / "fetched")
+    run(alone, "qkt", "plan", asking, name)
+    run(alone, "qkt", "transfer", asking, name)
+    assert digest_folder(Workspace(alone).student(asking, name)) == expected
+
+
+def test_one_hospitals_change_leaves_the_others_alone(volumes: tuple[Path, str]) -> None:
+    """Runs last: it changes the shared workspace."""
+    root, _ = volumes
+    table = root / "hospitals" / "east" / "data" / "labels.csv"
+    lines = table.read_text(encoding="utf-8").splitlines()
+    table.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    output = run(root, "dvc", "repro")
+    assert "Running stage 'ingest@east'" in output
+    assert "Running stage 'train@east'" in output
+    for stage in ("ingest@north", "train@north", "mask@north", "ingest@south", "train@south"):
+        assert f"Stage '{stage}' didn't change, skipping" in output
+    assert read(root / "data" / "prepared" / "east" / "manifest.json")["rejected"] == {"label-missing": 1}
+
+
+def pipeline(root: Path, params: Params) -> None:
+    """Every stage in this process, in the order of ``params``."""
+    from qkt_clinical.ingest import ingest_site
+    from qkt_clinical.query import plan_query
+    from qkt_clinical.stages.evaluate import evaluate_queries
+    from qkt_clinical.stages.mask import mask_site
+    from qkt_clinical.stages.train import train_site
+    from qkt_clinical.stages.transfer import transfer_query
+
+    for site in params.sites:
+        ingest_site(root, site, params)
+        train_site(root, site, params)
+        mask_site(root, site, params)
+    for ref in params.queries.values():
+        plan_query(root, ref.hospital, ref.query, params)
+        transfer_query(root, ref.hospital, ref.query, params)
+    evaluate_queries(root, params)
+
+
+def test_the_order_of_hospitals_changes_nothing(tmp_path: Path) -> None:
+    settings = phantom_params(2) | {
+        "train": {"epochs": 4, "batch_size": 16},
+        "transfer": {"epochs": 1, "views": 1, "batch_size": 16},
+        "evaluate": {"bootstrap": 20},
+    }
+    backwards = settings | {
+        "sites": settings["sites"][::-1],
+        "queries": dict(reversed(list(settings["queries"].items()))),
+    }
+    digests = []
+    for number, chosen in enumerate((settings, backwards)):
+        root = tmp_path / str(number)
+        write_federation(root, dims=2, images_per_site=60)
+        pipeline(root, parse(Params, chosen, file="params.yaml"))
+        digests.append(
+            {
+                str(path.relative_to(root)): digest_file(path)
+                for folder in ("data/prepared", "models", "reports")
+                for path in sorted((root / folder).rglob("*"))
+                if path.is_file()
+            }
+        )
+    assert digests[0] == digests[1]

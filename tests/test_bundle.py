@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qkt_clinical.bundle import MAX_HEADER_BYTES, load_bundle, write_bundle
+from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, read_card, read_mask
+from qkt_clinical.catalog import NETWORKS, Network
+from qkt_clinical.errors import BundleError
+from qkt_clinical.files import digest_file, write_json
+from qkt_clinical.masking import compute_mask
+from qkt_clinical.networks import Classifier, build
+from tests.shapes import CLASSES, spec
+
+SHAPE = (3, 32, 32)
+INPUT = {"shape": SHAPE, "normalisation": "unit", "spacing_mm": None}
+DECISION = {
+    "method": "routed",
+    "local": [0, 1],
+    "query": [3],
+    "surprise": [0.4],
+    "offsets": [0.25],
+    "budget": 0.05,
+    "experts": ["birch"],
+}
+
+
+def card_of(**changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "teacher",
+        "site": "birch",
+        "classes": CLASSES,
+        "input": INPUT,
+        "training": {"epochs": 3, "note": None, "early": True},
+        **changes,
+    }
+
+
+def network_of(name: Network = "densenet-small", seed: int = 0) -> Classifier:
+    """A network whose running statistics are not those of a new one."""
+    network = build(spec(name), seed=seed).train()
+    with torch.no_grad():
+        network(torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(seed)))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "birch"
+    folder.mkdir()
+    network = network_of()
+    write_bundle(folder, network, card_of())
+    mask = compute_mask(network, SHAPE, CLASSES, estimator="head-row-norm", probes=8)
+    write_json(folder / MASK, mask.model_dump(mode="json"))
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "birch"))
+
+
+# --- what is written is what is read --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_round_trip_is_bit_identical(tmp_path: Path, name: Network) -> None:
+    network = network_of(name)
+    written = write_bundle(tmp_path, network, card_of())
+    bundle = load_bundle(tmp_path)
+    assert bundle.card == written
+    assert bundle.mask is None
+    before, after = network.state_dict(), bundle.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert not any(t.is_meta for t in (*bundle.network.parameters(), *bundle.network.buffers()))
+    assert not bundle.network.training
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(bundle.network(images), network(images))
+    # A loaded network can be trained on.
+    bundle.network.train()(images).sum().backward()
+    assert bundle.network.head.weight.grad is not None
+
+
+def test_same_network_same_bytes(original: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path, network_of(), card_of())
+    for name in (CARD, WEIGHTS):
+        assert (tmp_path / name).read_bytes() == (original / name).read_bytes()
+
+
+def test_the_card_names_the_weights(original: Path) -> None:
+    card = read_card(original)
+    assert card.weights.bytes == (original / WEIGHTS).stat().st_size
+    assert card.weights.sha256 == digest_file(original / WEIGHTS)
+    assert card.network == spec("densenet-small")
+    mask = load_bundle(original).mask
+    assert mask is not None
+    assert mask.knows(CLASSES[0]) == mask.known[0]
+    assert not mask.knows("no such class")
+
+
+def test_diverged_weights_are_not_written(tmp_path: Path) -> None:
+    network = network_of()
+    with torch.no_grad():
+        network.head.bias[0] = float("nan")
+    with pytest.raises(BundleError, match=r"head\.bias is not finite") as caught:
+        write_bundle(tmp_path, network, card_of())
+    assert "learning_rate" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_students_experts_are_loaded_and_checked(original: Path, tmp_path: Path) -> None:
+    def student(**changes: Any) -> Path:
+        shutil.rmtree(tmp_path / "student", ignore_errors=True)
+        (tmp_path / "student").mkdir()
+        card = card_of(kind="student", site="aster", query="q", decision={**DECISION, **changes})
+        write_bundle(tmp_path / "student", network_of(seed=1), card)
+        return tmp_path / "student"
+
+    folder = student()
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert caught.value.code == "bundle-missing"
+    shutil.copytree(original, folder / "experts" / "birch")
+    bundle = load_bundle(folder)
+    assert bundle.card.decision is not None
+    assert bundle.card.decision.relevant == (0, 1, 3)
+    assert list(bundle.experts) == ["birch"]
+    assert bundle.experts["birch"].digest == digest_file(original / CARD)
+    # An expert that is itself a student would go on for ever.
+    shutil.rmtree(folder / "experts" / "birch")
+    shutil.copytree(student(experts=[]), tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", student() / "experts" / "birch")
+    with pytest.raises(BundleError, match="no teacher"):
+        load_bundle(tmp_path / "student")
+
+
+# --- hostile bundles ------------------------------------------------------------------------------
+
+
+def parts(folder: Path) -> tuple[dict[str, Any], bytes]:
+    data = (folder / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def seal(folder: Path) -> None:
+    """Make the card agree with the weights as they are now, as whoever forges them would."""
+    path = folder / WEIGHTS
+    edit(folder, weights={"bytes": path.stat().st_size, "sha256": digest_file(path)})
+
+
+def forge(folder: Path, header: bytes | dict[str, Any], body: bytes, length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if length is None else length
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", size) + text + body)
+    seal(folder)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | changes))
+
+
+def flipped(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def truncated(folder: Path, *, sealed: bool) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-4])
+    if sealed:
+        seal(folder)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch pwned",)
+
+
+def pickled(folder: Path) -> None:
+    size = (folder / WEIGHTS).stat().st_size
+    (folder / WEIGHTS).write_bytes(pickle.dumps(Evil()).ljust(size, b"."))
+    seal(folder)
+
+
+def torch_file(folder: Path) -> None:
+    torch.save(network_of().state_dict(), folder / WEIGHTS)
+    seal(folder)
+
+
+def value(number: float) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        start = header["head.bias"]["data_offsets"][0]
+        forge(folder, header, body[:start] + struct.pack("<f", number) + body[start + 4 :])
+
+    return write
+
+
+def entry(name: str, **changes: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        header[name] = header[name] | changes
+        forge(folder, header, body)
+
+    return write
+
+
+def header_of(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        forge(folder, change(header) or header, body)
+
+    return write
+
+
+def text_of(make: Callable[[str], str | bytes]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        text = make(json.dumps(header))
+        forge(folder, text if isinstance(text, bytes) else text.encode(), body)
+
+    return write
+
+
+def declared(length: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        forge(folder, header, body, length)
+
+    return write
+
+
+def card_text(text: str | bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / CARD).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return write
+
+
+def mask_of(**changes: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        mask = json.loads((folder / MASK).read_text())
+        (folder / MASK).write_text(json.dumps(mask | changes))
+
+    return write
+
+
+def network_with(**changes: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        edit(folder, network=json.loads((folder / CARD).read_text())["network"] | changes)
+
+    return write
+
+
+def another_network(folder: Path) -> None:
+    write_bundle(folder, network_of("resnet-small"), card_of())
+    network_with(name="densenet-small")(folder)
+
+
+def duplicated(text: str) -> str:
+    """The head's bias twice: once as wanted, once over other bytes."""
+    other = '"head.bias": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}'
+    return text[:-1] + ", " + other + "}"
+
+
+def overlapping(header: dict[str, Any]) -> None:
+    header["head.bias"]["data_offsets"] = header["head.weight"]["data_offsets"][:1] * 2
+
+
+def swapped(header: dict[str, Any]) -> dict[str, Any]:
+    return {f"x{k}": v for k, v in header.items()}
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    # weights
+    "pickle-renamed": (pickled, "bundle-size"),
+    "torch-file-renamed": (torch_file, "bundle-size"),
+    "flipped-byte": (flipped, "bundle-digest"),
+    "truncated": (lambda f: truncated(f, sealed=False), "bundle-size"),
+    "truncated-and-sealed": (lambda f: truncated(f, sealed=True), "bundle-size"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "bundle-size"),
+    "seven-bytes": (lambda f: (f / WEIGHTS).write_bytes(b"\x02" * 7), "bundle-size"),
+    "appended": (lambda f: forge(f, parts(f)[0], parts(f)[1] + b"x"), "bundle-size"),
+    "no-weights": (lambda f: (f / WEIGHTS).unlink(), "bundle-missing"),
+    "weights-are-a-folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "bundle-missing"),
+    "nan": (value(float("nan")), "bundle-values"),
+    "infinity": (value(float("inf")), "bundle-values"),
+    "header-of-2**60": (declared(2**60), "bundle-size"),
+    "header-of-2**64-1": (declared(2**64 - 1), "bundle-size"),
+    "header-of-zero": (declared(0), "bundle-size"),
+    "header-over-the-limit": (declared(MAX_HEADER_BYTES + 1), "bundle-size"),
+    "header-one-short": (lambda f: declared(len(json.dumps(parts(f)[0])) - 1)(f), "bundle-size"),
+    "header-deeply-nested": (text_of(lambda t: "[" * len(t)), "bundle-format"),
+    "header-of-digits": (text_of(lambda t: "9" * len(t)), "bundle-format"),
+    "header-not-json": (text_of(lambda t: t[:-1] + ","), "bundle-format"),
+    "header-not-utf8": (text_of(lambda t: b"\xff" * len(t)), "bundle-format"),
+    "header-a-list": (text_of(lambda t: "[]".ljust(len(t))), "bundle-format"),
+    "wrong-dtype": (entry("head.bias", dtype="I32"), "bundle-tensors"),
+    "unknown-dtype": (entry("head.bias", dtype=["F32"]), "bundle-tensors"),
+    "half-precision": (entry("head.bias", dtype="F16"), "bundle-tensors"),
+    "other-shape": (entry("head.bias", shape=[2, 2]), "bundle-tensors"),
+    "negative-shape": (entry("head.bias", shape=[-4]), "bundle-tensors"),
+    "huge-shape": (entry("head.bias", shape=[2**62]), "bundle-tensors"),
+    "float-shape": (entry("head.bias", shape=["4"]), "bundle-tensors"),
+    "tensor-is-a-number": (header_of(lambda h: h | {"head.bias": 4}), "bundle-tensors"),
+    "missing-tensor": (header_of(lambda h: h.pop("head.bias") and None), "bundle-tensors"),
+    "extra-tensor": (header_of(lambda h: h | {"extra": h["head.bias"]}), "bundle-tensors"),
+    "renamed-tensors": (header_of(swapped), "bundle-tensors"),
+    "overlapping-tensors": (header_of(overlapping), "bundle-format"),
+    "offsets-beyond-the-end": (entry("head.bias", data_offsets=[2**40, 2**40 + 16]), "bundle-format"),
+    "negative-offsets": (entry("head.bias", data_offsets=[-16, 0]), "bundle-format"),
+    "offsets-are-text": (entry("head.bias", data_offsets=["a", "b"]), "bundle-format"),
+    "no-offsets": (lambda f: entry("head.bias", data_offsets=None)(f), "bundle-format"),
+    "name-twice": (text_of(duplicated), "bundle-format"),
+    "another-network": (another_network, "bundle-size"),
+    # card
+    "no-card": (lambda f: (f / CARD).unlink(), "bundle-missing"),
+    "card-is-a-folder": (lambda f: ((f / CARD).unlink(), (f / CARD).mkdir()), "bundle-missing"),
+    "card-not-json": (card_text("{"), "bundle-card"),
+    "card-not-utf8": (card_text(b"\xff\xfe"), "bundle-card"),
+    "card-deeply-nested": (card_text("[" * 100_000), "bundle-card"),
+    "card-of-digits": (card_text("9" * 100_000), "bundle-card"),
+    "card-a-list": (card_text("[]"), "bundle-card"),
+    "card-oversize": (card_text(" " * (MAX_JSON_BYTES + 1)), "bundle"),
+    "card-unknown-key": (lambda f: edit(f, code="import os"), "bundle-card"),
+    "card-of-another-format": (lambda f: edit(f, format="qkt-bundle/2"), "bundle-card"),
+    "card-with-a-path-for-a-site": (lambda f: edit(f, site="../../etc"), "bundle-card"),
+    "card-with-a-lone-surrogate": (lambda f: edit(f, classes=["\ud800", *CLASSES[1:]]), "bundle-card"),
+    "card-with-nan": (lambda f: edit(f, training={"score": float("nan")}), "bundle-card"),
+    "network-not-allowed": (network_with(name="os.system"), "bundle-card"),
+    "network-of-4-dimensions": (network_with(spatial_dims=4), "bundle-card"),
+    "network-of-many-channels": (network_with(in_channels=10**9), "bundle-card"),
+    "network-of-many-classes": (network_with(classes=10**9), "bundle-card"),
+    "wrong-class-count": (lambda f: edit(f, classes=[*CLASSES, "fifth"]), "bundle-card"),
+    "other-class-count-throughout": (
+        lambda f: (edit(f, classes=[*CLASSES, "fifth"]), network_with(classes=5)(f)),
+        "bundle-size",
+    ),
+    "input-of-another-rank": (lambda f: edit(f, input=INPUT | {"shape": [3, 8, 8, 8]}), "bundle-card"),
+    "input-of-other-channels": (lambda f: edit(f, input=INPUT | {"shape": [1, 32, 32]}), "bundle-card"),
+    "input-huge": (lambda f: edit(f, input=INPUT | {"shape": [3, 2**40, 2**40]}), "bundle-card"),
+    "teacher-with-a-decision": (lambda f: edit(f, decision=DECISION), "bundle-card"),
+    "student-without-a-decision": (lambda f: edit(f, kind="student"), "bundle-card"),
+    "decision-about-no-class": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"query": [9]}),
+        "bundle-card",
+    ),
+    "decision-overlapping": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"query": [1]}),
+        "bundle-card",
+    ),
+    "decision-with-nan": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"offsets": [float("nan")]}),
+        "bundle-card",
+    ),
+    "expert-with-a-path": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"experts": ["../birch"]}),
+        "bundle-card",
+    ),
+    "digest-is-a-path": (lambda f: edit(f, weights={"bytes": 10, "sha256": "../../x"}), "bundle-card"),
+    # mask
+    "mask-not-json": (lambda f: (f / MASK).write_text("{"), "bundle-card"),
+    "mask-oversize": (lambda f: (f / MASK).write_text(" " * (MAX_JSON_BYTES + 1)), "bundle"),
+    "mask-unknown-key": (mask_of(more=1), "bundle-mask"),
+    "mask-of-another-label-space": (mask_of(classes=["a", "b", "c", "d"]), "bundle-mask"),
+    "mask-too-short": (mask_of(known=[True]), "bundle-mask"),
+    "mask-scores-above-one": (mask_of(scores=[2.0, 0.1, 0.1, 0.1]), "bundle-mask"),
+    "mask-threshold-nan": (mask_of(threshold=float("nan")), "bundle-card"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_bundle_ends_in_one_typed_error(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    attack, code = HOSTILE[name]
+    attack(folder)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert caught.value.code == code
+    assert caught.value.where.site
+    assert caught.value.where.file
+    assert caught.value.remedy
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("length", [2**20, 2**40, 2**60])
+def test_memory_does_not_follow_the_declared_size(folder: Path, length: int) -> None:
+    declared(length)(folder)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert caught.value.code == "bundle-size"
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError):
+            load_bundle(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8_000_000
+
+
+def test_memory_does_not_follow_the_declared_shape(folder: Path) -> None:
+    header, body = parts(folder)
+    for item in header.values():
+        if isinstance(item.get("shape"), list):
+            item["shape"] = [2**31, 2**31]
+    forge(folder, header, body)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError) as caught:
+            load_bundle(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.code == "bundle-tensors"
+    assert peak < 8_000_000
+
+
+def test_a_card_is_read_without_touching_a_tensor(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    card = read_card(folder)
+    assert read_mask(folder, card) is not None
+    (folder / MASK).unlink()
+    assert read_mask(folder, card) is None
+
+
+def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
+    assert set(Card.model_fields) == {
+        "format", "kind", "site", "query", "network", "classes", "input", "training", "weights", "decision",
+    }  # fmt: skip
+    text = (original / CARD).read_text()
+    assert str(original.parent) not in text
+    assert not any(word in text for word in ("counts", "patients", "groups"))

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import recall_score, roc_auc_score
+
+from qkt_clinical.evaluation import (
+    TestSet as Held,
+)
+from qkt_clinical.evaluation import (
+    assess,
+    auroc,
+    expected_calibration_error,
+    patient_weights,
+    recalls,
+    softmax,
+)
+
+
+def one_hot(predicted: list[int], classes: int) -> NDArray[np.float64]:
+    return np.eye(classes)[predicted] * 5.0
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_patients_are_drawn_whole() -> None:
+    patients = np.array(["b", "a", "b", "c", "a", "b"])
+    weights = patient_weights(patients, 400, seed=0)
+    assert weights.shape == (400, 6)
+    assert (weights[:, [0]] == weights[:, [2, 5]]).all()
+    assert (weights[:, 1] == weights[:, 4]).all()
+    # Three patients drawn with replacement: their counts sum to 3, and on average each comes once.
+    counts = weights[:, [0, 1, 3]]
+    assert (counts.sum(axis=1) == 3).all()
+    np.testing.assert_allclose(counts.mean(axis=0), 1.0, atol=0.15)
+    assert set(np.unique(counts)) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(weights, patient_weights(patients, 400, seed=0))
+    assert (weights != patient_weights(patients, 400, seed=1)).any()
+
+
+def test_recalls_by_hand() -> None:
+    labels = np.array([0, 0, 0, 1, 1])
+    correct = np.array([True, True, False, False, True])
+    weights = np.array([[1.0] * 5, [2.0, 0.0, 1.0, 3.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
+    found = recalls(correct, labels, 3, weights)
+    expected = [[2 / 3, 1 / 2, np.nan], [2 / 3, 1 / 4, np.nan], [1.0, np.nan, np.nan]]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_recalls_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    labels, predicted = random.integers(0, 4, 200), random.integers(0, 4, 200)
+    found = recalls(predicted == labels, labels, 4, np.ones((1, 200)))[0]
+    np.testing.assert_allclose(found, recall_score(labels, predicted, average=None))
+
+
+@pytest.mark.parametrize("digits", [0, 1, 8])
+def test_auroc_is_that_of_scikit_learn_with_ties_and_weights(digits: int) -> None:
+    random = np.random.default_rng(1)
+    positive = random.random(80) < 0.3
+    scores = (random.normal(size=80) + positive).round(digits)
+    weights = np.concatenate([np.ones((1, 80)), random.integers(0, 4, (5, 80))])
+    found = auroc(scores, positive, weights)
+    expected = [roc_auc_score(positive, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_auroc_by_hand() -> None:
+    # 2 x 3 pairs: 3 beats all three, 1 beats one and ties one.
+    scores, positive = np.array([3.0, 1.0, 0.0, 1.0, 2.0]), np.array([True, True, False, False, False])
+    assert auroc(scores, positive, np.ones((1, 5))).tolist() == [(3 + 1 + 0.5) / 6]
+    assert np.isnan(auroc(scores, positive, np.array([[0.0, 0.0, 1.0, 1.0, 1.0]]))).all()
+
+
+def test_calibration_error_by_hand() -> None:
+    # Confidences 0.9 (right), 0.9 (wrong), 0.6 (right) and 1.0 (right), in ten bins.
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [1.0, 0.0]])
+    labels = np.array([0, 1, 1, 0])
+    # 0.9 and 1.0 share the last bin: |2/3 - 2.8/3| x 3/4; 0.6 alone: |1 - 0.6| x 1/4.
+    expected = abs(2 - 2.8) / 4 + 0.4 / 4
+    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(expected)
+    perfect = np.eye(3)[[0, 1, 2]]
+    assert expected_calibration_error(perfect, np.array([0, 1, 2])) == 0.0
+    assert expected_calibration_error(perfect, np.array([1, 2, 0])) == 1.0
+
+
+def test_softmax_of_large_scores() -> None:
+    np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0 + np.log(3)]])), [[0.25, 0.75]])
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+# Nine images, classes 0 and 1 local, class 2 the query.
+LABELS = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2])
+BEFORE = [0, 0, 0, 0, 1, 0, 0, 1, 1]
+AFTER = [0, 0, 0, 2, 1, 1, 2, 2, 0]
+PATIENTS = np.array([f"p{i}" for i in range(9)])
+
+
+def held(patients: NDArray[Any] = PATIENTS, labels: NDArray[Any] = LABELS, query: tuple[int, ...] = (2,)) -> Held:
+    return Held(labels=labels, patients=patients, classes=3, query=query)
+
+
+def run(test: Held, before: list[int], after: list[int], **changes: Any) -> dict[str, Any]:
+    settings = {"draws": 200, "confidence": 0.95, "seed": 0, **changes}
+    return assess(test, one_hot(before, 3), one_hot(after, 3), **settings)
+
+
+def test_assess_by_hand() -> None:
+    result = run(held(), BEFORE, AFTER)
+    before, after = result["before"], result["after"]
+    assert held().local == (0, 1)
+    assert before["query_accuracy"]["value"] == 0.0
+    assert before["retained_accuracy"]["value"] == pytest.approx((1 + 1 / 2) / 2)
+    assert before["balanced_accuracy"]["value"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert after["query_accuracy"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert after["retained_accuracy"]["value"] == pytest.approx((3 / 4 + 1) / 2)
+    assert after["balanced_accuracy"]["value"] == pytest.approx((3 / 4 + 1 + 2 / 3) / 3, abs=1e-6)
+    assert [r["value"] for r in after["recall"]] == pytest.approx([3 / 4, 1.0, 2 / 3], abs=1e-6)
+    assert before["confusion"] == [[4, 0, 0], [1, 1, 0], [1, 2, 0]]
+    assert after["confusion"] == [[3, 0, 1], [0, 2, 0], [1, 0, 2]]
+    # Query images score above (5) or below (-5): 2 of 3 above, 1 of 6 others above.
+    assert after["auroc"]["value"] == pytest.approx((2 * (5 + 0.5) + 1 * (0.5 * 5)) / 18)
+    assert before["auroc"]["value"] == 0.5
+    assert result["gain"]["value"] == pytest.approx((3 / 4 + 1 + 2 / 3 - 1.5) / 3, abs=1e-6)
+    assert result["query_gain"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert result["forgetting"]["value"] == pytest.approx(0.75 - 0.875)
+    confidence = np.exp(5) / (np.exp(5) + 2)
+    assert before["ece"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
+    assert after["ece"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)
+
+
+def test_intervals_hold_the_value_and_shrink_with_confidence() -> None:
+    wide, narrow = run(held(), BEFORE, AFTER), run(held(), BEFORE, AFTER, confidence=0.6)
+    for side in ("before", "after"):
+        for key in ("query_accuracy", "retained_accuracy", "balanced_accuracy"):
+            w, n = wide[side][key], narrow[side][key]
+            assert w["low"] <= n["low"] <= n["high"] <= w["high"]
+            assert w["low"] <= w["value"] <= w["high"]
+    w, n = wide["after"]["balanced_accuracy"], narrow["after"]["balanced_accuracy"]
+    assert w["high"] - w["low"] > n["high"] - n["low"] > 0
+
+
+def test_a_patients_images_move_together() -> None:
+    """Forty images, half of them right: of two patients nothing is known, of forty a good deal."""
+    labels = np.array([0] * 20 + [2] * 40 + [1] * 20)
+    predicted = [0] * 20 + [2] * 20 + [0] * 20 + [1] * 20
+    many = np.array([f"p{i}" for i in range(80)])
+    few = np.array(["a"] * 20 + ["b"] * 20 + ["c"] * 20 + ["d"] * 20)
+    fine = run(held(many, labels), predicted, predicted)["after"]["query_accuracy"]
+    coarse = run(held(few, labels), predicted, predicted)["after"]["query_accuracy"]
+    assert fine["value"] == coarse["value"] == 0.5
+    assert (coarse["low"], coarse["high"]) == (0.0, 1.0)
+    assert fine["high"] - fine["low"] < 0.4
+
+
+def test_no_change_is_no_gain_for_certain() -> None:
+    result = run(held(), BEFORE, BEFORE)
+    assert result["before"] == result["after"]
+    for key in ("gain", "query_gain", "forgetting"):
+        assert result[key] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_differences_are_paired() -> None:
+    """One image more is right in every draw that has it: the gain is never below zero."""
+    after = [*BEFORE[:5], 1, *BEFORE[6:]]
+    gain = run(held(), BEFORE, after)["gain"]
+    assert gain["low"] >= 0.0
+    assert gain["value"] == pytest.approx(0.5 / 3, abs=1e-6)
+
+
+def test_same_seed_same_figures_and_no_draws_no_width() -> None:
+    assert run(held(), BEFORE, AFTER) == run(held(), BEFORE, AFTER)
+    assert run(held(), BEFORE, AFTER) != run(held(), BEFORE, AFTER, seed=1)
+    value = run(held(), BEFORE, AFTER, draws=0)["after"]["balanced_accuracy"]
+    assert value["low"] == value["value"] == value["high"]
+
+
+def test_several_query_classes_and_a_class_without_images() -> None:
+    result = run(held(query=(1, 2)), BEFORE, AFTER)
+    assert result["after"]["query_accuracy"]["value"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
+    assert result["after"]["retained_accuracy"]["value"] == pytest.approx(3 / 4)
+    part = held(PATIENTS[:6], LABELS[:6])
+    result = run(part, BEFORE[:6], AFTER[:6])
+    assert result["after"]["recall"][2] is None
+    assert result["after"]["auroc"] is None
