@@ -106,37 +106,37 @@ class _Source:
     network: Classifier
     known: tuple[int, ...]
     weight: float
-    features: list[Tensor]
-    logits: list[Tensor]
+    features: Tensor
+    """(views, N, F)."""
+    logits: Tensor
+    """(views, N, classes)."""
 
     @property
     def variance(self) -> float:
         """Mean variance of the features over all views."""
-        return float(torch.cat(self.features).var(dim=0).mean().clamp(min=1e-8))
+        return float(self.features.flatten(0, 1).var(dim=0).mean().clamp(min=1e-8))
 
     @property
     def spread(self) -> float:
         """Standard deviation of the logits of known classes over all views."""
-        return float(torch.cat(self.logits)[:, list(self.known)].std().clamp(min=1e-4))
+        return float(self.logits[:, :, list(self.known)].std().clamp(min=1e-4))
 
 
-def make_views(inputs: Tensor, count: int, strength: float, seed: int, device: torch.device) -> list[Tensor]:
-    """The images themselves and ``count - 1`` random views of each; each (N, C, *spatial)."""
+def make_views(inputs: Tensor, count: int, strength: float, seed: int, device: torch.device) -> Tensor:
+    """The images themselves and ``count - 1`` random views of each: (count, N, C, *spatial)."""
     views = [inputs]
     for number in range(1, count):
         draw = generator(seed, "view", str(number))
         parts = [augment(part.to(device), strength, draw).cpu() for part in inputs.split(VIEW_BATCH)]
         views.append(torch.cat(parts))
-    return views
+    return torch.stack(views)
 
 
-def _observe(
-    network: Classifier, views: list[Tensor], device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
+def _observe(network: Classifier, views: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features and logits of a frozen network on every view: one pass per view, never repeated."""
-    features = [predict(network, view, device, features=True) for view in views]
+    features = torch.stack([predict(network, view, device, features=True) for view in views])
     weight, bias = network.head.weight.detach().cpu(), network.head.bias.detach().cpu()
-    return features, [f @ weight.T + bias for f in features]
+    return features, features @ weight.T + bias
 
 
 def _align(student: Tensor, target: Tensor) -> nn.Linear:
@@ -152,7 +152,7 @@ def _align(student: Tensor, target: Tensor) -> nn.Linear:
 def phase1(
     student: Classifier,
     sources: Sequence[_Source],
-    views: list[Tensor],
+    views: Tensor,
     params: TransferParams,
     *,
     seed: int,
@@ -165,7 +165,7 @@ def phase1(
     Args:
         student: the hospital's own network; left as it is.
         sources: the own model first, then the relevant teachers.
-        views: of the local training images, on the CPU.
+        views: of the local training images, (views, N, C, *spatial), on the CPU.
 
     Returns:
         The new network (its head still the old one), one linear map per source from its features to the
@@ -178,20 +178,23 @@ def phase1(
         (s.network.head.weight.detach().to(device), s.network.head.bias.detach().to(device)) for s in sources
     ]
     variances, spreads = [s.variance for s in sources], [s.spread for s in sources]
-    count = len(views[0])
+    count = views.shape[1]
     modules = nn.ModuleDict({"extractor": network.extractor, "maps": nn.ModuleList(linears)})
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-        view = (epoch - 1) % len(views)
-        for index in shuffled(count, params.batch_size, generator(seed, "phase1", str(epoch))):
+        draw = generator(seed, "phase1", str(epoch))
+        # Every image in a view of its own, not a whole epoch in one: batch statistics then cover all views.
+        chosen = torch.randint(len(views), (count,), generator=draw)
+        for index in shuffled(count, params.batch_size, draw):
+            view = chosen[index]
             yield (
-                views[view][index].to(device),
-                [s.features[view][index].to(device) for s in sources],
-                [s.logits[view][index].to(device) for s in sources],
+                views[view, index].to(device),
+                [s.features[view, index].to(device) for s in sources],
+                [s.logits[view, index].to(device) for s in sources],
             )
 
     def loss(batch: tuple[Tensor, list[Tensor], list[Tensor]]) -> Tensor:
-        images, features, logits = batch
+        images, wanted, answers = batch
         own = network.features(images).float()
         total = own.new_zeros(())
         for i, source in enumerate(sources):
@@ -199,8 +202,8 @@ def phase1(
             known = list(source.known)
             produced = mapped @ heads[i][0][known].T + heads[i][1][known]
             total = total + source.weight * (
-                feature_loss(mapped, features[i], variances[i])
-                + logit_loss(produced, logits[i][:, known], spreads[i])
+                feature_loss(mapped, wanted[i], variances[i])
+                + logit_loss(produced, answers[i][:, known], spreads[i])
             )
         return total
 

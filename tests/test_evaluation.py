@@ -101,7 +101,9 @@ AFTER = [0, 0, 0, 2, 1, 1, 2, 2, 0]
 PATIENTS = np.array([f"p{i}" for i in range(9)])
 
 
-def held(patients: NDArray[Any] = PATIENTS, labels: NDArray[Any] = LABELS, query: tuple[int, ...] = (2,)) -> Held:
+def held(
+    patients: NDArray[Any] = PATIENTS, labels: NDArray[Any] = LABELS, query: tuple[int, ...] = (2,)
+) -> Held:
     return Held(labels=labels, patients=patients, classes=3, query=query)
 
 

@@ -66,7 +66,9 @@ def scores(network: Classifier, estimator: Estimator, seed: int = 0, probes: int
 
 def test_head_row_norm_by_hand() -> None:
     # The median row is (0, 0, 1); what is left has norms 5, 0, 0, 2, 0.
-    rows = torch.tensor([[3.0, 4.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [-2.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    rows = torch.tensor(
+        [[3.0, 4.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [-2.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    )
     assert head_row_norm(rows).tolist() == pytest.approx([5.0, 0.0, 0.0, 2.0, 0.0])
     # What all rows share is no knowledge.
     assert head_row_norm(rows + torch.tensor([7.0, -3.0, 2.0])).tolist() == pytest.approx([5, 0, 0, 2, 0])
@@ -85,7 +87,9 @@ def test_feature_noise_by_hand() -> None:
     features = torch.randn((64, 3), generator=draw(4)).abs().double()
     logits = features @ torch.tensor(rows, dtype=torch.float64).T + torch.tensor(bias, dtype=torch.float64)
     share = logits.softmax(1).mean(0)
-    assert scores(by_hand(rows, bias), "feature-noise", seed=4) == pytest.approx((share / share.max()).tolist())
+    assert scores(by_hand(rows, bias), "feature-noise", seed=4) == pytest.approx(
+        (share / share.max()).tolist()
+    )
 
 
 def test_only_batch_statistics_bring_noise_to_the_head() -> None:
@@ -183,7 +187,9 @@ def test_a_teacher_without_a_gap_knows_everything() -> None:
     assert mask.automatic
 
 
-@pytest.mark.parametrize(("threshold", "known"), [(0.5, (True, True, False, False)), (0.6, (True, False, False, False))])
+@pytest.mark.parametrize(
+    ("threshold", "known"), [(0.5, (True, True, False, False)), (0.6, (True, False, False, False))]
+)
 def test_a_threshold_that_is_given_is_kept(threshold: float, known: tuple[bool, ...]) -> None:
     network = by_hand([[0.0] * 3] * 4, [math.log(8), math.log(4), math.log(1), 0.0])
     mask = compute_mask(

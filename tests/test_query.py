@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -58,7 +59,11 @@ def test_relevant_is_who_knows_a_query_class(root: Path) -> None:
 def test_several_classes_may_come_from_several_teachers(root: Path) -> None:
     made = plan(root, classes=("c", "d"))
     assert made.relevant == ("birch", "cedar", "dahlia")
-    assert {t.site: t.teaches for t in made.teachers} == {"birch": ("c",), "cedar": ("c", "d"), "dahlia": ("d",)}
+    assert {t.site: t.teaches for t in made.teachers} == {
+        "birch": ("c",),
+        "cedar": ("c", "d"),
+        "dahlia": ("d",),
+    }
     assert reasons(made)["cedar"] == "knows c and d"
 
 
@@ -88,15 +93,21 @@ def test_at_most_so_many_teachers_the_surest_first(root: Path) -> None:
 def test_the_order_in_which_teachers_are_given_does_not_matter(root: Path, manifest: Manifest) -> None:
     folders = {s: Workspace(root).teacher(s) for s in reversed(SITES)}
     config = QueryConfig(classes=("c", "d"), max_teachers=2)
-    assert make_plan("aster", "q", config, manifest, folders) == plan(root, classes=("c", "d"), max_teachers=2)
+    assert make_plan("aster", "q", config, manifest, folders) == plan(
+        root, classes=("c", "d"), max_teachers=2
+    )
 
 
 def test_teachers_of_other_images_or_classes_are_left_out(root: Path) -> None:
-    write_teacher(root, "birch", (1, 2), input={"shape": (3, 32, 32), "normalisation": "unit", "spacing_mm": None})
+    write_teacher(
+        root, "birch", (1, 2), input={"shape": (3, 32, 32), "normalisation": "unit", "spacing_mm": None}
+    )
     made = plan(root, classes=("c",))
     assert made.relevant == ("cedar",)
     assert reasons(made)["birch"] == "takes 3x32x32 unit images, not 3x16x16 unit"
-    write_teacher(root, "birch", (1, 2), input={"shape": SHAPE, "normalisation": "zscore", "spacing_mm": None})
+    write_teacher(
+        root, "birch", (1, 2), input={"shape": SHAPE, "normalisation": "zscore", "spacing_mm": None}
+    )
     assert reasons(plan(root, classes=("c",)))["birch"] == "takes 3x16x16 zscore images, not 3x16x16 unit"
     write_teacher(root, "birch", (1, 2), classes=("b", "a", "c", "d"))
     assert reasons(plan(root, classes=("c",)))["birch"] == "has another label space"
@@ -141,9 +152,8 @@ def damaged(root: Path, site: str, what: str) -> None:
         case "the-asking-site":
             write_json(folder / CARD, card | {"site": "aster"})
         case "student":
-            decision = {
-                "method": "qkt", "local": [0], "query": [2], "surprise": [0.4], "offsets": [0.0], "budget": 0.1,
-            }  # fmt: skip
+            decision = {"method": "qkt", "local": [0], "query": [2], "budget": 0.1}
+            decision |= {"surprise": [0.4], "offsets": [0.0]}
             write_json(folder / CARD, card | {"kind": "student", "decision": decision})
         case _:
             text = (folder / MASK).read_text().replace('"threshold": 0.3', '"threshold": NaN')

@@ -1,0 +1,202 @@
+"""What the architecture promises of the rooms, held against their source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from qkt_clinical.catalog import STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "qkt_clinical"
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]
+OUTER = ("cli", "tracking", "report", "federation")
+"""Rooms that the core never imports."""
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(file: Path, *, lazily: bool = True) -> set[str]:
+    """Every dotted name a file imports; without ``lazily`` only at its top level."""
+    nodes: Iterator[ast.AST] = ast.walk(tree(file)) if lazily else iter(tree(file).body)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+    return names
+
+
+def roots(file: Path, *, lazily: bool = True) -> set[str]:
+    return {n.split(".")[0] for n in imported(file, lazily=lazily)}
+
+
+def room(file: Path) -> str:
+    """A file's first name below the package: ``masking``, ``ingest``, ``report``."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms_used(file: Path) -> set[str]:
+    return {n.split(".")[1] for n in imported(file) if n.startswith("qkt_clinical.")}
+
+
+def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with the dotted name of what is called."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+CORE = [f for f in FILES if room(f) not in OUTER]
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda f: f.relative_to(PACKAGE).as_posix())
+def test_the_core_imports_no_outer_room(file: Path) -> None:
+    assert rooms_used(file) & set(OUTER) == set()
+
+
+def test_only_tracking_imports_mlflow() -> None:
+    assert {room(f) for f in FILES if "mlflow" in roots(f)} == {"tracking"}
+    assert "mlflow" not in roots(PACKAGE / "tracking.py", lazily=False)
+
+
+def test_the_core_loads_no_outer_room_when_it_runs() -> None:
+    code = """
+import sys
+import qkt_clinical.stages.train, qkt_clinical.stages.mask, qkt_clinical.stages.transfer
+import qkt_clinical.stages.evaluate, qkt_clinical.query, qkt_clinical.ingest, qkt_clinical.serving
+outer = ("qkt_clinical.cli", "qkt_clinical.tracking", "qkt_clinical.report", "mlflow", "sklearn", "monai")
+print(sorted(m for m in sys.modules if m in outer))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["masking", "objectives", "evaluation"])
+def test_pure_rooms_do_no_io(name: str) -> None:
+    file = PACKAGE / f"{name}.py"
+    outside = {
+        "os",
+        "io",
+        "json",
+        "pathlib",
+        "shutil",
+        "tempfile",
+        "subprocess",
+        "socket",
+        "yaml",
+        "safetensors",
+    }
+    assert roots(file) & outside == set()
+    assert rooms_used(file) <= {"card", "catalog", "networks"}
+    found = {name for name, _ in calls(file)}
+    assert found & {"open", "print", "input", "torch.load", "torch.save", "np.load", "np.save"} == set()
+
+
+def test_nobody_below_the_stages_imports_a_stage() -> None:
+    for file in CORE:
+        if room(file) != "stages":
+            assert "stages" not in rooms_used(file), file
+
+
+def test_transfer_does_no_io() -> None:
+    outside = {
+        "os",
+        "io",
+        "json",
+        "pathlib",
+        "shutil",
+        "tempfile",
+        "subprocess",
+        "socket",
+        "yaml",
+        "safetensors",
+    }
+    assert roots(PACKAGE / "transfer.py") & outside == set()
+    assert "files" not in rooms_used(PACKAGE / "transfer.py")
+
+
+@pytest.mark.parametrize("name", ["catalog", "card", "query", "config", "errors", "files", "data", "console"])
+def test_what_plans_and_help_need_is_free_of_torch(name: str) -> None:
+    waiting, seen = [PACKAGE / f"{name}.py"], set()
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        assert roots(file) & {"torch", "monai", "sklearn"} == set(), file
+        waiting += [
+            f for f in (PACKAGE / f"{r}.py" for r in rooms_used(file)) if f.is_file() and f not in seen
+        ]
+    assert len(seen) >= 1
+
+
+# --- nothing that could run what it reads ---------------------------------------------------------
+
+UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
+RUNNERS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_nothing_read_can_run(file: Path) -> None:
+    assert roots(file) & UNPICKLERS == set()
+    for name, call in calls(file):
+        assert name not in RUNNERS, f"line {call.lineno}: {name}"
+        assert name.rsplit(".", 1)[-1] not in {"system", "popen", "load_pickle"}, (
+            f"line {call.lineno}: {name}"
+        )
+        words = {k.arg: k.value for k in call.keywords}
+        pickles = words.get("allow_pickle")
+        assert pickles is None or ast.unparse(pickles) == "False", f"line {call.lineno}"
+        shell = words.get("shell")
+        assert shell is None or ast.unparse(shell) == "False", f"line {call.lineno}"
+        if name in {"np.load", "numpy.load", "np.save"}:
+            assert pickles is not None, f"line {call.lineno}: {name} says nothing about pickle"
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_errors_are_caught_by_name(file: Path) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            names = {ast.unparse(n) for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            again = any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node))
+            assert again or names & {"Exception", "BaseException"} == set(), f"line {node.lineno}"
+
+
+# --- one name for one thing -----------------------------------------------------------------------
+
+
+def test_stage_module_subcommand_and_description_bear_one_name() -> None:
+    text = (PACKAGE / "cli.py").read_text(encoding="utf-8")
+    for stage in STAGES:
+        assert (ROOT / "pipelines" / f"{stage}.py").is_file()
+        assert f"\ndef {stage}(" in text
+        assert f'"""Stage ``{stage}``' in (ROOT / "pipelines" / f"{stage}.py").read_text(encoding="utf-8")
+
+
+def test_pipelines_stay_thin() -> None:
+    for file in sorted((ROOT / "pipelines").glob("*.py")):
+        if file.name == "__init__.py":
+            continue
+        functions = [n for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef)]
+        assert [f.name for f in functions] == ["main"]
+        assert not any(isinstance(n, ast.If | ast.For | ast.While) for n in ast.walk(functions[0]))
