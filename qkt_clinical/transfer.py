@@ -366,7 +366,8 @@ def answer_query(
     """
     params = params or TransferParams()
     device = device or torch.device("cpu")
-    query = tuple(sorted(query))
+    teachers = sorted(teachers, key=lambda t: t.site)  # sums then do not depend on the order given
+    query, teachers = tuple(sorted(query)), sorted(teachers, key=lambda t: t.site)
     local, rare = _split(data.train[1], query, student.spec.classes)
     untaught = [q for q in query if not any(q in t.known for t in teachers)]
     if untaught:
