@@ -232,12 +232,15 @@ def fit(
 
 @torch.no_grad()
 def predict(network: nn.Module, inputs: Tensor, device: torch.device, *, features: bool = False) -> Tensor:
-    """Logits (N, classes), or features (N, F), in evaluation mode, float32 on the CPU."""
-    was_training = network.training
-    network.eval()
+    """Logits (N, classes), or features (N, F), in evaluation mode, float32 on the CPU.
+
+    Computed on ``device``; the network is left where and as it was.
+    """
+    was_training, home = network.training, next(network.parameters()).device
+    network.eval().to(device)
     call: Any = network.features if features else network
     outputs = [call(part.to(device)).float().cpu() for part in inputs.split(PROBES_PER_BATCH)]
-    network.train(was_training)
+    network.train(was_training).to(home)
     return torch.cat(outputs)
 
 

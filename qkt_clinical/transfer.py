@@ -394,9 +394,9 @@ def answer_query(
     if method == "qkt":
         views = make_views(inputs, params.views, params.augment, seed, device)
         own_known = (*local, *rare)
-        sources = [_Source(student, own_known, 1.0, *_observe(student.to(device), views, device))]
+        sources = [_Source(student, own_known, 1.0, *_observe(student, views, device))]
         for teacher in teachers:
-            seen = _observe(teacher.network.to(device), views, device)
+            seen = _observe(teacher.network, views, device)
             sources.append(_Source(teacher.network, teacher.known, 1.0 / len(teachers), *seen))
         network, maps, rows = phase1(
             student,
@@ -408,13 +408,11 @@ def answer_query(
             checkpoint=checkpoint,
             progress=progress,
         )
-        for source in sources:
-            source.network.cpu()
         carry_rows(network, student, teachers, maps, query, list(rare), params.own)
         first = {"curves": rows, "views": params.views, "teacher_passes": params.views * len(teachers)}
     elif method == "qkt-light":
         views = make_views(inputs, params.views, params.augment, seed, device)
-        features = torch.cat([predict(student.to(device), v, device, features=True) for v in views])
+        features = torch.cat([predict(student, v, device, features=True) for v in views])
         targets = torch.cat([expert_margins(teachers, v, query, device) for v in views])
         weight, bias = ridge(features, targets, params.ridge)
         with torch.no_grad():
@@ -426,8 +424,7 @@ def answer_query(
     if rare and method != "routed":
         # Several views of every image, so that a handful of samples is not learned by heart.
         few = make_views(inputs, min(4, params.views), params.augment, derive(seed, "phase2"), device)
-        cached = torch.cat([predict(network.to(device), view, device, features=True) for view in few])
-        network.cpu()
+        cached = torch.cat([predict(network, view, device, features=True) for view in few])
         curves = refine_head(network, cached, labels.repeat(len(few)), local, query, surprise)
     draft = Decision(
         method=method,
@@ -490,8 +487,7 @@ def _logits_of(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The student's logits (N, C) and the query's (N, Q)."""
-    logits = predict(network.to(device), inputs, device)
-    network.cpu()
+    logits = predict(network, inputs, device)
     if decision.method == "routed":
         return logits, routed_logits(logits, experts, inputs, decision, device)
     return logits, logits[:, list(decision.query)]

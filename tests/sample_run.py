@@ -168,7 +168,7 @@ def _write_query(
         "method": method,
         "local": sorted(params.classes.index(c) for c in local),
         "query": [params.classes.index(asked)],
-        "surprise": 0.75,
+        "surprise": [0.75],
         "offsets": [-1.25],
         "budget": 0.05,
         "experts": teachers if method == "routed" else [],

@@ -72,7 +72,7 @@ def evaluate_query(
             code="no-test-images",
             stage="evaluate",
         )
-    before = predict(own.network.to(device), inputs, device)[:, relevant]
+    before = predict(own.network, inputs, device)[:, relevant]
     after = predict_scores(student, inputs, device)[:, relevant]
     test = TestSet(
         labels=np.searchsorted(relevant, labels),

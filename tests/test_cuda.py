@@ -1,0 +1,48 @@
+"""What runs on a GPU where there is one: training under mixed precision, every method, prediction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qkt_clinical.catalog import METHODS, Method
+from qkt_clinical.config import TrainParams, TransferParams
+from qkt_clinical.training import mean_recall, predict, to_input, train_teacher
+from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
+from tests.shapes import shapes, spec, teacher
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
+]
+
+
+def test_a_teacher_trains() -> None:
+    device = torch.device("cuda")
+    train, held = shapes((0, 1, 2), 40, 1), shapes((0, 1, 2), 30, 2)
+    params = TrainParams(epochs=8, batch_size=32)
+    network, history = train_teacher(spec(), train, held, params, seed=0, site="gpu", device=device)
+    assert next(network.parameters()).device.type == "cuda"
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in history.curves)
+    logits = predict(network, to_input(held[0]), device)
+    assert logits.device.type == "cpu"
+    assert mean_recall(logits.argmax(1), torch.from_numpy(held[1])) > 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_query_is_answered(method: Method) -> None:
+    device = torch.device("cuda")
+    own = teacher((0, 1), site="asking", epochs=6)
+    teachers = [Teacher("one", teacher((1, 2), site="one", epochs=6), (1, 2))]
+    data = LocalData(shapes((0, 1), 40, 3), shapes((0, 1), 40, 4))
+    params = TransferParams(epochs=4, views=2, batch_size=32)
+    made = answer_query(own, teachers, data, (2,), method=method, budget=0.1, params=params, device=device)
+    assert {p.device.type for n in (own, made.network, teachers[0].network) for p in n.parameters()} == {
+        "cpu"
+    }
+    inputs = to_input(shapes((0, 1, 2), 20, 5)[0])
+    experts = teachers if method == "routed" else []
+    there, here = (
+        scores_of(made.network, made.decision, experts, inputs, d) for d in (device, torch.device("cpu"))
+    )
+    torch.testing.assert_close(there[:, :3], here[:, :3], atol=1e-2, rtol=1e-2)
