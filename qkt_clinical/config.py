@@ -54,7 +54,8 @@ class Column(Strict):
     - ``folder``: name of the folder that holds the file (below the source path); ``level`` counts
       from the source path, 0 is the outermost folder.
     - ``csv``: ``column`` of ``file`` (relative to the source path), in the row whose ``key`` column
-      holds the file's path relative to the source path, its name, or its name without extensions.
+      holds the file's path relative to the source path, its name, or its name without extensions; for a
+      DICOM series its folder's path or name, or its UID.
     - ``tag``: DICOM keyword, such as ``PatientID``.
     - ``npz``: the labels (or ``*_groups``) arrays of the npz file.
     - ``none`` (patients only): every file is a patient of its own.
@@ -90,7 +91,8 @@ class ImageSpec(Strict):
 
     ``size`` in pixels, (H, W) or (D, H, W); ``spacing_mm`` of the same length, or null to resize
     without regard to spacing; ``channels`` 1 or 3. ``window`` maps intensities to [0, 1] (null: the
-    stored type's range for 8-bit images, else the image's own 0.5 to 99.5 percentiles);
+    display window of the DICOM file where it has one, the stored type's range for 8-bit images, else the
+    image's own 0.5 to 99.5 percentiles);
     ``normalisation``: ``unit`` keeps [0, 1], ``zscore`` centres and scales every image by itself.
     """
 

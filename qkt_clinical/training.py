@@ -30,7 +30,7 @@ from qkt_clinical.seeding import derive
 MEAN, STD = 0.5, 0.5
 """Of images in [0, 1]; fixed, so that every site's network takes every site's images alike."""
 
-PROBES_PER_BATCH = 512
+IMAGES_PER_BATCH = 512
 
 
 def to_input(images: Images, normalisation: str = "unit") -> Tensor:
@@ -239,7 +239,7 @@ def predict(network: nn.Module, inputs: Tensor, device: torch.device, *, feature
     was_training, home = network.training, next(network.parameters()).device
     network.eval().to(device)
     call: Any = network.features if features else network
-    outputs = [call(part.to(device)).float().cpu() for part in inputs.split(PROBES_PER_BATCH)]
+    outputs = [call(part.to(device)).float().cpu() for part in inputs.split(IMAGES_PER_BATCH)]
     network.train(was_training).to(home)
     return torch.cat(outputs)
 
@@ -305,7 +305,7 @@ def train_teacher(
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         logits, target = network(batch[0]), batch[1]
-        each = F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=0.0)
+        each = F.cross_entropy(logits.float(), target, reduction="none")
         return (each * weights[target]).mean()
 
     def score() -> float:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -367,7 +368,7 @@ def answer_query(
     params = params or TransferParams()
     device = device or torch.device("cpu")
     teachers = sorted(teachers, key=lambda t: t.site)  # sums then do not depend on the order given
-    query, teachers = tuple(sorted(query)), sorted(teachers, key=lambda t: t.site)
+    query = tuple(sorted(query))
     local, rare = _split(data.train[1], query, student.spec.classes)
     untaught = [q for q in query if not any(q in t.known for t in teachers)]
     if untaught:
@@ -377,7 +378,7 @@ def answer_query(
     if not local:
         raise QueryError("no local class beside the query", remedy="Add images of another class.")
     calibration = to_input(data.calibration[0], data.normalisation)
-    kept = torch.from_numpy(~_isin(data.calibration[1], query))
+    kept = torch.from_numpy(~np.isin(data.calibration[1], query))
     calibration = calibration[kept]
     if len(calibration) == 0:
         raise QueryError(
@@ -448,12 +449,6 @@ def answer_query(
         "curves": curves,
     }
     return Answer(network, decision, {"method": method, "phase1": first, "phase2": second})
-
-
-def _isin(labels: Labels, classes: Sequence[int]) -> Any:
-    import numpy as np
-
-    return np.isin(labels, list(classes))
 
 
 def predict_scores(bundle: Bundle, inputs: Tensor, device: torch.device | None = None) -> Tensor:
