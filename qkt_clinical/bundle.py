@@ -129,6 +129,14 @@ def load_bundle(folder: Path) -> Bundle:
             raise BundleError(
                 f"tensor {name} is not finite", remedy=REMEDY, file=path, site=card.site, code="bundle-values"
             )
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise BundleError(
+                f"tensor {name} holds a negative variance",
+                remedy=REMEDY,
+                file=path,
+                site=card.site,
+                code="bundle-values",
+            )
     with torch.device("meta"):
         network = build(card.network)
     network.load_state_dict(state, assign=True)

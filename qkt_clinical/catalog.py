@@ -20,6 +20,9 @@ Method = Literal["qkt", "qkt-light", "routed"]
 Device = Literal["auto", "cpu", "cuda"]
 SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
 Split = Literal["train", "calibration", "val", "test"]
+Partition = Literal["pathological", "dirichlet"]
+Regime = Literal["absent", "rare"]
+EvaluationSplit = Literal["test", "val"]
 
 NETWORKS: tuple[str, ...] = get_args(Network)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -27,6 +30,19 @@ METHODS: tuple[str, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
 SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 SPLITS: tuple[str, ...] = get_args(Split)
+PEERS: tuple[str, ...] = (
+    "local",
+    "finetune",
+    "ensemble-prob",
+    "ensemble-logit",
+    "one-shot-average",
+    "distill-all",
+    "fedavg",
+    "fedprox",
+)
+"""What QKT is compared with in the benchmark."""
+BENCHMARK_METHODS: tuple[str, ...] = (*PEERS, *METHODS)
+"""What ``qkt benchmark --methods all`` stands for; ablations are named one by one or as ``ablations``."""
 
 STAGES: MappingProxyType[str, str] = MappingProxyType(
     {

@@ -185,7 +185,7 @@ def load_prepared(folder: Path) -> PreparedSite:
             s: np.asarray(v, dtype=np.int64)
             for s, v in json.loads((folder / "splits.json").read_text()).items()
         }
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise PreparedError(
             f"cannot be read: {type(error).__name__}",
             remedy="Run 'qkt ingest' for this site again.",

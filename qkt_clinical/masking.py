@@ -4,6 +4,10 @@ A network is overconfident towards the classes it was trained on, so noise shows
 masking). Plain noise shows only some: most networks send all Gaussian noise to one class. The better
 estimators let the noise reach the head at the scale that the head was trained on, or read the head itself.
 
+Noise is averaged in two ways. The *mean* probability of a class, as in the paper, is small for a known class
+that other known classes outshine. Its *conviction*, the mean over the few probes that convince the network
+most of it, is near 1 for every known class: a class never trained is not convinced by any noise.
+
 Every estimator maps a network to one score per class in [0, 1], the largest being 1. A mask computed by
 the teacher's site and one computed from its bundle are equal: the probes depend on the seed alone.
 """
@@ -25,12 +29,20 @@ from qkt_clinical.networks import Classifier
 TINY = 1e-4
 """Scores below this are all alike: nothing is learned from how far below they lie."""
 
-LEAST_RATIO = 2.0
+LEAST_RATIO = 3.0
 """A gap of less than this ratio is no gap: a teacher without one knows every class."""
 
 NORM_POWER = 4
 """Head-row norms of known and unknown classes differ by a factor of about 2, softmax scores by 100 or
 more; the power brings them to comparable gaps."""
+
+CONVINCED = 0.05
+"""Share of the probes, those that convince a network most of a class, that count for its conviction."""
+
+STRETCH = 3.0
+"""How far ``combined`` stretches features from their mean: real images move them further than noise does."""
+
+PROBES_PER_BATCH = 256
 
 
 def _normalised(scores: Tensor) -> Tensor:
@@ -85,22 +97,58 @@ def mixed(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""Layers that may normalise by running statistics; group and layer norm always go by the input itself."""
 
 
 @torch.no_grad()
-def _noise_logits(network: Classifier, probes: Tensor, *, batch_statistics: bool) -> Tensor:
-    """Logits for the probes. The network is copied, so that its running statistics stay as they are."""
+def _noise_features(network: Classifier, probes: Tensor, *, batch_statistics: bool) -> Tensor:
+    """Features (N, F), float64, in another order than the probes.
+
+    The network is copied, so that its running statistics stay as they are.
+    """
     probe = copy.deepcopy(network).eval()
     if batch_statistics:
         for module in probe.modules():
             if isinstance(module, _NORMS):
                 module.train()
-    return torch.cat([probe(part) for part in probes.split(256)]).double()
+    # Every batch gets every kind of noise and about as many probes as the others.
+    count = math.ceil(len(probes) / PROBES_PER_BATCH)
+    return torch.cat([probe.features(probes[start::count]) for start in range(count)]).double()
 
 
 def _mean_softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=1).mean(dim=0)
+
+
+def conviction(logits: Tensor) -> Tensor:
+    """How sure of each class the probes that speak for it most make the network.
+
+    Args:
+        logits: (N, C), one row per probe.
+
+    Returns:
+        (C,) in [0, 1]: the mean probability over the ``CONVINCED`` share of the probes, at least one, in
+        which it is highest; other probes for each class.
+    """
+    probabilities = torch.softmax(logits, dim=1)
+    return probabilities.topk(max(1, round(CONVINCED * len(logits))), dim=0).values.mean(dim=0)
+
+
+def stretched(features: Tensor) -> Tensor:
+    """Features (N, F), ``STRETCH`` times as far from their mean, but none below the least of all.
+
+    (After a rectifier that is about 0, and real features do not lie below it either.)
+    """
+    centre = features.mean(dim=0)
+    return (centre + STRETCH * (features - centre)).clamp(min=float(features.min()))
 
 
 def head_row_norm(weight: Tensor) -> Tensor:
@@ -119,14 +167,32 @@ def class_scores(
 ) -> Tensor:
     """Scores (C,), float64 in [0, 1], largest 1.
 
+    The estimators:
+
+    - ``gaussian-noise``, ``uniform-noise``, ``smooth-noise``, ``mixed-noise``: mean softmax over noise.
+    - ``batch-norm-noise``: the same over mixed noise, with layers that keep running statistics on those of
+      the noise itself, so that it reaches the head at the scale the head was trained on. Without such
+      layers it is ``mixed-noise``: instance, group and layer norm do the same by themselves.
+    - ``feature-noise``: mean softmax over half-normal noise, fed straight into the head.
+    - ``head-row-norm``: see :func:`head_row_norm`.
+    - ``combined``, the default: mixed noise as in ``batch-norm-noise``, read by its :func:`conviction`, as it
+      is and with features :func:`stretched`; the geometric mean of both.
+
     Args:
         network: on the CPU; left as it was, bit for bit.
         shape: of one input, (channels, *spatial).
         probes: number of noise inputs.
+
+    Raises:
+        ValueError: no such estimator.
     """
     draw = torch.Generator().manual_seed(seed)
     full = (probes, *shape)
     weight, bias = network.head.weight.detach().double(), network.head.bias.detach().double()
+
+    def logits(features: Tensor) -> Tensor:
+        return features @ weight.T + bias
+
     match estimator:
         case "gaussian-noise" | "uniform-noise" | "smooth-noise" | "mixed-noise":
             kind = {
@@ -135,26 +201,50 @@ def class_scores(
                 "smooth-noise": smooth,
                 "mixed-noise": mixed,
             }[estimator]
-            return _normalised(
-                _mean_softmax(_noise_logits(network, kind(full, draw), batch_statistics=False))
-            )
+            plain = _noise_features(network, kind(full, draw), batch_statistics=False)
+            return _normalised(_mean_softmax(logits(plain)))
         case "batch-norm-noise":
-            return _normalised(
-                _mean_softmax(_noise_logits(network, mixed(full, draw), batch_statistics=True))
-            )
+            heard = _noise_features(network, mixed(full, draw), batch_statistics=True)
+            return _normalised(_mean_softmax(logits(heard)))
         case "feature-noise":
             features = torch.randn((probes, weight.shape[1]), generator=draw).abs().double()
-            return _normalised(_mean_softmax(features @ weight.T + bias))
+            return _normalised(_mean_softmax(logits(features)))
         case "head-row-norm":
             return _normalised(head_row_norm(weight)) ** NORM_POWER
         case "combined":
-            parts = [
-                class_scores(network, shape, estimator=name, probes=probes, seed=seed)
-                for name in ("batch-norm-noise", "feature-noise", "head-row-norm")
-            ]
-            # A geometric mean: a class must look known to all three.
+            heard = _noise_features(network, mixed(full, draw), batch_statistics=True)
+            parts = [_normalised(conviction(logits(f))) for f in (heard, stretched(heard))]
+            # A geometric mean: a class must look known to both.
             return _normalised(torch.stack(parts).clamp(min=TINY).log().mean(dim=0).exp())
     raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(ESTIMATORS)}")
+
+
+def agreement(query_logits: Tensor, labels: Tensor) -> Tensor:
+    """How far each relevant teacher agrees with the others about a query, on images without the query.
+
+    Teachers that know a class find the same images a little more like it than others; one that only claims
+    to know it does not. What tells the student's own classes apart is taken out first, for all teachers
+    share it.
+
+    Args:
+        query_logits: (T, N), the teachers' raw logits of one query class on the student's own images.
+        labels: (N,), the student's labels of the images.
+
+    Returns:
+        (T,) float64 in [-1, 1]: mean correlation with the other teachers, within the student's classes. A
+        teacher whose logit is constant there agrees with nobody: 0.
+
+    Raises:
+        ValueError: fewer than two teachers; there is nobody to agree with.
+    """
+    if len(query_logits) < 2:
+        raise ValueError(f"agreement needs at least two teachers, got {len(query_logits)}")
+    rows = query_logits.double().clone()
+    for label in labels.unique():
+        rows[:, labels == label] -= rows[:, labels == label].mean(dim=1, keepdim=True)
+    rows = F.normalize(rows, dim=1)
+    pairs = (rows @ rows.T).fill_diagonal_(0.0)
+    return pairs.sum(dim=1) / (len(rows) - 1)
 
 
 def gap_threshold(scores: Tensor) -> float:

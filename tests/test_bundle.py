@@ -202,10 +202,11 @@ def torch_file(folder: Path) -> None:
     seal(folder)
 
 
-def value(number: float) -> Callable[[Path], None]:
+def value(number: float, suffix: str = "head.bias") -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         header, body = parts(folder)
-        start = header["head.bias"]["data_offsets"][0]
+        name = next(n for n in sorted(header) if n.endswith(suffix))
+        start = header[name]["data_offsets"][0]
         forge(folder, header, body[:start] + struct.pack("<f", number) + body[start + 4 :])
 
     return write
@@ -300,6 +301,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights-are-a-folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "bundle-missing"),
     "nan": (value(float("nan")), "bundle-values"),
     "infinity": (value(float("inf")), "bundle-values"),
+    "negative-variance": (value(-1.0, "running_var"), "bundle-values"),
     "header-of-2**60": (declared(2**60), "bundle-size"),
     "header-of-2**64-1": (declared(2**64 - 1), "bundle-size"),
     "header-of-zero": (declared(0), "bundle-size"),

@@ -178,6 +178,9 @@ GIVEN = {s: v.tolist() for s, v in SPLITS.items()}
         lambda f: splits(f, GIVEN | {"val": [10]}),
         lambda f: splits(f, GIVEN | {"val": [-1]}),
         lambda f: splits(f, GIVEN | {"val": ["x"]}),
+        lambda f: splits(f, [1, 2]),
+        lambda f: splits(f, GIVEN | {"val": {"a": 1}}),
+        lambda f: splits(f, GIVEN | {"val": [2**70]}),
     ],
 )
 def test_damage_ends_in_one_error_with_a_remedy(tmp_path: Path, damage: Callable[[Path], Any]) -> None:

@@ -13,14 +13,16 @@ from qkt_clinical.catalog import ESTIMATORS, Estimator, Network
 from qkt_clinical.masking import (
     LEAST_RATIO,
     NORM_POWER,
-    TINY,
+    agreement,
     class_scores,
     compute_mask,
+    conviction,
     gap_threshold,
     gaussian,
     head_row_norm,
     mixed,
     smooth,
+    stretched,
     uniform,
 )
 from qkt_clinical.networks import Classifier, build
@@ -103,14 +105,32 @@ def test_only_batch_statistics_bring_noise_to_the_head() -> None:
     assert min(heard[0], heard[1]) > 0.5
 
 
-def test_combined_is_the_geometric_mean_of_its_parts() -> None:
-    network = by_hand([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]], [0.0, 0.5, 0.0])
-    parts = [
-        torch.tensor(scores(network, e)).clamp(min=TINY)
-        for e in ("batch-norm-noise", "feature-noise", "head-row-norm")
-    ]
-    product = (parts[0] * parts[1] * parts[2]) ** (1 / 3)
-    assert scores(network, "combined") == pytest.approx((product / product.max()).tolist(), rel=1e-5)
+def test_conviction_is_the_mean_of_the_most_convinced_probes() -> None:
+    # 40 probes, so 5 % are two: for class 0 those with 0.9 and 0.7, for class 1 those with 0.5.
+    first = torch.tensor([0.9, 0.7] + [0.5] * 38, dtype=torch.float64)
+    found = conviction(torch.stack([first, 1 - first], dim=1).log())
+    assert found.tolist() == pytest.approx([0.8, 0.5])
+    # With fewer than 20 probes it is the best one.
+    assert conviction(torch.stack([first, 1 - first], dim=1).log()[:3]).tolist() == pytest.approx([0.9, 0.5])
+
+
+def test_stretched_by_hand() -> None:
+    # Around the means (2, 1): 2 - 3 * 2 would lie below the least feature, 0.
+    features = torch.tensor([[0.0, 1.0], [4.0, 1.0]])
+    assert stretched(features).tolist() == [[0.0, 1.0], [8.0, 1.0]]
+
+
+def test_agreement_by_hand() -> None:
+    # Two classes of two images; within them teachers 0 and 1 agree, 2 says the opposite, 3 is constant.
+    labels = torch.tensor([0, 0, 1, 1])
+    rows = torch.tensor(
+        [[1.0, 3.0, 10.0, 12.0], [0.0, 4.0, -9.0, -5.0], [3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 2.0]]
+    )
+    third = 1 / 3
+    assert agreement(rows, labels).tolist() == pytest.approx([0.0, 0.0, -2 * third, 0.0])
+    assert agreement(rows[:2], labels).tolist() == pytest.approx([1.0, 1.0])
+    with pytest.raises(ValueError, match="at least two"):
+        agreement(rows[:1], labels)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -1,0 +1,1 @@
+"""Measurements behind the documentation: scripts that print its tables, run by hand."""

@@ -1,0 +1,1 @@
+"""The benchmark: simulated hospitals from one labelled npz, every method on every query, one table."""

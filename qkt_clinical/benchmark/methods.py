@@ -1,0 +1,295 @@
+"""How every method answers one question: scores on the evaluation images, and what the answer cost.
+
+To add a method or an ablation: its name and function into :func:`methods`; an ablation that is QKT with
+something changed only needs its line in ``settings.SETUPS``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkt_clinical.benchmark.settings import BUDGETS, FEDERATED, FINETUNED, SETUPS, Settings, Setup
+from qkt_clinical.benchmark.simulate import Question, Split
+from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.variants import with_fewer_images
+from qkt_clinical.card import Decision
+from qkt_clinical.networks import Classifier
+from qkt_clinical.objectives import offsets_for_budget
+from qkt_clinical.peers.averaging import average_networks
+from qkt_clinical.peers.distill import distill_all
+from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
+from qkt_clinical.peers.finetune import finetune
+from qkt_clinical.peers.params import PeerParams
+from qkt_clinical.seeding import derive
+from qkt_clinical.training import predict, to_input
+from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer's scores (N, C) on the question's evaluation images, minus infinity outside R."""
+
+    scores: Tensor
+    bytes_moved: int = 0
+    seconds: float = 0.0
+    """To answer the query, teachers given; predictions are not counted."""
+    passes: int = 1
+    """Forward passes per prediction."""
+    curve: Mapping[float, Tensor] | None = None
+    """Scores at every budget of ``BUDGETS``, where the answer has one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question and all that answers to it share."""
+
+    store: Store
+    question: Question
+
+    @property
+    def student(self) -> str:
+        """The asking hospital's own network."""
+        return f"full/{self.question.student}"
+
+    @property
+    def others(self) -> list[str]:
+        """The networks of all other hospitals."""
+        names = [h.name for h in self.store.federation.hospitals]
+        return [f"full/{name}" for name in names if name != self.question.student]
+
+    @cached_property
+    def relevant(self) -> tuple[int, ...]:
+        """R, sorted."""
+        return self.store.federation.relevant(self.question)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Which evaluation images are of relevant classes."""
+        return torch.from_numpy(np.flatnonzero(np.isin(self.store.evaluation.labels, self.relevant)))
+
+    @cached_property
+    def images(self) -> Split:
+        """The evaluation images of relevant classes."""
+        return self.store.evaluation.take(self.index.numpy())
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """The same as network input."""
+        return to_input(self.images.images)
+
+    def seed(self, *names: str) -> int:
+        """For this question."""
+        asked = "+".join(map(str, self.question.query))
+        return derive(self.store.federation.seed, "benchmark", *names, self.question.student, asked)
+
+    def logits(self, name: str) -> Tensor:
+        """Stored logits (N, C) of a trained network on the evaluation images of relevant classes."""
+        return self.store.logits(name)[self.store.settings.split][self.index]
+
+    def restricted(self, network: Classifier) -> Tensor:
+        """Scores of any network."""
+        return restrict(predict(network, self.inputs, self.store.device), self.relevant)
+
+
+def local(case: Case, *, own: str = "full") -> Outcome:
+    """The hospital's own model alone."""
+    return Outcome(restrict(case.logits(f"{own}/{case.question.student}"), case.relevant))
+
+
+def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> Outcome:
+    """All hospitals' networks at every prediction."""
+    every = [case.student, *case.others]
+    scores = restrict(combine([case.logits(name) for name in every]), case.relevant)
+    return Outcome(scores, sum(map(case.store.bytes, case.others)), passes=len(every))
+
+
+def one_shot_average(case: Case) -> Outcome:
+    """The mean of all networks' weights, weighed by their numbers of training images."""
+    every = [case.student, *case.others]
+    start = time.perf_counter()
+    networks = [case.store.bundle(name).network for name in every]
+    sizes = [len(case.store.federation.hospital(name.split("/")[1]).train) for name in every]
+    network = average_networks(networks, sizes)
+    seconds = time.perf_counter() - start
+    return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
+
+
+def _finetuned(case: Case, network: Classifier, name: str, params: PeerParams) -> tuple[Tensor, float]:
+    """Scores of a network fine-tuned at the asking hospital, and the seconds it took."""
+    data = case.store.data(case.question.student)
+    start = time.perf_counter()
+    tuned = finetune(
+        network,
+        data.train.pair,
+        data.val.pair,
+        case.relevant,
+        params,
+        seed=case.seed("finetune"),
+        name=name,
+        device=case.store.device,
+    )
+    seconds = time.perf_counter() - start
+    return case.restricted(tuned), seconds
+
+
+def finetuned(case: Case) -> Outcome:
+    """The own model trained on with class balance over R."""
+    network, params = case.store.bundle(case.student).network, case.store.settings.peers
+    scores, seconds = _finetuned(case, network, case.question.student, params)
+    return Outcome(scores, seconds=seconds)
+
+
+def distilled(case: Case) -> Outcome:
+    """Unmasked distillation from the mean of all networks."""
+    every = [case.student, *case.others]
+    networks = [case.store.bundle(name).network for name in every]
+    data = case.store.data(case.question.student)
+    start = time.perf_counter()
+    network = distill_all(
+        networks[0],
+        networks,
+        data.train.pair,
+        case.relevant,
+        case.store.settings.peers,
+        seed=case.seed("distill"),
+        device=case.store.device,
+    )
+    seconds = time.perf_counter() - start
+    return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
+
+
+def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Outcome:
+    """FedAvg's or FedProx's network; ``None``: the number of rounds that is best on validation images."""
+    rounds = rounds or case.store.best_rounds(algorithm)
+    name = f"{algorithm}/{rounds}"
+    transfers = 2 * rounds * len(case.store.federation.hospitals)
+    moved = transfers * case.store.weight_bytes()
+    return Outcome(restrict(case.logits(name), case.relevant), moved, case.store.seconds(name))
+
+
+def global_model_finetuned(case: Case) -> Outcome:
+    """FedAvg's network after personal fine-tuning at the asking hospital."""
+    untuned = global_model(case, "fedavg")
+    network = case.store.bundle(f"fedavg/{case.store.best_rounds('fedavg')}").network
+    params = PeerParams(finetune=case.store.settings.peers.personal)
+    scores, seconds = _finetuned(case, network, f"fedavg-{case.question.student}", params)
+    return replace(untuned, scores=scores, seconds=untuned.seconds + seconds)
+
+
+def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
+    """The classes that a teacher is taken to know; see :class:`Setup`."""
+    store = case.store
+    if mask == "none":
+        return tuple(range(store.federation.spec.classes))
+    if mask == "oracle":
+        known = store.truth(name, primary_truth(store.settings))
+    else:
+        known = store.masks(name)[store.settings.mask.estimator if mask == "default" else mask].known
+    return tuple(c for c, k in enumerate(known) if k)
+
+
+def primary_truth(settings: Settings) -> str:
+    """What masks are held against: a class that was trained on, or one that the teacher recalls.
+
+    In the rare regime hospitals hold classes of so few images that their teachers did not learn them.
+    """
+    return "held" if settings.regime == "absent" else "recalled"
+
+
+def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
+    """Teachers that know a class asked for, by the names of their networks."""
+    names = [name.replace("full/", f"{setup.teachers}/") for name in case.others]
+    known = {name: known_classes(case, name, setup.mask) for name in names}
+    kept: set[str] = set()
+    for q in case.question.query:
+        able = [name for name in names if q in known[name]]
+        if setup.most_teachers is not None:
+            masks = {name: case.store.masks(name)[case.store.settings.mask.estimator] for name in able}
+            able = sorted(able, key=lambda n: -masks[n].scores[q])[: setup.most_teachers]
+        kept.update(able)
+    networks = {name: case.store.bundle(name).network for name in names if name in kept}
+    return {name: Teacher(name.split("/")[1], n, known[name]) for name, n in networks.items()}
+
+
+def qkt(case: Case, setup: Setup) -> Outcome:
+    """An answer by QKT. Classes that no teacher knows are not taught; without any the own model answers."""
+    store, settings = case.store, case.store.settings
+    teachers = relevant_teachers(case, setup)
+    taught = [q for q in case.question.query if any(q in t.known for t in teachers.values())]
+    if not taught:
+        return local(case, own=setup.own)
+    hospital = store.data(case.question.student, setup.own)
+    if setup.images is not None:
+        hospital = with_fewer_images(hospital, setup.images, settings.budget, store.federation.seed)
+    student = store.bundle(f"{setup.own}/{case.question.student}").network
+    start = time.perf_counter()
+    answer = answer_query(
+        student,
+        list(teachers.values()),
+        LocalData(hospital.train.pair, hospital.calibration.pair),
+        taught,
+        method=setup.method,
+        budget=settings.budget,
+        params=settings.transfer,
+        seed=case.seed("transfer"),
+        device=store.device,
+    )
+    seconds = time.perf_counter() - start
+    experts = [t for t in teachers.values() if t.site in answer.decision.experts]
+
+    def scores(inputs: Tensor) -> Tensor:
+        return scores_of(answer.network, answer.decision, experts, inputs, store.device)
+
+    found = scores(case.inputs)
+    own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
+    return Outcome(
+        found,
+        sum(map(store.bytes, teachers)),
+        seconds,
+        passes=1 + len(experts),
+        curve=at_budgets(found, scores(to_input(own.images)), answer.decision),
+    )
+
+
+def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[float, Tensor]:
+    """An answer's scores if another budget had been asked for: only the query's offsets move.
+
+    Args:
+        scores: (N, C) as answered.
+        calibration: (M, C) of the same answer on the hospital's own held-out images.
+    """
+    query, own = list(decision.query), list(decision.local)
+    preference = calibration[:, query] - calibration[:, own].max(dim=1, keepdim=True).values
+    moved = {}
+    for budget in BUDGETS:
+        shifts, _ = offsets_for_budget(preference, budget)
+        moved[budget] = scores.clone()
+        moved[budget][:, query] += shifts.to(scores)
+    return moved
+
+
+def methods(settings: Settings) -> dict[str, Callable[[Case], Outcome]]:
+    """Every method that is computed by itself, by name."""
+    found: dict[str, Callable[[Case], Outcome]] = {
+        "local": local,
+        "finetune": finetuned,
+        "ensemble-prob": partial(ensemble, combine=mean_probability_scores),
+        "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
+        "one-shot-average": one_shot_average,
+        "distill-all": distilled,
+        FINETUNED: global_model_finetuned,
+    }
+    for algorithm in FEDERATED:
+        found[algorithm] = partial(global_model, algorithm=algorithm)
+        for rounds in settings.rounds:
+            found[f"ablation/{algorithm}-{rounds}"] = partial(
+                global_model, algorithm=algorithm, rounds=rounds
+            )
+    return found | {name: partial(qkt, setup=setup) for name, setup in SETUPS.items()}

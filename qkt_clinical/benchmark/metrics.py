@@ -1,0 +1,53 @@
+"""Figures of one answer to one query. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.data import Labels
+from qkt_clinical.evaluation import DIGITS, Floats, expected_calibration_error, recalls, softmax
+
+
+def rank_auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve from ranks, ties counted half: no (positives, negatives) matrix."""
+    from scipy.stats import rankdata
+
+    count = int(positive.sum())
+    others = len(positive) - count
+    wins = rankdata(scores)[positive].sum() - count * (count + 1) / 2
+    return float(wins / (count * others))
+
+
+def figures(
+    scores: Floats, labels: Labels, relevant: Sequence[int], query: Sequence[int]
+) -> dict[str, float]:
+    """Accuracies over the relevant classes, discrimination and calibration.
+
+    Args:
+        scores: (N, C) on images of the relevant classes; those of other classes are not read.
+        labels: (N,), every relevant class among them.
+        relevant: class indices, sorted.
+        query: those asked for.
+
+    Returns:
+        ``query_accuracy``, ``retained_accuracy`` and ``balanced_accuracy`` (mean recalls; the answer is
+        the argmax over the relevant classes), ``auroc`` of query against local images by the largest
+        query score above the largest local one, and ``ece``.
+    """
+    relevant, within = list(relevant), np.asarray(scores, dtype=np.float64)[:, list(relevant)]
+    target = np.searchsorted(relevant, labels)
+    asked = [relevant.index(q) for q in query]
+    local = [i for i in range(len(relevant)) if i not in asked]
+    ones = np.ones((1, len(labels)))
+    recall = recalls(within.argmax(axis=1) == target, target, len(relevant), ones)[0]
+    preference = within[:, asked].max(axis=1) - within[:, local].max(axis=1)
+    return {
+        "query_accuracy": round(float(recall[asked].mean()), DIGITS),
+        "retained_accuracy": round(float(recall[local].mean()), DIGITS),
+        "balanced_accuracy": round(float(recall.mean()), DIGITS),
+        "auroc": round(rank_auroc(preference, np.isin(target, asked)), DIGITS),
+        "ece": round(expected_calibration_error(softmax(within), target), DIGITS),
+    }

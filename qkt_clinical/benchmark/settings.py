@@ -1,0 +1,166 @@
+"""What a benchmark computes: its settings, the names of its methods, and the table of ablations.
+
+Free of torch, so that wrong names are refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qkt_clinical import __version__
+from qkt_clinical.catalog import (
+    BENCHMARK_METHODS,
+    ESTIMATORS,
+    METHODS,
+    Device,
+    EvaluationSplit,
+    Method,
+    Partition,
+    Regime,
+)
+from qkt_clinical.config import MaskParams, Strict, TrainParams, TransferParams
+from qkt_clinical.errors import ConfigError
+from qkt_clinical.files import digest_bytes
+from qkt_clinical.peers.params import PeerParams
+
+Variant = Literal["full", "weak", "label-noise-10", "label-noise-30"]
+"""What a network was trained on: all images of a hospital, a tenth of them, or wrong labels among them."""
+
+BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+"""Budgets of the budget curve."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a query is answered by QKT: the default in every field, but for what an ablation changes."""
+
+    method: Method = "qkt"
+    mask: str = "default"
+    """Who knows what: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
+    most_teachers: int | None = None
+    """At most so many teachers for every class asked for, those of the highest mask scores."""
+    images: int | None = None
+    """At most so many local training images of every class."""
+    own: Variant = "full"
+    """Of the student's own network and images."""
+    teachers: Variant = "full"
+
+
+SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
+    {
+        **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
+        **{f"ablation/mask-{e}": Setup(mask=e) for e in ESTIMATORS if e != MaskParams().estimator},
+        "ablation/mask-oracle": Setup(mask="oracle"),
+        "ablation/mask-none": Setup(mask="none"),
+        "ablation/teachers-1": Setup(most_teachers=1),
+        "ablation/teachers-2": Setup(most_teachers=2),
+        "ablation/images-100": Setup(images=100),
+        "ablation/images-30": Setup(images=30),
+        "ablation/images-10": Setup(images=10),
+        "ablation/label-noise-10": Setup(own="label-noise-10"),
+        "ablation/label-noise-30": Setup(own="label-noise-30"),
+        "ablation/weak-teachers": Setup(teachers="weak"),
+    }
+)
+"""Methods and ablations that are one call of ``answer_query`` each."""
+
+RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
+    {
+        f"ablation/{prefix}budget-{budget}": (method, float(budget))
+        for method, prefix in (("qkt", ""), ("routed", "routed-"))
+        for budget in ("0.01", "0.05", "0.10")
+    }
+)
+"""Ablations that change nothing but the budget: method and budget, read off the method's budget curve."""
+
+FEDERATED = ("fedavg", "fedprox")
+FINETUNED = "ablation/fedavg-finetuned"
+
+
+class Settings(Strict):
+    """Everything on which a benchmark's figures depend beside the data."""
+
+    partition: Partition = "pathological"
+    hospitals: Annotated[int, Field(ge=2)] = 6
+    classes_per_hospital: Annotated[int, Field(ge=2)] = 3
+    beta: Annotated[float, Field(gt=0)] = 0.3
+    regime: Regime = "absent"
+    samples_per_rare_class: Annotated[int, Field(ge=1, le=50)] = 20
+    query_size: Annotated[int, Field(ge=1)] = 1
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    methods: tuple[str, ...] = ("all",)
+    max_queries: Annotated[int, Field(ge=1)] | None = None
+    """Per seed."""
+    budget: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    split: EvaluationSplit = "test"
+    device: Device = "auto"
+    train: TrainParams = TrainParams()
+    mask: MaskParams = MaskParams()
+    transfer: TransferParams = TransferParams()
+    peers: PeerParams = PeerParams()
+    rounds: tuple[Annotated[int, Field(ge=1)], ...] = (20, 50)
+    """Federations are trained for so many rounds each; the best on validation images counts."""
+
+    @property
+    def ablations(self) -> tuple[str, ...]:
+        """Names of all ablations."""
+        rounds = tuple(f"ablation/{name}-{count}" for name in FEDERATED for count in self.rounds)
+        return (*(s for s in SETUPS if s.startswith("ablation/")), *RECALIBRATED, *rounds, FINETUNED)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the methods to run, each once, in the order of the catalogue.
+
+        Raises:
+            ConfigError: a name that is none.
+        """
+        groups = {"all": BENCHMARK_METHODS, "ablations": self.ablations}
+        known = (*BENCHMARK_METHODS, *self.ablations)
+        wanted: set[str] = set()
+        for name in self.methods:
+            if name not in groups and name not in known:
+                near = difflib.get_close_matches(name, (*groups, *known), n=1)
+                raise ConfigError(
+                    f"unknown method {name!r}" + (f", did you mean {near[0]!r}?" if near else ""),
+                    remedy=f"Choose among {', '.join((*groups, *known))}.",
+                    code="method",
+                )
+            wanted.update(groups.get(name, (name,)))
+        return tuple(name for name in known if name in wanted)
+
+    def key(self, data: str, device: str) -> str:
+        """Digest of all that a finished row depends on.
+
+        Which seeds and methods were asked for is left out: a run may be resumed with more of them.
+
+        Args:
+            data: digest of the data file.
+            device: what ``device`` stands for on this machine.
+        """
+        parts = self.model_dump(mode="json", exclude={"seeds", "methods"})
+        whole: dict[str, Any] = {**parts, "device": device, "data": data, "version": __version__}
+        return digest_bytes(json.dumps(whole, sort_keys=True).encode())
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """``a,b`` to its parts, without blanks."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``0,1,2`` to whole numbers, each once.
+
+    Raises:
+        ConfigError: not such a list.
+    """
+    parts: Sequence[str] = parse_list(text)
+    if not parts or not all(p.isascii() and p.isdigit() for p in parts):
+        raise ConfigError(f"seeds {text!r} are no whole numbers", remedy="Give them as in --seeds 0,1,2.")
+    return tuple(dict.fromkeys(map(int, parts)))

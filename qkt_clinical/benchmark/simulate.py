@@ -1,0 +1,263 @@
+"""Simulated hospitals in memory: who trains on which images, and which queries are asked.
+
+The npz's train split is divided among the hospitals, and within each into training and calibration
+images; its val split is divided likewise and serves early stopping. Its test split is touched by the
+final figures alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.card import NetworkSpec
+from qkt_clinical.catalog import Network, Partition, Regime
+from qkt_clinical.data import Images, Labels
+from qkt_clinical.errors import ConfigError
+from qkt_clinical.federate import (
+    Indices,
+    Part,
+    dirichlet_shares,
+    divide,
+    pathological_shares,
+    read_medmnist,
+)
+from qkt_clinical.fetch import class_names
+from qkt_clinical.networks import check_size
+from qkt_clinical.seeding import derive
+
+CALIBRATION = 0.15
+"""Share of a hospital's training images (whole patients) that is held out for the operating point."""
+MOST_RARE = 50
+"""A class of which a hospital holds at most so many training images counts as rare there."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, *spatial), uint8 or float32 in [0, 1], and labels (N,)."""
+
+    images: Images
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pair(self) -> tuple[Images, Labels]:
+        """Images and labels, as the training functions take them."""
+        return self.images, self.labels
+
+    def take(self, index: Indices) -> Split:
+        """A part of it."""
+        return Split(self.images[index], self.labels[index])
+
+    def of_classes(self, classes: Sequence[int]) -> Split:
+        """The images of these classes."""
+        return self.take(np.flatnonzero(np.isin(self.labels, classes)))
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """One simulated hospital."""
+
+    name: str
+    train: Split
+    calibration: Split
+    val: Split
+    """Its part of the npz's val split, for early stopping."""
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Classes of which it has training images, rare ones included."""
+        return tuple(int(c) for c in np.unique(self.train.labels))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query: who asks for which classes."""
+
+    student: str
+    query: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All hospitals of one seed, the splits that belong to none, and the questions to ask."""
+
+    seed: int
+    classes: tuple[str, ...]
+    spec: NetworkSpec
+    hospitals: tuple[Hospital, ...]
+    questions: tuple[Question, ...]
+    val: Split
+    test: Split
+
+    def hospital(self, name: str) -> Hospital:
+        """By name."""
+        return next(h for h in self.hospitals if h.name == name)
+
+    def relevant(self, question: Question) -> tuple[int, ...]:
+        """The relevant label space: what the student holds and what it asks for, sorted."""
+        return tuple(sorted({*self.hospital(question.student).held, *question.query}))
+
+
+def channels_first(images: NDArray[Any]) -> Images:
+    """(N, H, W), (N, H, W, 3) or (N, D, H, W) as the file has them to (N, C, *spatial).
+
+    uint8 stays; anything else is scaled into [0, 1] by its own range, as float32.
+    """
+    if images.dtype != np.uint8:
+        low, high = float(images.min()), float(images.max())
+        images = ((images - low) / ((high - low) or 1.0)).astype(np.float32)
+    colour = images.ndim == 4 and images.shape[-1] == 3
+    return np.ascontiguousarray(np.moveaxis(images, -1, 1) if colour else images[:, None])
+
+
+def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which images are held out: about ``share`` of every class, whole groups where there are groups."""
+    shares = np.tile([[1.0 - share], [share]], (1, int(labels.max()) + 1))
+    index = divide(labels, groups, shares, seed=seed)[1]
+    out = np.zeros(len(labels), dtype=bool)
+    out[index] = True
+    return out
+
+
+def _rare_classes(counts: NDArray[np.int64], samples: int) -> list[int]:
+    """Classes of a hospital that are made rare: those scarce already, else its smallest one of three."""
+    held = np.flatnonzero(counts)
+    scarce = [int(c) for c in held if counts[c] <= MOST_RARE]
+    if scarce or len(held) < 3:
+        return scarce if len(scarce) < len(held) else scarce[1:]
+    return [int(held[np.argmin(counts[held])])]
+
+
+def _spread(candidates: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
+    """At most ``count`` questions, spread evenly over students first and classes second."""
+    chance = np.random.default_rng(seed).permutation(len(candidates))
+    left = [candidates[i] for i in chance]
+    students: dict[str, int] = {}
+    classes: dict[int, int] = {}
+    chosen: list[Question] = []
+    while left and (count is None or len(chosen) < count):
+        best = min(left, key=lambda q: (students.get(q.student, 0), sum(classes.get(c, 0) for c in q.query)))
+        left.remove(best)
+        chosen.append(best)
+        students[best.student] = students.get(best.student, 0) + 1
+        for c in best.query:
+            classes[c] = classes.get(c, 0) + 1
+    return tuple(sorted(chosen, key=lambda q: (q.student, q.query)))
+
+
+def simulate(
+    parts: dict[str, Part],
+    classes: tuple[str, ...],
+    *,
+    partition: Partition = "pathological",
+    hospitals: int = 6,
+    classes_per_hospital: int = 3,
+    beta: float = 0.3,
+    regime: Regime = "absent",
+    samples_per_rare_class: int = 20,
+    query_size: int = 1,
+    seed: int = 0,
+    network: Network = "resnet-small",
+    max_queries: int | None = None,
+) -> Federation:
+    """Divide a data set among simulated hospitals and choose the questions.
+
+    ``absent``: sets of ``query_size`` classes of which the student has no image. ``rare``: classes of
+    which it has at most ``samples_per_rare_class`` training images: those scarce by the partition
+    (``MOST_RARE``), or else its smallest class, cut down to that number before any teacher is trained.
+
+    Raises:
+        ConfigError: the data cannot be divided so, or no such question exists.
+    """
+    images = {split: channels_first(part.images) for split, part in parts.items()}
+    train, val = parts["train"], parts["val"]
+    count = len(classes)
+    draw = derive(seed, "benchmark", "partition")
+    totals = np.bincount(train.labels, minlength=count)
+    if partition == "pathological":
+        shares = pathological_shares(
+            count, hospitals=hospitals, classes_per_hospital=classes_per_hospital, seed=draw
+        )
+    else:
+        shares = dirichlet_shares(totals, hospitals=hospitals, beta=beta, seed=draw)
+    pieces = divide(train.labels, train.groups, shares, seed=derive(seed, "benchmark", "train"))
+    val_pieces = divide(val.labels, val.groups, shares, seed=derive(seed, "benchmark", "val"))
+    sites, questions = [], []
+    for h, (index, val_index) in enumerate(zip(pieces, val_pieces, strict=True)):
+        name = f"h{h + 1}"
+        labels = train.labels[index]
+        if len(np.unique(labels)) < 2:
+            raise ConfigError(
+                f"hospital {name} would hold fewer than two classes", remedy="Choose fewer hospitals."
+            )
+        groups = None if train.groups is None else train.groups[index]
+        held_out = _held_out(labels, groups, CALIBRATION, derive(seed, "benchmark", "calibration", name))
+        rare: list[int] = []
+        if regime == "rare":
+            rare = _rare_classes(np.bincount(labels, minlength=count), samples_per_rare_class)
+        keep = ~held_out
+        rng = np.random.default_rng(derive(seed, "benchmark", "rare", name))
+        for c in rare:
+            # A class of a handful: calibration images are of the other classes anyway, so all may train.
+            mine = np.flatnonzero(labels == c)
+            keep[mine], held_out[mine] = False, False
+            keep[rng.permutation(mine)[:samples_per_rare_class]] = True
+        if groups is not None:
+            held_out &= ~np.isin(groups, groups[keep])  # a patient whose rare image trains only trains
+        own = Split(images["train"][index], labels)
+        hospital = Hospital(
+            name,
+            own.take(np.flatnonzero(keep)),
+            own.take(np.flatnonzero(held_out)),
+            Split(images["val"][val_index], val.labels[val_index]),
+        )
+        if len(hospital.calibration) == 0:
+            raise ConfigError(f"hospital {name} has no calibration image", remedy="Choose fewer hospitals.")
+        sites.append(hospital)
+        if regime == "absent":
+            absent = [c for c in range(count) if c not in hospital.held]
+            questions += [Question(name, asked) for asked in combinations(absent, query_size)]
+        else:
+            questions += [Question(name, asked) for asked in combinations(rare, query_size)]
+    elsewhere = {c: {s.name for s in sites if c in s.held} for c in range(count)}
+    questions = [q for q in questions if all(elsewhere[c] - {q.student} for c in q.query)]
+    if not questions:
+        raise ConfigError(
+            f"no {regime} query of {query_size} class(es) exists in this partition",
+            remedy="Choose fewer classes per hospital, a smaller beta or another query size.",
+        )
+    sample = images["train"]
+    spec = NetworkSpec(
+        name=network, spatial_dims=3 if sample.ndim == 5 else 2, in_channels=sample.shape[1], classes=count
+    )
+    check_size(spec, sample.shape[2:])
+    return Federation(
+        seed,
+        classes,
+        spec,
+        tuple(sites),
+        _spread(questions, max_queries, derive(seed, "benchmark", "questions")),
+        Split(images["val"], val.labels),
+        Split(images["test"], parts["test"].labels),
+    )
+
+
+def read(source: Path) -> tuple[dict[str, Part], tuple[str, ...]]:
+    """A MedMNIST-layout npz and its classes' names in label order.
+
+    Raises:
+        SourceError: see :func:`qkt_clinical.federate.read_medmnist`.
+    """
+    parts = read_medmnist(source)
+    needed = max(int(p.labels.max()) for p in parts.values()) + 1
+    names = class_names(source) or tuple(f"class-{c}" for c in range(needed))
+    return parts, tuple(names)

@@ -1,0 +1,217 @@
+"""What is trained once per seed and shared by all methods and queries: teachers, masks, global models.
+
+Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
+on the images that figures are computed on, so that most peers cost no pass at all. A network is named by
+its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkt_clinical.benchmark.metrics import figures
+from qkt_clinical.benchmark.settings import FEDERATED, Settings, Variant
+from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
+from qkt_clinical.benchmark.variants import vary
+from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.card import MASK, InputSpec, Mask
+from qkt_clinical.catalog import ESTIMATORS
+from qkt_clinical.files import new_folder, write_json
+from qkt_clinical.masking import compute_mask
+from qkt_clinical.networks import Classifier
+from qkt_clinical.peers.federated import Participant, federated
+from qkt_clinical.query import SHARED
+from qkt_clinical.seeding import derive
+from qkt_clinical.training import Checkpoint, predict, to_input, train_teacher
+
+LOGITS, MASKS, SECONDS = "logits.safetensors", "masks.json", "seconds.json"
+KEPT = 16
+"""So many bundles stay in a process's memory."""
+
+
+class Store:
+    """The trained networks of one seed.
+
+    Args:
+        folder: of this seed; need not exist.
+        federation: of the same seed.
+        device: where networks are trained and evaluated.
+    """
+
+    def __init__(self, folder: Path, federation: Federation, settings: Settings, device: torch.device):
+        self.folder = folder
+        self.federation = federation
+        self.settings = settings
+        self.device = device
+        self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
+        self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
+
+    def train(self, name: str) -> None:
+        """Train the network of that name and write it."""
+        kind, which = name.split("/")
+        if kind in FEDERATED:
+            self._train_global(kind, int(which))
+        else:
+            self._train_teacher(cast(Variant, kind), which)
+
+    def data(self, hospital: str, variant: Variant = "full") -> Hospital:
+        """A hospital's images, as the variant has them."""
+        return vary(self.federation.hospital(hospital), variant, self.federation.seed)
+
+    @property
+    def evaluation(self) -> Split:
+        """The images that the figures are computed on."""
+        return self.federation.test if self.settings.split == "test" else self.federation.val
+
+    def bytes(self, name: str) -> int:
+        """What travels when a teacher is fetched: card, weights and mask."""
+        return sum((self.folder / name / file).stat().st_size for file in SHARED)
+
+    def weight_bytes(self) -> int:
+        """What one transfer of a network in a federation costs: its weights."""
+        return self.bundle(f"full/{self.federation.hospitals[0].name}").card.weights.bytes
+
+    def masks(self, name: str) -> dict[str, Mask]:
+        """A teacher's mask by every estimator."""
+        data = self._judged(name)["masks"]
+        return {estimator: Mask.model_validate(mask) for estimator, mask in data.items()}
+
+    def truth(self, name: str, kind: str) -> tuple[bool, ...]:
+        """Per class, whether a teacher was trained on it (``held``) or ``recalled`` it: recall above 0.5.
+
+        Recall is over all classes on the validation images of all hospitals.
+        """
+        return tuple(self._judged(name)[kind])
+
+    def seconds(self, name: str) -> float:
+        """How long training took."""
+        return float(json.loads((self.folder / name / SECONDS).read_text(encoding="utf-8")))
+
+    def best_rounds(self, algorithm: str) -> int:
+        """The number of rounds after which a global model answers the questions best on validation images."""
+        val = self.federation.val
+
+        def judge(rounds: int) -> float:
+            logits = self.logits(f"{algorithm}/{rounds}")["val"].numpy()
+            values = []
+            for question in self.federation.questions:
+                relevant = self.federation.relevant(question)
+                index = np.flatnonzero(np.isin(val.labels, relevant))
+                found = figures(logits[index], val.labels[index], relevant, question.query)
+                values.append(found["balanced_accuracy"])
+            return float(np.mean(values))
+
+        return max(sorted(self.settings.rounds), key=judge)
+
+    def _bundle(self, name: str) -> Bundle:
+        return load_bundle(self.folder / name)
+
+    def _logits(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return dict(load_file(self.folder / name / LOGITS))
+
+    def _judged(self, name: str) -> dict[str, Any]:
+        judged: dict[str, Any] = json.loads((self.folder / name / MASKS).read_text(encoding="utf-8"))
+        return judged
+
+    def _train_teacher(self, variant: Variant, hospital: str) -> None:
+        name, data, start = f"{variant}/{hospital}", self.data(hospital, variant), time.perf_counter()
+        network, history = train_teacher(
+            self.federation.spec,
+            data.train.pair,
+            data.val.pair,
+            self.settings.train,
+            seed=derive(self.federation.seed, "benchmark", "teacher"),
+            site=hospital,
+            device=self.device,
+            checkpoint=Checkpoint(self.folder / "checkpoints", f"{variant}-{hospital}"),
+        )
+        seconds = time.perf_counter() - start
+        network = network.cpu()
+        with new_folder(self.folder / name) as folder:
+            logits = self._write(folder, network, hospital, seconds, len(history.curves))
+            masks = self._compute_masks(network)
+            write_json(folder / MASK, masks[self.settings.mask.estimator].model_dump(mode="json"))
+            recall = _recalls(logits["val"], self.federation.val, self.federation.spec.classes)
+            judged = {
+                "masks": {e: mask.model_dump(mode="json") for e, mask in masks.items()},
+                "held": [c in data.held for c in range(self.federation.spec.classes)],
+                "recalled": [r > 0.5 for r in recall],
+            }
+            write_json(folder / MASKS, judged)
+
+    def _compute_masks(self, network: Classifier) -> dict[str, Mask]:
+        """By every estimator; the default one with the threshold of the settings, all others automatic."""
+        default = self.settings.mask
+        shape = self.evaluation.images.shape[1:]
+        return {
+            estimator: compute_mask(
+                network,
+                shape,
+                self.federation.classes,
+                estimator=estimator,  # type: ignore[arg-type]
+                threshold=default.threshold if estimator == default.estimator else "auto",
+                probes=default.probes,
+                seed=derive(self.federation.seed, "mask"),
+            )
+            for estimator in ESTIMATORS
+        }
+
+    def _train_global(self, algorithm: str, rounds: int) -> None:
+        start = time.perf_counter()
+        network = federated(
+            [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
+            self.federation.spec,
+            self.settings.peers,
+            rounds=rounds,
+            proximal=self.settings.peers.proximal if algorithm == "fedprox" else 0.0,
+            seed=derive(self.federation.seed, "benchmark", "federated"),
+            device=self.device,
+        )
+        seconds = time.perf_counter() - start
+        with new_folder(self.folder / algorithm / str(rounds)) as folder:
+            self._write(folder, network, f"{algorithm}-{rounds}", seconds, rounds)
+
+    def _write(
+        self, folder: Path, network: Classifier, site: str, seconds: float, epochs: int
+    ) -> dict[str, Tensor]:
+        """Bundle and logits of a trained network; returns the logits by split."""
+        from safetensors.torch import save_file
+
+        shape = self.evaluation.images.shape[1:]
+        write_json(folder / SECONDS, round(seconds, 3))  # not on the card: a bundle's bytes are figures too
+        write_bundle(
+            folder,
+            network,
+            {
+                "kind": "teacher",
+                "site": site,
+                "classes": self.federation.classes,
+                "input": InputSpec(shape=shape, normalisation="unit", spacing_mm=None),
+                "training": {"epochs": epochs, "seed": self.federation.seed},
+            },
+        )
+        splits = {"val": self.federation.val, self.settings.split: self.evaluation}
+        logits: dict[str, Tensor] = {
+            name: predict(network, to_input(s.images), self.device) for name, s in splits.items()
+        }
+        save_file(logits, folder / LOGITS)
+        return logits
+
+
+def _recalls(logits: Tensor, split: Split, classes: int) -> list[float]:
+    """Recall of every class, 0 where it has no image."""
+    right = logits.argmax(dim=1).numpy() == split.labels
+    return [
+        float(right[split.labels == c].mean()) if (split.labels == c).any() else 0.0 for c in range(classes)
+    ]

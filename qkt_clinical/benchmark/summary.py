@@ -1,0 +1,243 @@
+"""From rows to a summary with intervals, and to a Markdown table. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.benchmark.settings import Settings
+from qkt_clinical.catalog import ESTIMATORS, METHODS, PEERS
+from qkt_clinical.evaluation import DIGITS, Floats
+from qkt_clinical.seeding import derive
+
+Row = Mapping[str, Any]
+Interval = dict[str, float]
+
+FIELDS = (
+    "query_accuracy",
+    "retained_accuracy",
+    "balanced_accuracy",
+    "forgetting",
+    "auroc",
+    "ece",
+    "seconds",
+    "bytes_moved",
+)
+DRAWS = 2000
+LAMBDAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Thresholds of the mask curve, each given to all teachers alike."""
+NOTE = (
+    "mean and 95 % interval: percentile bootstrap over (seed, student) clusters, 2000 draws, fixed seed; "
+    "the queries of one student share its images and networks"
+)
+
+
+def cluster_intervals(rows: Sequence[Row], values: Floats) -> list[Interval]:
+    """Mean and 95 % interval of every column, whole (seed, student) clusters drawn with replacement.
+
+    Args:
+        rows: N rows, of which seed and student are read.
+        values: (N, columns).
+    """
+    names = [(r["seed"], r["student"]) for r in rows]
+    position = {name: i for i, name in enumerate(dict.fromkeys(sorted(names)))}
+    member: NDArray[np.float64] = np.zeros((len(position), len(rows)))
+    for column, name in enumerate(names):
+        member[position[name], column] = 1.0
+    sums, sizes = member @ values, member.sum(axis=1)
+    count = len(position)
+    random = np.random.default_rng(derive(0, "benchmark", "bootstrap"))
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
+    means = (drawn @ sums) / (drawn @ sizes)[:, None]
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    columns = zip(values.mean(axis=0), low, high, strict=True)
+    return [
+        {k: round(float(v), DIGITS) for k, v in zip(("mean", "low", "high"), each, strict=True)}
+        for each in columns
+    ]
+
+
+def _of(rows: Sequence[Row], field: str) -> Floats:
+    return np.array([float(r[field]) for r in rows])
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of every method, in the order of the questions."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def best_peer(rows: Sequence[Row]) -> str | None:
+    """The peer of the highest mean balanced accuracy, or None without peers."""
+    means = {m: _of(r, "balanced_accuracy").mean() for m, r in by_method(rows).items() if m in PEERS}
+    return max(means, key=lambda m: means[m]) if means else None
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Per method every field's mean with its interval, and for QKT's methods the distance to the peers.
+
+    ``query_gain_over_peers`` is query accuracy less the mean of all peers' on the same question,
+    ``lead_over_best_peer`` balanced accuracy less that of :func:`best_peer`; both paired by question.
+    """
+    methods = by_method(rows)
+    peers = [m for m in methods if m in PEERS]
+    best = best_peer(rows)
+    summary: dict[str, Any] = {}
+    for method, own in methods.items():
+        columns = np.stack([_of(own, field) for field in FIELDS], axis=1)
+        entry: dict[str, Any] = dict(zip(FIELDS, cluster_intervals(own, columns), strict=True))
+        if method in METHODS and best is not None:
+            every = np.stack([_of(methods[peer], "query_accuracy") for peer in peers])
+            gain = _of(own, "query_accuracy") - every.mean(axis=0)
+            lead = _of(own, "balanced_accuracy") - _of(methods[best], "balanced_accuracy")
+            paired = cluster_intervals(own, np.stack([gain, lead], axis=1))
+            entry |= {"query_gain_over_peers": paired[0], "lead_over_best_peer": paired[1], "best_peer": best}
+        summary[method] = {**entry, "n": len(own)}
+    return summary
+
+
+def budget_curves(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
+    """Mean accuracies at every budget of the methods of QKT, over the questions that teachers answered."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for method, own in by_method(rows).items():
+        each = [r["curve"] for r in own if r["curve"] is not None]
+        if method not in METHODS or not each:
+            continue
+        fields = ("budget", *FIELDS[:4])
+        points = [[{f: curve[i][f] for f in fields} for curve in each] for i in range(len(each[0]))]
+        curves[method] = [
+            {f: round(float(np.mean([p[f] for p in point])), DIGITS) for f in fields} for point in points
+        ]
+    return curves
+
+
+def mask_figures(judged: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Quality of every estimator's masks over all teachers of all seeds.
+
+    Args:
+        judged: per teacher ``masks`` (by estimator), ``held`` and ``recalled`` (per class).
+
+    Returns:
+        Per estimator precision, recall, F1, AUC and the curve over lambda, by the truth that ``truth``
+        names; the same figures by both truths under their names.
+    """
+    import torch
+
+    from qkt_clinical.benchmark.methods import primary_truth
+    from qkt_clinical.mask_quality import quality, threshold_curve
+
+    truths = {kind: torch.tensor([j[kind] for j in judged]) for kind in ("held", "recalled")}
+    primary = primary_truth(settings)
+    found: dict[str, Any] = {}
+    for estimator in ESTIMATORS:
+        masks = [j["masks"][estimator] for j in judged]
+        scores = torch.tensor([m["scores"] for m in masks], dtype=torch.float64)
+        known = torch.tensor([m["known"] for m in masks])
+        figures = {}
+        for kind, truth in truths.items():
+            q = quality(scores, known, truth)
+            values = {"precision": q.precision, "recall": q.recall, "f1": q.f1, "auc": q.auc}
+            figures[kind] = {k: round(v, DIGITS) for k, v in values.items()}
+        curve = threshold_curve(scores, truths[primary], LAMBDAS)
+        found[estimator] = {
+            **figures[primary],
+            **figures,
+            "truth": primary,
+            "default": estimator == settings.mask.estimator,
+            "curve": [{k: round(v, DIGITS) for k, v in point.items()} for point in curve],
+        }
+    return found
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def _percent(entry: Interval) -> str:
+    return f"{100 * entry['mean']:.1f} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def methods_table(summary: Mapping[str, Any]) -> str:
+    """Methods by balanced accuracy, shares in percent with their intervals."""
+    ranked = sorted(summary, key=lambda m: (-summary[m]["balanced_accuracy"]["mean"], m))
+    lines = [
+        [
+            f"`{method}`",
+            *(_percent(summary[method][field]) for field in FIELDS[:6]),
+            f"{summary[method]['seconds']['mean']:.1f}",
+            f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
+            str(summary[method]["n"]),
+        ]
+        for method in ranked
+    ]
+    header = [
+        "method",
+        *("query", "retained", "balanced", "forgetting", "AUROC", "ECE"),
+        *("seconds", "MB moved", "queries"),
+    ]
+    return _table(header, lines)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """``benchmark.md``: methods by balanced accuracy, masks, environment and settings."""
+    summary: Mapping[str, Any] = result["summary"]
+    parts = [
+        "# Benchmark",
+        f"Percent, {NOTE}. Seconds to answer a query with teachers given (federations: their training).",
+        methods_table(summary),
+    ]
+    compared = [m for m in METHODS if "best_peer" in summary.get(m, {})]
+    if compared:
+        parts += [
+            "## Against the peers",
+            _table(
+                ["method", "query accuracy above the mean of the peers", "balanced accuracy above the best"],
+                [
+                    [
+                        f"`{m}`",
+                        _percent(summary[m]["query_gain_over_peers"]),
+                        f"{_percent(summary[m]['lead_over_best_peer'])}, `{summary[m]['best_peer']}`",
+                    ]
+                    for m in compared
+                ],
+            ),
+        ]
+    masks: Mapping[str, Any] = result["masks"]
+    truth = next(iter(masks.values()))["truth"]
+    meaning = {"held": "the teacher was trained on the class", "recalled": "it recalls more than half of it"}
+    parts += [
+        "## Masks",
+        f"All teachers and classes pooled, threshold automatic; known means that {meaning[truth]}.",
+        _table(
+            ["estimator", "precision", "recall", "F1", "AUC"],
+            [
+                [f"`{name}`" + (" (default)" if m["default"] else "")]
+                + [f"{m[k]:.3f}" for k in ("precision", "recall", "f1", "auc")]
+                for name, m in masks.items()
+            ],
+        ),
+    ]
+    for title in ("environment", "settings"):
+        parts += [f"## {title.capitalize()}", _table(["", ""], _flat(result[title]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Names and values of a nested block."""
+    lines: list[list[str]] = []
+    for name, value in block.items():
+        if isinstance(value, Mapping):
+            lines += _flat(value, f"{prefix}{name}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append([f"`{prefix}{name}`", text])
+    return lines

@@ -1,0 +1,74 @@
+"""Hospitals with fewer images or wrong labels, for the ablations of quality and quantity. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from qkt_clinical.benchmark.settings import Variant
+from qkt_clinical.benchmark.simulate import Hospital, Split
+from qkt_clinical.data import Labels
+from qkt_clinical.federate import Indices
+from qkt_clinical.seeding import derive
+
+WEAK = 0.1
+"""Share of its training images on which a weak teacher is trained."""
+
+
+def wrong_labels(labels: Labels, held: tuple[int, ...], share: float, seed: int) -> Labels:
+    """A copy of labels (N,) in which ``share`` of the images, drawn at random, bear another held class."""
+    random = np.random.default_rng(seed)
+    out = labels.copy()
+    for image in random.permutation(len(labels))[: round(share * len(labels))]:
+        out[image] = random.choice([c for c in held if c != labels[image]])
+    return out
+
+
+def _some_of_each(labels: Labels, counts: dict[int, int], seed: int) -> Indices:
+    """Sorted indices of at most ``counts[c]`` images of every class c, drawn at random."""
+    random = np.random.default_rng(seed)
+    drawn = [random.permutation(np.flatnonzero(labels == c))[:n] for c, n in sorted(counts.items())]
+    return np.sort(np.concatenate(drawn))
+
+
+def vary(hospital: Hospital, variant: Variant, seed: int) -> Hospital:
+    """The hospital as a variant has it. Wrong labels are in all its images, calibration and val too."""
+    name = hospital.name
+    match variant:
+        case "full":
+            return hospital
+        case "weak":
+            present = {c: int((hospital.train.labels == c).sum()) for c in hospital.held}
+            counts = {c: max(1, round(WEAK * n)) for c, n in present.items()}
+            index = _some_of_each(hospital.train.labels, counts, derive(seed, "benchmark", variant, name))
+            return dataclasses.replace(hospital, train=hospital.train.take(index))
+        case "label-noise-10" | "label-noise-30":
+            share = int(variant.rsplit("-", 1)[1]) / 100
+
+            def noisy(part: str, split: Split) -> Split:
+                draw = derive(seed, "benchmark", variant, name, part)
+                return Split(split.images, wrong_labels(split.labels, hospital.held, share, draw))
+
+            return dataclasses.replace(
+                hospital,
+                train=noisy("train", hospital.train),
+                calibration=noisy("calibration", hospital.calibration),
+                val=noisy("val", hospital.val),
+            )
+
+
+def with_fewer_images(hospital: Hospital, images: int, budget: float, seed: int) -> Hospital:
+    """At most ``images`` training images of every class, and calibration images in the same proportion.
+
+    Calibration keeps at least 1 / budget images where there are so many: with fewer, no offset can
+    promise the budget, and the ablation would measure that alone.
+    """
+    train, calibration = hospital.train, hospital.calibration
+    draw = derive(seed, "benchmark", "images", hospital.name)
+    kept = train.take(_some_of_each(train.labels, dict.fromkeys(hospital.held, images), draw))
+    share = len(kept) / len(train)
+    count = max(math.ceil(share * len(calibration)), math.ceil(1 / budget))
+    order = np.random.default_rng(derive(draw, "calibration")).permutation(len(calibration))
+    return dataclasses.replace(hospital, train=kept, calibration=calibration.take(np.sort(order[:count])))
