@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -171,10 +172,16 @@ class Bench:
         self.parts, self.classes = read(data)
         self.work = work
 
-    @cache  # noqa: B019
-    def federation(self, partition: Partition, regime: Regime, seed: int, **more: int) -> Federation:
-        """Hospitals of one setting."""
-        return simulate(self.parts, self.classes, partition=partition, regime=regime, seed=seed, **more)
+    def federation(self, partition: Partition, regime: Regime, seed: int, held: int = 3) -> Federation:
+        """Hospitals of one setting, of ``held`` classes each where it is pathological."""
+        return simulate(
+            self.parts,
+            self.classes,
+            partition=partition,
+            regime=regime,
+            seed=seed,
+            classes_per_hospital=held,
+        )
 
     def teachers(self, partition: Partition, regime: Regime, seed: int, variant: str = "") -> list[Teacher]:
         """The teachers of one setting, one per hospital."""
@@ -355,7 +362,8 @@ def bad(bench: Bench) -> Iterator[Row]:
 
 def norms(bench: Bench) -> Iterator[Row]:
     """Networks with another normalisation, every estimator that could serve."""
-    for partition, regime in (("pathological", "absent"), ("dirichlet", "rare")):
+    settings: tuple[tuple[Partition, Regime], ...] = (("pathological", "absent"), ("dirichlet", "rare"))
+    for partition, regime in settings:
         for norm in ("", *NORMS):
             teachers = bench.teachers(partition, regime, 0, norm)
             for name in READERS:
