@@ -1,4 +1,4 @@
-"""The tables of ``docs/masks.md``: ``python -m benchmarks.masks --data FILE.npz [--tables NAME ...]``.
+"""Tables on masks: ``python -m benchmarks.masks --data FILE.npz [--tables NAME ...]``.
 
 Simulates hospitals, trains their teachers (once: they are kept in ``--work``) and measures their masks. All
 recalls are on the file's val split.
@@ -26,26 +26,16 @@ from torch.nn import functional as F
 
 from qkt_clinical.augment import augment
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split, read, simulate
+from qkt_clinical.benchmark.variants import wrong_labels
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import Estimator, Partition, Regime
 from qkt_clinical.config import TrainParams
 from qkt_clinical.files import write_json
 from qkt_clinical.mask_quality import quality, threshold_curve
-from qkt_clinical.masking import agreement, class_scores, gap_threshold
+from qkt_clinical.masking import class_scores, gap_threshold
 from qkt_clinical.networks import Classifier, build, fast_layout
 from qkt_clinical.seeding import derive
-from qkt_clinical.training import (
-    Schedule,
-    balanced_sample_weights,
-    batches_per_epoch,
-    fit,
-    generator,
-    mean_recall,
-    predict,
-    shuffled,
-    to_input,
-    train_teacher,
-)
+from qkt_clinical.training import generator, predict, to_input, train_network, train_teacher
 
 CPU = torch.device("cpu")
 PROBES = 256
@@ -89,33 +79,6 @@ def with_norm(module: nn.Module, norm: Callable[[int], nn.Module]) -> None:
             with_norm(child, norm)
 
 
-def train_network(network: Classifier, train: Split, val: Split, params: TrainParams, *, seed: int) -> None:
-    """As ``train_teacher`` does, for a network that is no network of the catalog."""
-    inputs, labels = to_input(train.images), torch.from_numpy(train.labels)
-    val_inputs, val_labels = to_input(val.images), torch.from_numpy(val.labels)
-    weights = balanced_sample_weights(train.labels, range(network.spec.classes))
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draw = generator(seed, "train", str(epoch))
-        for index in shuffled(len(labels), params.batch_size, draw):
-            yield augment(inputs[index], params.augment, draw), labels[index]
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        each = F.cross_entropy(network(batch[0]), batch[1], reduction="none")
-        return (each * weights[batch[1]]).mean()
-
-    schedule = Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience)
-    fit(
-        network,
-        batches,
-        batches_per_epoch(len(labels), params.batch_size),
-        loss,
-        schedule,
-        device=CPU,
-        score=lambda: mean_recall(predict(network, val_inputs, CPU).argmax(1), val_labels),
-    )
-
-
 def altered(hospital: Hospital, variant: str, classes: int, seed: int) -> Split:
     """The hospital's training images as a variant of its teacher sees them."""
     train = hospital.train
@@ -125,11 +88,9 @@ def altered(hospital: Hospital, variant: str, classes: int, seed: int) -> Split:
         drop = rng.permutation(first)[int(variant.removeprefix("few-")) :]
         return train.take(np.setdiff1d(np.arange(len(train)), drop))
     if variant.startswith("wrong-"):
-        among = np.array(hospital.held if variant == "wrong-own" else range(classes))
-        labels = train.labels.copy()
-        for i in np.flatnonzero(rng.random(len(labels)) < 0.3):
-            labels[i] = rng.choice(among[among != labels[i]])
-        return Split(train.images, labels)
+        among = hospital.held if variant == "wrong-own" else tuple(range(classes))
+        draw = derive(seed, "masks", variant, hospital.name)
+        return Split(train.images, wrong_labels(train.labels, among, 0.3, draw))
     return train
 
 
@@ -148,7 +109,15 @@ def teach(
     if not facts.exists():
         params = TrainParams(epochs=how.get("epochs", 30))
         if norm:
-            train_network(fast_layout(network), train, val, params, seed=derive(how["seed"], how["site"]))
+            train_network(
+                fast_layout(network),
+                train.pair,
+                val.pair,
+                params,
+                seed=how["seed"],
+                site=how["site"],
+                device=CPU,
+            )
         else:
             network, _ = train_teacher(
                 spec, train.pair, val.pair, params, seed=how["seed"], site=how["site"], device=CPU
@@ -429,6 +398,34 @@ def forged(teacher: Teacher, query: int, attack: str, seed: int) -> Classifier:
             weight.copy_(weight[order])
             bias.copy_(bias[order])
     return network
+
+
+def agreement(query_logits: Tensor, labels: Tensor) -> Tensor:
+    """How far each relevant teacher agrees with the others about a query, on images without the query.
+
+    Teachers that know a class find the same images a little more like it than others; one that only claims
+    to know it does not. What tells the student's own classes apart is taken out first, for all teachers
+    share it.
+
+    Args:
+        query_logits: (T, N), the teachers' raw logits of one query class on the student's own images.
+        labels: (N,), the student's labels of the images.
+
+    Returns:
+        (T,) float64 in [-1, 1]: mean correlation with the other teachers, within the student's classes. A
+        teacher whose logit is constant there agrees with nobody: 0.
+
+    Raises:
+        ValueError: fewer than two teachers; there is nobody to agree with.
+    """
+    if len(query_logits) < 2:
+        raise ValueError(f"agreement needs at least two teachers, got {len(query_logits)}")
+    rows = query_logits.double().clone()
+    for label in labels.unique():
+        rows[:, labels == label] -= rows[:, labels == label].mean(dim=1, keepdim=True)
+    rows = F.normalize(rows, dim=1)
+    pairs = (rows @ rows.T).fill_diagonal_(0.0)
+    return pairs.sum(dim=1) / (len(rows) - 1)
 
 
 def liars(bench: Bench) -> Iterator[Row]:

@@ -14,21 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import Method, Partition
 from qkt_clinical.config import NAME, Name, QueryConfig, SiteConfig, Strict, parse
 from qkt_clinical.errors import ConfigError, SourceError
 from qkt_clinical.fetch import class_names
 from qkt_clinical.files import new_folder, write_text
 from qkt_clinical.seeding import derive
 
-Partition = Literal["pathological", "dirichlet"]
 Indices = NDArray[np.int64]
 
 SPLITS = ("train", "val", "test")

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
+
+from qkt_clinical.evaluation import auroc
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ def _counts(known: Tensor, truth: Tensor) -> tuple[float, float, float]:
 
 
 def _auc(scores: Tensor, truth: Tensor) -> float:
-    above = scores[truth].double()[:, None] - scores[~truth].double()[None]
-    if above.numel() == 0:
+    if bool(truth.all()) or not bool(truth.any()):
         return 0.5
-    return float(((above > 0).double() + 0.5 * (above == 0).double()).mean())
+    pairs = scores.double().numpy().ravel(), truth.numpy().ravel()
+    return float(auroc(*pairs, np.ones((1, scores.numel())))[0])
 
 
 def quality(scores: Tensor, known: Tensor, truth: Tensor) -> MaskQuality:

@@ -219,34 +219,6 @@ def class_scores(
     raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(ESTIMATORS)}")
 
 
-def agreement(query_logits: Tensor, labels: Tensor) -> Tensor:
-    """How far each relevant teacher agrees with the others about a query, on images without the query.
-
-    Teachers that know a class find the same images a little more like it than others; one that only claims
-    to know it does not. What tells the student's own classes apart is taken out first, for all teachers
-    share it.
-
-    Args:
-        query_logits: (T, N), the teachers' raw logits of one query class on the student's own images.
-        labels: (N,), the student's labels of the images.
-
-    Returns:
-        (T,) float64 in [-1, 1]: mean correlation with the other teachers, within the student's classes. A
-        teacher whose logit is constant there agrees with nobody: 0.
-
-    Raises:
-        ValueError: fewer than two teachers; there is nobody to agree with.
-    """
-    if len(query_logits) < 2:
-        raise ValueError(f"agreement needs at least two teachers, got {len(query_logits)}")
-    rows = query_logits.double().clone()
-    for label in labels.unique():
-        rows[:, labels == label] -= rows[:, labels == label].mean(dim=1, keepdim=True)
-    rows = F.normalize(rows, dim=1)
-    pairs = (rows @ rows.T).fill_diagonal_(0.0)
-    return pairs.sum(dim=1) / (len(rows) - 1)
-
-
 def gap_threshold(scores: Tensor) -> float:
     """Lambda from a teacher's own scores: the middle, in logarithms, of their widest gap.
 

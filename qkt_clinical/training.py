@@ -275,6 +275,76 @@ def batches_per_epoch(count: int, batch_size: int) -> int:
     return max(1, whole + (rest > 1 or (rest == 1 and whole == 0)))
 
 
+def augmented_batches(
+    inputs: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    strength: float,
+    draw: torch.Generator,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order over inputs (N, C, *spatial) and labels (N,): a random view per image."""
+    for index in shuffled(len(labels), batch_size, draw):
+        yield augment(inputs[index].to(device), strength, draw), labels[index].to(device)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, C), every image weighed by its class.
+
+    Args:
+        labels: (N,).
+        weights: (C,) from :func:`balanced_sample_weights`, over all of the hospital's images: a rare class
+            is missing from many a batch.
+    """
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (each * weights[labels]).mean()
+
+
+def train_network(
+    network: Classifier,
+    train: tuple[Images, Labels],
+    val: tuple[Images, Labels],
+    params: TrainParams,
+    *,
+    seed: int,
+    site: str,
+    normalisation: str = "unit",
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> History:
+    """Train a network on ``device``, in place, on a site's images with class-balanced cross-entropy.
+
+    The softmax runs over all the federation's classes: the rows of classes that the site never saw only
+    ever fall, which is what masks read later.
+    """
+    inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
+    weights = balanced_sample_weights(train[1], range(network.spec.classes)).to(device)
+    val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = generator(seed, "train", site, str(epoch))
+        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
+
+    def score() -> float:
+        logits = predict(network, val_inputs, device)
+        recall = mean_recall(logits.argmax(1), val_labels)
+        # Small validation sets give the same recall for many epochs; the loss decides among them.
+        return recall - 1e-3 * float(F.cross_entropy(logits, val_labels))
+
+    return fit(
+        network,
+        batches,
+        batches_per_epoch(len(labels), params.batch_size),
+        lambda batch: weighted_cross_entropy(network(batch[0]), batch[1], weights),
+        Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
+        device=device,
+        score=score if len(val_labels) else None,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
 def train_teacher(
     spec: NetworkSpec,
     train: tuple[Images, Labels],
@@ -288,40 +358,17 @@ def train_teacher(
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Classifier, History]:
-    """Train a site's network on its own images with class-balanced cross-entropy.
-
-    The softmax runs over all the federation's classes: the rows of classes that the site never saw only
-    ever fall, which is what masks read later.
-    """
+    """Build a site's network and train it; see :func:`train_network`."""
     network = fast_layout(build(spec, seed=derive(seed, "train", site)).to(device))
-    inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
-    weights = balanced_sample_weights(train[1], range(spec.classes)).to(device)
-    val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draw = generator(seed, "train", site, str(epoch))
-        for index in shuffled(len(labels), params.batch_size, draw):
-            yield augment(inputs[index].to(device), params.augment, draw), labels[index].to(device)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        logits, target = network(batch[0]), batch[1]
-        each = F.cross_entropy(logits.float(), target, reduction="none")
-        return (each * weights[target]).mean()
-
-    def score() -> float:
-        logits = predict(network, val_inputs, device)
-        recall = mean_recall(logits.argmax(1), val_labels)
-        # Small validation sets give the same recall for many epochs; the loss decides among them.
-        return recall - 1e-3 * float(F.cross_entropy(logits, val_labels))
-
-    history = fit(
+    history = train_network(
         network,
-        batches,
-        batches_per_epoch(len(labels), params.batch_size),
-        loss,
-        Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
+        train,
+        val,
+        params,
+        seed=seed,
+        site=site,
+        normalisation=normalisation,
         device=device,
-        score=score if len(val_labels) else None,
         checkpoint=checkpoint,
         progress=progress,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import Network
@@ -69,3 +71,22 @@ def teacher(
         device=CPU,
     )
     return network
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in network.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@contextmanager
+def counted(network: Classifier) -> Iterator[list[int]]:
+    """Number of images of every forward pass of the extractor, in copies of the network too."""
+    sizes: list[int] = []
+    hook = network.extractor.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
+    try:
+        yield sizes
+    finally:
+        hook.remove()

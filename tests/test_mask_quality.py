@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.masks import agreement
 from qkt_clinical.mask_quality import MaskQuality, quality, threshold_curve
 
 SCORES = torch.tensor([[1.0, 0.5, 0.1], [0.2, 1.0, 0.5]])
@@ -64,3 +65,16 @@ def test_what_does_not_fit_together_is_refused() -> None:
         threshold_curve(SCORES[0], TRUTH[0], [0.5])
     with pytest.raises(ValueError, match="finite"):
         threshold_curve(SCORES / 0, TRUTH, [0.5])
+
+
+def test_agreement_by_hand() -> None:
+    # Two classes of two images; within them teachers 0 and 1 agree, 2 says the opposite, 3 is constant.
+    labels = torch.tensor([0, 0, 1, 1])
+    rows = torch.tensor(
+        [[1.0, 3.0, 10.0, 12.0], [0.0, 4.0, -9.0, -5.0], [3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 2.0]]
+    )
+    third = 1 / 3
+    assert agreement(rows, labels).tolist() == pytest.approx([0.0, 0.0, -2 * third, 0.0])
+    assert agreement(rows[:2], labels).tolist() == pytest.approx([1.0, 1.0])
+    with pytest.raises(ValueError, match="at least two"):
+        agreement(rows[:1], labels)

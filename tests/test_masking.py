@@ -13,7 +13,6 @@ from qkt_clinical.catalog import ESTIMATORS, Estimator, Network
 from qkt_clinical.masking import (
     LEAST_RATIO,
     NORM_POWER,
-    agreement,
     class_scores,
     compute_mask,
     conviction,
@@ -118,19 +117,6 @@ def test_stretched_by_hand() -> None:
     # Around the means (2, 1): 2 - 3 * 2 would lie below the least feature, 0.
     features = torch.tensor([[0.0, 1.0], [4.0, 1.0]])
     assert stretched(features).tolist() == [[0.0, 1.0], [8.0, 1.0]]
-
-
-def test_agreement_by_hand() -> None:
-    # Two classes of two images; within them teachers 0 and 1 agree, 2 says the opposite, 3 is constant.
-    labels = torch.tensor([0, 0, 1, 1])
-    rows = torch.tensor(
-        [[1.0, 3.0, 10.0, 12.0], [0.0, 4.0, -9.0, -5.0], [3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 2.0, 2.0]]
-    )
-    third = 1 / 3
-    assert agreement(rows, labels).tolist() == pytest.approx([0.0, 0.0, -2 * third, 0.0])
-    assert agreement(rows[:2], labels).tolist() == pytest.approx([1.0, 1.0])
-    with pytest.raises(ValueError, match="at least two"):
-        agreement(rows[:1], labels)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from qkt_clinical.transfer import (
     refine_head,
     scores_of,
 )
-from tests.shapes import CLASSES, CPU, shapes, spec, teacher
+from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teacher
 
 BUDGET = 0.1
 PARAMS = TransferParams(epochs=6, batch_size=32, views=3)
@@ -100,25 +99,6 @@ def balanced_accuracy(predicted: Tensor, relevant: Sequence[int]) -> float:
 def own_accuracy(own: Classifier, relevant: Sequence[int]) -> float:
     logits = predict(own, to_input(TEST[0]), CPU)[:, list(relevant)]
     return balanced_accuracy(torch.tensor(relevant)[logits.argmax(dim=1)], relevant)
-
-
-def state(network: nn.Module) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in network.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
-
-
-@contextmanager
-def counted(network: Classifier) -> Iterator[list[int]]:
-    """Number of images of every forward pass of the extractor, in copies of the network too."""
-    sizes: list[int] = []
-    hook = network.extractor.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
-    try:
-        yield sizes
-    finally:
-        hook.remove()
 
 
 # --- the whole ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.distill import distill_all
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.peers.params import PeerParams
+from qkt_clinical.peers.params import FinetuneParams
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
@@ -121,7 +121,7 @@ def one_shot_average(case: Case) -> Outcome:
     return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
 
 
-def _finetuned(case: Case, network: Classifier, name: str, params: PeerParams) -> tuple[Tensor, float]:
+def _finetuned(case: Case, network: Classifier, name: str, params: FinetuneParams) -> tuple[Tensor, float]:
     """Scores of a network fine-tuned at the asking hospital, and the seconds it took."""
     data = case.store.data(case.question.student)
     start = time.perf_counter()
@@ -141,7 +141,7 @@ def _finetuned(case: Case, network: Classifier, name: str, params: PeerParams) -
 
 def finetuned(case: Case) -> Outcome:
     """The own model trained on with class balance over R."""
-    network, params = case.store.bundle(case.student).network, case.store.settings.peers
+    network, params = case.store.bundle(case.student).network, case.store.settings.peers.finetune
     scores, seconds = _finetuned(case, network, case.question.student, params)
     return Outcome(scores, seconds=seconds)
 
@@ -155,9 +155,8 @@ def distilled(case: Case) -> Outcome:
     network = distill_all(
         networks[0],
         networks,
-        data.train.pair,
-        case.relevant,
-        case.store.settings.peers,
+        data.train.images,
+        case.store.settings.peers.distill,
         seed=case.seed("distill"),
         device=case.store.device,
     )
@@ -178,7 +177,7 @@ def global_model_finetuned(case: Case) -> Outcome:
     """FedAvg's network after personal fine-tuning at the asking hospital."""
     untuned = global_model(case, "fedavg")
     network = case.store.bundle(f"fedavg/{case.store.best_rounds('fedavg')}").network
-    params = PeerParams(finetune=case.store.settings.peers.personal)
+    params = case.store.settings.peers.personal
     scores, seconds = _finetuned(case, network, f"fedavg-{case.question.student}", params)
     return replace(untuned, scores=scores, seconds=untuned.seconds + seconds)
 

@@ -128,7 +128,7 @@ def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: i
     return out
 
 
-def _rare_classes(counts: NDArray[np.int64], samples: int) -> list[int]:
+def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
     """Classes of a hospital that are made rare: those scarce already, else its smallest one of three."""
     held = np.flatnonzero(counts)
     scarce = [int(c) for c in held if counts[c] <= MOST_RARE]
@@ -203,7 +203,7 @@ def simulate(
         held_out = _held_out(labels, groups, CALIBRATION, derive(seed, "benchmark", "calibration", name))
         rare: list[int] = []
         if regime == "rare":
-            rare = _rare_classes(np.bincount(labels, minlength=count), samples_per_rare_class)
+            rare = _rare_classes(np.bincount(labels, minlength=count))
         keep = ~held_out
         rng = np.random.default_rng(derive(seed, "benchmark", "rare", name))
         for c in rare:

@@ -172,7 +172,7 @@ class Store:
         network = federated(
             [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
             self.federation.spec,
-            self.settings.peers,
+            self.settings.peers.federated,
             rounds=rounds,
             proximal=self.settings.peers.proximal if algorithm == "fedprox" else 0.0,
             seed=derive(self.federation.seed, "benchmark", "federated"),

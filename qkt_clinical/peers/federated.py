@@ -13,17 +13,18 @@ from qkt_clinical.card import NetworkSpec
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.networks import Classifier, build, fast_layout
 from qkt_clinical.peers.averaging import average_networks
-from qkt_clinical.peers.local import augmented_batches, weighted_cross_entropy
-from qkt_clinical.peers.params import PeerParams
+from qkt_clinical.peers.params import FederatedParams
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import (
     Schedule,
+    augmented_batches,
     balanced_sample_weights,
     batches_per_epoch,
     fit,
     generator,
     learning_rate_factor,
     to_input,
+    weighted_cross_entropy,
 )
 
 
@@ -45,7 +46,7 @@ def train_round(
     network: Classifier,
     inputs: Tensor,
     labels: Tensor,
-    params: PeerParams,
+    params: FederatedParams,
     *,
     learning_rate: float,
     proximal: float,
@@ -61,13 +62,12 @@ def train_round(
         proximal: ``mu`` of FedProx; 0 is FedAvg.
         draw: where order and views of the images come from.
     """
-    settings = params.federated
     local = copy.deepcopy(network)
     start = [p.detach().clone() for p in network.parameters()]
     weights = balanced_sample_weights(labels.numpy(), range(network.spec.classes)).to(device)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return augmented_batches(inputs, labels, settings.batch_size, settings.augment, draw, device)
+        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         value = weighted_cross_entropy(local(batch[0]), batch[1], weights)
@@ -76,9 +76,9 @@ def train_round(
     fit(
         local,
         batches,
-        batches_per_epoch(len(labels), settings.batch_size),
+        batches_per_epoch(len(labels), params.batch_size),
         loss,
-        Schedule(1, learning_rate, settings.weight_decay),
+        Schedule(1, learning_rate, params.weight_decay),
         device=device,
     )
     return local
@@ -87,7 +87,7 @@ def train_round(
 def federated(
     participants: Sequence[Participant],
     spec: NetworkSpec,
-    params: PeerParams,
+    params: FederatedParams,
     *,
     rounds: int,
     proximal: float = 0.0,
@@ -115,7 +115,7 @@ def federated(
     sizes = [len(labels) for _, labels in data]
     network = fast_layout(build(spec, seed=derive(seed, "federated")).to(device))
     for number in range(1, rounds + 1):
-        rate = params.federated.learning_rate * learning_rate_factor(number - 1, rounds, 0.0)
+        rate = params.learning_rate * learning_rate_factor(number - 1, rounds, 0.0)
         networks = [
             train_round(
                 network,

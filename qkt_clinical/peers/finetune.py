@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.networks import Classifier, fast_layout
 from qkt_clinical.peers.ensembles import restrict
-from qkt_clinical.peers.local import augmented_batches, weighted_cross_entropy
-from qkt_clinical.peers.params import PeerParams
+from qkt_clinical.peers.params import FinetuneParams
 from qkt_clinical.training import (
     Schedule,
+    augmented_batches,
     balanced_sample_weights,
     batches_per_epoch,
     fit,
@@ -24,6 +24,7 @@ from qkt_clinical.training import (
     mean_recall,
     predict,
     to_input,
+    weighted_cross_entropy,
 )
 
 
@@ -32,7 +33,7 @@ def finetune(
     train: tuple[Images, Labels],
     val: tuple[Images, Labels],
     relevant: Sequence[int],
-    params: PeerParams,
+    params: FinetuneParams,
     *,
     seed: int,
     name: str,
@@ -54,7 +55,6 @@ def finetune(
     Returns:
         A network on the CPU, in evaluation mode.
     """
-    settings = params.finetune
     tuned = fast_layout(copy.deepcopy(network).to(device))
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
     weights = balanced_sample_weights(train[1], range(network.spec.classes)).to(device)
@@ -63,7 +63,7 @@ def finetune(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "finetune", name, str(epoch))
-        return augmented_batches(inputs, labels, settings.batch_size, settings.augment, draw, device)
+        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return weighted_cross_entropy(restrict(tuned(batch[0]), relevant), batch[1], weights)
@@ -78,9 +78,9 @@ def finetune(
     fit(
         tuned,
         batches,
-        batches_per_epoch(len(labels), settings.batch_size),
+        batches_per_epoch(len(labels), params.batch_size),
         loss,
-        Schedule(settings.epochs, settings.learning_rate, settings.weight_decay),
+        Schedule(params.epochs, params.learning_rate, params.weight_decay),
         device=device,
         score=score if len(val_labels) else None,
         progress=progress,

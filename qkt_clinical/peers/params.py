@@ -1,7 +1,7 @@
 """Settings of the peers.
 
-Searched on validation images of pbc28: the federations' learning rate, the temperature and label weight
-of distillation, the personal training of a global network. The others are a teacher's or phase 1's.
+Searched on validation images of pbc28: the federations' learning rate, the temperature of distillation,
+the personal training of a global network. The others are a teacher's or phase 1's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.config import Fraction, Strict
+from qkt_clinical.config import Strict
 
 
 class FinetuneParams(Strict):
@@ -33,8 +33,6 @@ class DistillParams(Strict):
     views: Annotated[int, Field(ge=1, le=64)] = 8
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
     temperature: Annotated[float, Field(gt=0, le=100.0)] = 4.0
-    labels: Fraction = 0.1
-    """Weight of the cross-entropy on local labels; the teachers' share is the rest."""
 
 
 class FederatedParams(Strict):
@@ -52,8 +50,7 @@ class PeerParams(Strict):
     finetune: FinetuneParams = FinetuneParams()
     """Of a hospital's own network."""
     personal: FinetuneParams = FinetuneParams(epochs=1, learning_rate=1e-4)
-    """Of a global network at one hospital, gentle: even so an absent query is largely forgotten. Give
-    :func:`qkt_clinical.peers.finetune.finetune` ``PeerParams(finetune=params.personal)``."""
+    """Of a global network at one hospital, gentle: even so an absent query is largely forgotten."""
     distill: DistillParams = DistillParams()
     federated: FederatedParams = FederatedParams()
     proximal: Annotated[float, Field(gt=0)] = 1e-2
