@@ -24,7 +24,8 @@ from qkt_clinical.errors import BundleError
 from qkt_clinical.files import digest_file, write_json
 from qkt_clinical.networks import Classifier, build, tensor_specs
 
-MAX_HEADER_BYTES = 1_000_000
+HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
+"""What a header may take: for all, and for a tensor beside its name."""
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
@@ -75,12 +76,13 @@ def _check_header(path: Path, card: Card) -> None:
         return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=code)
 
     wanted = tensor_specs(card.network)
+    longest = HEADER_BYTES + sum(len(name) + HEADER_BYTES_PER_TENSOR for name in wanted)
     room = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in wanted.values())
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES or size != 8 + length + room or size != card.weights.bytes:
+            if not 2 <= length <= longest or size != 8 + length + room or size != card.weights.bytes:
                 raise refuse(f"{size} bytes against {card.weights.bytes} on the card", "bundle-size")
             header = json.loads(stream.read(length))
     except OSError:

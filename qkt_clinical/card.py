@@ -21,13 +21,28 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, lt=1000)]
 
 
+class Branch(Strict):
+    """One extractor in an amalgam: of which network, and what share of its convolutions' rank is kept."""
+
+    name: Network
+    rank: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class NetworkSpec(Strict):
     """What is needed to build a network; nothing in it can run code."""
 
-    name: Network
+    name: Network | Literal["amalgam"]
     spatial_dims: Literal[2, 3]
     in_channels: Annotated[int, Field(ge=1, le=16)]
     classes: Annotated[int, Field(ge=2, le=1000)]
+    branches: tuple[Branch, ...] = Field(default=(), max_length=65)
+    """Of an amalgam: extractors side by side under one head, the own one and those of 64 teachers at most."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NetworkSpec:
+        if (self.name == "amalgam") != bool(self.branches):
+            raise ValueError("an amalgam has branches, other networks have none")
+        return self
 
 
 class Mask(Strict):
@@ -69,31 +84,30 @@ class Weights(Strict):
 class Decision(Strict):
     """How a student's logits become an answer over the relevant label space R.
 
-    Local classes keep their logits. With m the largest local logit, a query class q of logit z_q scores
-    ``m + z_q - surprise_q * m + offset_q``, and the answer is the class of the highest score: q is named
-    where ``z_q - surprise_q * m + offset_q > 0``. ``surprise_q`` says how much the student's own
-    confidence speaks against the query; the offset is the operating point, set so that at most ``budget``
-    of the hospital's own held-out images are given away to the query.
+    Local classes keep their logits, query classes have their offset added, and the answer is the class of
+    the highest score. The offset is the operating point, set so that at most ``budget`` of the hospital's
+    own held-out images are given away to the query.
     """
 
     method: Method
     local: tuple[Index, ...] = Field(min_length=1)
     query: tuple[Index, ...] = Field(min_length=1)
     rare: tuple[Index, ...] = ()
-    """Query classes of which the hospital has a few images: its own logit counts in z_q too."""
-    surprise: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...]
+    """Query classes of which the hospital has a few images: its own network counts among those who know."""
     offsets: tuple[float, ...]
-    """Like ``surprise`` one per query class, in the order of ``query``."""
+    """One per query class, in the order of ``query``."""
     budget: float
     experts: tuple[Name, ...] = ()
-    """Sites whose networks answer for the query (``routed``); their logits are averaged."""
+    """Sites whose networks answer along (``routed``)."""
+    flips: bool = False
+    """Whether every network sees an image and its mirror images, and the mean counts (``routed``)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
         if set(self.local) & set(self.query) or not set(self.rare) <= set(self.query):
             raise ValueError("local and query overlap, or a rare class is not in the query")
-        if not len(self.offsets) == len(self.surprise) == len(self.query):
-            raise ValueError("offsets or surprise do not match query")
+        if len(self.offsets) != len(self.query):
+            raise ValueError("offsets do not match query")
         return self
 
     @property
@@ -129,6 +143,8 @@ class Card(Strict):
             raise ValueError("input shape does not fit the network")
         if (self.kind == "student") != (self.decision is not None):
             raise ValueError("a student has a decision, a teacher has none")
+        if self.kind == "teacher" and self.network.branches:
+            raise ValueError("a teacher is no amalgam")
         if self.decision and max(self.decision.relevant) >= len(self.classes):
             raise ValueError("the decision names a class that is not there")
         return self

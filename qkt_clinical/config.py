@@ -199,8 +199,8 @@ class MaskParams(Strict):
     probes: Annotated[int, Field(ge=8, le=100_000)] = 256
 
 
-class TransferParams(Strict):
-    """Stage ``transfer``: phases 1 and 2."""
+class DistillationParams(Strict):
+    """Phase 1 where something is trained, by ``distill`` or ``joint``; ``none`` takes the views alone."""
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
@@ -208,13 +208,26 @@ class TransferParams(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     views: Annotated[int, Field(ge=1, le=64)] = 8
     """Augmented views per local image; each teacher sees each view once."""
+
+
+class TransferParams(Strict):
+    """Stage ``transfer``: phases 1 and 2."""
+
+    phase1: Literal["transplant", "distill", "joint", "none"] = "transplant"
+    """How the student takes up the teachers: their extractors made smaller, their features learned, their
+    answers learned together with the labels, or not at all: then only the head learns."""
+    phase2: bool = True
+    """Whether the head is refined on rare samples and given its operating point."""
+    rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the rank of a teacher's convolutions that ``qkt`` keeps."""
+    light_rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
+    """The same for ``qkt-light``."""
+    images: Annotated[int, Field(ge=1, le=100_000)] = 400
+    """Local images, one view each, on which a teacher's layers are reproduced; as many of every class."""
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
-    surprise: Annotated[float, Field(ge=0.0, le=4.0)] = 0.4
-    """How much the student's own largest logit speaks against an absent query class."""
-    own: Annotated[float, Field(gt=0, le=100.0)] = 3.0
-    """Rare query classes: weight of the hospital's own preference for the class beside the teachers'."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-2
-    """Penalty of the closed-form regression of ``qkt-light``."""
+    flips: bool = True
+    """Whether the networks of a ``routed`` answer see mirror images of an image too."""
+    distillation: DistillationParams = DistillationParams()
 
 
 class EvaluateParams(Strict):

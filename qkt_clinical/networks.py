@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +63,56 @@ class Classifier(nn.Module):
         return out
 
 
+class Amalgam(nn.Module):
+    """Extractors side by side: their features (N, F_i) one after another, (N, sum F_i)."""
+
+    def __init__(self, branches: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of all branches."""
+        return torch.cat([branch(images) for branch in self.branches], dim=1)
+
+
+Convolution = nn.Conv2d | nn.Conv3d
+
+
+def kept_rank(convolution: Convolution, share: float) -> int:
+    """How many of a convolution's output directions an amalgam keeps; 0 where that would save nothing."""
+    patch = convolution.in_channels * math.prod(convolution.kernel_size)
+    rank = max(1, round(share * convolution.out_channels))
+    smaller = rank * (patch + convolution.out_channels) < patch * convolution.out_channels
+    plain = convolution.groups == 1 and set(convolution.dilation) == {1}
+    zeros = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return rank if smaller and plain and zeros else 0
+
+
+def factorised(convolution: Convolution, rank: int) -> nn.Sequential:
+    """A convolution to ``rank`` channels, then a pointwise one to all: the same shapes, fewer weights."""
+    kind: Any = type(convolution)
+    shape: dict[str, Any] = {"stride": convolution.stride, "padding": convolution.padding, "bias": False}
+    narrow: nn.Module = kind(convolution.in_channels, rank, convolution.kernel_size, **shape)
+    wide: nn.Module = kind(rank, convolution.out_channels, 1, bias=convolution.bias is not None)
+    return nn.Sequential(narrow, wide)
+
+
+def convolutions(extractor: nn.Module, share: float) -> dict[str, tuple[Convolution, int]]:
+    """The convolutions that an amalgam factorises, by name, each with the rank kept.
+
+    The first one, which sees the image, is left whole.
+    """
+    found = [(n, m) for n, m in extractor.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    ranks = {name: (module, kept_rank(module, share)) for name, module in found[1:]}
+    return {name: pair for name, pair in ranks.items() if share < 1 and pair[1]}
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, by its dotted name."""
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
+
+
 def _resnet(spec: NetworkSpec, inplanes: list[int], layers: list[int], stem: int) -> tuple[nn.Module, int]:
     nets = _monai("monai.networks.nets")
     body = nets.ResNet(
@@ -109,6 +160,17 @@ def _efficientnet(spec: NetworkSpec) -> tuple[nn.Module, int]:
     return body, features
 
 
+def _amalgam(spec: NetworkSpec) -> tuple[nn.Module, int]:
+    extractors, features = [], 0
+    for branch in spec.branches:
+        source = build(spec.model_copy(update={"name": branch.name, "branches": ()}))
+        for name, (convolution, rank) in convolutions(source.extractor, branch.rank).items():
+            replace_module(source.extractor, name, factorised(convolution, rank))
+        extractors.append(source.extractor)
+        features += source.head.in_features
+    return Amalgam(extractors), features
+
+
 def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
     """Build a network; with ``seed`` its initial weights depend on the seed and the spec alone."""
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +187,28 @@ def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
                 body, features = _densenet(spec, 64, 32, (6, 12, 24, 16))
             case "efficientnet-b0":
                 body, features = _efficientnet(spec)
+            case "amalgam":
+                body, features = _amalgam(spec)
         return Classifier(spec, body, features)
+
+
+@torch.no_grad()
+def multiply_adds(network: nn.Module, shape: Sequence[int]) -> int:
+    """What one image (C, *spatial) costs: the multiply-adds of all convolutions and linear layers."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        counts.append(output[0].numel() * weight[0].numel())
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        network(torch.zeros(1, *shape, device=next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counts)
 
 
 def fast_layout(network: Classifier) -> Classifier:

@@ -13,43 +13,71 @@ ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
 
 
-def margin(logits: Tensor, query: int, known: Sequence[int]) -> Tensor:
-    """How much a teacher prefers the query class to all else that it knows.
+def rivals_of(named: int, known: Sequence[int], classes: int) -> list[int]:
+    """What a network compares a class with: the other classes it knows, or all others if it knows none."""
+    return [c for c in sorted(set(known)) if c != named] or [c for c in range(classes) if c != named]
+
+
+def margin(logits: Tensor, named: int, known: Sequence[int]) -> Tensor:
+    """How much a network prefers a class to all else that it knows: ``z_c - mean z_rival``, (N,).
+
+    Linear in the logits, so that a head's row can say it (:func:`margin_row`).
 
     Args:
-        logits: (N, C) of one teacher.
-        query: index of the query class.
-        known: indices of the classes that the teacher knows.
-
-    Returns:
-        (N,): ``z_query - max z_rival`` over the rivals, the other known classes; a teacher that knows
-        nothing else is compared with the mean of its other logits.
+        logits: (N, C) of one network.
+        named: index of the class.
+        known: indices of the classes that the network knows.
     """
-    rivals = rivals_of(query, known)
-    if rivals:
-        return logits[:, query] - logits[:, rivals].max(dim=1).values
-    others = [c for c in range(logits.shape[1]) if c != query]
-    return logits[:, query] - logits[:, others].mean(dim=1)
+    rivals = rivals_of(named, known, logits.shape[1])
+    return logits[:, named] - logits[:, rivals].mean(dim=1)
 
 
-def rivals_of(query: int, known: Sequence[int]) -> list[int]:
-    """The known classes other than the query."""
-    return [c for c in sorted(set(known)) if c != query]
-
-
-def margin_row(weight: Tensor, bias: Tensor, query: int, known: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The linear form of :func:`margin`: the head's query row minus the mean of its rivals' rows.
-
-    A single row can be carried into the student's head; a maximum cannot.
+def margin_row(weight: Tensor, bias: Tensor, named: int, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """:func:`margin` as a row of the head: row (F,) and bias ().
 
     Args:
-        weight, bias: of the teacher's head, (C, F) and (C,).
+        weight, bias: of the network's head, (C, F) and (C,).
+    """
+    rivals = rivals_of(named, known, len(weight))
+    return weight[named] - weight[rivals].mean(dim=0), bias[named] - bias[rivals].mean()
+
+
+def consensus(logits: Sequence[Tensor], known: Sequence[Sequence[int]], relevant: Sequence[int]) -> Tensor:
+    """The masked networks' common view: for each class the mean margin of the networks that know it.
+
+    Args:
+        logits: (N, C) each, one per network.
+        known: the classes that each network knows; every relevant class is known to one at least.
+        relevant: R.
 
     Returns:
-        Row (F,) and bias ().
+        (N, C), 0 outside R.
     """
-    rivals = rivals_of(query, known) or [c for c in range(len(weight)) if c != query]
-    return weight[query] - weight[rivals].mean(dim=0), bias[query] - bias[rivals].mean()
+    out = torch.zeros_like(logits[0])
+    for c in relevant:
+        out[:, c] = torch.stack([margin(z, c, k) for z, k in zip(logits, known, strict=True) if c in k]).mean(
+            dim=0
+        )
+    return out
+
+
+def consensus_rows(
+    heads: Sequence[tuple[Tensor, Tensor]], known: Sequence[Sequence[int]], relevant: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`consensus` as rows: one weight (C, F_i) and bias (C,) per network.
+
+    The consensus is the sum over the networks of ``features_i @ weight_i.T + bias_i``.
+
+    Args:
+        heads: weight (C, F_i) and bias (C,) per network.
+    """
+    rows = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in heads]
+    for c in relevant:
+        knowing = [i for i, k in enumerate(known) if c in k]
+        for i in knowing:
+            row, shift = margin_row(*heads[i], c, known[i])
+            rows[i][0][c], rows[i][1][c] = row / len(knowing), shift / len(knowing)
+    return rows
 
 
 def feature_loss(mapped: Tensor, target: Tensor, variance: float) -> Tensor:
@@ -82,18 +110,13 @@ def ridge(features: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, T
     return weight.to(features.dtype), (y_mean - weight @ x_mean).to(features.dtype)
 
 
-def query_scores(
-    logits: Tensor, local: Sequence[int], query_logits: Tensor, surprise: Sequence[float]
-) -> Tensor:
-    """``z_q - surprise_q * max z_local`` (N, Q): above minus the offset, an image goes to the query.
+def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
+    """``z_q - max z_local`` (N, Q): above minus the offset, an image goes to the query.
 
     Args:
-        logits: (N, C) of the student.
-        query_logits: (N, Q).
-        surprise: one per query class.
+        logits: (N, C).
     """
-    most = logits[:, list(local)].max(dim=1, keepdim=True).values
-    return query_logits - most * torch.tensor(surprise, dtype=logits.dtype, device=logits.device)
+    return logits[:, list(query)] - logits[:, list(local)].max(dim=1, keepdim=True).values
 
 
 def allowed(budget: float, count: int) -> int:
@@ -106,56 +129,38 @@ def allowed(budget: float, count: int) -> int:
     return max(0, math.floor(budget * (count + 1)) - 1)
 
 
-def offsets_for_budget(scores: Tensor, budget: float) -> tuple[Tensor, float]:
-    """The operating point: offsets at which at most ``budget`` of the images go to the query.
+def offset_for_budget(scores: Tensor, budget: float) -> float:
+    """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
-    Every query class first gets an equal part of the budget, then all offsets are shifted together as
-    far as the whole budget allows (Neyman-Pearson: a bound on what is given away, most of the query for
-    it).
+    A Neyman-Pearson operating point: a bound on what is given away, most of the query for it. All query
+    classes share the offset: their margins decide between them.
 
     Args:
         scores: (N, Q) from :func:`query_scores` on the student's own held-out images, none of a query
             class.
         budget: share of these images, in (0, 1).
-
-    Returns:
-        Offsets (Q,) and the share of the images given away, at most ``budget``; see :func:`allowed`.
     """
-    count, classes = scores.shape
-    offsets = -scores.sort(dim=0, descending=True).values[allowed(budget / classes, count)]
-    highest = (scores + offsets).max(dim=1).values
-    bound = highest.sort(descending=True).values[allowed(budget, count)]
+    highest = scores.max(dim=1).values.sort(descending=True).values
     # A hair lower, so that rounding in ``decide`` does not give the image at the bound away.
     hair = ROUNDING * float(scores.abs().max().clamp(min=1))
-    offsets = offsets - bound - hair
-    return offsets, given_away(scores, offsets)
+    return -float(highest[allowed(budget, len(highest))]) - hair
 
 
 def given_away(scores: Tensor, offsets: Tensor) -> float:
-    """Share of images that go to the query at these offsets."""
+    """Share of images (N, Q) that go to the query at these offsets (Q,)."""
     return float(((scores + offsets).max(dim=1).values > 0).double().mean())
 
 
-def decide(
-    logits: Tensor,
-    query_logits: Tensor,
-    local: Sequence[int],
-    query: Sequence[int],
-    surprise: Sequence[float],
-    offsets: Tensor,
-) -> Tensor:
+def decide(logits: Tensor, local: Sequence[int], query: Sequence[int], offsets: Tensor) -> Tensor:
     """Scores (N, C) over the relevant label space, minus infinity elsewhere; the answer is the argmax.
 
     Args:
-        logits: (N, C) of the student.
-        query_logits: (N, Q).
-        offsets: (Q,).
+        logits: (N, C).
+        offsets: (Q,), added to the query's logits.
     """
     scores = torch.full_like(logits, -math.inf)
-    own = logits[:, list(local)]
-    scores[:, list(local)] = own
-    most = own.max(dim=1, keepdim=True).values
-    scores[:, list(query)] = most + query_scores(logits, local, query_logits, surprise) + offsets.to(logits)
+    scores[:, list(local)] = logits[:, list(local)]
+    scores[:, list(query)] = logits[:, list(query)] + offsets.to(logits)
     return scores
 
 

@@ -29,6 +29,8 @@ class Candidate(Strict):
     reason: str
     teaches: tuple[str, ...]
     """Query classes that it knows."""
+    rivals: tuple[str, ...]
+    """Classes of the hospital's own that it knows."""
     known: tuple[str, ...]
     scores: dict[str, float]
     """Mask score per query class."""
@@ -57,12 +59,23 @@ class Plan(Strict):
         return tuple(t.site for t in self.teachers if t.relevant)
 
 
+def local_classes(manifest: Manifest, query: QueryConfig) -> list[str]:
+    """The hospital's own classes beside the query."""
+    return [c for c in manifest.counts["train"] if c not in query.classes]
+
+
 def judge(
     card: Card, mask: Mask, manifest: Manifest, query: QueryConfig, *, size: int, digest: str
 ) -> Candidate:
-    """Decide whether a teacher says anything about the query, from its card and mask."""
+    """Decide whether a teacher says anything about the query, from its card and mask.
+
+    One that knows only classes of the hospital's own does too: images of the query are strange to it.
+    ``qkt-light`` goes without those.
+    """
     wanted = [c for c in query.classes if c in mask.classes]
     teaches = tuple(c for c in wanted if mask.knows(c))
+    rivals = tuple(c for c in local_classes(manifest, query) if mask.knows(c))
+    heard = bool(rivals) and query.method != "qkt-light"
     if card.site in query.exclude_teachers:
         reason = "excluded by the query"
     elif card.classes != manifest.classes:
@@ -72,15 +85,17 @@ def judge(
         reason = (
             f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {manifest.normalisation}"
         )
-    elif not teaches:
+    elif not teaches and not heard:
         reason = "does not know " + " or ".join(query.classes)
+        reason += " or a class of the hospital's own" if query.method != "qkt-light" else ""
     else:
         reason = ""
     return Candidate(
         site=card.site,
         relevant=not reason,
-        reason=reason or "knows " + " and ".join(teaches),
+        reason=reason or "knows " + " and ".join(teaches or rivals) + ("" if teaches else ", no query class"),
         teaches=teaches,
+        rivals=rivals,
         known=tuple(c for c, k in zip(mask.classes, mask.known, strict=True) if k),
         scores={c: mask.scores[mask.classes.index(c)] for c in wanted},
         threshold=mask.threshold,
@@ -95,7 +110,8 @@ def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candida
         return list(candidates)
     kept: set[str] = set()
     ranked = sorted(
-        (c for c in candidates if c.relevant), key=lambda c: (-max(c.scores[n] for n in c.teaches), c.site)
+        (c for c in candidates if c.relevant),
+        key=lambda c: (-max((c.scores[n] for n in c.teaches), default=0.0), c.site),
     )
     for name in query.classes:
         first = next((c.site for c in ranked if name in c.teaches), None)
@@ -179,7 +195,7 @@ def make_plan(
             site=hospital,
             stage="plan",
         )
-    local = [c for c in manifest.counts["train"] if c not in query.classes]
+    local = local_classes(manifest, query)
     if not local:
         raise QueryError(
             "the hospital has no class of its own beside the query",

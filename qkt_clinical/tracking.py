@@ -112,12 +112,13 @@ def flat(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def curves_of(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """Rows per epoch as series of (epoch, value)."""
+    """Rows per epoch, or per layer, as series of (epoch or layer, value)."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
+        axis = next((name for name in ("layer number", "epoch") if name in row), None)
         for name, value in row.items():
-            if name != "epoch" and "epoch" in row:
-                series.setdefault(f"{prefix}/{key(name)}", []).append((int(row["epoch"]), value))
+            if axis is not None and name != axis:
+                series.setdefault(f"{prefix}/{key(name)}", []).append((int(row[axis]), value))
     return series
 
 

@@ -2,16 +2,19 @@
 
 A reconstruction (the paper's equations are not all known to us), with these choices:
 
-- **Phase 1** amalgamates. The student's own network is treated as one more teacher: one network learns,
-  through one linear map per source, the features of its own model and of the relevant teachers on
-  augmented local images, and on each teacher's sub-space of known classes its logits. No label is taught
-  again: that would wash out the student's surprise at images of the query.
-- **Phase 2** works on the head alone, on cached features. Rows are carried through the maps into the
-  student's head: local rows from its own, query rows from the teachers' margins. Absent query classes
-  get their offset from the budget on calibration images; rare ones are refined on their few samples.
-- **Light** skips phase 1: the student keeps extractor and local rows, the query's rows are a ridge
-  regression from its features to the teachers' margins.
-- **Routed** keeps the teachers themselves as experts for the query at prediction time.
+- **Masks** say which networks know a class of R, the local classes and the query. For every class the
+  networks that know it, the hospital's own among them, are heard alike: their mean margin, the
+  *consensus*. Teachers that know no query class but a local one speak too: an image of the query is
+  strange to them.
+- **Phase 1** makes one network of them. By ``transplant`` the teachers' extractors are taken up side by
+  side, reduced layer by layer on the hospital's own images. By ``distill`` the own extractor learns their
+  features and logits on augmented local images, one linear map per source. No label is taught again: that
+  would wash out the student's surprise at images of the query.
+- **Phase 2** works on the head alone: the consensus is written as one head. Absent query classes get
+  their offset from the budget on calibration images; with rare ones the head is refined on their few
+  samples.
+- **Light** takes up only the teachers that know the query, reduced further.
+- **Routed** keeps the teachers themselves as experts at prediction time, and lets them see mirror images.
 
 Nothing here does I/O; images are the asking hospital's own.
 """
@@ -19,6 +22,7 @@ Nothing here does I/O; images are the asking hospital's own.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +31,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qkt_clinical.amalgam import amalgam, transplant
 from qkt_clinical.augment import augment
 from qkt_clinical.bundle import Bundle
 from qkt_clinical.card import Decision
 from qkt_clinical.catalog import Method
-from qkt_clinical.config import TransferParams
+from qkt_clinical.config import DistillationParams, TransferParams
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.errors import QueryError
 from qkt_clinical.networks import Classifier, fast_layout
 from qkt_clinical.objectives import (
     balanced_cross_entropy,
+    consensus,
+    consensus_rows,
     decide,
     feature_loss,
+    given_away,
     logit_loss,
-    margin,
-    margin_row,
-    offsets_for_budget,
+    offset_for_budget,
     query_scores,
     ridge,
 )
@@ -59,6 +65,12 @@ from qkt_clinical.training import (
 )
 
 VIEW_BATCH = 512
+MOST_TEACHERS = 64
+LAYER = "layer number"
+"""Axis of a transplant's curves; no hospital can be called so."""
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+"""Axes along which an image is mirrored at prediction: the flips that training has seen."""
+FLIPS = len(MIRRORS)
 
 
 @dataclass(frozen=True)
@@ -102,11 +114,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Source:
-    """What phase 1 learns from one network: its features and logits on every view, computed once."""
+    """What distillation learns from one network: its features and logits on every view, computed once."""
 
     network: Classifier
     known: tuple[int, ...]
-    weight: float
     features: Tensor
     """(views, N, F)."""
     logits: Tensor
@@ -150,18 +161,21 @@ def _align(student: Tensor, target: Tensor) -> nn.Linear:
     return linear
 
 
-def phase1(
+def distill(
     student: Classifier,
     sources: Sequence[_Source],
     views: Tensor,
-    params: TransferParams,
+    params: DistillationParams,
     *,
     seed: int,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Classifier, list[nn.Linear], list[dict[str, float]]]:
-    """Query-focused learning: one network takes up the features and logits of all sources.
+    """Phase 1 by distillation: one network learns the features and logits of all sources.
+
+    On each source's sub-space of known classes, and in its feature space through a linear map. The own
+    model weighs as much as all teachers together.
 
     Args:
         student: the hospital's own network; left as it is.
@@ -179,6 +193,7 @@ def phase1(
         (s.network.head.weight.detach().to(device), s.network.head.bias.detach().to(device)) for s in sources
     ]
     variances, spreads = [s.variance for s in sources], [s.spread for s in sources]
+    weights = [1.0, *(1.0 / max(1, len(sources) - 1) for _ in sources[1:])]
     count = views.shape[1]
     modules = nn.ModuleDict({"extractor": network.extractor, "maps": nn.ModuleList(linears)})
 
@@ -202,7 +217,7 @@ def phase1(
             mapped = linears[i](own).float()
             known = list(source.known)
             produced = mapped @ heads[i][0][known].T + heads[i][1][known]
-            total = total + source.weight * (
+            total = total + weights[i] * (
                 feature_loss(mapped, wanted[i], variances[i])
                 + logit_loss(produced, answers[i][:, known], spreads[i])
             )
@@ -221,42 +236,18 @@ def phase1(
     return network.cpu(), [linear.cpu() for linear in linears], history.curves
 
 
-def _carried(weight: Tensor, bias: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Rows (K, G) over a source's features as rows (K, F) over the student's, through its map."""
-    return weight @ linear.weight, weight @ linear.bias + bias
-
-
 @torch.no_grad()
-def carry_rows(
-    network: Classifier,
-    own: Classifier,
-    teachers: Sequence[Teacher],
-    maps: Sequence[nn.Linear],
-    query: Sequence[int],
-    rare: Sequence[int] = (),
-    own_weight: float = 1.0,
-) -> None:
-    """Write the student's head: its own rows through the own map, query rows from the teachers' margins.
+def carry_rows(network: Classifier, maps: Sequence[nn.Linear], rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write a distilled student's head: rows over the sources' features, through their maps.
 
     Args:
         network: changed in place, its head only.
-        own: the hospital's own model, whose rows are carried.
-        maps: the own map first, then one per teacher.
-        rare: query classes whose own row is added to the margin, ``own_weight`` times.
+        maps: student features (F) to source features (G), one per source.
+        rows: weight (C, G) and bias (C,) per source, see :func:`consensus_rows`.
     """
-    weight, bias = _carried(own.head.weight, own.head.bias, maps[0])
-    for q in query:
-        rows = []
-        for teacher, linear in zip(teachers, maps[1:], strict=True):
-            if q in teacher.known:
-                head = teacher.network.head
-                row, shift = margin_row(head.weight, head.bias, q, teacher.known)
-                rows.append(_carried(row[None], shift[None], linear))
-        kept = own_weight if q in rare else 0.0
-        weight[q] = torch.cat([w for w, _ in rows]).mean(dim=0) + kept * weight[q]
-        bias[q] = torch.cat([b for _, b in rows]).mean() + kept * bias[q]
-    network.head.weight.copy_(weight)
-    network.head.bias.copy_(bias)
+    pairs = list(zip(maps, rows, strict=True))
+    network.head.weight.copy_(torch.stack([w @ m.weight for m, (w, _) in pairs]).sum(dim=0))
+    network.head.bias.copy_(torch.stack([w @ m.bias + b for m, (w, b) in pairs]).sum(dim=0))
 
 
 def refine_head(
@@ -265,7 +256,6 @@ def refine_head(
     labels: Tensor,
     local: Sequence[int],
     query: Sequence[int],
-    surprise: Sequence[float],
     *,
     steps: int = 300,
     learning_rate: float = 1e-2,
@@ -274,7 +264,7 @@ def refine_head(
     """Phase 2 for rare query classes: class-balanced refinement of the head on cached features.
 
     Full-batch Adam on the head's rows, pulled towards where they started, so that a handful of samples
-    corrects the rows more than it rewrites them. The offsets are set afterwards, by the budget.
+    corrects the rows more than it rewrites them.
 
     Args:
         features: (N, F) of views of the local training images; labels: (N,).
@@ -285,15 +275,14 @@ def refine_head(
     weight = network.head.weight.detach().clone().requires_grad_(True)
     bias = network.head.bias.detach().clone().requires_grad_(True)
     start, start_bias = weight.detach().clone(), bias.detach().clone()
-    scale = start.norm(dim=1).mean() ** 2
-    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     relevant = sorted({*local, *query})
+    scale = start[relevant].norm(dim=1).mean() ** 2
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     none = torch.zeros(len(query))
     curves = []
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        logits = features @ weight.T + bias
-        scores = decide(logits, logits[:, list(query)], local, query, surprise, none)
+        scores = decide(features @ weight.T + bias, local, query, none)
         drift = ((weight - start) ** 2).sum() / scale + ((bias - start_bias) ** 2).sum() / scale
         value = balanced_cross_entropy(scores, labels, relevant) + pull * drift
         value.backward()
@@ -306,29 +295,21 @@ def refine_head(
     return curves
 
 
-def expert_margins(
-    teachers: Sequence[Teacher], inputs: Tensor, query: Sequence[int], device: torch.device
-) -> Tensor:
-    """Mean margin (N, Q) of the teachers that know each query class; one pass per teacher."""
-    logits = {t.site: predict(t.network, inputs, device) for t in teachers}
-    columns = []
-    for q in query:
-        each = [margin(logits[t.site], q, t.known) for t in teachers if q in t.known]
-        columns.append(torch.stack(each).mean(dim=0))
-    return torch.stack(columns, dim=1)
+def mirrored(inputs: Tensor) -> Iterator[Tensor]:
+    """The images and their mirror images."""
+    for axes in MIRRORS:
+        yield inputs.flip(axes) if axes else inputs
 
 
 def routed_logits(
-    own: Tensor, experts: Sequence[Teacher], inputs: Tensor, decision: Decision, device: torch.device
+    network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> Tensor:
-    """Query logits (N, Q) of method ``routed``: the experts' mean margin.
-
-    For a rare class the own logit is added, weighed like the own model's confidence against it.
-    """
-    asked = expert_margins(experts, inputs, decision.query, device)
-    pairs = zip(decision.query, decision.surprise, strict=True)
-    shares = torch.tensor([surprise if q in decision.rare else 0.0 for q, surprise in pairs])
-    return asked + shares * own[:, list(decision.query)]
+    """Logits (N, C) of method ``routed``: the consensus of the own network and the experts."""
+    networks = [network, *(e.network for e in experts)]
+    known = [(*decision.local, *decision.rare), *(e.known for e in experts)]
+    views = list(mirrored(inputs)) if decision.flips else [inputs]
+    logits = [torch.stack([predict(n, view, device) for view in views]).mean(dim=0) for n in networks]
+    return consensus(logits, known, decision.relevant)
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -336,6 +317,164 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
     present = {c: int((labels == c).sum()) for c in range(classes)}
     local = tuple(c for c in range(classes) if present[c] and c not in query)
     return local, {q: present[q] for q in query if present[q]}
+
+
+def _some(images: Tensor, labels: Labels, count: int, seed: int) -> Tensor:
+    """At most ``count`` images, as many of every class as there are, drawn at random."""
+    order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
+    turn: dict[int, itertools.count[int]] = {}
+    ranked = sorted(order, key=lambda i: next(turn.setdefault(int(labels[i]), itertools.count())))
+    return images[sorted(ranked[:count])]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The networks that are heard, the hospital's own first, and the classes that each knows."""
+
+    networks: tuple[Classifier, ...]
+    known: tuple[tuple[int, ...], ...]
+    relevant: tuple[int, ...]
+    sites: tuple[str, ...]
+    """Of the teachers."""
+
+    @property
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """The consensus as rows over each network's features."""
+        heads = [(n.head.weight.detach().cpu(), n.head.bias.detach().cpu()) for n in self.networks]
+        return consensus_rows(heads, self.known, self.relevant)
+
+
+def _transplanted(
+    panel: _Panel,
+    images: Tensor,
+    rank: float,
+    strength: float,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Phase 1 by transplant, on one view of each image; the student and the phase's record."""
+    view = augment(images, strength, generator(seed, "view", "1"))
+    parts, lost = [], {}
+    for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
+        # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
+        share = rank if number else 1.0
+        draw = derive(seed, "transplant", site)
+        extractor, branch, losses = transplant(source, share, view, seed=draw, device=device)
+        parts.append((extractor, branch))
+        if number:
+            lost[site] = losses
+        if progress:
+            progress(number + 1, len(panel.networks))
+    layers = range(max(map(len, lost.values()), default=0))
+    # Per teacher the share of a layer's output that is lost on the views.
+    curves = [{LAYER: i + 1.0, **{s: v[i] for s, v in lost.items() if i < len(v)}} for i in layers]
+    record = {**_record("transplant", 1, panel, curves), "rank": rank}
+    return amalgam(panel.networks[0], parts, panel.rows), record
+
+
+def _distilled(
+    panel: _Panel,
+    inputs: Tensor,
+    params: TransferParams,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Phase 1 by distillation; the student and the phase's record."""
+    setting = params.distillation
+    views = make_views(inputs, setting.views, params.augment, seed, device)
+    sources = [
+        _Source(n, k, *_observe(n, views, device)) for n, k in zip(panel.networks, panel.known, strict=True)
+    ]
+    network, maps, curves = distill(
+        panel.networks[0],
+        sources,
+        views,
+        setting,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    carry_rows(network, maps, panel.rows)
+    return network, _record("distill", setting.views, panel, curves)
+
+
+def _wanted(panel: _Panel, views: Tensor, device: torch.device) -> Tensor:
+    """The consensus on every view (views, N, C); one pass per network and view."""
+    heard = [[predict(n, view, device) for n in panel.networks] for view in views]
+    return torch.stack([consensus(logits, panel.known, panel.relevant) for logits in heard])
+
+
+@torch.no_grad()
+def _learn_head(
+    panel: _Panel, inputs: Tensor, params: TransferParams, seed: int, device: torch.device
+) -> tuple[Classifier, dict[str, Any]]:
+    """Without phase 1: the head learns the consensus from the own features, by ridge regression."""
+    network = copy.deepcopy(panel.networks[0])
+    views = make_views(inputs, params.distillation.views, params.augment, seed, device)
+    features = torch.cat([predict(network, view, device, features=True) for view in views])
+    weight, bias = ridge(features, _wanted(panel, views, device).flatten(0, 1), 1e-2)
+    network.head.weight.copy_(weight)
+    network.head.bias.copy_(bias)
+    return network, _record("none", len(views), panel, [])
+
+
+def _record(kind: str, views: int, panel: _Panel, curves: list[dict[str, float]]) -> dict[str, Any]:
+    """What ``phases.json`` says of phase 1."""
+    return {"kind": kind, "curves": curves, "views": views, "teacher_passes": views * len(panel.sites)}
+
+
+def _learn_jointly(
+    panel: _Panel,
+    inputs: Tensor,
+    labels: Tensor,
+    params: TransferParams,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Both phases in one: extractor and head learn the consensus, and the labels among the held classes."""
+    setting = params.distillation
+    network = fast_layout(copy.deepcopy(panel.networks[0]).to(device))
+    views = make_views(inputs, setting.views, params.augment, seed, device)
+    wanted = _wanted(panel, views, device)
+    relevant, held = list(panel.relevant), sorted(panel.known[0])
+    spread = float(wanted[:, :, relevant].std().clamp(min=1e-4))
+    targets = torch.searchsorted(torch.tensor(held), labels)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        draw = generator(seed, "joint", str(epoch))
+        chosen = torch.randint(len(views), (len(labels),), generator=draw)
+        for index in shuffled(len(labels), setting.batch_size, draw):
+            view = chosen[index]
+            yield (
+                views[view, index].to(device),
+                wanted[view, index].to(device),
+                targets[index].to(device),
+            )
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        images, said, target = batch
+        logits = network(images).float()
+        return logit_loss(logits[:, relevant], said[:, relevant], spread) + balanced_cross_entropy(
+            logits[:, held], target, range(len(held))
+        )
+
+    history = fit(
+        network,
+        batches,
+        batches_per_epoch(len(labels), setting.batch_size),
+        loss,
+        Schedule(setting.epochs, setting.learning_rate, setting.weight_decay),
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    return network.cpu(), _record("joint", len(views), panel, history.curves)
 
 
 def answer_query(
@@ -356,20 +495,23 @@ def answer_query(
 
     Args:
         student: the asking hospital's own network; left as it is.
-        teachers: relevant teachers only; each query class is known by at least one.
+        teachers: relevant teachers only, those that know a class of the query or a local one; each query
+            class is known by at least one.
         data: the asking hospital's own images.
         query: class indices.
         budget: at most this share of the hospital's calibration images may go to the query.
 
     Raises:
-        QueryError: no teacher, a query class that no teacher knows, no local class, or no calibration
-            image.
+        QueryError: no teacher or too many, a query class that no teacher knows, no local class, or no
+            calibration image.
     """
     params = params or TransferParams()
     device = device or torch.device("cpu")
     teachers = sorted(teachers, key=lambda t: t.site)  # sums then do not depend on the order given
     query = tuple(sorted(query))
     local, rare = _split(data.train[1], query, student.spec.classes)
+    if len(teachers) > MOST_TEACHERS:
+        raise QueryError(f"more than {MOST_TEACHERS} teachers", remedy="Set max_teachers in the query file.")
     untaught = [q for q in query if not any(q in t.known for t in teachers)]
     if untaught:
         raise QueryError(
@@ -387,63 +529,61 @@ def answer_query(
             code="no-calibration",
         )
     inputs, labels = to_input(data.train[0], data.normalisation), torch.from_numpy(data.train[1])
-    network, student = copy.deepcopy(student).cpu(), copy.deepcopy(student).cpu()
-    surprise = [params.own if q in rare else params.surprise for q in query]
+    network, student = copy.deepcopy(student).cpu().eval(), copy.deepcopy(student).cpu().eval()
+    if method == "qkt-light":
+        teachers = [t for t in teachers if set(t.known) & set(query)]
+    panel = _Panel(
+        (student, *(t.network for t in teachers)),
+        ((*local, *rare), *(t.known for t in teachers)),
+        tuple(sorted({*local, *query})),
+        tuple(t.site for t in teachers),
+    )
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
 
-    if method == "qkt":
-        views = make_views(inputs, params.views, params.augment, seed, device)
-        own_known = (*local, *rare)
-        sources = [_Source(student, own_known, 1.0, *_observe(student, views, device))]
-        for teacher in teachers:
-            seen = _observe(teacher.network, views, device)
-            sources.append(_Source(teacher.network, teacher.known, 1.0 / len(teachers), *seen))
-        network, maps, rows = phase1(
-            student,
-            sources,
-            views,
-            params,
-            seed=seed,
-            device=device,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        carry_rows(network, student, teachers, maps, query, list(rare), params.own)
-        first = {"curves": rows, "views": params.views, "teacher_passes": params.views * len(teachers)}
-    elif method == "qkt-light":
-        views = make_views(inputs, params.views, params.augment, seed, device)
-        features = torch.cat([predict(student, v, device, features=True) for v in views])
-        targets = torch.cat([expert_margins(teachers, v, query, device) for v in views])
-        weight, bias = ridge(features, targets, params.ridge)
-        with torch.no_grad():
-            for i, q in enumerate(query):
-                share = params.own if q in rare else 0.0
-                network.head.weight[q] = weight[i] + share * network.head.weight[q]
-                network.head.bias[q] = bias[i] + share * network.head.bias[q]
+    if method == "routed":
+        pass
+    elif method == "qkt" and params.phase1 == "none":
+        network, first = _learn_head(panel, inputs, params, seed, device)
+    elif method == "qkt" and params.phase1 == "joint":
+        network, first = _learn_jointly(panel, inputs, labels, params, seed, device, checkpoint, progress)
+    elif method == "qkt" and params.phase1 == "distill":
+        network, first = _distilled(panel, inputs, params, seed, device, checkpoint, progress)
+    else:
+        some = _some(inputs, data.train[1], params.images, seed)
+        rank = params.rank if method == "qkt" else params.light_rank
+        network, first = _transplanted(panel, some, rank, params.augment, seed, device, progress)
 
-    if rare and method != "routed":
+    if rare and method != "routed" and params.phase2:
         # Several views of every image, so that a handful of samples is not learned by heart.
-        few = make_views(inputs, min(4, params.views), params.augment, derive(seed, "phase2"), device)
+        few = make_views(inputs, 4, params.augment, derive(seed, "phase2"), device)
         cached = torch.cat([predict(network, view, device, features=True) for view in few])
-        curves = refine_head(network, cached, labels.repeat(len(few)), local, query, surprise)
+        curves = refine_head(network, cached, labels.repeat(len(few)), local, query)
     draft = Decision(
         method=method,
         local=local,
         query=query,
         rare=tuple(rare),
-        surprise=tuple(surprise),
         offsets=(0.0,) * len(query),
         budget=budget,
         experts=tuple(t.site for t in teachers) if method == "routed" else (),
+        flips=method == "routed" and params.flips,
     )
-    own, asked = _logits_of(network, draft, teachers, calibration, device)
-    offsets, given_away = offsets_for_budget(query_scores(own, local, asked, surprise), budget)
+    if rare:
+        # What is not given away: images that the hospital's own model tells from the query today.
+        today = decide(predict(student, calibration, device), local, query, torch.zeros(len(query)))
+        kept = ~torch.isin(today.argmax(dim=1), torch.tensor(query))
+        calibration = calibration[kept] if bool(kept.any()) else calibration
+    scores = query_scores(_logits_of(network, draft, teachers, calibration, device), local, query)
+    offset = offset_for_budget(scores, budget)
+    # Rare classes have samples that say where they begin; the budget only bounds what they may take.
+    offsets = torch.tensor([min(offset, 0.0) if q in rare else offset for q in query])
+    offsets = offsets if params.phase2 else torch.zeros(len(query))
     decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
     second = {
         "offsets": {str(q): float(o) for q, o in zip(query, offsets, strict=True)},
         "budget": budget,
-        "given_away": given_away,
+        "given_away": given_away(scores, offsets),
         "calibration_images": len(calibration),
         "rare": {str(q): n for q, n in rare.items()},
         "curves": curves,
@@ -473,16 +613,14 @@ def scores_of(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> Tensor:
     """Like :func:`predict_scores`, from the parts."""
-    logits, asked = _logits_of(network, decision, experts, inputs, device)
-    offsets = torch.tensor(decision.offsets)
-    return decide(logits, asked, decision.local, decision.query, decision.surprise, offsets)
+    logits = _logits_of(network, decision, experts, inputs, device)
+    return decide(logits, decision.local, decision.query, torch.tensor(decision.offsets))
 
 
 def _logits_of(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The student's logits (N, C) and the query's (N, Q)."""
-    logits = predict(network, inputs, device)
+) -> Tensor:
+    """The student's logits (N, C)."""
     if decision.method == "routed":
-        return logits, routed_logits(logits, experts, inputs, decision, device)
-    return logits, logits[:, list(decision.query)]
+        return routed_logits(network, decision, experts, inputs, device)
+    return predict(network, inputs, device)

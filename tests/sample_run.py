@@ -13,6 +13,8 @@ from qkt_clinical.config import Params, Workspace, parse
 from qkt_clinical.files import digest_bytes, digest_file, write_json
 
 SHAPE = (3, 16, 16)
+LAYERS = 10
+"""That are made smaller, of every teacher."""
 
 
 def interval(value: float, half: float = 0.04) -> dict[str, float]:
@@ -162,16 +164,17 @@ def _write_query(
     method = ("qkt", "qkt-light", "routed")[index % 3]
     relevant = [c for c in params.classes if c in {*local, asked}]
     others = [s for s in params.sites if s != site]
-    teachers = [s for s in others if asked in _local(params, params.sites.index(s))]
+    known = {s: _local(params, params.sites.index(s)) for s in others}
+    teachers = [s for s in others if asked in known[s]]
     student = workspace.student(site, query)
     decision = {
         "method": method,
         "local": sorted(params.classes.index(c) for c in local),
         "query": [params.classes.index(asked)],
-        "surprise": [0.75],
         "offsets": [-1.25],
         "budget": 0.05,
         "experts": teachers if method == "routed" else [],
+        "flips": method == "routed",
     }
     write_card(
         student,
@@ -205,7 +208,8 @@ def _write_query(
                 "relevant": s in teachers,
                 "reason": reason if s in teachers else f"knows none of: {asked}",
                 "teaches": [asked] if s in teachers else [],
-                "known": _local(params, params.sites.index(s)),
+                "rivals": [c for c in known[s] if c in local and method != "qkt-light"],
+                "known": known[s],
                 "scores": {asked: 1.0 if s in teachers else 0.004},
                 "threshold": 0.1,
                 "bytes": 1_234_567,
@@ -217,16 +221,22 @@ def _write_query(
         "bytes_moved": moved,
     }
     write_json(student / "plan.json", plan)
-    curves = [
-        {"epoch": float(e), "loss": round(2 / e, 6), "own": round(0.9 / e, 6), "features": round(1.1 / e, 6)}
-        for e in range(1, 25)
-    ]
+    first = {
+        "kind": "transplant",
+        "rank": 0.35 if method == "qkt-light" else 0.5,
+        "curves": [
+            {"layer number": float(i), **{s: round(0.01 * i, 6) for s in teachers}}
+            for i in range(1, LAYERS + 1)
+        ],
+        "views": 1,
+        "teacher_passes": len(teachers),
+    }
     write_json(
         student / "phases.json",
         {
             "format": "qkt-phases/1",
             "method": method,
-            "phase1": {"curves": curves, "views": 8, "teacher_passes": 2160} if method == "qkt" else None,
+            "phase1": first if method != "routed" else None,
             "phase2": {
                 "offsets": {asked: -1.25},
                 "budget": 0.05,
@@ -257,7 +267,7 @@ def _write_query(
             "local": local,
             "test_images": {c: 3 if c == asked else 50 for c in relevant},
             "test_sites": sorted({site, *teachers}),
-            "passes_per_prediction": 1 + len(teachers) if method == "routed" else 1,
+            "passes_per_prediction": 4 * (1 + len(teachers)) if method == "routed" else 1,
             "before": first,
             "after": second,
             "gain": gain("balanced_accuracy"),

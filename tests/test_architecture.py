@@ -110,7 +110,8 @@ def test_nobody_below_the_stages_imports_a_stage() -> None:
             assert "stages" not in rooms_used(file), file
 
 
-def test_transfer_does_no_io() -> None:
+@pytest.mark.parametrize("name", ["transfer", "amalgam"])
+def test_transfer_does_no_io(name: str) -> None:
     outside = {
         "os",
         "io",
@@ -123,8 +124,8 @@ def test_transfer_does_no_io() -> None:
         "yaml",
         "safetensors",
     }
-    assert roots(PACKAGE / "transfer.py") & outside == set()
-    assert "files" not in rooms_used(PACKAGE / "transfer.py")
+    assert roots(PACKAGE / f"{name}.py") & outside == set()
+    assert "files" not in rooms_used(PACKAGE / f"{name}.py")
 
 
 @pytest.mark.parametrize("name", ["catalog", "card", "query", "config", "errors", "files", "data", "console"])

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,21 @@ from qkt_clinical.benchmark.variants import vary, with_fewer_images, wrong_label
 from qkt_clinical.card import Decision
 from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, PEERS
 from qkt_clinical.cli import main
-from qkt_clinical.config import MaskParams, TrainParams, TransferParams
+from qkt_clinical.config import DistillationParams, MaskParams, TrainParams, TransferParams
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.evaluation import auroc
 from qkt_clinical.federate import Part
 from qkt_clinical.files import write_json
 from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.training import predict, to_input
+from qkt_clinical.transfer import Teacher
 from tests.shapes import CPU, shapes
 
 EVERY = (0, 1, 2, 3)
 ROW = {
     *("seed", "student", "query", "method", "query_accuracy", "retained_accuracy", "balanced_accuracy"),
     *("forgetting", "auroc", "ece", "bytes_moved", "seconds", "passes_per_prediction"),
+    "cost_per_prediction",
 }
 QUICK = Settings(
     hospitals=3,
@@ -66,7 +69,7 @@ QUICK = Settings(
     methods=("local", "routed", "qkt-light"),
     train=TrainParams(epochs=6, batch_size=32),
     mask=MaskParams(probes=16),
-    transfer=TransferParams(epochs=1, views=2),
+    transfer=TransferParams(distillation=DistillationParams(epochs=1, views=2)),
     peers=PeerParams(finetune=FinetuneParams(epochs=1), distill=DistillParams(epochs=1, views=2)),
     rounds=(1, 2),
 )
@@ -152,6 +155,38 @@ def test_what_is_moved_and_how_often_a_prediction_passes(whole: tuple[Path, dict
             assert row["bytes_moved"] == 2 * 2 * 3 * weights
         if row["method"] == "ablation/mask-none":
             assert (row["bytes_moved"], row["passes_per_prediction"]) == (others, 1)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "distill-all"])
+def test_what_a_hospital_makes_of_teachers_is_made_once(
+    whole: tuple[Path, dict[str, Any]], kind: str
+) -> None:
+    out, result = whole
+    rows, folder = of(result, kind), out / WORK / "seed-0" / kind
+    assert {p.name for p in folder.iterdir()} == {r["student"] for r in rows}
+    for row in rows:
+        seconds = json.loads((folder / row["student"] / "seconds.json").read_text())
+        assert row["seconds"] == pytest.approx(seconds, abs=1e-3)
+
+
+def test_what_a_prediction_costs(whole: tuple[Path, dict[str, Any]]) -> None:
+    result = whole[1]
+    for row in result["rows"]:
+        cost, passes = row["cost_per_prediction"], row["passes_per_prediction"]
+        alone = row["method"] in PEERS or row["bytes_moved"] == 0
+        if alone or row["method"] in ("routed", "ablation/routed-one-view"):
+            assert cost == passes
+        if row["method"] in ("qkt-light", "qkt", "ablation/rank-1") and row["bytes_moved"]:
+            assert passes == 1 < cost < 4
+        if row["method"] == "ablation/phase1-distill":
+            assert (passes, cost) == (1, 1)
+    for routed, once in zip(of(result, "routed"), of(result, "ablation/routed-one-view"), strict=True):
+        if routed["bytes_moved"]:
+            assert routed["passes_per_prediction"] == 4 * once["passes_per_prediction"] > 4
+    rising = [of(result, f"ablation/{name}") for name in ("rank-0.25", "rank-0.35", "rank-1")]
+    for rows in zip(*rising, strict=True):
+        costs = [r["cost_per_prediction"] for r in rows]
+        assert costs == sorted(costs)
 
 
 def test_the_better_federation_counts(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -470,23 +505,45 @@ def test_a_class_that_nobody_teaches_is_never_answered(case: Case, monkeypatch: 
 
 
 def test_teachers_are_chosen_by_their_masks(case: Case) -> None:
-    oracle = methods_room.relevant_teachers(case, Setup(mask="oracle"))
+    def chosen(**changes: Any) -> dict[str, Teacher]:
+        return methods_room.relevant_teachers(case, Setup(**{"mask": "oracle", **changes}))
+
     (q,) = case.question.query
-    holders = {h.name for h in case.store.federation.hospitals if q in h.held}
-    assert {t.site for t in oracle.values()} == holders - {case.question.student}
-    assert all(t.known == case.store.federation.hospital(t.site).held for t in oracle.values())
-    everyone = methods_room.relevant_teachers(case, Setup(mask="none"))
+    hospitals = [h for h in case.store.federation.hospitals if h.name != case.question.student]
+    relevant = {h.name for h in hospitals if set(h.held) & set(case.relevant)}
+    holders = {h.name for h in hospitals if q in h.held}
+    assert {t.site for t in chosen().values()} == relevant >= holders
+    assert all(t.known == case.store.federation.hospital(t.site).held for t in chosen().values())
+    assert {t.site for t in chosen(rivals=False).values()} == holders
+    assert {t.site for t in chosen(method="qkt-light").values()} == holders
+    everyone = chosen(mask="none")
     assert {t.known for t in everyone.values()} == {EVERY}
     assert set(everyone) == set(case.others)
-    (one,) = methods_room.relevant_teachers(case, Setup(mask="none", most_teachers=1))
-    scores = {name: case.store.masks(name)["combined"].scores[q] for name in case.others}
-    assert scores[one] == max(scores.values())
-    weak = methods_room.relevant_teachers(case, Setup(mask="none", teachers="weak"))
+    weak = chosen(mask="none", teachers="weak")
     assert all(name.startswith("weak/") for name in weak)
 
 
+def test_who_is_left_out_of_the_query_may_still_speak_for_local_classes(case: Case) -> None:
+    (q,) = case.question.query
+    most = Setup(mask="none", most_teachers=1)
+    scores = {name: case.store.masks(name)["combined"].scores[q] for name in case.others}
+    best = max(scores, key=lambda n: scores[n])
+    found = methods_room.relevant_teachers(case, most)
+    assert set(found) == set(case.others)
+    assert {name for name, t in found.items() if q in t.known} == {best}
+    assert set(methods_room.relevant_teachers(case, replace(most, rivals=False))) == {best}
+
+
+def test_every_change_of_an_ablation_is_a_setting_of_the_transfer() -> None:
+    for setup in SETUPS.values():
+        changed = {**TransferParams().model_dump(), **dict(setup.transfer)}
+        assert TransferParams.model_validate(changed).model_dump() == changed
+    assert dict(SETUPS["ablation/phase1-distill"].transfer) == {"phase1": "distill"}
+    assert SETUPS["ablation/routed-one-view"].method == "routed"
+
+
 def test_another_budget_moves_only_the_offset() -> None:
-    decision = Decision(method="qkt", local=(0, 1), query=(2,), surprise=(0.4,), offsets=(0.5,), budget=0.02)
+    decision = Decision(method="qkt", local=(0, 1), query=(2,), offsets=(0.5,), budget=0.02)
     random = torch.Generator().manual_seed(0)
     calibration = torch.randn(99, 3, generator=random)
     scores = torch.randn(50, 3, generator=random)

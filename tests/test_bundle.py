@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from qkt_clinical.bundle import MAX_HEADER_BYTES, load_bundle, write_bundle
-from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, read_card, read_mask
+from qkt_clinical.bundle import HEADER_BYTES, load_bundle, write_bundle
+from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, NetworkSpec, read_card, read_mask
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.errors import BundleError
 from qkt_clinical.files import digest_file, write_json
@@ -28,7 +28,6 @@ DECISION = {
     "method": "routed",
     "local": [0, 1],
     "query": [3],
-    "surprise": [0.4],
     "offsets": [0.25],
     "budget": 0.05,
     "experts": ["birch"],
@@ -268,6 +267,40 @@ def network_with(**changes: Any) -> Callable[[Path], None]:
     return write
 
 
+def branch(rank: Any = 0.5, name: str = "densenet-small") -> dict[str, Any]:
+    return {"name": name, "rank": rank}
+
+
+def amalgam_then(attack: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A sound student of two branches, and then the attack on it."""
+
+    def write(folder: Path) -> None:
+        network = build(AMALGAM, seed=0).eval()
+        decision = {**DECISION, "method": "qkt", "experts": []}
+        write_bundle(folder, network, card_of(kind="student", query="q", decision=decision))
+        load_bundle(folder)
+        attack(folder)
+
+    return write
+
+
+AMALGAM = NetworkSpec.model_validate(
+    {**spec().model_dump(), "name": "amalgam", "branches": [branch(1.0, "resnet-small"), branch()]}
+)
+NARROW = "extractor.branches.1.features.denseblock1.denselayer1.layers.conv2.0.weight"
+
+
+def shape_of(name: str, change: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
+    """Another shape for a tensor, of as many numbers."""
+
+    def write(folder: Path) -> None:
+        header, body = parts(folder)
+        header[name]["shape"] = change(header[name]["shape"])
+        forge(folder, header, body)
+
+    return write
+
+
 def another_network(folder: Path) -> None:
     write_bundle(folder, network_of("resnet-small"), card_of())
     network_with(name="densenet-small")(folder)
@@ -305,7 +338,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header-of-2**60": (declared(2**60), "bundle-size"),
     "header-of-2**64-1": (declared(2**64 - 1), "bundle-size"),
     "header-of-zero": (declared(0), "bundle-size"),
-    "header-over-the-limit": (declared(MAX_HEADER_BYTES + 1), "bundle-size"),
+    "header-over-the-limit": (declared(100 * HEADER_BYTES), "bundle-size"),
     "header-one-short": (lambda f: declared(len(json.dumps(parts(f)[0])) - 1)(f), "bundle-size"),
     "header-deeply-nested": (text_of(lambda t: "[" * len(t)), "bundle-format"),
     "header-of-digits": (text_of(lambda t: "9" * len(t)), "bundle-format"),
@@ -348,6 +381,38 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "network-of-4-dimensions": (network_with(spatial_dims=4), "bundle-card"),
     "network-of-many-channels": (network_with(in_channels=10**9), "bundle-card"),
     "network-of-many-classes": (network_with(classes=10**9), "bundle-card"),
+    "amalgam-without-branches": (amalgam_then(network_with(branches=[])), "bundle-card"),
+    "amalgam-that-says-nothing-of-branches": (network_with(name="amalgam"), "bundle-card"),
+    "branches-on-a-plain-network": (network_with(branches=[branch()]), "bundle-card"),
+    "teacher-that-is-an-amalgam": (network_with(name="amalgam", branches=[branch()]), "bundle-card"),
+    "student-sold-as-a-teacher": (
+        amalgam_then(lambda f: edit(f, kind="teacher", query=None, decision=None)),
+        "bundle-card",
+    ),
+    "branch-that-is-an-amalgam": (
+        amalgam_then(network_with(branches=[branch(1.0, "amalgam")])),
+        "bundle-card",
+    ),
+    "branch-not-allowed": (amalgam_then(network_with(branches=[branch(1.0, "os.system")])), "bundle-card"),
+    **{
+        f"rank-of-{rank}": (amalgam_then(network_with(branches=[branch(rank)])), "bundle-card")
+        for rank in (0, -0.5, 2, float("nan"), float("inf"), "half", None)
+    },
+    "66-branches": (amalgam_then(network_with(branches=[branch(1.0, "resnet-small")] * 66)), "bundle-card"),
+    "64-branches": (amalgam_then(network_with(branches=[branch(1.0, "resnet-small")] * 64)), "bundle-size"),
+    "tensors-of-another-rank": (
+        amalgam_then(network_with(branches=[branch(1.0, "resnet-small"), branch(0.25)])),
+        "bundle-size",
+    ),
+    "tensors-of-more-axes": (amalgam_then(shape_of(NARROW, lambda s: [1, *s])), "bundle-tensors"),
+    "tensors-of-fewer-axes": (
+        amalgam_then(shape_of(NARROW, lambda s: [s[0], s[1] * s[2] * s[3]])),
+        "bundle-tensors",
+    ),
+    "rank-and-inputs-exchanged": (
+        amalgam_then(shape_of(NARROW, lambda s: [s[1], s[0], *s[2:]])),
+        "bundle-tensors",
+    ),
     "wrong-class-count": (lambda f: edit(f, classes=[*CLASSES, "fifth"]), "bundle-card"),
     "other-class-count-throughout": (
         lambda f: (edit(f, classes=[*CLASSES, "fifth"]), network_with(classes=5)(f)),

@@ -171,7 +171,11 @@ def test_plan_in_words_and_as_json(capsys: pytest.CaptureFixture[str], root: Pat
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("aster/q: birch, cedar; ")
-    assert lines[1:] == ["  + birch: knows c", "  + cedar: knows c", "  - dahlia: does not know c"]
+    assert lines[1:] == [
+        "  + birch: knows c",
+        "  + cedar: knows c",
+        "  - dahlia: does not know c or a class of the hospital's own",
+    ]
     code, out, err = run(capsys, "plan", "aster", "q", "-C", root, "--json")
     assert (code, err) == (0, "")
     (plan,) = json.loads(out)

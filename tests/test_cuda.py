@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qkt_clinical.catalog import METHODS, Method
-from qkt_clinical.config import TrainParams, TransferParams
+from qkt_clinical.config import DistillationParams, TrainParams, TransferParams
 from qkt_clinical.training import mean_recall, predict, to_input, train_teacher
 from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
 from tests.shapes import shapes, spec, teacher
@@ -29,13 +29,15 @@ def test_a_teacher_trains() -> None:
     assert mean_recall(logits.argmax(1), torch.from_numpy(held[1])) > 0.9
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_query_is_answered(method: Method) -> None:
+DISTILL = TransferParams(phase1="distill", distillation=DistillationParams(epochs=4, views=2, batch_size=32))
+
+
+@pytest.mark.parametrize(("method", "params"), [*((m, TransferParams()) for m in METHODS), ("qkt", DISTILL)])
+def test_a_query_is_answered(method: Method, params: TransferParams) -> None:
     device = torch.device("cuda")
     own = teacher((0, 1), site="asking", epochs=6)
     teachers = [Teacher("one", teacher((1, 2), site="one", epochs=6), (1, 2))]
     data = LocalData(shapes((0, 1), 40, 3), shapes((0, 1), 40, 4))
-    params = TransferParams(epochs=4, views=2, batch_size=32)
     made = answer_query(own, teachers, data, (2,), method=method, budget=0.1, params=params, device=device)
     assert {p.device.type for n in (own, made.network, teachers[0].network) for p in n.parameters()} == {
         "cpu"

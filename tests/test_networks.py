@@ -6,11 +6,12 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
-from qkt_clinical.card import NetworkSpec
+from qkt_clinical.card import Branch, NetworkSpec
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.errors import ConfigError, DeviceError
-from qkt_clinical.networks import build, check_size, pick_device, tensor_specs
+from qkt_clinical.networks import build, check_size, factorised, multiply_adds, pick_device, tensor_specs
 
 QUICK: tuple[Network, ...] = ("resnet-small", "densenet-small")
 
@@ -31,6 +32,20 @@ def test_every_network_builds_in_2d_and_3d(name: Network, dims: Literal[2, 3], c
         features = network.features(images)
         assert features.shape == (2, network.head.in_features)
         assert network.head(features).shape == network(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_amalgam_has_the_features_of_all_its_branches(dims: Literal[2, 3]) -> None:
+    with torch.device("meta"):
+        widths = [build(spec(name, dims)).head.in_features for name in NETWORKS]  # type: ignore[arg-type]
+        branches = tuple(Branch(name=name, rank=0.5) for name in NETWORKS)  # type: ignore[arg-type]
+        network = build(
+            spec("resnet-small", dims).model_copy(update={"name": "amalgam", "branches": branches})
+        )
+        images = torch.empty(2, 3, *[32] * dims)
+        assert network.head.in_features == sum(widths)
+        assert network.eval().features(images).shape == (2, sum(widths))
+        assert network(images).shape == (2, 5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -59,6 +74,20 @@ def test_same_seed_same_weights(name: Network) -> None:
     assert not torch.equal(first["head.weight"], other["head.weight"])
     body = next(k for k, v in first.items() if k.startswith("extractor.") and v.ndim == 4)
     assert not torch.equal(first[body], other[body])
+
+
+def test_multiply_adds_by_hand() -> None:
+    layer = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    # 4 x 4 positions, 4 outputs of 3 x 9 numbers each; then 8 outputs of 64 numbers.
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 8)).eval()
+    assert multiply_adds(network, (3, 8, 8)) == 16 * 4 * 27 + 8 * 64
+    assert multiply_adds(nn.Conv2d(4, 4, 3, groups=4), (4, 3, 3)) == 4 * 9
+    # Of rank 2: 2 outputs of 27 numbers, then 4 of 2.
+    assert multiply_adds(factorised(layer, 2), (3, 8, 8)) == 16 * (2 * 27 + 4 * 2)
+    cost = [multiply_adds(build(spec(name)).eval(), (3, 16, 16)) for name in QUICK]
+    branches = tuple(Branch(name=name, rank=1.0) for name in QUICK)
+    whole = spec().model_copy(update={"name": "amalgam", "branches": branches})
+    assert multiply_adds(build(whole).eval(), (3, 16, 16)) == sum(cost)
 
 
 @pytest.mark.parametrize("seed", [None, 3])

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from qkt_clinical.objectives import (
     allowed,
     balanced_cross_entropy,
+    consensus,
+    consensus_rows,
     decide,
     feature_loss,
     given_away,
     logit_loss,
     margin,
     margin_row,
-    offsets_for_budget,
+    offset_for_budget,
     query_scores,
     ridge,
 )
@@ -33,24 +35,58 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_margin_by_hand() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0, 9.0], [4.0, 0.0, 3.0, -1.0]])
     # Class 3 is not known: however loud, it has no say.
-    assert margin(logits, 1, [0, 1, 2]).tolist() == [3.0, -4.0]
-    assert margin(logits, 1, [0, 2]).tolist() == [3.0, -4.0], "the query needs no place among the known"
-    assert margin(logits, 1, [0, 1, 2, 3]).tolist() == [-4.0, -4.0]
-    # A teacher that knows nothing else: against the mean of the rest, (1 + 2 + 9) / 3 and (4 + 3 - 1) / 3.
-    assert margin(logits, 1, [1]).tolist() == [1.0, -2.0]
+    assert margin(logits, 1, [0, 1, 2]).tolist() == [3.5, -3.5]
+    assert margin(logits, 1, [0, 2]).tolist() == [3.5, -3.5], "the class needs no place among the known"
+    # A network that knows nothing else is compared with all the rest.
+    expected = [5 - (1 + 2 + 9) / 3, 0 - (4 + 3 - 1) / 3]
+    for known in ([1], [], [0, 1, 2, 3]):
+        assert margin(logits, 1, known).tolist() == pytest.approx(expected)
 
 
-def test_margin_row_is_the_difference_to_the_mean_rival() -> None:
-    weight, bias = normal(4, 6), normal(4, seed=1)
-    features = normal(9, 6, seed=2)
-    logits = features @ weight.T + bias
-    row, shift = margin_row(weight, bias, 1, [0, 1, 3])
-    expected = logits[:, 1] - (logits[:, 0] + logits[:, 3]) / 2
+@pytest.mark.parametrize("known", [[0, 1, 3], [1, 2], [1], [0, 1, 2, 3]])
+def test_a_margin_is_a_row_of_the_head(known: list[int]) -> None:
+    weight, bias, features = normal(4, 6), normal(4, seed=1), normal(9, 6, seed=2)
+    row, shift = margin_row(weight, bias, 1, known)
+    expected = margin(features @ weight.T + bias, 1, known)
     assert torch.allclose(features @ row + shift, expected, atol=1e-5)
-    # With one rival it is the margin itself, and with none too.
-    for known in ([1, 2], [1]):
-        row, shift = margin_row(weight, bias, 1, known)
-        assert torch.allclose(features @ row + shift, margin(logits, 1, known), atol=1e-5)
+
+
+# --- consensus ------------------------------------------------------------------------------------
+
+
+def test_consensus_by_hand() -> None:
+    # One knows 0 and 1, the other 1 and 3; class 2 is nobody's.
+    one, other = torch.tensor([[4.0, 1.0, 9.0, 9.0]]), torch.tensor([[9.0, 2.0, 9.0, 7.0]])
+    found = consensus([one, other], [(0, 1), (1, 3)], (0, 1, 3))
+    assert found.tolist() == [[3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]]
+    assert consensus([one, other], [(0, 1), (1, 3)], (0,)).tolist() == [[3.0, 0.0, 0.0, 0.0]]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_the_consensus_is_linear_in_all_features_side_by_side(seed: int, count: int) -> None:
+    draw = np.random.default_rng(seed)
+    known = [tuple(sorted(draw.choice(5, draw.integers(1, 5), replace=False).tolist())) for _ in range(count)]
+    relevant = sorted({c for k in known for c in k if c != draw.integers(5)})
+    widths = [2 + i for i in range(count)]
+    heads = [(normal(5, w, seed=seed + w), normal(5, seed=seed + 9 * w)) for w in widths]
+    features = [normal(7, w, seed=seed + 100 * w) for w in widths]
+    logits = [f @ weight.T + bias for f, (weight, bias) in zip(features, heads, strict=True)]
+    rows = consensus_rows(heads, known, relevant)
+    summed = torch.stack([f @ w.T + b for f, (w, b) in zip(features, rows, strict=True)]).sum(dim=0)
+    expected = consensus(logits, known, relevant)
+    assert torch.allclose(summed, expected, atol=1e-4)
+    outside = [c for c in range(5) if c not in relevant]
+    assert bool((expected[:, outside] == 0).all())
+    assert all(bool((w[outside] == 0).all()) and bool((b[outside] == 0).all()) for w, b in rows)
+
+
+def test_a_network_says_nothing_of_a_class_that_it_does_not_know() -> None:
+    heads = [(normal(4, 3), normal(4, seed=1)), (normal(4, 2, seed=2), normal(4, seed=3))]
+    rows = consensus_rows(heads, [(0, 1), (1, 3)], (0, 1, 3))
+    assert [w.shape for w, _ in rows] == [(4, 3), (4, 2)]
+    assert bool((rows[0][0][3] == 0).all())
+    assert bool((rows[1][0][0] == 0).all())
+    assert torch.equal(rows[0][0][0], heads[0][0][0] - heads[0][0][1])
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -126,79 +162,72 @@ def test_allowed_keeps_the_conformal_bound(budget: float, count: int) -> None:
 
 def test_query_scores_by_hand() -> None:
     logits = torch.tensor([[1.0, 4.0, 7.0, 0.0], [2.0, -2.0, 5.0, 1.0]])
-    asked = torch.tensor([[7.0, 0.5], [5.0, 1.0]])
     # The largest local logits are 4 and 2.
-    assert query_scores(logits, [0, 1], asked, [0.5, 2.0]).tolist() == [[5.0, -7.5], [4.0, -3.0]]
+    assert query_scores(logits, [0, 1], [3, 2]).tolist() == [[-4.0, 3.0], [-1.0, 3.0]]
 
 
 def test_offset_by_hand() -> None:
     # 19 images at 0, 1, ..., 18 and a budget of 0.2: (3 + 1) / 20, so that three go away.
     scores = torch.arange(19.0)[:, None]
-    offsets, share = offsets_for_budget(scores, 0.2)
-    assert share == pytest.approx(3 / 19)
+    offset = offset_for_budget(scores, 0.2)
+    assert isinstance(offset, float)
     # The image at 15 stays, by a hair; that at 16 goes.
-    assert float(offsets) == pytest.approx(-15.0, abs=1e-3)
-    assert float(15 + offsets) < 0 < float(16 + offsets)
+    assert offset == pytest.approx(-15.0, abs=1e-3)
+    assert 15 + offset < 0 < 16 + offset
+    assert given_away(scores, torch.tensor([offset])) == pytest.approx(3 / 19)
 
 
-def test_two_query_classes_share_the_budget() -> None:
-    # Class 1 speaks ten times as loud; each of the two gets one of the two images that may go.
-    scores = torch.tensor([[0.0, 0.0]] * 26 + [[5.0, 0.0], [4.0, 0.0], [0.0, 50.0], [0.0, 40.0]])
-    offsets, share = offsets_for_budget(scores, 0.13)
+def test_two_query_classes_share_the_offset() -> None:
+    # Of each image the louder class counts: the highest scores are 50, 40, 5 and 4.
+    scores = torch.tensor([[0.0, 0.0]] * 26 + [[5.0, 1.0], [4.0, 3.0], [0.0, 50.0], [0.0, 40.0]])
     assert allowed(0.13, 30) == 3
-    assert share <= 3 / 30
-    gone = ((scores + offsets) > 0).any(dim=1)
-    assert bool(gone[26])
-    assert bool(gone[28])
+    offset = offset_for_budget(scores, 0.13)
+    assert offset == pytest.approx(-4.0, abs=1e-2)
+    assert given_away(scores, torch.full((2,), offset)) == pytest.approx(3 / 30)
+    assert offset_for_budget(scores.flip(1), 0.13) == offset
 
 
 @st.composite
-def calibration(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float, list[float]]:
-    """Logits (N, 5) of a student, query logits (N, Q), a budget, surprise (Q,)."""
+def calibration(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], float]:
+    """Logits (N, 5) of a student, the query, a budget."""
     count, classes = draw(st.integers(1, 120)), draw(st.integers(1, 3))
     seed, scale = draw(st.integers(0, 10_000)), draw(st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
     logits = normal(count, 5, seed=seed) * scale
     if draw(st.booleans()):
         logits = logits.round()  # ties
-    surprise = draw(st.lists(st.floats(0, 4), min_size=classes, max_size=classes))
-    return logits, logits[:, 2 : 2 + classes], draw(st.floats(0.001, 0.5)), surprise
+    return logits, list(range(2, 2 + classes)), draw(st.floats(0.001, 0.5))
 
 
 @given(calibration())
-def test_the_budget_is_kept_by_the_answers_themselves(
-    case: tuple[torch.Tensor, torch.Tensor, float, list[float]],
-) -> None:
-    logits, asked, budget, surprise = case
-    query = list(range(2, 2 + asked.shape[1]))
-    scores = query_scores(logits, [0, 1], asked, surprise)
-    offsets, share = offsets_for_budget(scores, budget)
-    assert share == given_away(scores, offsets)
-    assert share <= budget
-    answers = decide(logits, asked, [0, 1], query, surprise, offsets).argmax(dim=1)
+def test_the_budget_is_kept_by_the_answers_themselves(case: tuple[torch.Tensor, list[int], float]) -> None:
+    logits, query, budget = case
+    scores = query_scores(logits, [0, 1], query)
+    offsets = torch.full((len(query),), offset_for_budget(scores, budget))
+    assert given_away(scores, offsets) <= budget
+    answers = decide(logits, [0, 1], query, offsets).argmax(dim=1)
     assert sum(int((answers == q).sum()) for q in query) / len(logits) <= budget
 
 
 @given(calibration())
-def test_no_more_could_be_given_away(case: tuple[torch.Tensor, torch.Tensor, float, list[float]]) -> None:
-    logits, asked, budget, surprise = case
-    scores = query_scores(logits, [0, 1], asked, surprise)
-    offsets, _ = offsets_for_budget(scores, budget)
-    highest = (scores + offsets).max(dim=1).values
+def test_no_more_could_be_given_away(case: tuple[torch.Tensor, list[int], float]) -> None:
+    logits, query, budget = case
+    scores = query_scores(logits, [0, 1], query)
+    offset = offset_for_budget(scores, budget)
+    highest = (scores + offset).max(dim=1).values
     kept = highest[highest <= 0]
-    # Lift all offsets just past the next image: one more than allowed goes away.
-    lifted = offsets - kept.max() + 1e-4 * scores.abs().max().clamp(min=1)
-    assert given_away(scores, lifted) * len(scores) > allowed(budget, len(scores))
+    # Lift the offset just past the next image: one more than allowed goes away.
+    lifted = offset - kept.max() + 1e-4 * scores.abs().max().clamp(min=1)
+    assert given_away(scores, lifted.expand(len(query))) * len(scores) > allowed(budget, len(scores))
 
 
 # --- the answer -----------------------------------------------------------------------------------
 
 
 def test_decision_by_hand() -> None:
-    logits = torch.tensor([[3.0, 1.0, 9.0, 0.0], [1.0, 2.0, 9.0, 0.0]])
-    asked = torch.tensor([[1.0], [1.5]])
-    scores = decide(logits, asked, [0, 1], [3], [0.5], torch.tensor([0.25]))
-    # m = 3 and 2: the query scores 3 + 1 - 1.5 + 0.25 and 2 + 1.5 - 1 + 0.25; class 2 is not asked about.
-    assert scores.tolist() == [[3.0, 1.0, -math.inf, 2.75], [1.0, 2.0, -math.inf, 2.75]]
+    logits = torch.tensor([[3.0, 1.0, 9.0, 2.5], [1.0, 2.0, 9.0, 2.0]])
+    scores = decide(logits, [0, 1], [3], torch.tensor([0.25]))
+    # Class 2 is not asked about.
+    assert scores.tolist() == [[3.0, 1.0, -math.inf, 2.75], [1.0, 2.0, -math.inf, 2.25]]
     assert scores.argmax(dim=1).tolist() == [0, 3]
 
 
@@ -206,12 +235,11 @@ def test_decision_by_hand() -> None:
 def test_the_answer_is_the_definitions(seed: int) -> None:
     """A query class is named where its score exceeds 0, the loudest of them first; else the local argmax."""
     local, query = [4, 0], [3, 1]
-    logits, asked = normal(40, 6, seed=seed), normal(40, 2, seed=seed + 1)
-    offsets, surprise = normal(2, seed=seed + 2), [0.4, 1.3]
-    answers = decide(logits, asked, local, query, surprise, offsets).argmax(dim=1)
+    logits, offsets = normal(40, 6, seed=seed), normal(2, seed=seed + 2)
+    answers = decide(logits, local, query, offsets).argmax(dim=1)
     for i in range(40):
         most = max(float(logits[i, c]) for c in local)
-        speaks = [float(asked[i, k]) - surprise[k] * most + float(offsets[k]) for k in range(2)]
+        speaks = [float(logits[i, q]) - most + float(o) for q, o in zip(query, offsets, strict=True)]
         if max(speaks) > 1e-4:
             assert int(answers[i]) == query[speaks.index(max(speaks))]
         elif max(speaks) < -1e-4:

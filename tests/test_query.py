@@ -44,16 +44,42 @@ def reasons(made: Plan) -> dict[str, str]:
 def test_relevant_is_who_knows_a_query_class(root: Path) -> None:
     made = plan(root, classes=("c",))
     assert made.relevant == ("birch", "cedar")
-    assert reasons(made) == {"birch": "knows c", "cedar": "knows c", "dahlia": "does not know c"}
+    assert reasons(made) == {
+        "birch": "knows c",
+        "cedar": "knows c",
+        "dahlia": "does not know c or a class of the hospital's own",
+    }
     assert made.local == ("b",), "classes of the training images"
     birch = made.teachers[0]
-    assert (birch.teaches, birch.known) == (("c",), ("b", "c"))
+    assert (birch.teaches, birch.rivals, birch.known) == (("c",), ("b",), ("b", "c"))
+    assert [t.rivals for t in made.teachers[1:]] == [(), ()]
     assert (birch.scores, birch.threshold) == ({"c": 0.7}, 0.3)
     folder = Workspace(root).teacher("birch")
     assert birch.digest == digest_file(folder / CARD)
     assert birch.bytes == sum((folder / f).stat().st_size for f in SHARED)
     assert made.bytes_moved == sum(t.bytes for t in made.teachers if t.relevant)
     assert made.bytes_moved < sum(t.bytes for t in made.teachers)
+
+
+def test_who_knows_only_a_class_of_the_hospitals_own_is_relevant_too(root: Path) -> None:
+    write_teacher(root, "dahlia", (1, 3))
+    made = plan(root, classes=("c",))
+    assert made.relevant == ("birch", "cedar", "dahlia")
+    dahlia = made.teachers[2]
+    assert (dahlia.teaches, dahlia.rivals) == ((), ("b",))
+    assert dahlia.reason == "knows b, no query class"
+    # It says nothing about the query, so that it covers none and comes last.
+    assert plan(root, classes=("c",), max_teachers=2).relevant == ("birch", "cedar")
+    with pytest.raises(QueryError, match="no usable teacher knows c"):
+        plan(root, classes=("c",), exclude_teachers=("birch", "cedar"))
+
+
+def test_light_goes_without_who_knows_no_query_class(root: Path) -> None:
+    write_teacher(root, "dahlia", (1, 3))
+    made = plan(root, classes=("c",), method="qkt-light")
+    assert made.relevant == ("birch", "cedar")
+    assert reasons(made)["dahlia"] == "does not know c"
+    assert plan(root, classes=("c",), method="routed").relevant == ("birch", "cedar", "dahlia")
 
 
 def test_several_classes_may_come_from_several_teachers(root: Path) -> None:
@@ -153,8 +179,7 @@ def damaged(root: Path, site: str, what: str) -> None:
             write_json(folder / CARD, card | {"site": "aster"})
         case "student":
             decision = {"method": "qkt", "local": [0], "query": [2], "budget": 0.1}
-            decision |= {"surprise": [0.4], "offsets": [0.0]}
-            write_json(folder / CARD, card | {"kind": "student", "decision": decision})
+            write_json(folder / CARD, card | {"kind": "student", "decision": decision | {"offsets": [0.0]}})
         case _:
             text = (folder / MASK).read_text().replace('"threshold": 0.3', '"threshold": NaN')
             (folder / MASK).write_text(text)
@@ -205,7 +230,7 @@ def test_a_plan_replaces_the_one_before_as_a_whole(root: Path) -> None:
     before = digest_folder(folder)
     plan_query(root, "aster", "q", PARAMS)
     assert digest_folder(folder) == before
-    ask(root, classes=["d"])
+    ask(root, classes=["d"], exclude_teachers=["birch"])
     plan_query(root, "aster", "q", PARAMS)
     assert sorted(p.name for p in (folder / "teachers").iterdir()) == ["cedar", "dahlia"]
     ask(root, classes=["z"])

@@ -17,7 +17,7 @@ from qkt_clinical.files import to_json, write_json, write_text
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.report.page import gain_bars, render_chart
-from tests.sample_run import sample_params, write_sample_run
+from tests.sample_run import LAYERS, sample_params, write_sample_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 HOSTILE = '<script>alert("x")</script>'
@@ -175,6 +175,32 @@ def test_a_line_chart_spans_its_axes() -> None:
     assert chart.lines[1].path == "100.00,75.00"
     assert (chart.top, chart.bottom, chart.left, chart.right) == ("4", "0", "epoch 1", "epoch 3")
     assert charts.line_chart("Nothing", []) is None
+    assert charts.line_chart("Nothing", rows, axis="layer number") is None
+
+
+def test_a_line_chart_over_layers() -> None:
+    chart = charts.line_chart(
+        "Lost", [{"layer number": 1.0, "h1": 0.2}, {"layer number": 4.0, "h1": 0.1}], axis="layer number"
+    )
+    assert chart is not None
+    assert [line.name for line in chart.lines] == ["h1"]
+    assert (chart.left, chart.right) == ("layer number 1", "layer number 4")
+
+
+def test_phase_1_is_drawn_as_what_it_was(root: Path, page: Page, tmp_path: Path) -> None:
+    text = page.text("h0-q0")
+    assert "Phase 1: share of a layer’s output lost, per teacher" in text
+    assert "layer number 1" in text
+    assert f"layer number {LAYERS}" in text
+    assert "Phase 1:" not in page.text("h2-q2"), "experts are taken as they are"
+    write_sample_run(tmp_path, sample_params())
+    path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
+    phases = json.loads(path.read_text())
+    phases["phase1"] |= {"kind": "distill", "curves": [{"epoch": e, "loss": 1 / e} for e in (1.0, 2.0)]}
+    write_json(path, phases)
+    text = Page(write_report(tmp_path, sample_params()).read_text()).text("h0-q0")
+    assert "Phase 1: losses" in text
+    assert "epoch 2" in text
 
 
 def test_rejected_files_are_counted_by_reason(page: Page) -> None:

@@ -18,7 +18,7 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
 from qkt_clinical.tracking import ALIAS, DIGEST, KIND, Item, _run, curves_of, flat, key, track, tracking_uri
-from tests.sample_run import SHAPE, sample_params, write_sample_run
+from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()
 
@@ -72,6 +72,15 @@ def test_flat_and_curves() -> None:
     assert flat("train", {"a": 1, "b": {"c": 2}}) == {"train.a": 1, "train.b.c": 2}
     rows = [{"epoch": 1.0, "loss": 0.5}, {"epoch": 2.0, "loss": 0.25, "own": 1.0}]
     assert curves_of("phase1", rows) == {"phase1/loss": [(1, 0.5), (2, 0.25)], "phase1/own": [(2, 1.0)]}
+    rows = [
+        {"layer number": 1.0, "birch": 0.5},
+        {"layer number": 2.0, "birch": 0.25, "cedar": 0.1},
+        {"loss": 3.0},
+    ]
+    assert curves_of("phase1", rows) == {
+        "phase1/birch": [(1, 0.5), (2, 0.25)],
+        "phase1/cedar": [(2, 0.1)],
+    }
 
 
 def test_one_run_per_site_and_query_below_the_pipeline(client: Any) -> None:
@@ -112,7 +121,8 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     assert metrics["bytes_moved"] == 1_234_567
     assert run.data.params["method"] == "qkt-light"
     first = one(runs_of(client), "query", "h0-q0")
-    assert len(client.get_metric_history(first.info.run_id, "phase1/features")) == 24
+    curve = client.get_metric_history(first.info.run_id, "phase1/h1")
+    assert [(m.step, m.value) for m in curve] == [(i, round(0.01 * i, 6)) for i in range(1, LAYERS + 1)]
     names = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert names == {"evaluation.json", "plan.json", "phases.json", "model_card.json", "recall.svg"}
 

@@ -15,21 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkt_clinical.benchmark.settings import BUDGETS, FEDERATED, FINETUNED, SETUPS, Settings, Setup
+from qkt_clinical.benchmark.settings import (
+    BUDGETS,
+    DISTILLED,
+    FEDERATED,
+    FINETUNED,
+    ON_TEACHERS,
+    SETUPS,
+    Settings,
+    Setup,
+)
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.benchmark.variants import with_fewer_images
 from qkt_clinical.card import Decision
-from qkt_clinical.networks import Classifier
-from qkt_clinical.objectives import offsets_for_budget
+from qkt_clinical.networks import Classifier, multiply_adds
+from qkt_clinical.objectives import offset_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
-from qkt_clinical.peers.distill import distill_all
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.peers.params import FinetuneParams
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
+from qkt_clinical.transfer import FLIPS, LocalData, Teacher, answer_query, scores_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Outcome:
     """To answer the query, teachers given; predictions are not counted."""
     passes: int = 1
     """Forward passes per prediction."""
+    cost: float | None = None
+    """Multiply-adds of a prediction in units of the own network's; None: as many as there are passes."""
     curve: Mapping[float, Tensor] | None = None
     """Scores at every budget of ``BUDGETS``, where the answer has one."""
 
@@ -121,47 +130,11 @@ def one_shot_average(case: Case) -> Outcome:
     return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
 
 
-def _finetuned(case: Case, network: Classifier, name: str, params: FinetuneParams) -> tuple[Tensor, float]:
-    """Scores of a network fine-tuned at the asking hospital, and the seconds it took."""
-    data = case.store.data(case.question.student)
-    start = time.perf_counter()
-    tuned = finetune(
-        network,
-        data.train.pair,
-        data.val.pair,
-        case.relevant,
-        params,
-        seed=case.seed("finetune"),
-        name=name,
-        device=case.store.device,
-    )
-    seconds = time.perf_counter() - start
-    return case.restricted(tuned), seconds
-
-
-def finetuned(case: Case) -> Outcome:
-    """The own model trained on with class balance over R."""
-    network, params = case.store.bundle(case.student).network, case.store.settings.peers.finetune
-    scores, seconds = _finetuned(case, network, case.question.student, params)
-    return Outcome(scores, seconds=seconds)
-
-
-def distilled(case: Case) -> Outcome:
-    """Unmasked distillation from the mean of all networks."""
-    every = [case.student, *case.others]
-    networks = [case.store.bundle(name).network for name in every]
-    data = case.store.data(case.question.student)
-    start = time.perf_counter()
-    network = distill_all(
-        networks[0],
-        networks,
-        data.train.images,
-        case.store.settings.peers.distill,
-        seed=case.seed("distill"),
-        device=case.store.device,
-    )
-    seconds = time.perf_counter() - start
-    return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
+def on_teachers(case: Case, kind: str) -> Outcome:
+    """Fine-tuning with class balance, or unmasked distillation from the mean of all networks."""
+    name = f"{kind}/{case.question.student}"
+    moved = sum(map(case.store.bytes, case.others)) if kind == DISTILLED else 0
+    return Outcome(restrict(case.logits(name), case.relevant), moved, case.store.seconds(name))
 
 
 def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Outcome:
@@ -175,11 +148,22 @@ def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Outco
 
 def global_model_finetuned(case: Case) -> Outcome:
     """FedAvg's network after personal fine-tuning at the asking hospital."""
-    untuned = global_model(case, "fedavg")
+    untuned, student = global_model(case, "fedavg"), case.question.student
     network = case.store.bundle(f"fedavg/{case.store.best_rounds('fedavg')}").network
-    params = case.store.settings.peers.personal
-    scores, seconds = _finetuned(case, network, f"fedavg-{case.question.student}", params)
-    return replace(untuned, scores=scores, seconds=untuned.seconds + seconds)
+    data = case.store.data(student)
+    start = time.perf_counter()
+    tuned = finetune(
+        network,
+        data.train.pair,
+        data.val.pair,
+        case.relevant,
+        case.store.settings.peers.personal,
+        seed=case.seed("finetune"),
+        name=f"fedavg-{student}",
+        device=case.store.device,
+    )
+    seconds = untuned.seconds + time.perf_counter() - start
+    return replace(untuned, scores=case.restricted(tuned), seconds=seconds)
 
 
 def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
@@ -203,18 +187,25 @@ def primary_truth(settings: Settings) -> str:
 
 
 def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
-    """Teachers that know a class asked for, by the names of their networks."""
+    """Teachers that know a class asked for or one of the student's own, by the names of their networks.
+
+    A teacher that an ablation leaves out of the query may still speak for local classes.
+    """
     names = [name.replace("full/", f"{setup.teachers}/") for name in case.others]
-    known = {name: known_classes(case, name, setup.mask) for name in names}
-    kept: set[str] = set()
+    known = {name: set(known_classes(case, name, setup.mask)) for name in names}
     for q in case.question.query:
         able = [name for name in names if q in known[name]]
         if setup.most_teachers is not None:
             masks = {name: case.store.masks(name)[case.store.settings.mask.estimator] for name in able}
-            able = sorted(able, key=lambda n: -masks[n].scores[q])[: setup.most_teachers]
-        kept.update(able)
-    networks = {name: case.store.bundle(name).network for name in names if name in kept}
-    return {name: Teacher(name.split("/")[1], n, known[name]) for name, n in networks.items()}
+            for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.most_teachers :]:
+                known[name].discard(q)
+    query, relevant = set(case.question.query), set(case.relevant)
+    wanted = relevant if setup.rivals and setup.method != "qkt-light" else query
+    return {
+        name: Teacher(name.split("/")[1], case.store.bundle(name).network, tuple(sorted(known[name])))
+        for name in names
+        if known[name] & wanted
+    }
 
 
 def qkt(case: Case, setup: Setup) -> Outcome:
@@ -236,7 +227,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
         taught,
         method=setup.method,
         budget=settings.budget,
-        params=settings.transfer,
+        params=settings.transfer.model_copy(update=dict(setup.transfer)),
         seed=case.seed("transfer"),
         device=store.device,
     )
@@ -246,13 +237,14 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     def scores(inputs: Tensor) -> Tensor:
         return scores_of(answer.network, answer.decision, experts, inputs, store.device)
 
-    found = scores(case.inputs)
+    found, shape = scores(case.inputs), case.inputs.shape[1:]
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
     return Outcome(
         found,
         sum(map(store.bytes, teachers)),
         seconds,
-        passes=1 + len(experts),
+        passes=(1 + len(experts)) * (FLIPS if answer.decision.flips else 1),
+        cost=None if experts else multiply_adds(answer.network, shape) / multiply_adds(student, shape),
         curve=at_budgets(found, scores(to_input(own.images)), answer.decision),
     )
 
@@ -264,13 +256,13 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[
         scores: (N, C) as answered.
         calibration: (M, C) of the same answer on the hospital's own held-out images.
     """
-    query, own = list(decision.query), list(decision.local)
-    preference = calibration[:, query] - calibration[:, own].max(dim=1, keepdim=True).values
+    query = list(decision.query)
+    preference = query_scores(calibration, decision.local, query)
     moved = {}
     for budget in BUDGETS:
-        shifts, _ = offsets_for_budget(preference, budget)
+        shift = offset_for_budget(preference, budget)
         moved[budget] = scores.clone()
-        moved[budget][:, query] += shifts.to(scores)
+        moved[budget][:, query] += shift
     return moved
 
 
@@ -278,13 +270,13 @@ def methods(settings: Settings) -> dict[str, Callable[[Case], Outcome]]:
     """Every method that is computed by itself, by name."""
     found: dict[str, Callable[[Case], Outcome]] = {
         "local": local,
-        "finetune": finetuned,
         "ensemble-prob": partial(ensemble, combine=mean_probability_scores),
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
         "one-shot-average": one_shot_average,
-        "distill-all": distilled,
         FINETUNED: global_model_finetuned,
     }
+    for kind in ON_TEACHERS:
+        found[kind] = partial(on_teachers, kind=kind)
     for algorithm in FEDERATED:
         found[algorithm] = partial(global_model, algorithm=algorithm)
         for rounds in settings.rounds:

@@ -22,7 +22,7 @@ from qkt_clinical.benchmark.methods import Case, Outcome, methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
 from qkt_clinical.benchmark.pool import cores, run_tasks
-from qkt_clinical.benchmark.settings import FEDERATED, FINETUNED, RECALIBRATED, SETUPS, Settings
+from qkt_clinical.benchmark.settings import FEDERATED, FINETUNED, ON_TEACHERS, RECALIBRATED, SETUPS, Settings
 from qkt_clinical.benchmark.simulate import Federation, Question, read, simulate
 from qkt_clinical.benchmark.store import MASKS, Store
 from qkt_clinical.benchmark.summary import NOTE, budget_curves, markdown, mask_figures, summarise
@@ -126,6 +126,7 @@ def row_of(case: Case, method: str, outcome: Outcome) -> dict[str, Any]:
         "bytes_moved": outcome.bytes_moved,
         "seconds": round(outcome.seconds, 3),
         "passes_per_prediction": outcome.passes,
+        "cost_per_prediction": round(outcome.passes if outcome.cost is None else outcome.cost, 3),
         "curve": curve,
     }
 
@@ -146,6 +147,9 @@ def _networks(federation: Federation, chosen: Sequence[str], settings: Settings)
         yield from (f"{variant}/{student}" for student in sorted(students))
     for variant in sorted({s.teachers for s in setups} - {"full"}):
         yield from (f"{variant}/{hospital.name}" for hospital in federation.hospitals)
+    for kind in ON_TEACHERS:
+        if kind in chosen:
+            yield from (f"{kind}/{student}" for student in sorted(students))
 
 
 def _check_splits(bench: _Bench) -> None:
@@ -258,7 +262,9 @@ def run(
     total = len(networks) + len(answers)
     done = total - sum(map(missing, [*networks, *answers]))
     tell(done, total)
-    for stage in (networks, answers):
+    later = [task for task in networks if task.name.split("/")[0] in ON_TEACHERS]
+    first = [task for task in networks if task not in later]
+    for stage in (first, later, answers):
         for _ in run_tasks(
             _perform,
             [task for task in stage if missing(task)],

@@ -46,11 +46,19 @@ class Setup:
     """Who knows what: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
     most_teachers: int | None = None
     """At most so many teachers for every class asked for, those of the highest mask scores."""
+    rivals: bool = True
+    """Whether teachers that know a local class, but none of the query, are heard."""
     images: int | None = None
     """At most so many local training images of every class."""
+    transfer: tuple[tuple[str, Any], ...] = ()
+    """Settings of the transfer that differ: name and value."""
     own: Variant = "full"
     """Of the student's own network and images."""
     teachers: Variant = "full"
+
+
+def _transfer(method: Method, **changed: Any) -> Setup:
+    return Setup(method=method, transfer=tuple(changed.items()))
 
 
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
@@ -59,6 +67,16 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         **{f"ablation/mask-{e}": Setup(mask=e) for e in ESTIMATORS if e != MaskParams().estimator},
         "ablation/mask-oracle": Setup(mask="oracle"),
         "ablation/mask-none": Setup(mask="none"),
+        "ablation/query-teachers-only": Setup(rivals=False),
+        "ablation/routed-query-teachers-only": Setup(method="routed", rivals=False),
+        "ablation/routed-one-view": _transfer("routed", flips=False),
+        "ablation/phase-1-only": _transfer("qkt", phase2=False),
+        "ablation/phase-2-only": _transfer("qkt", phase1="none"),
+        "ablation/one-joint-phase": _transfer("qkt", phase1="joint"),
+        "ablation/phase1-distill": _transfer("qkt", phase1="distill"),
+        "ablation/rank-1": _transfer("qkt", rank=1.0),
+        "ablation/rank-0.35": _transfer("qkt", rank=0.35),
+        "ablation/rank-0.25": _transfer("qkt", rank=0.25),
         "ablation/teachers-1": Setup(most_teachers=1),
         "ablation/teachers-2": Setup(most_teachers=2),
         "ablation/images-100": Setup(images=100),
@@ -82,6 +100,9 @@ RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
 
 FEDERATED = ("fedavg", "fedprox")
 FINETUNED = "ablation/fedavg-finetuned"
+FINETUNE, DISTILLED = "finetune", "distill-all"
+ON_TEACHERS = (FINETUNE, DISTILLED)
+"""Peers whose network starts from the teachers and is the same whatever its hospital asks."""
 
 
 class Settings(Strict):

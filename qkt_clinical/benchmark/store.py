@@ -2,7 +2,8 @@
 
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
 on the images that figures are computed on, so that most peers cost no pass at all. A network is named by
-its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds.
+its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds,
+``finetune/h1`` and ``distill-all/h1`` what h1 makes of its teacher, whatever it will ask.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qkt_clinical.benchmark.metrics import figures
-from qkt_clinical.benchmark.settings import FEDERATED, Settings, Variant
+from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, Settings, Variant
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
 from qkt_clinical.benchmark.variants import vary
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
@@ -28,7 +29,9 @@ from qkt_clinical.catalog import ESTIMATORS
 from qkt_clinical.files import new_folder, write_json
 from qkt_clinical.masking import compute_mask
 from qkt_clinical.networks import Classifier
+from qkt_clinical.peers.distill import distill_all
 from qkt_clinical.peers.federated import Participant, federated
+from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.query import SHARED
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint, predict, to_input, train_teacher
@@ -60,6 +63,10 @@ class Store:
         kind, which = name.split("/")
         if kind in FEDERATED:
             self._train_global(kind, int(which))
+        elif kind == FINETUNE:
+            self._finetune(which)
+        elif kind == DISTILLED:
+            self._distill(which)
         else:
             self._train_teacher(cast(Variant, kind), which)
 
@@ -181,6 +188,38 @@ class Store:
         seconds = time.perf_counter() - start
         with new_folder(self.folder / algorithm / str(rounds)) as folder:
             self._write(folder, network, f"{algorithm}-{rounds}", seconds, rounds)
+
+    def _finetune(self, hospital: str) -> None:
+        start, data = time.perf_counter(), self.data(hospital)
+        network = finetune(
+            self.bundle(f"full/{hospital}").network,
+            data.train.pair,
+            data.val.pair,
+            range(self.federation.spec.classes),
+            self.settings.peers.finetune,
+            seed=derive(self.federation.seed, "benchmark", "finetune", hospital),
+            name=hospital,
+            device=self.device,
+        )
+        seconds = time.perf_counter() - start
+        with new_folder(self.folder / FINETUNE / hospital) as folder:
+            self._write(folder, network, hospital, seconds, self.settings.peers.finetune.epochs)
+
+    def _distill(self, hospital: str) -> None:
+        start = time.perf_counter()
+        names = [h.name for h in self.federation.hospitals]
+        networks = {name: self.bundle(f"full/{name}").network for name in names}
+        network = distill_all(
+            networks[hospital],
+            list(networks.values()),
+            self.data(hospital).train.images,
+            self.settings.peers.distill,
+            seed=derive(self.federation.seed, "benchmark", "distill", hospital),
+            device=self.device,
+        )
+        seconds = time.perf_counter() - start
+        with new_folder(self.folder / DISTILLED / hospital) as folder:
+            self._write(folder, network, hospital, seconds, self.settings.peers.distill.epochs)
 
     def _write(
         self, folder: Path, network: Classifier, site: str, seconds: float, epochs: int

@@ -25,6 +25,8 @@ FIELDS = (
     "ece",
     "seconds",
     "bytes_moved",
+    "passes_per_prediction",
+    "cost_per_prediction",
 )
 DRAWS = 2000
 LAMBDAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -175,6 +177,8 @@ def methods_table(summary: Mapping[str, Any]) -> str:
             *(_percent(summary[method][field]) for field in FIELDS[:6]),
             f"{summary[method]['seconds']['mean']:.1f}",
             f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
+            f"{summary[method]['passes_per_prediction']['mean']:.1f}",
+            f"{summary[method]['cost_per_prediction']['mean']:.1f}",
             str(summary[method]["n"]),
         ]
         for method in ranked
@@ -182,7 +186,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     header = [
         "method",
         *("query", "retained", "balanced", "forgetting", "AUROC", "ECE"),
-        *("seconds", "MB moved", "queries"),
+        *("seconds", "MB moved", "passes", "cost", "queries"),
     ]
     return _table(header, lines)
 
@@ -192,7 +196,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     summary: Mapping[str, Any] = result["summary"]
     parts = [
         "# Benchmark",
-        f"Percent, {NOTE}. Seconds to answer a query with teachers given (federations: their training).",
+        f"Percent, {NOTE}. Seconds to answer a query with teachers given (federations: their training). "
+        "Cost: multiply-adds of a prediction in units of the hospital's own network.",
         methods_table(summary),
     ]
     compared = [m for m in METHODS if "best_peer" in summary.get(m, {})]

@@ -18,7 +18,7 @@ from qkt_clinical.files import digest_bytes, new_folder, write_json, write_text
 from qkt_clinical.phantom import ct, delivery, smear
 from qkt_clinical.seeding import derive
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same seed gives other files."""
 STAMP = ".phantom.json"
 MIN_IMAGES = 20

@@ -19,19 +19,19 @@ F32 = NDArray[np.float32]
 
 AMBIGUOUS: dict[str, float] = {
     "basophil": 0.21,
-    "eosinophil": 0.20,
-    "erythroblast": 0.14,
-    "ig": 0.14,
-    "lymphocyte": 0.19,
-    "monocyte": 0.14,
+    "eosinophil": 0.24,
+    "erythroblast": 0.13,
+    "ig": 0.09,
+    "lymphocyte": 0.21,
+    "monocyte": 0.11,
     "neutrophil": 0.14,
     "platelet": 0.18,
 }
 """Share of a class's cells that are drawn between it and a neighbouring one."""
 BETWEEN = (0.3, 0.65)
 """How far such a cell lies towards its neighbour: 0 is its own class, 1 the other."""
-GIANT_PLATELET = 0.75
-"""The same for platelets at the most: halfway to any nucleated cell they are still told by their size."""
+FURTHEST = {"platelet": 0.75, "eosinophil": 0.75}
+"""The same at the most for classes that are told by size or granules when they are halfway elsewhere."""
 NUISANCE = 1.0
 """Strength of all variation that says nothing about the class.
 
@@ -191,7 +191,7 @@ def sample_cells(labels: NDArray[np.int64], rng: np.random.Generator) -> Cells:
         dtype=np.int64,
     ).reshape(count)
     ambiguous = np.array([AMBIGUOUS[c] for c in BLOOD_CELLS])[labels]
-    most = np.where(labels == BLOOD_CELLS.index("platelet"), GIANT_PLATELET, BETWEEN[1])
+    most = np.array([FURTHEST.get(c, BETWEEN[1]) for c in BLOOD_CELLS])[labels]
     share = np.where(rng.random(count) < ambiguous, rng.uniform(BETWEEN[0], most), 0.0)
     own, own_colours = rows(labels)
     strange, strange_colours = rows(other)

@@ -81,13 +81,16 @@ class LineChart:
 
 
 def line_chart(
-    title: str, rows: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
+    title: str,
+    rows: Sequence[Mapping[str, float]],
+    names: Sequence[str] | None = None,
+    axis: str = "epoch",
 ) -> LineChart | None:
-    """A chart over epochs of the columns ``names`` (all, where None); None where there is nothing to draw."""
-    rows = [row for row in rows if "epoch" in row]
+    """A chart of the columns ``names`` (all, where None) over ``axis``; None where nothing is to be drawn."""
+    rows = [row for row in rows if axis in row]
     if names is None:
-        names = sorted({key for row in rows for key in row} - {"epoch"})
-    columns = {n: [(row["epoch"], row[n]) for row in rows if n in row] for n in names}
+        names = sorted({key for row in rows for key in row} - {axis})
+    columns = {n: [(row[axis], row[n]) for row in rows if n in row] for n in names}
     columns = {n: pairs for n, pairs in columns.items() if pairs}
     if not columns:
         return None
@@ -104,4 +107,4 @@ def line_chart(
         Line(name, " ".join(place(*pair) for pair in pairs), figure(pairs[0][1]), figure(pairs[-1][1]))
         for name, pairs in columns.items()
     )
-    return LineChart(title, lines, figure(top), figure(bottom), f"epoch {left:.0f}", f"epoch {right:.0f}")
+    return LineChart(title, lines, figure(top), figure(bottom), f"{axis} {left:.0f}", f"{axis} {right:.0f}")

@@ -66,8 +66,9 @@ class Evaluation(View):
 
 
 class Phase1(View):
-    """Distillation from the relevant teachers."""
+    """What the student took up from the relevant teachers."""
 
+    kind: str = "distill"
     curves: tuple[dict[str, float], ...] = ()
     views: int
     teacher_passes: int

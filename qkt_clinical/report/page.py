@@ -18,20 +18,29 @@ from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, Workspace
 from qkt_clinical.files import write_text
 from qkt_clinical.report import charts
-from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs, Scores, SiteOutputs, read_outputs
+from qkt_clinical.report.outputs import (
+    Interval,
+    Outputs,
+    Phase1,
+    QueryOutputs,
+    Scores,
+    SiteOutputs,
+    read_outputs,
+)
 
 METHOD_WORDS = {
     "qkt": (
-        "One network answers. It learned the features of its own model and of the relevant teachers on the "
-        "hospital’s own images (phase 1); then its head was set for all relevant classes (phase 2)."
+        "One network answers. It took up the extractors of the relevant teachers beside its own, made "
+        "smaller on the hospital’s own images (phase 1); then its head was set for all relevant classes "
+        "(phase 2)."
     ),
     "qkt-light": (
-        "One network answers. It is the hospital’s own model with its features as they were; only the rows "
-        "of the head that belong to the query were learned from the teachers."
+        "One network answers. It took up the extractors of the teachers that know the query beside its own, "
+        "made much smaller; then its head was set for all relevant classes."
     ),
     "routed": (
-        "Several networks answer together: the hospital’s own model for its own classes, the relevant "
-        "teachers’ networks for the query."
+        "Several networks answer together: the hospital’s own model and the relevant teachers’ networks, "
+        "each for the classes that it knows."
     ),
 }
 
@@ -148,11 +157,18 @@ def _site_view(site: SiteOutputs) -> dict[str, Any]:
     }
 
 
+def _phase1_chart(phase1: Phase1) -> charts.LineChart | None:
+    if phase1.kind == "transplant":
+        title = "Phase 1: share of a layer’s output lost, per teacher"
+        return charts.line_chart(title, phase1.curves, axis="layer number")
+    return charts.line_chart("Phase 1: losses", phase1.curves)
+
+
 def _query_view(outputs: Outputs, query: QueryOutputs) -> dict[str, Any]:
     phases, evaluation = query.phases, query.evaluation
     site = outputs.site(evaluation.hospital)
     drawn = [
-        charts.line_chart("Phase 1: losses", phases.phase1.curves) if phases.phase1 else None,
+        _phase1_chart(phases.phase1) if phases.phase1 else None,
         charts.line_chart("Phase 2: losses", phases.phase2.curves),
     ]
     return {

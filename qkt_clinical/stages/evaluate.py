@@ -25,7 +25,7 @@ from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
 from qkt_clinical.stages.transfer import read_plan
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import predict_scores
+from qkt_clinical.transfer import FLIPS, predict_scores
 
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 
@@ -104,7 +104,7 @@ def evaluate_query(
         "local": [classes[c] for c in decision.local],
         "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
         "test_sites": used,
-        "passes_per_prediction": 1 + len(decision.experts),
+        "passes_per_prediction": (1 + len(decision.experts)) * (FLIPS if decision.flips else 1),
         **figures,
     }
 

@@ -131,7 +131,7 @@ def transfer_query(
                 "classes": classes,
                 "input": own.card.input,
                 "training": {
-                    "epochs": len((phases["phase1"] or {"curves": []})["curves"]),
+                    "phase1": (phases["phase1"] or {"kind": None})["kind"],
                     "seed": params.seed,
                     "version": __version__,
                 },

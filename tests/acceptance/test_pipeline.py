@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
 QUICK = {
     "train": {"epochs": 4, "batch_size": 16},
-    "transfer": {"epochs": 2, "views": 2, "batch_size": 16},
+    "transfer": {"images": 60},
     "mask": {"probes": 48},
     "evaluate": {"bootstrap": 50},
 }
@@ -161,7 +161,7 @@ def pipeline(root: Path, params: Params) -> None:
 def test_the_order_of_hospitals_changes_nothing(tmp_path: Path) -> None:
     settings = phantom_params(2) | {
         "train": {"epochs": 4, "batch_size": 16},
-        "transfer": {"epochs": 1, "views": 1, "batch_size": 16},
+        "transfer": {"images": 40},
         "evaluate": {"bootstrap": 20},
     }
     backwards = settings | {
