@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+OWN_WEIGHT = 2.0
+"""What the hospital's own network counts for in the consensus, a teacher being 1.
+
+Teachers are strangers to the hospital's scanner and stain. Where there is none such, 1 and 2 do alike.
+"""
 ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
 
@@ -42,41 +47,56 @@ def margin_row(weight: Tensor, bias: Tensor, named: int, known: Sequence[int]) -
     return weight[named] - weight[rivals].mean(dim=0), bias[named] - bias[rivals].mean()
 
 
-def consensus(logits: Sequence[Tensor], known: Sequence[Sequence[int]], relevant: Sequence[int]) -> Tensor:
+def _shares(named: int, known: Sequence[Sequence[int]], own: float) -> list[float]:
+    """Each network's share in the consensus on a class; 0 for those that do not know it."""
+    weights = [(own if i == 0 else 1.0) * (named in k) for i, k in enumerate(known)]
+    return [w / sum(weights) for w in weights]
+
+
+def consensus(
+    logits: Sequence[Tensor],
+    known: Sequence[Sequence[int]],
+    relevant: Sequence[int],
+    own: float = OWN_WEIGHT,
+) -> Tensor:
     """The masked networks' common view: for each class the mean margin of the networks that know it.
 
     Args:
-        logits: (N, C) each, one per network.
+        logits: (N, C) each, one per network, the hospital's own first.
         known: the classes that each network knows; every relevant class is known to one at least.
         relevant: R.
+        own: what the hospital's own network counts for.
 
     Returns:
         (N, C), 0 outside R.
     """
     out = torch.zeros_like(logits[0])
     for c in relevant:
-        out[:, c] = torch.stack([margin(z, c, k) for z, k in zip(logits, known, strict=True) if c in k]).mean(
-            dim=0
-        )
+        shares = _shares(c, known, own)
+        heard = [(s, z, k) for s, z, k in zip(shares, logits, known, strict=True) if s]
+        out[:, c] = torch.stack([s * margin(z, c, k) for s, z, k in heard]).sum(dim=0)
     return out
 
 
 def consensus_rows(
-    heads: Sequence[tuple[Tensor, Tensor]], known: Sequence[Sequence[int]], relevant: Sequence[int]
+    heads: Sequence[tuple[Tensor, Tensor]],
+    known: Sequence[Sequence[int]],
+    relevant: Sequence[int],
+    own: float = OWN_WEIGHT,
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`consensus` as rows: one weight (C, F_i) and bias (C,) per network.
 
     The consensus is the sum over the networks of ``features_i @ weight_i.T + bias_i``.
 
     Args:
-        heads: weight (C, F_i) and bias (C,) per network.
+        heads: weight (C, F_i) and bias (C,) per network, the hospital's own first.
     """
     rows = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in heads]
     for c in relevant:
-        knowing = [i for i, k in enumerate(known) if c in k]
-        for i in knowing:
-            row, shift = margin_row(*heads[i], c, known[i])
-            rows[i][0][c], rows[i][1][c] = row / len(knowing), shift / len(knowing)
+        for i, share in enumerate(_shares(c, known, own)):
+            if share:
+                row, shift = margin_row(*heads[i], c, known[i])
+                rows[i][0][c], rows[i][1][c] = share * row, share * shift
     return rows
 
 

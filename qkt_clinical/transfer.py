@@ -3,9 +3,8 @@
 A reconstruction (the paper's equations are not all known to us), with these choices:
 
 - **Masks** say which networks know a class of R, the local classes and the query. For every class the
-  networks that know it, the hospital's own among them, are heard alike: their mean margin, the
-  *consensus*. Teachers that know no query class but a local one speak too: an image of the query is
-  strange to them.
+  networks that know it are heard, the hospital's own twice: their mean margin, the *consensus*. Teachers
+  that know no query class but a local one speak too: an image of the query is strange to them.
 - **Phase 1** makes one network of them. By ``transplant`` the teachers' extractors are taken up side by
   side, reduced layer by layer on the hospital's own images. By ``distill`` the own extractor learns their
   features and logits on augmented local images, one linear map per source. No label is taught again: that

@@ -57,8 +57,10 @@ def test_a_margin_is_a_row_of_the_head(known: list[int]) -> None:
 def test_consensus_by_hand() -> None:
     # One knows 0 and 1, the other 1 and 3; class 2 is nobody's.
     one, other = torch.tensor([[4.0, 1.0, 9.0, 9.0]]), torch.tensor([[9.0, 2.0, 9.0, 7.0]])
-    found = consensus([one, other], [(0, 1), (1, 3)], (0, 1, 3))
-    assert found.tolist() == [[3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]]
+    known = [(0, 1), (1, 3)]
+    assert consensus([one, other], known, (0, 1, 3), own=1.0).tolist() == [[3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]]
+    # The first is the hospital's own and counts twice.
+    assert consensus([one, other], known, (1,))[0, 1] == pytest.approx((2 * -3.0 - 5.0) / 3)
     assert consensus([one, other], [(0, 1), (1, 3)], (0,)).tolist() == [[3.0, 0.0, 0.0, 0.0]]
 
 

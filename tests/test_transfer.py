@@ -263,7 +263,7 @@ def test_a_teacher_of_local_classes_alone_is_heard_on_them(
     found = scores_of(both.network, both.decision, [birch, cedar], inputs, CPU)
     crosses = margin(logits["own"], 1, (0, 1))
     assert torch.allclose(without[:, 1], crosses, atol=1e-4)
-    assert torch.allclose(found[:, 1], (crosses + margin(logits["birch"], 1, (1, 3))) / 2, atol=1e-4)
+    assert torch.allclose(found[:, 1], (2 * crosses + margin(logits["birch"], 1, (1, 3))) / 3, atol=1e-4)
     assert torch.allclose(found[:, 0], without[:, 0], atol=1e-4), "of discs it knows nothing"
     students = [ask(own, teachers, query=(2,)).network for teachers in ([cedar], [birch, cedar])]
     assert [len(s.spec.branches) for s in students] == [2, 3]
