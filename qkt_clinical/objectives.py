@@ -166,6 +166,19 @@ def offset_for_budget(scores: Tensor, budget: float) -> float:
     return -float(highest[allowed(budget, len(highest))]) - hair
 
 
+def offsets_for_budget(scores: Tensor, budget: float, rare: Sequence[bool]) -> Tensor:
+    """The offsets (Q,) of all query classes.
+
+    Rare classes have samples that say where they begin; the budget only bounds what they may take.
+
+    Args:
+        scores: (N, Q), see :func:`offset_for_budget`.
+        rare: per query class, whether the hospital has samples of it.
+    """
+    offset = offset_for_budget(scores, budget)
+    return torch.tensor([min(offset, 0.0) if r else offset for r in rare])
+
+
 def given_away(scores: Tensor, offsets: Tensor) -> float:
     """Share of images (N, Q) that go to the query at these offsets (Q,)."""
     return float(((scores + offsets).max(dim=1).values > 0).double().mean())

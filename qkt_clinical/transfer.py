@@ -47,7 +47,7 @@ from qkt_clinical.objectives import (
     feature_loss,
     given_away,
     logit_loss,
-    offset_for_budget,
+    offsets_for_budget,
     query_scores,
     ridge,
 )
@@ -143,6 +143,17 @@ def make_views(inputs: Tensor, count: int, strength: float, seed: int, device: t
     return torch.stack(views)
 
 
+def view_batches(views: Tensor, batch_size: int, draw: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch over the images of (views, N, ...): view numbers and image numbers, each (batch,).
+
+    Every image in a view of its own, not a whole epoch in one: batch statistics then cover all views.
+    """
+    count = views.shape[1]
+    chosen = torch.randint(len(views), (count,), generator=draw)
+    for index in shuffled(count, batch_size, draw):
+        yield chosen[index], index
+
+
 def _observe(network: Classifier, views: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features and logits of a frozen network on every view: one pass per view, never repeated."""
     features = torch.stack([predict(network, view, device, features=True) for view in views])
@@ -197,11 +208,7 @@ def distill(
     modules = nn.ModuleDict({"extractor": network.extractor, "maps": nn.ModuleList(linears)})
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-        draw = generator(seed, "phase1", str(epoch))
-        # Every image in a view of its own, not a whole epoch in one: batch statistics then cover all views.
-        chosen = torch.randint(len(views), (count,), generator=draw)
-        for index in shuffled(count, params.batch_size, draw):
-            view = chosen[index]
+        for view, index in view_batches(views, params.batch_size, generator(seed, "phase1", str(epoch))):
             yield (
                 views[view, index].to(device),
                 [s.features[view, index].to(device) for s in sources],
@@ -318,6 +325,18 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
     return local, {q: present[q] for q in query if present[q]}
 
 
+def own_today(
+    student: Classifier, inputs: Tensor, local: Sequence[int], query: Sequence[int], device: torch.device
+) -> Tensor:
+    """The images that the hospital's own model tells from a rare query today: only those can be given away.
+
+    All of them where it tells none.
+    """
+    today = decide(predict(student, inputs, device), local, query, torch.zeros(len(query))).argmax(dim=1)
+    kept = ~torch.isin(today, torch.tensor(query))
+    return inputs[kept] if bool(kept.any()) else inputs
+
+
 def _some(images: Tensor, labels: Labels, count: int, seed: int) -> Tensor:
     """At most ``count`` images, as many of every class as there are, drawn at random."""
     order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
@@ -343,28 +362,36 @@ class _Panel:
         return consensus_rows(heads, self.known, self.relevant)
 
 
-def _transplanted(
-    panel: _Panel,
-    images: Tensor,
-    rank: float,
-    strength: float,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Classifier, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Run:
+    """How a phase is run, whatever it does."""
+
+    params: TransferParams
+    seed: int
+    device: torch.device
+    checkpoint: Checkpoint | None
+    progress: Callable[[int, int], None] | None
+
+    def views(self, inputs: Tensor) -> Tensor:
+        """For phases that are learned: (views, N, C, *spatial)."""
+        count, strength = self.params.distillation.views, self.params.augment
+        return make_views(inputs, count, strength, self.seed, self.device)
+
+
+def _transplanted(panel: _Panel, images: Tensor, rank: float, run: _Run) -> tuple[Classifier, dict[str, Any]]:
     """Phase 1 by transplant, on one view of each image; the student and the phase's record."""
-    view = augment(images, strength, generator(seed, "view", "1"))
+    view = augment(images, run.params.augment, generator(run.seed, "view", "1"))
     parts, lost = [], {}
     for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
         # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
         share = rank if number else 1.0
-        draw = derive(seed, "transplant", site)
-        extractor, branch, losses = transplant(source, share, view, seed=draw, device=device)
+        draw = derive(run.seed, "transplant", site)
+        extractor, branch, losses = transplant(source, share, view, seed=draw, device=run.device)
         parts.append((extractor, branch))
         if number:
             lost[site] = losses
-        if progress:
-            progress(number + 1, len(panel.networks))
+        if run.progress:
+            run.progress(number + 1, len(panel.networks))
     layers = range(max(map(len, lost.values()), default=0))
     # Per teacher the share of a layer's output that is lost on the views.
     curves = [{LAYER: i + 1.0, **{s: v[i] for s, v in lost.items() if i < len(v)}} for i in layers]
@@ -372,33 +399,25 @@ def _transplanted(
     return amalgam(panel.networks[0], parts, panel.rows), record
 
 
-def _distilled(
-    panel: _Panel,
-    inputs: Tensor,
-    params: TransferParams,
-    seed: int,
-    device: torch.device,
-    checkpoint: Checkpoint | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Classifier, dict[str, Any]]:
+def _distilled(panel: _Panel, inputs: Tensor, run: _Run) -> tuple[Classifier, dict[str, Any]]:
     """Phase 1 by distillation; the student and the phase's record."""
-    setting = params.distillation
-    views = make_views(inputs, setting.views, params.augment, seed, device)
+    views = run.views(inputs)
     sources = [
-        _Source(n, k, *_observe(n, views, device)) for n, k in zip(panel.networks, panel.known, strict=True)
+        _Source(n, k, *_observe(n, views, run.device))
+        for n, k in zip(panel.networks, panel.known, strict=True)
     ]
     network, maps, curves = distill(
         panel.networks[0],
         sources,
         views,
-        setting,
-        seed=seed,
-        device=device,
-        checkpoint=checkpoint,
-        progress=progress,
+        run.params.distillation,
+        seed=run.seed,
+        device=run.device,
+        checkpoint=run.checkpoint,
+        progress=run.progress,
     )
     carry_rows(network, maps, panel.rows)
-    return network, _record("distill", setting.views, panel, curves)
+    return network, _record("distill", len(views), panel, curves)
 
 
 def _wanted(panel: _Panel, views: Tensor, device: torch.device) -> Tensor:
@@ -408,14 +427,12 @@ def _wanted(panel: _Panel, views: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _learn_head(
-    panel: _Panel, inputs: Tensor, params: TransferParams, seed: int, device: torch.device
-) -> tuple[Classifier, dict[str, Any]]:
+def _learn_head(panel: _Panel, inputs: Tensor, run: _Run) -> tuple[Classifier, dict[str, Any]]:
     """Without phase 1: the head learns the consensus from the own features, by ridge regression."""
     network = copy.deepcopy(panel.networks[0])
-    views = make_views(inputs, params.distillation.views, params.augment, seed, device)
-    features = torch.cat([predict(network, view, device, features=True) for view in views])
-    weight, bias = ridge(features, _wanted(panel, views, device).flatten(0, 1), 1e-2)
+    views = run.views(inputs)
+    features = torch.cat([predict(network, view, run.device, features=True) for view in views])
+    weight, bias = ridge(features, _wanted(panel, views, run.device).flatten(0, 1), 1e-2)
     network.head.weight.copy_(weight)
     network.head.bias.copy_(bias)
     return network, _record("none", len(views), panel, [])
@@ -427,29 +444,20 @@ def _record(kind: str, views: int, panel: _Panel, curves: list[dict[str, float]]
 
 
 def _learn_jointly(
-    panel: _Panel,
-    inputs: Tensor,
-    labels: Tensor,
-    params: TransferParams,
-    seed: int,
-    device: torch.device,
-    checkpoint: Checkpoint | None,
-    progress: Callable[[int, int], None] | None,
+    panel: _Panel, inputs: Tensor, labels: Tensor, run: _Run
 ) -> tuple[Classifier, dict[str, Any]]:
     """Both phases in one: extractor and head learn the consensus, and the labels among the held classes."""
-    setting = params.distillation
+    setting, device = run.params.distillation, run.device
     network = fast_layout(copy.deepcopy(panel.networks[0]).to(device))
-    views = make_views(inputs, setting.views, params.augment, seed, device)
+    views = run.views(inputs)
     wanted = _wanted(panel, views, device)
     relevant, held = list(panel.relevant), sorted(panel.known[0])
     spread = float(wanted[:, :, relevant].std().clamp(min=1e-4))
     targets = torch.searchsorted(torch.tensor(held), labels)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        draw = generator(seed, "joint", str(epoch))
-        chosen = torch.randint(len(views), (len(labels),), generator=draw)
-        for index in shuffled(len(labels), setting.batch_size, draw):
-            view = chosen[index]
+        draw = generator(run.seed, "joint", str(epoch))
+        for view, index in view_batches(views, setting.batch_size, draw):
             yield (
                 views[view, index].to(device),
                 wanted[view, index].to(device),
@@ -470,8 +478,8 @@ def _learn_jointly(
         loss,
         Schedule(setting.epochs, setting.learning_rate, setting.weight_decay),
         device=device,
-        checkpoint=checkpoint,
-        progress=progress,
+        checkpoint=run.checkpoint,
+        progress=run.progress,
     )
     return network.cpu(), _record("joint", len(views), panel, history.curves)
 
@@ -540,18 +548,21 @@ def answer_query(
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
 
-    if method == "routed":
-        pass
-    elif method == "qkt" and params.phase1 == "none":
-        network, first = _learn_head(panel, inputs, params, seed, device)
-    elif method == "qkt" and params.phase1 == "joint":
-        network, first = _learn_jointly(panel, inputs, labels, params, seed, device, checkpoint, progress)
-    elif method == "qkt" and params.phase1 == "distill":
-        network, first = _distilled(panel, inputs, params, seed, device, checkpoint, progress)
-    else:
-        some = _some(inputs, data.train[1], params.images, seed)
-        rank = params.rank if method == "qkt" else params.light_rank
-        network, first = _transplanted(panel, some, rank, params.augment, seed, device, progress)
+    run = _Run(params, seed, device, checkpoint, progress)
+
+    match (method, params.phase1):
+        case ("routed", _):
+            pass
+        case ("qkt", "none"):
+            network, first = _learn_head(panel, inputs, run)
+        case ("qkt", "joint"):
+            network, first = _learn_jointly(panel, inputs, labels, run)
+        case ("qkt", "distill"):
+            network, first = _distilled(panel, inputs, run)
+        case _:
+            some = _some(inputs, data.train[1], params.images, seed)
+            rank = params.rank if method == "qkt" else params.light_rank
+            network, first = _transplanted(panel, some, rank, run)
 
     if rare and method != "routed" and params.phase2:
         # Several views of every image, so that a handful of samples is not learned by heart.
@@ -568,15 +579,9 @@ def answer_query(
         experts=tuple(t.site for t in teachers) if method == "routed" else (),
         flips=method == "routed" and params.flips,
     )
-    if rare:
-        # What is not given away: images that the hospital's own model tells from the query today.
-        today = decide(predict(student, calibration, device), local, query, torch.zeros(len(query)))
-        kept = ~torch.isin(today.argmax(dim=1), torch.tensor(query))
-        calibration = calibration[kept] if bool(kept.any()) else calibration
+    calibration = own_today(student, calibration, local, query, device) if rare else calibration
     scores = query_scores(_logits_of(network, draft, teachers, calibration, device), local, query)
-    offset = offset_for_budget(scores, budget)
-    # Rare classes have samples that say where they begin; the budget only bounds what they may take.
-    offsets = torch.tensor([min(offset, 0.0) if q in rare else offset for q in query])
+    offsets = offsets_for_budget(scores, budget, [q in rare for q in query])
     offsets = offsets if params.phase2 else torch.zeros(len(query))
     decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
     second = {

@@ -37,6 +37,7 @@ from qkt_clinical.benchmark.summary import (
     cluster_intervals,
     markdown,
     mask_figures,
+    queries_table,
     summarise,
 )
 from qkt_clinical.benchmark.variants import vary, with_fewer_images, wrong_labels
@@ -48,6 +49,7 @@ from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.evaluation import auroc
 from qkt_clinical.federate import Part
 from qkt_clinical.files import write_json
+from qkt_clinical.objectives import offsets_for_budget
 from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import Teacher
@@ -557,6 +559,38 @@ def test_another_budget_moves_only_the_offset() -> None:
         # With 99 images a budget of k % pays for k - 1 of them, at the least none.
         given = int((preference + shift.mean() > 0).sum())
         assert given == max(0, round(100 * budget - 0.01) - 1)
+
+
+@pytest.mark.parametrize("rare", [(), (2,)])
+def test_the_budget_that_was_asked_for_gives_the_answer_again(rare: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(1)
+    raw, scores = torch.randn(99, 3, generator=random), torch.randn(50, 3, generator=random)
+    raw[:, 2] -= 4 * bool(rare)  # here the budget would allow more than a rare class takes by itself
+    preference = raw[:, 2:] - raw[:, :2].max(dim=1, keepdim=True).values
+    offset = offsets_for_budget(preference, 0.05, [bool(rare)])
+    assert (float(offset) == 0) == bool(rare)
+    decision = Decision(
+        method="qkt", local=(0, 1), query=(2,), rare=rare, offsets=(float(offset),), budget=0.05
+    )
+    calibration = raw.clone()
+    calibration[:, 2] += offset
+    moved = at_budgets(scores, calibration, decision)
+    torch.testing.assert_close(moved[0.05], scores)
+    assert all((changed[:, 2] <= scores[:, 2] + 1e-6).all() for changed in moved.values()) == bool(rare)
+
+
+def test_queries_one_by_one_beside_the_best_peer() -> None:
+    def row(method: str, query: str, share: float) -> dict[str, Any]:
+        return {"method": method, "query": query, "query_accuracy": share, "balanced_accuracy": share + 0.1}
+
+    rows = [row("qkt", "a", 0.5), row("qkt", "a", 0.7), row("qkt", "b", 0.25)]
+    rows += [row("local", q, 0.0) for q in "aab"] + [row("ensemble-prob", q, 0.3) for q in "aab"]
+    assert queries_table(rows).splitlines() == [
+        "| query | `qkt` | `ensemble-prob` | asked |",
+        "| --- | --- | --- | --- |",
+        "| a | 60.0 / 70.0 | 30.0 / 40.0 | 2 |",
+        "| b | 25.0 / 35.0 | 30.0 / 40.0 | 1 |",
+    ]
 
 
 def test_the_number_of_rounds_is_chosen_on_validation_images(case: Case) -> None:

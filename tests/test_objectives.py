@@ -20,6 +20,7 @@ from qkt_clinical.objectives import (
     margin,
     margin_row,
     offset_for_budget,
+    offsets_for_budget,
     query_scores,
     ridge,
 )
@@ -223,6 +224,16 @@ def test_no_more_could_be_given_away(case: tuple[torch.Tensor, list[int], float]
 
 
 # --- the answer -----------------------------------------------------------------------------------
+
+
+def test_the_budget_bounds_a_rare_class_and_opens_no_door_to_it() -> None:
+    scores = torch.arange(19.0)[:, None].expand(19, 2)
+    # The shared offset is just below -15 (see above): it binds both. Ten below, only the absent class gains.
+    both = offsets_for_budget(scores, 0.2, [False, True]).tolist()
+    assert both == pytest.approx([offset_for_budget(scores, 0.2)] * 2)
+    absent, rare = offsets_for_budget(scores - 25, 0.2, [False, True]).tolist()
+    assert absent == pytest.approx(10.0, abs=1e-2)
+    assert rare == 0.0
 
 
 def test_decision_by_hand() -> None:

@@ -30,6 +30,7 @@ from qkt_clinical.transfer import (
     predict_scores,
     refine_head,
     scores_of,
+    view_batches,
 )
 from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teacher
 
@@ -351,6 +352,15 @@ def test_images_for_the_transplant_are_of_all_classes_alike() -> None:
     assert found[0].tolist() == found[1].tolist() == sorted(found[0].tolist())
     assert found[0].tolist() != found[2].tolist()
     assert torch.equal(_some(images, labels, 400, 1), images)
+
+
+def test_an_epoch_shows_every_image_once_each_in_a_view_of_its_own() -> None:
+    views = torch.zeros(3, 41, 1, 2, 2)
+    drawn = list(view_batches(views, 8, torch.Generator().manual_seed(0)))
+    images = torch.cat([image for _, image in drawn])
+    assert sorted(images.tolist()) == list(range(41))
+    assert set(torch.cat([view for view, _ in drawn]).tolist()) == {0, 1, 2}
+    assert len(drawn) == 5, "a last image alone joins the batch before"
 
 
 def test_views_are_the_images_themselves_first() -> None:

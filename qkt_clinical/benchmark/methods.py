@@ -30,13 +30,13 @@ from qkt_clinical.benchmark.store import Store
 from qkt_clinical.benchmark.variants import with_fewer_images
 from qkt_clinical.card import Decision
 from qkt_clinical.networks import Classifier, multiply_adds
-from qkt_clinical.objectives import offset_for_budget, query_scores
+from qkt_clinical.objectives import offsets_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import FLIPS, LocalData, Teacher, answer_query, scores_of
+from qkt_clinical.transfer import FLIPS, LocalData, Teacher, answer_query, own_today, scores_of
 
 
 @dataclass(frozen=True)
@@ -239,13 +239,16 @@ def qkt(case: Case, setup: Setup) -> Outcome:
 
     found, shape = scores(case.inputs), case.inputs.shape[1:]
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
+    held_out, decision = to_input(own.images), answer.decision
+    if decision.rare:
+        held_out = own_today(student, held_out, decision.local, decision.query, store.device)
     return Outcome(
         found,
         sum(map(store.bytes, teachers)),
         seconds,
         passes=(1 + len(experts)) * (FLIPS if answer.decision.flips else 1),
         cost=None if experts else multiply_adds(answer.network, shape) / multiply_adds(student, shape),
-        curve=at_budgets(found, scores(to_input(own.images)), answer.decision),
+        curve=at_budgets(found, scores(held_out), decision),
     )
 
 
@@ -256,13 +259,14 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[
         scores: (N, C) as answered.
         calibration: (M, C) of the same answer on the hospital's own held-out images.
     """
-    query = list(decision.query)
-    preference = query_scores(calibration, decision.local, query)
+    query, answered = list(decision.query), torch.tensor(decision.offsets)
+    preference = query_scores(calibration, decision.local, query) - answered.to(calibration)
+    rare = [q in decision.rare for q in query]
     moved = {}
     for budget in BUDGETS:
-        shift = offset_for_budget(preference, budget)
+        offsets = offsets_for_budget(preference, budget, rare)
         moved[budget] = scores.clone()
-        moved[budget][:, query] += shift
+        moved[budget][:, query] += (offsets - answered).to(scores)
     return moved
 
 

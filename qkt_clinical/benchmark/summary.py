@@ -191,6 +191,24 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     return _table(header, lines)
 
 
+def queries_table(rows: Sequence[Row]) -> str:
+    """Per query the mean query and balanced accuracy of QKT's methods and of the best peer, in percent."""
+    shown = [m for m in (*METHODS, best_peer(rows)) if m in by_method(rows)]
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["query"], []).append(row)
+    lines = []
+    for query, asked in sorted(found.items()):
+        methods = by_method(asked)
+        each = [
+            f"{100 * _of(methods[m], 'query_accuracy').mean():.1f} / "
+            f"{100 * _of(methods[m], 'balanced_accuracy').mean():.1f}"
+            for m in shown
+        ]
+        lines.append([query, *each, str(len(methods[shown[0]]))])
+    return _table(["query", *(f"`{m}`" for m in shown), "asked"], lines)
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """``benchmark.md``: methods by balanced accuracy, masks, environment and settings."""
     summary: Mapping[str, Any] = result["summary"]
@@ -216,6 +234,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 ],
             ),
         ]
+        parts += ["## Query by query", "Query accuracy / balanced accuracy.", queries_table(result["rows"])]
     masks: Mapping[str, Any] = result["masks"]
     truth = next(iter(masks.values()))["truth"]
     meaning = {"held": "the teacher was trained on the class", "recalled": "it recalls more than half of it"}

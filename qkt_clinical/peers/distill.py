@@ -19,10 +19,9 @@ from qkt_clinical.training import (
     fit,
     generator,
     predict,
-    shuffled,
     to_input,
 )
-from qkt_clinical.transfer import make_views
+from qkt_clinical.transfer import make_views, view_batches
 
 
 def softened_divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -72,9 +71,7 @@ def distill_all(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "distill", str(epoch))
-        chosen = torch.randint(len(views), (count,), generator=draw)
-        for index in shuffled(count, params.batch_size, draw):
-            view = chosen[index]
+        for view, index in view_batches(views, params.batch_size, draw):
             yield views[view, index].to(device), targets[view, index].to(device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:

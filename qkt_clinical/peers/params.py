@@ -24,7 +24,7 @@ class FinetuneParams(Strict):
 
 
 class DistillParams(Strict):
-    """Unmasked distillation; epochs, views and augmentation are those of QKT's phase 1."""
+    """Unmasked distillation, as long and on as many views as QKT's own distillation."""
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
