@@ -24,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.tables import Row, markdown
 from qkt_clinical.augment import augment
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split, read, simulate
 from qkt_clinical.benchmark.variants import wrong_labels
@@ -50,7 +51,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": lambda channels: nn.GroupNorm(1, channels),
 }
 READERS: tuple[Estimator, ...] = ("batch-norm-noise", "feature-noise", "head-row-norm", "combined")
-Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -517,15 +517,6 @@ TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {
         liars_rare,
     )
 }
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A table; figures with three digits."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    for row in rows:
-        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:

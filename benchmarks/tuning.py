@@ -1,0 +1,140 @@
+"""Peers' settings on validation images: ``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``.
+
+Teachers are trained once and kept in ``--work``. Figures are means over all queries, on the val split.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.tables import Row, markdown
+from qkt_clinical.benchmark.metrics import figures
+from qkt_clinical.benchmark.settings import Settings
+from qkt_clinical.benchmark.simulate import Question, read, simulate
+from qkt_clinical.benchmark.store import Store
+from qkt_clinical.catalog import Partition, Regime
+from qkt_clinical.networks import Classifier
+from qkt_clinical.peers.federated import Participant, federated
+from qkt_clinical.peers.finetune import finetune
+from qkt_clinical.peers.params import FederatedParams, FinetuneParams
+from qkt_clinical.seeding import derive
+from qkt_clinical.training import predict, to_input
+
+CPU = torch.device("cpu")
+SHOWN = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
+
+class Bench:
+    """The data, the work folder and the seed of the partition and of training."""
+
+    def __init__(self, data: Path, work: Path, seed: int) -> None:
+        self.parts, self.classes = read(data)
+        self.work, self.seed = work, seed
+
+    def store(self, partition: Partition, regime: Regime) -> Store:
+        """Teachers of one setting, figures on val."""
+        settings = Settings(split="val", device="cpu", partition=partition, regime=regime)
+        federation = simulate(
+            self.parts, self.classes, partition=partition, regime=regime, seed=self.seed, beta=settings.beta
+        )
+        return Store(self.work / f"{partition}-{regime}-s{self.seed}", federation, settings, CPU)
+
+    def judge(self, store: Store, logits_of: Callable[[Question], Tensor]) -> Row:
+        """Mean figures over all queries, of logits (N, C) on all val images."""
+        val, found = store.federation.val, []
+        for question in store.federation.questions:
+            relevant = store.federation.relevant(question)
+            index = np.flatnonzero(np.isin(val.labels, relevant))
+            scores = logits_of(question)[index].numpy()
+            found.append(figures(scores, val.labels[index], relevant, question.query))
+        return {name: float(np.mean([f[name] for f in found])) for name in SHOWN}
+
+    def judge_global(self, params: FederatedParams, rounds: int, proximal: float) -> Row:
+        """A federation's network on absent classes."""
+        store = self.store("pathological", "absent")
+        network = federated(
+            [Participant(h.name, h.train.pair) for h in store.federation.hospitals],
+            store.federation.spec,
+            params,
+            rounds=rounds,
+            proximal=proximal,
+            seed=derive(self.seed, "benchmark", "federated"),
+            device=CPU,
+        )
+        logits = predict(network, to_input(store.federation.val.images), CPU)
+        return self.judge(store, lambda question: logits)
+
+    def teacher(self, store: Store, hospital: str) -> Classifier:
+        """Trained the first time."""
+        name = f"full/{hospital}"
+        if not (store.folder / name).is_dir():
+            store.train(name)
+        return store.bundle(name).network
+
+
+def fedavg(bench: Bench) -> Iterator[Row]:
+    """FedAvg's learning rate, 20 rounds, absent classes."""
+    for rate in (1e-3, 3e-3, 1e-2):
+        yield {
+            "learning rate": f"{rate:g}",
+            **bench.judge_global(FederatedParams(learning_rate=rate), 20, 0.0),
+        }
+
+
+def fedprox(bench: Bench) -> Iterator[Row]:
+    """FedProx's mu, 20 rounds, absent classes."""
+    for proximal in (0.001, 0.01, 0.1, 1.0):
+        yield {"mu": f"{proximal:g}", **bench.judge_global(FederatedParams(), 20, proximal)}
+
+
+def finetuned(bench: Bench) -> Iterator[Row]:
+    """Fine-tuning of the own network, rare classes of Dirichlet hospitals."""
+    store = bench.store("dirichlet", "rare")
+    inputs = to_input(store.federation.val.images)
+    asking = sorted({q.student for q in store.federation.questions})
+    own = {h: predict(bench.teacher(store, h), inputs, CPU) for h in asking}
+    yield {"epochs": 0, "learning rate": "", **bench.judge(store, lambda q: own[q.student])}
+    for epochs, rate in ((5, 3e-4), (10, 1e-4), (10, 3e-4), (10, 1e-3), (20, 3e-4)):
+        tuned = {}
+        for hospital in asking:
+            data = store.data(hospital)
+            network = finetune(
+                bench.teacher(store, hospital),
+                data.train.pair,
+                data.val.pair,
+                range(store.federation.spec.classes),
+                FinetuneParams(epochs=epochs, learning_rate=rate),
+                seed=derive(bench.seed, "benchmark", "finetune", hospital),
+                name=hospital,
+                device=CPU,
+            )
+            tuned[hospital] = predict(network, inputs, CPU)
+        row = bench.judge(store, lambda q, tuned=tuned: tuned[q.student])  # type: ignore[misc]
+        yield {"epochs": epochs, "learning rate": f"{rate:g}", **row}
+
+
+TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (fedavg, fedprox, finetuned)}
+
+
+def main() -> None:
+    """Print the tables asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="npz in MedMNIST's layout")
+    parser.add_argument("--work", type=Path, default=Path("runs/tuning"), help="where teachers are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    options = parser.parse_args()
+    bench = Bench(options.data, options.work, options.seed)
+    for name in options.tables:
+        print(f"\n### {name}\n\n{(TABLES[name].__doc__ or '').strip()}\n")
+        print(markdown(list(TABLES[name](bench))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
