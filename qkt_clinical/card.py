@@ -97,6 +97,8 @@ class Decision(Strict):
     offsets: tuple[float, ...]
     """One per query class, in the order of ``query``."""
     budget: float
+    own_weight: float = Field(gt=0, le=1000)
+    """What the hospital's own network counts for in the consensus, a teacher being 1."""
     experts: tuple[Name, ...] = ()
     """Sites whose networks answer along (``routed``)."""
     flips: bool = False

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OWN_WEIGHT = 2.0
-"""What the hospital's own network counts for in the consensus, a teacher being 1.
-
-Teachers are strangers to the hospital's scanner and stain. Where there is none such, 1 and 2 do alike.
-"""
+OWN_WEIGHTS = (2.0, 1.0, 4.0, 8.0, 16.0)
+"""What the hospital's own network may count for in the consensus, a teacher being 1; the first in a tie."""
+TEMPERATURES = torch.logspace(-1, 1, 25).tolist()
+"""At which scores are tried as logits."""
 ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
 
@@ -57,7 +56,7 @@ def consensus(
     logits: Sequence[Tensor],
     known: Sequence[Sequence[int]],
     relevant: Sequence[int],
-    own: float = OWN_WEIGHT,
+    own: float,
 ) -> Tensor:
     """The masked networks' common view: for each class the mean margin of the networks that know it.
 
@@ -82,7 +81,7 @@ def consensus_rows(
     heads: Sequence[tuple[Tensor, Tensor]],
     known: Sequence[Sequence[int]],
     relevant: Sequence[int],
-    own: float = OWN_WEIGHT,
+    own: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`consensus` as rows: one weight (C, F_i) and bias (C,) per network.
 
@@ -90,6 +89,7 @@ def consensus_rows(
 
     Args:
         heads: weight (C, F_i) and bias (C,) per network, the hospital's own first.
+        known, relevant, own: see :func:`consensus`.
     """
     rows = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in heads]
     for c in relevant:
@@ -207,3 +207,43 @@ def balanced_cross_entropy(scores: Tensor, labels: Tensor, classes: Sequence[int
     each = F.cross_entropy(scores, labels, reduction="none")
     means = [each[labels == c].mean() for c in classes if bool((labels == c).any())]
     return torch.stack(means).mean()
+
+
+def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+    """Class-balanced cross-entropy among some classes, at the temperature that suits the scores best.
+
+    Args:
+        scores: (N, C).
+        labels: (N,), each in ``classes``.
+    """
+    among = decide(scores.double(), classes, (), torch.zeros(0))
+    return min(float(balanced_cross_entropy(among / t, labels, classes)) for t in TEMPERATURES)
+
+
+def own_weight(
+    logits: Sequence[Tensor], known: Sequence[Sequence[int]], local: Sequence[int], labels: Tensor
+) -> float:
+    """What the hospital's own network counts for in the consensus, a teacher being 1.
+
+    Teachers are strangers to the hospital's scanner and stain, some more than others. How much to trust
+    them is seen on the hospital's own held-out images, of which it knows the class: the weight that tells
+    the local classes apart best. The loss decides, not the accuracy, for such images are few.
+
+    Args:
+        logits: (N, C) each, one per network, the hospital's own first, of held-out images.
+        known: the classes that each network knows.
+        local: the hospital's own classes beside the query.
+        labels: (N,); images of other classes are not used.
+
+    Returns:
+        One of ``OWN_WEIGHTS``.
+    """
+    used = torch.isin(labels, torch.tensor(list(local)))
+    if not bool(used.any()):
+        return OWN_WEIGHTS[0]
+    seen = [z[used] for z in logits]
+
+    def loss(own: float) -> float:
+        return calibrated_loss(consensus(seen, known, local, own), labels[used], local)
+
+    return min(OWN_WEIGHTS, key=loss)

@@ -3,8 +3,9 @@
 A reconstruction (the paper's equations are not all known to us), with these choices:
 
 - **Masks** say which networks know a class of R, the local classes and the query. For every class the
-  networks that know it are heard, the hospital's own twice: their mean margin, the *consensus*. Teachers
-  that know no query class but a local one speak too: an image of the query is strange to them.
+  networks that know it are heard: their mean margin, the *consensus*. Teachers that know no query class
+  but a local one speak too: an image of the query is strange to them. What the hospital's own network
+  counts for among them is chosen on its calibration images.
 - **Phase 1** makes one network of them. By ``transplant`` the teachers' extractors are taken up side by
   side, reduced layer by layer on the hospital's own images. By ``distill`` the own extractor learns their
   features and logits on augmented local images, one linear map per source. No label is taught again: that
@@ -23,7 +24,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from qkt_clinical.data import Images, Labels
 from qkt_clinical.errors import QueryError
 from qkt_clinical.networks import Classifier, fast_layout
 from qkt_clinical.objectives import (
+    OWN_WEIGHTS,
     balanced_cross_entropy,
     consensus,
     consensus_rows,
@@ -48,6 +50,7 @@ from qkt_clinical.objectives import (
     given_away,
     logit_loss,
     offsets_for_budget,
+    own_weight,
     query_scores,
     ridge,
 )
@@ -313,9 +316,14 @@ def routed_logits(
     """Logits (N, C) of method ``routed``: the consensus of the own network and the experts."""
     networks = [network, *(e.network for e in experts)]
     known = [(*decision.local, *decision.rare), *(e.known for e in experts)]
-    views = list(mirrored(inputs)) if decision.flips else [inputs]
-    logits = [torch.stack([predict(n, view, device) for view in views]).mean(dim=0) for n in networks]
-    return consensus(logits, known, decision.relevant)
+    heard = _hear(networks, inputs, decision.flips, device)
+    return consensus(heard, known, decision.relevant, decision.own_weight)
+
+
+def _hear(networks: Sequence[Classifier], inputs: Tensor, flips: bool, device: torch.device) -> list[Tensor]:
+    """Logits (N, C) of every network, of an image or the mean over it and its mirror images."""
+    views = list(mirrored(inputs)) if flips else [inputs]
+    return [torch.stack([predict(n, view, device) for view in views]).mean(dim=0) for n in networks]
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -328,13 +336,14 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
 def own_today(
     student: Classifier, inputs: Tensor, local: Sequence[int], query: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The images that the hospital's own model tells from a rare query today: only those can be given away.
+    """Which images the hospital's own model tells from a rare query today: only those can be given away.
 
-    All of them where it tells none.
+    Returns:
+        (N,) bool; all of them where it tells none.
     """
     today = decide(predict(student, inputs, device), local, query, torch.zeros(len(query))).argmax(dim=1)
     kept = ~torch.isin(today, torch.tensor(query))
-    return inputs[kept] if bool(kept.any()) else inputs
+    return kept if bool(kept.any()) else torch.ones_like(kept)
 
 
 def _some(images: Tensor, labels: Labels, count: int, seed: int) -> Tensor:
@@ -354,12 +363,13 @@ class _Panel:
     relevant: tuple[int, ...]
     sites: tuple[str, ...]
     """Of the teachers."""
+    own_weight: float = OWN_WEIGHTS[0]
 
     @property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
         """The consensus as rows over each network's features."""
         heads = [(n.head.weight.detach().cpu(), n.head.bias.detach().cpu()) for n in self.networks]
-        return consensus_rows(heads, self.known, self.relevant)
+        return consensus_rows(heads, self.known, self.relevant, self.own_weight)
 
 
 @dataclass(frozen=True)
@@ -423,7 +433,7 @@ def _distilled(panel: _Panel, inputs: Tensor, run: _Run) -> tuple[Classifier, di
 def _wanted(panel: _Panel, views: Tensor, device: torch.device) -> Tensor:
     """The consensus on every view (views, N, C); one pass per network and view."""
     heard = [[predict(n, view, device) for n in panel.networks] for view in views]
-    return torch.stack([consensus(logits, panel.known, panel.relevant) for logits in heard])
+    return torch.stack([consensus(logits, panel.known, panel.relevant, panel.own_weight) for logits in heard])
 
 
 @torch.no_grad()
@@ -528,7 +538,7 @@ def answer_query(
         raise QueryError("no local class beside the query", remedy="Add images of another class.")
     calibration = to_input(data.calibration[0], data.normalisation)
     kept = torch.from_numpy(~np.isin(data.calibration[1], query))
-    calibration = calibration[kept]
+    calibration, calibration_labels = calibration[kept], torch.from_numpy(data.calibration[1])[kept]
     if len(calibration) == 0:
         raise QueryError(
             "no calibration image of a local class, so the budget cannot be kept",
@@ -545,6 +555,9 @@ def answer_query(
         tuple(sorted({*local, *query})),
         tuple(t.site for t in teachers),
     )
+    flips = method == "routed" and params.flips
+    heard = _hear(panel.networks, calibration, flips, device)
+    panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
 
@@ -576,11 +589,16 @@ def answer_query(
         rare=tuple(rare),
         offsets=(0.0,) * len(query),
         budget=budget,
+        own_weight=panel.own_weight,
         experts=tuple(t.site for t in teachers) if method == "routed" else (),
-        flips=method == "routed" and params.flips,
+        flips=flips,
     )
-    calibration = own_today(student, calibration, local, query, device) if rare else calibration
-    scores = query_scores(_logits_of(network, draft, teachers, calibration, device), local, query)
+    if method == "routed":
+        said = consensus(heard, panel.known, panel.relevant, panel.own_weight)
+    else:
+        said = predict(network, calibration, device)
+    scores = query_scores(said, local, query)
+    scores = scores[own_today(student, calibration, local, query, device)] if rare else scores
     offsets = offsets_for_budget(scores, budget, [q in rare for q in query])
     offsets = offsets if params.phase2 else torch.zeros(len(query))
     decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
@@ -588,7 +606,8 @@ def answer_query(
         "offsets": {str(q): float(o) for q, o in zip(query, offsets, strict=True)},
         "budget": budget,
         "given_away": given_away(scores, offsets),
-        "calibration_images": len(calibration),
+        "calibration_images": len(scores),
+        "own_weight": panel.own_weight,
         "rare": {str(q): n for q, n in rare.items()},
         "curves": curves,
     }

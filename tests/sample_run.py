@@ -173,6 +173,7 @@ def _write_query(
         "query": [params.classes.index(asked)],
         "offsets": [-1.25],
         "budget": 0.05,
+        "own_weight": 2.0,
         "experts": teachers if method == "routed" else [],
         "flips": method == "routed",
     }

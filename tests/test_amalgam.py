@@ -210,7 +210,7 @@ def joined(
         transplant(n, rank, views, seed=3, device=CPU)[:2] for n, rank in zip(sources, ranks, strict=True)
     ]
     heads = [(n.head.weight.detach(), n.head.bias.detach()) for n in sources]
-    return amalgam(sources[0], parts, consensus_rows(heads, known, (0, 1, 3)))
+    return amalgam(sources[0], parts, consensus_rows(heads, known, (0, 1, 3), 2.0))
 
 
 @pytest.mark.parametrize(("name", "dims"), EVERY)
@@ -219,7 +219,7 @@ def test_every_network_is_taken_up_and_loads_again(tmp_path: Path, name: Network
     views, known = views_of(dims), [(0, 1), (1, 3)]
     network = joined([own, other], [1.0, 1.0], known, views)
     with torch.no_grad():
-        expected = consensus([own(views), other(views)], known, (0, 1, 3))
+        expected = consensus([own(views), other(views)], known, (0, 1, 3), 2.0)
         scale = float(expected.abs().max().clamp(min=1))
         assert torch.allclose(network(views) / scale, expected / scale, atol=1e-4)
 
@@ -249,5 +249,12 @@ def student_card(dims: Dims) -> dict[str, Any]:
         "classes": ("a", "b", "c", "d"),
         "input": {"shape": shape, "normalisation": "unit", "spacing_mm": None},
         "training": {},
-        "decision": {"method": "qkt", "local": (0, 1), "query": (3,), "offsets": (0.0,), "budget": 0.1},
+        "decision": {
+            "method": "qkt",
+            "local": (0, 1),
+            "query": (3,),
+            "offsets": (0.0,),
+            "budget": 0.1,
+            "own_weight": 2.0,
+        },
     }

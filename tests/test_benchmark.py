@@ -545,7 +545,7 @@ def test_every_change_of_an_ablation_is_a_setting_of_the_transfer() -> None:
 
 
 def test_another_budget_moves_only_the_offset() -> None:
-    decision = Decision(method="qkt", local=(0, 1), query=(2,), offsets=(0.5,), budget=0.02)
+    decision = Decision(method="qkt", local=(0, 1), query=(2,), offsets=(0.5,), budget=0.02, own_weight=2.0)
     random = torch.Generator().manual_seed(0)
     calibration = torch.randn(99, 3, generator=random)
     scores = torch.randn(50, 3, generator=random)
@@ -570,7 +570,13 @@ def test_the_budget_that_was_asked_for_gives_the_answer_again(rare: tuple[int, .
     offset = offsets_for_budget(preference, 0.05, [bool(rare)])
     assert (float(offset) == 0) == bool(rare)
     decision = Decision(
-        method="qkt", local=(0, 1), query=(2,), rare=rare, offsets=(float(offset),), budget=0.05
+        method="qkt",
+        local=(0, 1),
+        query=(2,),
+        rare=rare,
+        offsets=(float(offset),),
+        budget=0.05,
+        own_weight=2.0,
     )
     calibration = raw.clone()
     calibration[:, 2] += offset

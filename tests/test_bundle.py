@@ -30,6 +30,7 @@ DECISION = {
     "query": [3],
     "offsets": [0.25],
     "budget": 0.05,
+    "own_weight": 2.0,
     "experts": ["birch"],
 }
 
@@ -433,6 +434,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "decision-with-nan": (
         lambda f: edit(f, kind="student", decision=DECISION | {"offsets": [float("nan")]}),
+        "bundle-card",
+    ),
+    "own-weight-of-nan": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"own_weight": float("nan")}),
+        "bundle-card",
+    ),
+    "own-weight-of-none": (
+        lambda f: edit(f, kind="student", decision=DECISION | {"own_weight": 0.0}),
         "bundle-card",
     ),
     "expert-with-a-path": (

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from qkt_clinical.objectives import (
     allowed,
     balanced_cross_entropy,
+    calibrated_loss,
     consensus,
     consensus_rows,
     decide,
@@ -21,6 +23,7 @@ from qkt_clinical.objectives import (
     margin_row,
     offset_for_budget,
     offsets_for_budget,
+    own_weight,
     query_scores,
     ridge,
 )
@@ -60,9 +63,39 @@ def test_consensus_by_hand() -> None:
     one, other = torch.tensor([[4.0, 1.0, 9.0, 9.0]]), torch.tensor([[9.0, 2.0, 9.0, 7.0]])
     known = [(0, 1), (1, 3)]
     assert consensus([one, other], known, (0, 1, 3), own=1.0).tolist() == [[3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]]
-    # The first is the hospital's own and counts twice.
-    assert consensus([one, other], known, (1,))[0, 1] == pytest.approx((2 * -3.0 - 5.0) / 3)
-    assert consensus([one, other], [(0, 1), (1, 3)], (0,)).tolist() == [[3.0, 0.0, 0.0, 0.0]]
+    # The first is the hospital's own.
+    assert consensus([one, other], known, (1,), own=2.0)[0, 1] == pytest.approx((2 * -3.0 - 5.0) / 3)
+    assert consensus([one, other], known, (0,), own=2.0).tolist() == [[3.0, 0.0, 0.0, 0.0]]
+
+
+def test_calibrated_loss_by_hand() -> None:
+    scores = torch.tensor([[9.0, 4.0, 4.0], [9.0, 4.0, 4.0], [9.0, 0.0, 8.0]])
+    # All alike at every temperature; class 0 is none of the classes.
+    assert calibrated_loss(scores[:2], torch.tensor([1, 2]), (1, 2)) == pytest.approx(math.log(2))
+    # Class 1 at ln 2, class 2 at ln(1 + exp(-8 / 0.1)) = 0, the lowest temperature: classes count alike.
+    found = calibrated_loss(scores, torch.tensor([1, 1, 2]), (1, 2))
+    assert found == pytest.approx(math.log(2) / 2)
+    wrong = calibrated_loss(scores[2:], torch.tensor([1]), (1, 2))
+    assert wrong == pytest.approx(math.log(1 + math.exp(0.8))), "at 10, the highest temperature"
+
+
+def test_own_weight_trusts_teachers_as_far_as_they_know_the_hospitals_images() -> None:
+    labels = torch.arange(3).repeat(40)
+    right = 4 * F.one_hot(labels, 4).float() + normal(120, 4)
+    stranger = 40 * normal(120, 4, seed=1)
+    known = [(0, 1, 2), (0, 1, 2, 3)]
+    assert own_weight([right, stranger], known, (0, 1, 2), labels) == 16.0
+    better = 4 * F.one_hot(labels, 4).float() + normal(120, 4, seed=2)
+    assert own_weight([right, better], known, (0, 1, 2), labels) in (1.0, 2.0)
+    wrong = 4 * F.one_hot((labels + 1) % 3, 4).float()
+    assert own_weight([wrong, right], known, (0, 1, 2), labels) == 1.0
+    # Nothing to choose by: no teacher of a local class, one local class, no image of any.
+    for kn, local, y in (
+        ([(0, 1, 2), (3,)], (0, 1, 2), labels),
+        (known, (0,), torch.zeros_like(labels)),
+        (known, (0, 1), torch.full_like(labels, 2)),
+    ):
+        assert own_weight([right, stranger], kn, local, y) == 2.0
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
@@ -74,9 +107,9 @@ def test_the_consensus_is_linear_in_all_features_side_by_side(seed: int, count: 
     heads = [(normal(5, w, seed=seed + w), normal(5, seed=seed + 9 * w)) for w in widths]
     features = [normal(7, w, seed=seed + 100 * w) for w in widths]
     logits = [f @ weight.T + bias for f, (weight, bias) in zip(features, heads, strict=True)]
-    rows = consensus_rows(heads, known, relevant)
+    rows = consensus_rows(heads, known, relevant, 4.0)
     summed = torch.stack([f @ w.T + b for f, (w, b) in zip(features, rows, strict=True)]).sum(dim=0)
-    expected = consensus(logits, known, relevant)
+    expected = consensus(logits, known, relevant, 4.0)
     assert torch.allclose(summed, expected, atol=1e-4)
     outside = [c for c in range(5) if c not in relevant]
     assert bool((expected[:, outside] == 0).all())
@@ -85,7 +118,7 @@ def test_the_consensus_is_linear_in_all_features_side_by_side(seed: int, count: 
 
 def test_a_network_says_nothing_of_a_class_that_it_does_not_know() -> None:
     heads = [(normal(4, 3), normal(4, seed=1)), (normal(4, 2, seed=2), normal(4, seed=3))]
-    rows = consensus_rows(heads, [(0, 1), (1, 3)], (0, 1, 3))
+    rows = consensus_rows(heads, [(0, 1), (1, 3)], (0, 1, 3), 2.0)
     assert [w.shape for w, _ in rows] == [(4, 3), (4, 2)]
     assert bool((rows[0][0][3] == 0).all())
     assert bool((rows[1][0][0] == 0).all())

@@ -178,7 +178,7 @@ def damaged(root: Path, site: str, what: str) -> None:
         case "the-asking-site":
             write_json(folder / CARD, card | {"site": "aster"})
         case "student":
-            decision = {"method": "qkt", "local": [0], "query": [2], "budget": 0.1}
+            decision = {"method": "qkt", "local": [0], "query": [2], "budget": 0.1, "own_weight": 2.0}
             write_json(folder / CARD, card | {"kind": "student", "decision": decision | {"offsets": [0.0]}})
         case _:
             text = (folder / MASK).read_text().replace('"threshold": 0.3', '"threshold": NaN')

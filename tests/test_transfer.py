@@ -210,7 +210,8 @@ def test_at_full_rank_the_student_says_what_the_networks_agree_on(
     inputs = to_input(TEST[0])
     whole = ask(own, [birch, cedar], params=PARAMS.model_copy(update={"rank": 1.0}))
     logits = [predict(n, inputs, CPU) for n in (own, birch.network, cedar.network)]
-    expected = consensus(logits, [(0, 1), birch.known, cedar.known], whole.decision.relevant)
+    known = [(0, 1), birch.known, cedar.known]
+    expected = consensus(logits, known, whole.decision.relevant, whole.decision.own_weight)
     assert torch.allclose(predict(whole.network, inputs, CPU), expected, atol=1e-4)
     half = predict(ask(own, [birch, cedar]).network, inputs, CPU)
     assert not torch.allclose(half, expected, atol=1e-2)
@@ -235,7 +236,7 @@ def test_without_phase_1_the_own_features_must_do(own: Classifier, cedar: Teache
     params = TransferParams(phase1="none", distillation=DistillationParams(views=3))
     with counted(cedar.network) as sizes:
         answer = ask(own, [cedar], params=params)
-    assert sum(sizes) == 3 * IMAGES
+    assert sum(sizes) == HELD + 3 * IMAGES
     assert answer.phases["phase1"] == {"kind": "none", "curves": [], "views": 3, "teacher_passes": 3}
     assert same(state(answer.network.extractor), state(own.extractor))
     assert answer.network.spec == own.spec
@@ -247,7 +248,7 @@ def test_joint_learning_changes_the_extractor_and_asks_every_view_once(
 ) -> None:
     with counted(birch.network) as sizes:
         answer = ask(own, [birch], params=WAYS["joint"][1])
-    assert sizes == [IMAGES] * DISTILL.distillation.views
+    assert sizes == [HELD] + [IMAGES] * DISTILL.distillation.views
     assert answer.network.spec == own.spec
     assert not same(state(answer.network.extractor), state(own.extractor))
 
@@ -262,9 +263,10 @@ def test_a_teacher_of_local_classes_alone_is_heard_on_them(
     assert both.decision.experts == ("birch", "cedar")
     without = scores_of(alone.network, alone.decision, [cedar], inputs, CPU)
     found = scores_of(both.network, both.decision, [birch, cedar], inputs, CPU)
-    crosses = margin(logits["own"], 1, (0, 1))
+    crosses, weight = margin(logits["own"], 1, (0, 1)), both.decision.own_weight
     assert torch.allclose(without[:, 1], crosses, atol=1e-4)
-    assert torch.allclose(found[:, 1], (2 * crosses + margin(logits["birch"], 1, (1, 3))) / 3, atol=1e-4)
+    agreed = (weight * crosses + margin(logits["birch"], 1, (1, 3))) / (weight + 1)
+    assert torch.allclose(found[:, 1], agreed, atol=1e-4)
     assert torch.allclose(found[:, 0], without[:, 0], atol=1e-4), "of discs it knows nothing"
     students = [ask(own, teachers, query=(2,)).network for teachers in ([cedar], [birch, cedar])]
     assert [len(s.spec.branches) for s in students] == [2, 3]
@@ -286,7 +288,8 @@ def test_transplants_show_one_view_of_an_image_to_a_teacher_once(
             params=PARAMS.model_copy(update={"images": images}),
             progress=lambda done, total: told.append((done, total)),
         )
-    assert one == other == [min(IMAGES, images)]
+    # And the calibration images, once: they tell how far teachers are to be trusted.
+    assert one == other == [HELD, min(IMAGES, images)]
     first = answer.phases["phase1"]
     rank = PARAMS.rank if method == "qkt" else PARAMS.light_rank
     assert (first["kind"], first["rank"]) == ("transplant", rank)
@@ -306,8 +309,9 @@ def test_distillation_shows_every_view_to_a_teacher_once(
     setting = DISTILL.distillation.model_copy(update={"epochs": 9})
     with counted(birch.network) as one, counted(cedar.network) as other:
         answer = ask(own, [birch, cedar], params=DISTILL.model_copy(update={"distillation": setting}))
-    # Three views of 80 images, and nothing later: not in nine epochs, not for the operating point.
-    assert one == other == [IMAGES] * setting.views
+    # The calibration images, three views of 80 images, and nothing later: not in nine epochs, not for the
+    # operating point.
+    assert one == other == [HELD] + [IMAGES] * setting.views
     first = answer.phases["phase1"]
     assert (first["kind"], first["views"], first["teacher_passes"]) == ("distill", 3, 2 * 3)
     assert [row["epoch"] for row in first["curves"]] == [i + 1.0 for i in range(9)]
@@ -382,13 +386,13 @@ def test_rows_are_carried_through_the_maps(own: Classifier, birch: Teacher, ceda
     maps = [nn.Linear(width, n.head.in_features) for n in sources]
     known, before = [(0, 1), birch.known, cedar.known], state(network.extractor)
     heads = [(n.head.weight.detach(), n.head.bias.detach()) for n in sources]
-    carry_rows(network, maps, consensus_rows(heads, known, (0, 1, 3)))
+    carry_rows(network, maps, consensus_rows(heads, known, (0, 1, 3), 2.0))
     assert same(state(network.extractor), before)
     features = torch.randn(20, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         seen = [n.head(m(features)) for n, m in zip(sources, maps, strict=True)]
         found = network.head(features)
-    assert torch.allclose(found, consensus(seen, known, (0, 1, 3)), atol=1e-4)
+    assert torch.allclose(found, consensus(seen, known, (0, 1, 3), 2.0), atol=1e-4)
     # Class 3 is birch's and cedar's alike, whose rivals count by their mean.
     frame = (seen[1][:, 3] - seen[1][:, 1] + seen[2][:, 3] - (seen[2][:, 0] + seen[2][:, 2]) / 2) / 2
     assert torch.allclose(found[:, 3], frame, atol=1e-4)

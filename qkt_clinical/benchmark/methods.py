@@ -241,7 +241,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
     held_out, decision = to_input(own.images), answer.decision
     if decision.rare:
-        held_out = own_today(student, held_out, decision.local, decision.query, store.device)
+        held_out = held_out[own_today(student, held_out, decision.local, decision.query, store.device)]
     return Outcome(
         found,
         sum(map(store.bytes, teachers)),
