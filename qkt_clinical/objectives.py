@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OWN_WEIGHTS = (2.0, 1.0, 4.0, 8.0, 16.0)
+OWN_WEIGHTS = (2.0, 1.0, 4.0, 8.0)
 """What the hospital's own network may count for in the consensus, a teacher being 1; the first in a tie."""
 TEMPERATURES = torch.logspace(-1, 1, 25).tolist()
 """At which scores are tried as logits."""

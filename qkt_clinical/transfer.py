@@ -13,7 +13,7 @@ A reconstruction (the paper's equations are not all known to us), with these cho
 - **Phase 2** works on the head alone: the consensus is written as one head. Absent query classes get
   their offset from the budget on calibration images; with rare ones the head is refined on their few
   samples.
-- **Light** takes up only the teachers that know the query, reduced further.
+- **Light** takes up only the teachers that know the query, reduced further; the own network counts twice.
 - **Routed** keeps the teachers themselves as experts at prediction time, and lets them see mirror images.
 
 Nothing here does I/O; images are the asking hospital's own.
@@ -556,8 +556,10 @@ def answer_query(
         tuple(t.site for t in teachers),
     )
     flips = method == "routed" and params.flips
-    heard = _hear(panel.networks, calibration, flips, device)
-    panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
+    heard: list[Tensor] = []
+    if method != "qkt-light":  # its teachers are there for the query, the own network speaks for the rest
+        heard = _hear(panel.networks, calibration, flips, device)
+        panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
 
