@@ -314,16 +314,20 @@ def routed_logits(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> Tensor:
     """Logits (N, C) of method ``routed``: the consensus of the own network and the experts."""
-    networks = [network, *(e.network for e in experts)]
+    heard = [hear(n, inputs, decision.flips, device) for n in (network, *(e.network for e in experts))]
+    return routed_consensus(heard, decision, experts)
+
+
+def routed_consensus(heard: Sequence[Tensor], decision: Decision, experts: Sequence[Teacher]) -> Tensor:
+    """The same from what the own network and the experts said, (N, C) each, see :func:`hear`."""
     known = [(*decision.local, *decision.rare), *(e.known for e in experts)]
-    heard = _hear(networks, inputs, decision.flips, device)
     return consensus(heard, known, decision.relevant, decision.own_weight)
 
 
-def _hear(networks: Sequence[Classifier], inputs: Tensor, flips: bool, device: torch.device) -> list[Tensor]:
-    """Logits (N, C) of every network, of an image or the mean over it and its mirror images."""
-    views = list(mirrored(inputs)) if flips else [inputs]
-    return [torch.stack([predict(n, view, device) for view in views]).mean(dim=0) for n in networks]
+def hear(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> Tensor:
+    """A network's logits (N, C) of every image, with ``flips`` the mean over it and its mirror images."""
+    views = mirrored(inputs) if flips else [inputs]
+    return torch.stack([predict(network, view, device) for view in views]).mean(dim=0)
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -558,7 +562,7 @@ def answer_query(
     flips = method == "routed" and params.flips
     heard: list[Tensor] = []
     if method != "qkt-light":  # its teachers are there for the query, the own network speaks for the rest
-        heard = _hear(panel.networks, calibration, flips, device)
+        heard = [hear(n, calibration, flips, device) for n in panel.networks]
         panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []

@@ -52,7 +52,7 @@ from qkt_clinical.files import write_json
 from qkt_clinical.objectives import offsets_for_budget
 from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import Teacher
+from qkt_clinical.transfer import Answer, Teacher, answer_query, scores_of
 from tests.shapes import CPU, shapes
 
 EVERY = (0, 1, 2, 3)
@@ -487,6 +487,25 @@ def test_stored_logits_are_the_networks(case: Case) -> None:
     expected = predict(network, to_input(case.images.images), CPU)
     torch.testing.assert_close(case.logits(case.student), expected)
     assert set(case.images.labels.tolist()) == set(case.relevant)
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_stored_answers_of_experts_are_those_of_the_routed_student(
+    case: Case, flips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[Answer] = []
+
+    def keep(*args: Any, **named: Any) -> Answer:
+        answered.append(answer_query(*args, **named))
+        return answered[-1]
+
+    monkeypatch.setattr(methods_room, "answer_query", keep)
+    setup = Setup(method="routed", transfer=(("flips", flips),))
+    outcome, answer = qkt(case, setup), answered[0]
+    experts = list(methods_room.relevant_teachers(case, setup).values())
+    assert [t.site for t in experts] == list(answer.decision.experts)
+    expected = scores_of(answer.network, answer.decision, experts, case.inputs, CPU)
+    torch.testing.assert_close(outcome.scores, expected)
 
 
 def test_without_a_teacher_the_own_model_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

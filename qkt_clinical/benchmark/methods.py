@@ -30,13 +30,21 @@ from qkt_clinical.benchmark.store import Store
 from qkt_clinical.benchmark.variants import with_fewer_images
 from qkt_clinical.card import Decision
 from qkt_clinical.networks import Classifier, multiply_adds
-from qkt_clinical.objectives import offsets_for_budget, query_scores
+from qkt_clinical.objectives import decide, offsets_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import FLIPS, LocalData, Teacher, answer_query, own_today, scores_of
+from qkt_clinical.transfer import (
+    FLIPS,
+    LocalData,
+    Teacher,
+    answer_query,
+    own_today,
+    routed_consensus,
+    scores_of,
+)
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,8 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     hospital = store.data(case.question.student, setup.own)
     if setup.images is not None:
         hospital = with_fewer_images(hospital, setup.images, settings.budget, store.federation.seed)
-    student = store.bundle(f"{setup.own}/{case.question.student}").network
+    own_name = f"{setup.own}/{case.question.student}"
+    student = store.bundle(own_name).network
     start = time.perf_counter()
     answer = answer_query(
         student,
@@ -232,12 +241,20 @@ def qkt(case: Case, setup: Setup) -> Outcome:
         device=store.device,
     )
     seconds = time.perf_counter() - start
-    experts = [t for t in teachers.values() if t.site in answer.decision.experts]
+    asked = {name: t for name, t in teachers.items() if t.site in answer.decision.experts}
+    experts = list(asked.values())
 
     def scores(inputs: Tensor) -> Tensor:
         return scores_of(answer.network, answer.decision, experts, inputs, store.device)
 
-    found, shape = scores(case.inputs), case.inputs.shape[1:]
+    if experts:  # every question asks the same networks about the same images: once is enough
+        heard = [store.heard(name, answer.decision.flips)[case.index] for name in (own_name, *asked)]
+        logits = routed_consensus(heard, answer.decision, experts)
+        offsets = torch.tensor(answer.decision.offsets)
+        found = decide(logits, answer.decision.local, answer.decision.query, offsets)
+    else:
+        found = scores(case.inputs)
+    shape = case.inputs.shape[1:]
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
     held_out, decision = to_input(own.images), answer.decision
     if decision.rare:

@@ -35,6 +35,7 @@ from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.query import SHARED
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint, predict, to_input, train_teacher
+from qkt_clinical.transfer import hear
 
 LOGITS, MASKS, SECONDS = "logits.safetensors", "masks.json", "seconds.json"
 KEPT = 16
@@ -57,6 +58,7 @@ class Store:
         self.device = device
         self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
+        self.heard: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._heard)
 
     def train(self, name: str) -> None:
         """Train the network of that name and write it."""
@@ -126,6 +128,10 @@ class Store:
         from safetensors.torch import load_file
 
         return dict(load_file(self.folder / name / LOGITS))
+
+    def _heard(self, name: str, flips: bool) -> Tensor:
+        inputs = to_input(self.evaluation.images)
+        return hear(self.bundle(name).network, inputs, flips, self.device)
 
     def _judged(self, name: str) -> dict[str, Any]:
         judged: dict[str, Any] = json.loads((self.folder / name / MASKS).read_text(encoding="utf-8"))
