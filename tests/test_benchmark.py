@@ -32,11 +32,14 @@ from qkt_clinical.benchmark.simulate import Hospital, Question, Split, simulate
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.benchmark.summary import (
     FIELDS,
+    ablations_table,
+    base_of,
     best_peer,
     budget_curves,
     cluster_intervals,
     markdown,
     mask_figures,
+    methods_table,
     queries_table,
     summarise,
 )
@@ -694,6 +697,30 @@ def test_the_summary_by_hand() -> None:
     )
     assert "query_gain_over_peers" not in summary["fedavg"]
     assert set(PEERS) & set(summary) == {"local", "fedavg"}
+
+
+def test_ablations_are_held_against_the_method_that_they_change() -> None:
+    assert base_of("ablation/rank-0.25") == "qkt"
+    assert base_of("ablation/routed-one-view") == base_of("ablation/routed-budget-0.10") == "routed"
+    assert base_of("ablation/fedavg-finetuned") == "fedavg"
+    assert {base_of(a) for a in Settings().ablations} == {"qkt", "routed", "fedavg", "fedprox"}
+    worse = [
+        row("ablation/rank-0.25", r["student"], r["query"], r["query_accuracy"] - 0.2, 0.9)
+        for r in ROWS
+        if r["method"] == "qkt"
+    ]
+    summary = summarise([*ROWS, *worse, row("ablation/routed-one-view", "h1", "a", 0.5, 0.5)])
+    found = summary["ablation/rank-0.25"]
+    assert (found["base"], found["change"]["retained_accuracy"]["mean"]) == ("qkt", 0.0)
+    assert found["change"]["query_accuracy"] == {
+        k: pytest.approx(-0.2, abs=1e-6) for k in ("mean", "low", "high")
+    }
+    assert "change" not in summary["ablation/routed-one-view"], "routed itself was not run"
+    table = ablations_table(summary).splitlines()
+    assert len(table) == 3
+    assert table[2].startswith("| `rank-0.25` | `qkt` | -20.0 (-20.0 to -20.0) | 0.0 (0.0 to 0.0) |")
+    assert "rank" not in methods_table(summary)
+    assert "one-view" in methods_table(summary)
 
 
 def test_intervals_draw_whole_students() -> None:

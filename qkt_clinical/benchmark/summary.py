@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.benchmark.settings import Settings
-from qkt_clinical.catalog import ESTIMATORS, METHODS, PEERS
+from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, METHODS, PEERS
 from qkt_clinical.evaluation import DIGITS, Floats
 from qkt_clinical.seeding import derive
 
@@ -80,11 +80,19 @@ def best_peer(rows: Sequence[Row]) -> str | None:
     return max(means, key=lambda m: means[m]) if means else None
 
 
+def base_of(ablation: str) -> str:
+    """The method that an ablation changes: the one that its name begins with, or ``qkt``."""
+    name = ablation.removeprefix("ablation/")
+    named = [m for m in BENCHMARK_METHODS if name.startswith(f"{m}-")]
+    return max(named, key=len, default="qkt")
+
+
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Per method every field's mean with its interval, and for QKT's methods the distance to the peers.
 
     ``query_gain_over_peers`` is query accuracy less the mean of all peers' on the same question,
-    ``lead_over_best_peer`` balanced accuracy less that of :func:`best_peer`; both paired by question.
+    ``lead_over_best_peer`` balanced accuracy less that of :func:`best_peer`; an ablation's ``change`` is
+    against the method that it changes, ``base``. All are paired by question.
     """
     methods = by_method(rows)
     peers = [m for m in methods if m in PEERS]
@@ -99,6 +107,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             lead = _of(own, "balanced_accuracy") - _of(methods[best], "balanced_accuracy")
             paired = cluster_intervals(own, np.stack([gain, lead], axis=1))
             entry |= {"query_gain_over_peers": paired[0], "lead_over_best_peer": paired[1], "best_peer": best}
+        if method.startswith("ablation/") and base_of(method) in methods:
+            before = methods[base_of(method)]
+            moved = np.stack([_of(own, f) - _of(before, f) for f in FIELDS[:3]], axis=1)
+            change = dict(zip(FIELDS[:3], cluster_intervals(own, moved), strict=True))
+            entry |= {"base": base_of(method), "change": change}
         summary[method] = {**entry, "n": len(own)}
     return summary
 
@@ -169,8 +182,9 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def methods_table(summary: Mapping[str, Any]) -> str:
-    """Methods by balanced accuracy, shares in percent with their intervals."""
-    ranked = sorted(summary, key=lambda m: (-summary[m]["balanced_accuracy"]["mean"], m))
+    """Methods by balanced accuracy, shares in percent with their intervals; ablations apart."""
+    shown = [m for m in summary if "base" not in summary[m]]
+    ranked = sorted(shown, key=lambda m: (-summary[m]["balanced_accuracy"]["mean"], m))
     lines = [
         [
             f"`{method}`",
@@ -188,6 +202,27 @@ def methods_table(summary: Mapping[str, Any]) -> str:
         *("query", "retained", "balanced", "forgetting", "AUROC", "ECE"),
         *("seconds", "MB moved", "passes", "cost", "queries"),
     ]
+    return _table(header, lines)
+
+
+def ablations_table(summary: Mapping[str, Any]) -> str:
+    """What every ablation changes against its method, in points, method by method, best first."""
+    shown = [m for m in summary if "base" in summary[m]]
+    ranked = sorted(
+        shown, key=lambda m: (summary[m]["base"], -summary[m]["change"]["balanced_accuracy"]["mean"], m)
+    )
+    lines = [
+        [
+            f"`{method.removeprefix('ablation/')}`",
+            f"`{summary[method]['base']}`",
+            *(_percent(summary[method]["change"][field]) for field in FIELDS[:3]),
+            f"{100 * summary[method]['balanced_accuracy']['mean']:.1f}",
+            f"{summary[method]['cost_per_prediction']['mean']:.1f}",
+            str(summary[method]["n"]),
+        ]
+        for method in ranked
+    ]
+    header = ["ablation", "of", "query", "retained", "balanced", "balanced reached", "cost", "queries"]
     return _table(header, lines)
 
 
@@ -235,6 +270,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             ),
         ]
         parts += ["## Query by query", "Query accuracy / balanced accuracy.", queries_table(result["rows"])]
+    if any("base" in entry for entry in summary.values()):
+        said = "Change against the method itself, in points, paired by question."
+        parts += ["## Ablations", said, ablations_table(summary)]
     masks: Mapping[str, Any] = result["masks"]
     truth = next(iter(masks.values()))["truth"]
     meaning = {"held": "the teacher was trained on the class", "recalled": "it recalls more than half of it"}
