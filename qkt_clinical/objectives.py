@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OWN_WEIGHTS = (2.0, 1.0, 4.0, 8.0)
-"""What the hospital's own network may count for in the consensus, a teacher being 1; the first in a tie."""
+OWN_WEIGHTS = (1.0, 2.0, 4.0)
+"""What the hospital's own network may count for in the consensus, a teacher being 1."""
+NEAR = 0.05
+"""A smaller weight is as good as the best one if its loss is higher by this share at most."""
 TEMPERATURES = torch.logspace(-1, 1, 25).tolist()
 """At which scores are tried as logits."""
 ROUNDING = 1e-5
@@ -226,8 +228,9 @@ def own_weight(
     """What the hospital's own network counts for in the consensus, a teacher being 1.
 
     Teachers are strangers to the hospital's scanner and stain, some more than others. How much to trust
-    them is seen on the hospital's own held-out images, of which it knows the class: the weight that tells
-    the local classes apart best. The loss decides, not the accuracy, for such images are few.
+    them is seen on the hospital's own held-out images, of which it knows the class: by how well the local
+    classes are told apart. The loss decides, not the accuracy, for such images are few. In doubt the
+    smaller weight: the own network takes images of the query for local ones, which they do not show.
 
     Args:
         logits: (N, C) each, one per network, the hospital's own first, of held-out images.
@@ -242,8 +245,7 @@ def own_weight(
     if not bool(used.any()):
         return OWN_WEIGHTS[0]
     seen = [z[used] for z in logits]
-
-    def loss(own: float) -> float:
-        return calibrated_loss(consensus(seen, known, local, own), labels[used], local)
-
-    return min(OWN_WEIGHTS, key=loss)
+    losses = {
+        own: calibrated_loss(consensus(seen, known, local, own), labels[used], local) for own in OWN_WEIGHTS
+    }
+    return next(own for own, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))

@@ -41,7 +41,6 @@ from qkt_clinical.data import Images, Labels
 from qkt_clinical.errors import QueryError
 from qkt_clinical.networks import Classifier, fast_layout
 from qkt_clinical.objectives import (
-    OWN_WEIGHTS,
     balanced_cross_entropy,
     consensus,
     consensus_rows,
@@ -67,6 +66,8 @@ from qkt_clinical.training import (
 )
 
 VIEW_BATCH = 512
+LIGHT_OWN_WEIGHT = 2.0
+"""What the own network counts for where that is not chosen: its teachers are there for the query alone."""
 MOST_TEACHERS = 64
 LAYER = "layer number"
 """Axis of a transplant's curves; no hospital can be called so."""
@@ -367,7 +368,7 @@ class _Panel:
     relevant: tuple[int, ...]
     sites: tuple[str, ...]
     """Of the teachers."""
-    own_weight: float = OWN_WEIGHTS[0]
+    own_weight: float = LIGHT_OWN_WEIGHT
 
     @property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -561,7 +562,7 @@ def answer_query(
     )
     flips = method == "routed" and params.flips
     heard: list[Tensor] = []
-    if method != "qkt-light":  # its teachers are there for the query, the own network speaks for the rest
+    if method != "qkt-light":
         heard = [hear(n, calibration, flips, device) for n in panel.networks]
         panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
     first: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from qkt_clinical import objectives
 from qkt_clinical.objectives import (
     allowed,
     balanced_cross_entropy,
@@ -84,9 +85,9 @@ def test_own_weight_trusts_teachers_as_far_as_they_know_the_hospitals_images() -
     right = 4 * F.one_hot(labels, 4).float() + normal(120, 4)
     stranger = 40 * normal(120, 4, seed=1)
     known = [(0, 1, 2), (0, 1, 2, 3)]
-    assert own_weight([right, stranger], known, (0, 1, 2), labels) == 8.0
+    assert own_weight([right, stranger], known, (0, 1, 2), labels) == 4.0
     better = 4 * F.one_hot(labels, 4).float() + normal(120, 4, seed=2)
-    assert own_weight([right, better], known, (0, 1, 2), labels) in (1.0, 2.0)
+    assert own_weight([right, better], known, (0, 1, 2), labels) == 1.0
     wrong = 4 * F.one_hot((labels + 1) % 3, 4).float()
     assert own_weight([wrong, right], known, (0, 1, 2), labels) == 1.0
     # Nothing to choose by: no teacher of a local class, one local class, no image of any.
@@ -95,7 +96,20 @@ def test_own_weight_trusts_teachers_as_far_as_they_know_the_hospitals_images() -
         (known, (0,), torch.zeros_like(labels)),
         (known, (0, 1), torch.full_like(labels, 2)),
     ):
-        assert own_weight([right, stranger], kn, local, y) == 2.0
+        assert own_weight([right, stranger], kn, local, y) == 1.0
+
+
+def test_own_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, logits = torch.tensor([0, 1]), [torch.zeros(2, 3), torch.zeros(2, 3)]
+    for losses, expected in (
+        ((1.06, 1.04, 1.0), 2.0),
+        ((1.05, 1.0, 1.0), 1.0),
+        ((1.2, 1.1, 1.0), 4.0),
+        ((1.0, 2.0, 3.0), 1.0),
+    ):
+        given = iter(losses)
+        monkeypatch.setattr(objectives, "calibrated_loss", lambda *_, g=given: next(g))
+        assert own_weight(logits, [(0, 1), (0, 1)], (0, 1), labels) == expected
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
