@@ -154,6 +154,11 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     return directions.to(weight.dtype), narrow.to(weight.dtype), float(lost)
 
 
+def whole(source: Classifier) -> tuple[nn.Module, Branch]:
+    """A network's own extractor as it is, and what a card says of it."""
+    return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
+
+
 @torch.no_grad()
 def transplant(
     source: Classifier, share: float, views: Tensor, *, seed: int, device: torch.device

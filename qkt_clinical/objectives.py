@@ -155,7 +155,7 @@ def offset_for_budget(scores: Tensor, budget: float) -> float:
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
     A Neyman-Pearson operating point: a bound on what is given away, most of the query for it. All query
-    classes share the offset: their margins decide between them.
+    classes, absent or rare, share the offset: their margins decide between them.
 
     Args:
         scores: (N, Q) from :func:`query_scores` on the student's own held-out images, none of a query
@@ -168,22 +168,23 @@ def offset_for_budget(scores: Tensor, budget: float) -> float:
     return -float(highest[allowed(budget, len(highest))]) - hair
 
 
-def offsets_for_budget(scores: Tensor, budget: float, rare: Sequence[bool]) -> Tensor:
-    """The offsets (Q,) of all query classes.
-
-    Rare classes have samples that say where they begin; the budget only bounds what they may take.
-
-    Args:
-        scores: (N, Q), see :func:`offset_for_budget`.
-        rare: per query class, whether the hospital has samples of it.
-    """
-    offset = offset_for_budget(scores, budget)
-    return torch.tensor([min(offset, 0.0) if r else offset for r in rare])
-
-
 def given_away(scores: Tensor, offsets: Tensor) -> float:
     """Share of images (N, Q) that go to the query at these offsets (Q,)."""
     return float(((scores + offsets).max(dim=1).values > 0).double().mean())
+
+
+def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
+    """Which images the hospital's own model tells from a rare query today: only those can be given away.
+
+    Args:
+        logits: (N, C) of the own model.
+
+    Returns:
+        (N,) bool; all of them where it tells none.
+    """
+    today = decide(logits, local, query, torch.zeros(len(query))).argmax(dim=1)
+    kept = ~torch.isin(today, torch.tensor(list(query)))
+    return kept if bool(kept.any()) else torch.ones_like(kept)
 
 
 def decide(logits: Tensor, local: Sequence[int], query: Sequence[int], offsets: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ A reconstruction (the paper's equations are not all known to us), with these cho
   side, reduced layer by layer on the hospital's own images. By ``distill`` the own extractor learns their
   features and logits on augmented local images, one linear map per source. No label is taught again: that
   would wash out the student's surprise at images of the query.
-- **Phase 2** works on the head alone: the consensus is written as one head. Absent query classes get
-  their offset from the budget on calibration images; with rare ones the head is refined on their few
-  samples.
+- **Phase 2** works on the head alone: the consensus is written as one head. With rare query classes it is
+  refined on their few samples. The query's offset comes from the budget on calibration images.
 - **Light** takes up only the teachers that know the query, reduced further; the own network counts twice.
 - **Routed** keeps the teachers themselves as experts at prediction time, and lets them see mirror images.
+  With rare classes they are put side by side as they are, so that there is one head to refine.
 
 Nothing here does I/O; images are the asking hospital's own.
 """
@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qkt_clinical.amalgam import amalgam, transplant
+from qkt_clinical.amalgam import amalgam, transplant, whole
 from qkt_clinical.augment import augment
 from qkt_clinical.bundle import Bundle
 from qkt_clinical.card import Decision
@@ -47,8 +48,9 @@ from qkt_clinical.objectives import (
     decide,
     feature_loss,
     given_away,
+    kept_today,
     logit_loss,
-    offsets_for_budget,
+    offset_for_budget,
     own_weight,
     query_scores,
     ridge,
@@ -66,6 +68,8 @@ from qkt_clinical.training import (
 )
 
 VIEW_BATCH = 512
+REFINED = 1000
+"""Local images at most on which a head is refined, as many of every class: rare ones are all among them."""
 LIGHT_OWN_WEIGHT = 2.0
 """What the own network counts for where that is not chosen: its teachers are there for the query alone."""
 MOST_TEACHERS = 64
@@ -161,8 +165,12 @@ def view_batches(views: Tensor, batch_size: int, draw: torch.Generator) -> Itera
 def _observe(network: Classifier, views: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features and logits of a frozen network on every view: one pass per view, never repeated."""
     features = torch.stack([predict(network, view, device, features=True) for view in views])
-    weight, bias = network.head.weight.detach().cpu(), network.head.bias.detach().cpu()
-    return features, features @ weight.T + bias
+    return features, F.linear(features, *_head(network))
+
+
+def _head(network: Classifier) -> tuple[Tensor, Tensor]:
+    """A frozen network's head on the CPU: weight (C, F) and bias (C,)."""
+    return network.head.weight.detach().cpu(), network.head.bias.detach().cpu()
 
 
 def _align(student: Tensor, target: Tensor) -> nn.Linear:
@@ -277,7 +285,9 @@ def refine_head(
     corrects the rows more than it rewrites them.
 
     Args:
-        features: (N, F) of views of the local training images; labels: (N,).
+        features: (N, F) of local training images; labels: (N,).
+        query: the rare classes. Rows of absent ones are left alone: images that are none of them would
+            push them down without end.
 
     Returns:
         The loss every 10 steps. The head is changed in place, the extractor is not used.
@@ -325,10 +335,16 @@ def routed_consensus(heard: Sequence[Tensor], decision: Decision, experts: Seque
     return consensus(heard, known, decision.relevant, decision.own_weight)
 
 
-def hear(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> Tensor:
-    """A network's logits (N, C) of every image, with ``flips`` the mean over it and its mirror images."""
+def hear(
+    network: Classifier, inputs: Tensor, flips: bool, device: torch.device, *, features: bool = False
+) -> Tensor:
+    """A network's logits (N, C) of every image, with ``flips`` the mean over it and its mirror images.
+
+    Args:
+        features: its features (N, F) instead.
+    """
     views = mirrored(inputs) if flips else [inputs]
-    return torch.stack([predict(network, view, device) for view in views]).mean(dim=0)
+    return torch.stack([predict(network, view, device, features=features) for view in views]).mean(dim=0)
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -338,25 +354,12 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
     return local, {q: present[q] for q in query if present[q]}
 
 
-def own_today(
-    student: Classifier, inputs: Tensor, local: Sequence[int], query: Sequence[int], device: torch.device
-) -> Tensor:
-    """Which images the hospital's own model tells from a rare query today: only those can be given away.
-
-    Returns:
-        (N,) bool; all of them where it tells none.
-    """
-    today = decide(predict(student, inputs, device), local, query, torch.zeros(len(query))).argmax(dim=1)
-    kept = ~torch.isin(today, torch.tensor(query))
-    return kept if bool(kept.any()) else torch.ones_like(kept)
-
-
-def _some(images: Tensor, labels: Labels, count: int, seed: int) -> Tensor:
-    """At most ``count`` images, as many of every class as there are, drawn at random."""
+def _some(labels: Labels, count: int, seed: int) -> Tensor:
+    """Sorted numbers of at most ``count`` images, of every class as many, drawn at random."""
     order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
     turn: dict[int, itertools.count[int]] = {}
     ranked = sorted(order, key=lambda i: next(turn.setdefault(int(labels[i]), itertools.count())))
-    return images[sorted(ranked[:count])]
+    return torch.tensor(sorted(ranked[:count]))
 
 
 @dataclass(frozen=True)
@@ -373,7 +376,7 @@ class _Panel:
     @property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
         """The consensus as rows over each network's features."""
-        heads = [(n.head.weight.detach().cpu(), n.head.bias.detach().cpu()) for n in self.networks]
+        heads = [_head(network) for network in self.networks]
         return consensus_rows(heads, self.known, self.relevant, self.own_weight)
 
 
@@ -563,14 +566,18 @@ def answer_query(
     flips = method == "routed" and params.flips
     heard: list[Tensor] = []
     if method != "qkt-light":
-        heard = [hear(n, calibration, flips, device) for n in panel.networks]
-        panel = replace(panel, own_weight=own_weight(heard, panel.known, local, calibration_labels))
+        heard = [hear(n, calibration, flips, device, features=True) for n in panel.networks]
+        logits = [F.linear(f, *_head(n)) for n, f in zip(panel.networks, heard, strict=True)]
+        panel = replace(panel, own_weight=own_weight(logits, panel.known, local, calibration_labels))
+    refined = bool(rare) and params.phase2
     first: dict[str, Any] | None = None
     curves: list[dict[str, float]] = []
 
     run = _Run(params, seed, device, checkpoint, progress)
 
     match (method, params.phase1):
+        case ("routed", _) if refined:
+            network = amalgam(student, [whole(n) for n in panel.networks], panel.rows)
         case ("routed", _):
             pass
         case ("qkt", "none"):
@@ -580,15 +587,14 @@ def answer_query(
         case ("qkt", "distill"):
             network, first = _distilled(panel, inputs, run)
         case _:
-            some = _some(inputs, data.train[1], params.images, seed)
+            some = _some(data.train[1], params.images, seed)
             rank = params.rank if method == "qkt" else params.light_rank
-            network, first = _transplanted(panel, some, rank, run)
+            network, first = _transplanted(panel, inputs[some], rank, run)
 
-    if rare and method != "routed" and params.phase2:
-        # Several views of every image, so that a handful of samples is not learned by heart.
-        few = make_views(inputs, 4, params.augment, derive(seed, "phase2"), device)
-        cached = torch.cat([predict(network, view, device, features=True) for view in few])
-        curves = refine_head(network, cached, labels.repeat(len(few)), local, query)
+    if refined:
+        some = _some(data.train[1], REFINED, derive(seed, "phase2"))
+        cached = hear(network, inputs[some], flips, device, features=True)
+        curves = refine_head(network, cached, labels[some], local, tuple(rare))
     draft = Decision(
         method=method,
         local=local,
@@ -597,17 +603,20 @@ def answer_query(
         offsets=(0.0,) * len(query),
         budget=budget,
         own_weight=panel.own_weight,
-        experts=tuple(t.site for t in teachers) if method == "routed" else (),
+        experts=tuple(t.site for t in teachers) if method == "routed" and not refined else (),
         flips=flips,
     )
-    if method == "routed":
-        said = consensus(heard, panel.known, panel.relevant, panel.own_weight)
+    if draft.experts:
+        said = consensus(logits, panel.known, panel.relevant, panel.own_weight)
+    elif method == "routed":
+        said = F.linear(torch.cat(heard, dim=1), *_head(network))
     else:
         said = predict(network, calibration, device)
     scores = query_scores(said, local, query)
-    scores = scores[own_today(student, calibration, local, query, device)] if rare else scores
-    offsets = offsets_for_budget(scores, budget, [q in rare for q in query])
-    offsets = offsets if params.phase2 else torch.zeros(len(query))
+    if rare:
+        scores = scores[kept_today(predict(student, calibration, device), local, query)]
+    offset = offset_for_budget(scores, budget) if params.phase2 else 0.0
+    offsets = torch.full((len(query),), offset)
     decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
     second = {
         "offsets": {str(q): float(o) for q, o in zip(query, offsets, strict=True)},
@@ -651,6 +660,6 @@ def _logits_of(
     network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
 ) -> Tensor:
     """The student's logits (N, C)."""
-    if decision.method == "routed":
+    if decision.experts:
         return routed_logits(network, decision, experts, inputs, device)
-    return predict(network, inputs, device)
+    return hear(network, inputs, decision.flips, device)

@@ -19,11 +19,11 @@ from qkt_clinical.objectives import (
     decide,
     feature_loss,
     given_away,
+    kept_today,
     logit_loss,
     margin,
     margin_row,
     offset_for_budget,
-    offsets_for_budget,
     own_weight,
     query_scores,
     ridge,
@@ -273,14 +273,11 @@ def test_no_more_could_be_given_away(case: tuple[torch.Tensor, list[int], float]
 # --- the answer -----------------------------------------------------------------------------------
 
 
-def test_the_budget_bounds_a_rare_class_and_opens_no_door_to_it() -> None:
-    scores = torch.arange(19.0)[:, None].expand(19, 2)
-    # The shared offset is just below -15 (see above): it binds both. Ten below, only the absent class gains.
-    both = offsets_for_budget(scores, 0.2, [False, True]).tolist()
-    assert both == pytest.approx([offset_for_budget(scores, 0.2)] * 2)
-    absent, rare = offsets_for_budget(scores - 25, 0.2, [False, True]).tolist()
-    assert absent == pytest.approx(10.0, abs=1e-2)
-    assert rare == 0.0
+def test_what_is_kept_today_by_hand() -> None:
+    logits = torch.tensor([[3.0, 1.0, 9.0, 2.5], [1.0, 2.0, 9.0, 2.5], [0.0, 0.0, 9.0, 5.0]])
+    # Class 2 is not asked about; the second and third image go to class 3 already.
+    assert kept_today(logits, [0, 1], [3]).tolist() == [True, False, False]
+    assert kept_today(logits[1:], [0, 1], [3]).tolist() == [True, True], "nothing is left to promise"
 
 
 def test_decision_by_hand() -> None:

@@ -30,7 +30,7 @@ from qkt_clinical.benchmark.store import Store
 from qkt_clinical.benchmark.variants import with_fewer_images
 from qkt_clinical.card import Decision
 from qkt_clinical.networks import Classifier, multiply_adds
-from qkt_clinical.objectives import decide, offsets_for_budget, query_scores
+from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.peers.finetune import finetune
@@ -41,7 +41,6 @@ from qkt_clinical.transfer import (
     LocalData,
     Teacher,
     answer_query,
-    own_today,
     routed_consensus,
     scores_of,
 )
@@ -254,17 +253,20 @@ def qkt(case: Case, setup: Setup) -> Outcome:
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)
     else:
         found = scores(case.inputs)
-    shape = case.inputs.shape[1:]
+    shape, views = case.inputs.shape[1:], FLIPS if answer.decision.flips else 1
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
     held_out, decision = to_input(own.images), answer.decision
     if decision.rare:
-        held_out = held_out[own_today(student, held_out, decision.local, decision.query, store.device)]
+        today = predict(student, held_out, store.device)
+        held_out = held_out[kept_today(today, decision.local, decision.query)]
     return Outcome(
         found,
         sum(map(store.bytes, teachers)),
         seconds,
-        passes=(1 + len(experts)) * (FLIPS if answer.decision.flips else 1),
-        cost=None if experts else multiply_adds(answer.network, shape) / multiply_adds(student, shape),
+        passes=(1 + len(experts)) * views,
+        cost=None
+        if experts
+        else views * multiply_adds(answer.network, shape) / multiply_adds(student, shape),
         curve=at_budgets(found, scores(held_out), decision),
     )
 
@@ -278,12 +280,10 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[
     """
     query, answered = list(decision.query), torch.tensor(decision.offsets)
     preference = query_scores(calibration, decision.local, query) - answered.to(calibration)
-    rare = [q in decision.rare for q in query]
     moved = {}
     for budget in BUDGETS:
-        offsets = offsets_for_budget(preference, budget, rare)
         moved[budget] = scores.clone()
-        moved[budget][:, query] += (offsets - answered).to(scores)
+        moved[budget][:, query] += (offset_for_budget(preference, budget) - answered).to(scores)
     return moved
 
 
