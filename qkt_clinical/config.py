@@ -119,6 +119,9 @@ class SiteConfig(Strict):
     label_map: dict[str, str] = Field(default_factory=dict)
     """From the site's own words to the federation's classes; words not listed map to themselves."""
     image: ImageSpec
+    burned_in: Literal["quarantine", "accept"] = "quarantine"
+    """What becomes of DICOM files whose header lets one suspect writing in the pixels. ``accept`` only after
+    somebody has looked."""
     splits: Literal["patient", "given"] = "patient"
     """``given`` (npz only): keep the file's train/val/test; calibration is carved out of train."""
 

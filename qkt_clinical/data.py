@@ -7,15 +7,18 @@
 - ``groups.npy``: (N,) unicode, salted patient ids;
 - ``splits.json``: split name to sorted image indices;
 - ``manifest.json``: see :class:`Manifest`;
-- ``integrity.json``: every input file, accepted or rejected with its reason code.
+- ``integrity.json``: every input file, accepted or rejected with its reason code;
+- ``headers.json``, of DICOM files: per image what is kept of the header, de-identified, in the DICOM JSON
+  model. It stays at the site.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -56,6 +59,8 @@ class Manifest(Strict):
     """Split to number of patients."""
     rejected: dict[str, int]
     """Reason code to number of files."""
+    risks: dict[str, int]
+    """Known risk that de-identification cannot take away to number of images."""
     digests: dict[str, str]
     """File name to SHA-256 of the arrays and splits."""
 
@@ -100,8 +105,12 @@ def write_prepared(
     normalisation: Literal["unit", "zscore"],
     transforms: tuple[str, ...],
     integrity: list[dict[str, Any]],
+    headers: Sequence[dict[str, Any] | None] = (),
+    risks: Mapping[str, int] = MappingProxyType({}),
 ) -> Manifest:
     """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
+
+    ``headers`` are written if there is one.
 
     Raises:
         PreparedError: lengths differ, an index stands in two splits, or a patient does.
@@ -148,10 +157,13 @@ def write_prepared(
             },
             patients={s: len(owners[i]) for i, s in enumerate(SPLITS)},
             rejected=rejected,
+            risks=dict(risks),
             digests={name: digest_file(temporary / name) for name in (*ARRAYS, "splits.json")},
         )
         write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
         write_json(temporary / "integrity.json", integrity)
+        if any(header is not None for header in headers):
+            write_json(temporary / "headers.json", list(headers))
     return manifest
 
 

@@ -11,7 +11,9 @@ import nibabel
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.datadict import DicomDictionary
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence as Items
 
 from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import Manifest, PreparedSite, load_prepared
@@ -52,6 +54,33 @@ def ingest(root: Path, **changes: Any) -> tuple[Manifest, PreparedSite]:
 def uid(*names: object) -> str:
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return f"2.25.{int.from_bytes(digest[:12], 'big')}"
+
+
+IDENTITY = "PLANTEDIDENTITY"
+IDENTITIES = (IDENTITY, "19420317", "101112.13", "097Y", "3680043.42.42")
+"""What :func:`plant_identities` writes: a name, a birthday, a time, an age, a UID."""
+_PLANTED = {
+    **dict.fromkeys(("PN", "LO", "SH", "ST", "LT", "UT", "UC", "UR", "CS", "AE"), IDENTITY),
+    "DA": "19420317",
+    "DT": "19420317101112.13",
+    "TM": "101112.131415",
+    "AS": "097Y",
+    "UI": "1.2.826.0.1.3680043.42.42.42",
+}
+
+
+def plant_identities(data: Dataset) -> None:
+    """Write an identity into every standard element that can hold one and is empty, and into private and
+    nested ones."""
+    for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
+        ours = not keyword or tag >> 16 in (0x0000, 0x0002, 0x7FE0) or retired == "Retired"
+        if not ours and vr in _PLANTED and keyword not in data and keyword != "SpecificCharacterSet":
+            setattr(data, keyword, _PLANTED[vr])
+    nested = Dataset()
+    nested.PatientName, nested.PatientID, nested.PatientBirthDate = IDENTITY, IDENTITY, "19420317"
+    for sequence in ("ReferencedPatientSequence", "OtherPatientIDsSequence", "RequestAttributesSequence"):
+        setattr(data, sequence, Items([nested]))
+    data.private_block(0x0011, IDENTITY, create=True).add_new(0x01, "LO", IDENTITY)
 
 
 def dicom(pixels: NDArray[Any], *, patient: str = "P-1", syntax: str = LITTLE, **tags: Any) -> FileDataset:

@@ -85,6 +85,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "transfer-syntax-unsupported": Reason(
             "a compression without a decoder here", "Export it uncompressed."
         ),
+        "burned-in-suspected": Reason(
+            "writing may be burned into the pixels, by what the header says",
+            "Look at the images; if none shows a name, set burned_in: accept in site.yaml.",
+        ),
         "geometry-missing": Reason(
             "no series, position, orientation or spacing", "Export it with ImagePositionPatient."
         ),

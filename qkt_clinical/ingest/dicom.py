@@ -21,7 +21,9 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.files import digest_file
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.deidentify import deidentify, may_show_face, suspects_text
 from qkt_clinical.ingest.source import (
+    Header,
     Outcome,
     Reading,
     Refusal,
@@ -364,6 +366,17 @@ def _as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(v[name] for v in values if name in v) for name in names}
 
 
+def _kept(data: Dataset, request: Request) -> Header:
+    """What is kept of the header.
+
+    Raises:
+        FileRejected: ``burned-in-suspected``.
+    """
+    if not request.burned_in and suspects_text(data):
+        raise reject("burned-in-suspected")
+    return Header(deidentify(data, request.salt).to_json_dict(), may_show_face(data))
+
+
 # --- flat images ----------------------------------------------------------------------------------
 
 
@@ -372,6 +385,7 @@ def _flat(file: SourceFile, request: Request) -> Sample:
         data = _open(file.path, request.max_bytes, pixels=True)
         if _frames(data) > 1:
             raise reject("multi-frame")
+        header = _kept(data, request)
         stored = _stored(data)
         stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
         picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
@@ -381,7 +395,7 @@ def _flat(file: SourceFile, request: Request) -> Sample:
     picture = Picture(
         picture.pixels, picture.colour, spacing, picture.limits, picture.eight_bit, picture.inverted
     )
-    return Sample((file,), picture, tags=tags, keys=(series,) if series else ())
+    return Sample((file,), picture, tags=tags, keys=(series,) if series else (), header=header)
 
 
 # --- series ---------------------------------------------------------------------------------------
@@ -411,6 +425,7 @@ class _Header:
     code: str | None
     """Why it has no place in space."""
     tags: dict[str, str]
+    kept: Header
 
 
 def _header(file: SourceFile, request: Request) -> _Header:
@@ -425,7 +440,7 @@ def _header(file: SourceFile, request: Request) -> _Header:
         if frames > 1 and code == "geometry-missing":
             code = "multi-frame"
         series = str(data.get("SeriesInstanceUID", "") or "")
-        return _Header(file, series, frames, slices, code, _tags(data, request.tags))
+        return _Header(file, series, frames, slices, code, _tags(data, request.tags), _kept(data, request))
 
 
 def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
@@ -579,7 +594,8 @@ def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
             yield Refusal(files, rejected.code)
         return
     tags = _as_sets([h.tags for h in headers])
-    yield Sample(files, picture, tags=tags, keys=(headers[0].series,))
+    first = next(h.kept for h in headers if h.file == placed[0].file)
+    yield Sample(files, picture, tags=tags, keys=(headers[0].series,), header=first)
 
 
 def _all_series(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qkt_clinical.config import ImageSpec
 from qkt_clinical.ingest.arrays import Picture
@@ -63,11 +63,25 @@ class Request:
     max_bytes: int
     site: str
     seed: int
+    salt: bytes = field(repr=False)
+    """The site's secret: of a header only what it has made unrecognisable is handed over."""
+    burned_in: bool
+    """Whether images that may show writing are taken."""
 
     @property
     def volumes(self) -> bool:
         """Whether images are volumes (D, H, W)."""
         return len(self.spec.size) == 3
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is kept of a DICOM header."""
+
+    kept: Mapping[str, Any]
+    """De-identified, in the DICOM JSON model."""
+    face: bool
+    """Whether a face could be rendered from the image."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ class Sample:
     split: str | None = None
     item: str | None = None
     """Which image of its file, for files that hold many."""
+    header: Header | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from qkt_clinical.ingest.arrays import Picture, in_words, prepare
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import Lookup, check_columns
 from qkt_clinical.ingest.source import (
+    Header,
     Listing,
     Outcome,
     Reading,
@@ -38,6 +39,8 @@ from qkt_clinical.ingest.splits import assign, keep_given
 from qkt_clinical.seeding import derive
 
 MEGABYTE = 1_000_000
+FACE = "facial-surface"
+"""Risk of an image from which a face could be rendered."""
 
 
 # --- names that carry no patient data -------------------------------------------------------------
@@ -221,6 +224,7 @@ class _Gathered:
     patients: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
     files: list[tuple[SourceFile, ...]] = field(default_factory=list)
+    headers: list[Header | None] = field(default_factory=list)
     by_pixels: dict[bytes, int] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
     copies: dict[int, list[tuple[SourceFile, ...]]] = field(default_factory=dict)
@@ -253,12 +257,15 @@ def ingest_site(
     folder = site_folder(root, site)
     check_columns(config, params.classes, folder / "site.yaml")
     workspace = Workspace(root)
+    salt = read_salt(folder)
     request = Request(
         spec=config.image,
         tags=tuple(sorted({c.tag for c in (config.label, config.patient) if c.tag is not None})),
         max_bytes=params.ingest.max_file_mb * MEGABYTE,
         site=site,
         seed=params.seed,
+        salt=salt,
+        burned_in=config.burned_in == "accept",
     )
     if config.source.kind == "phantom":
         source, listing = folder, Listing([], [])
@@ -267,7 +274,6 @@ def ingest_site(
         source, listing = path if path.is_dir() else path.parent, _list(config, path)
     label = Lookup(config.label, "label", source, site=site)
     patient = Lookup(config.patient, "patient", source, site=site)
-    salt = read_salt(folder)
     with _stack(workspace.scratch, site) as stack, quiet():
         reading = _read(config, listing.files, request)
         gathered = _Gathered(refusals=list(listing.refused))
@@ -282,6 +288,8 @@ def ingest_site(
         if not kept:
             raise _nothing(site, integrity)
         labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
+        headers = [gathered.headers[i] for i in kept]
+        faces = sum(h is not None and h.face for h in headers)
         patients = [gathered.patients[i] for i in kept]
         splits = _split(config, params, patients, labels, [gathered.given[i] for i in kept])
         return write_prepared(
@@ -297,6 +305,8 @@ def ingest_site(
             normalisation=config.image.normalisation,
             transforms=in_words(config.image),
             integrity=integrity,
+            headers=[None if h is None else dict(h.kept) for h in headers],
+            risks={FACE: faces} if faces else {},
         )
 
 
@@ -327,6 +337,7 @@ def _take(
     gathered.patients.append(owner)
     gathered.given.append(outcome.split or "")
     gathered.files.append(outcome.files)
+    gathered.headers.append(outcome.header)
 
 
 def _class_of(word: str, config: SiteConfig, params: Params) -> int:

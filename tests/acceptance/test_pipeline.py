@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import pydicom
 import pytest
 
 from qkt_clinical.config import Params, Workspace, parse
 from qkt_clinical.files import digest_file, digest_folder
 from qkt_clinical.phantom import phantom_params, write_federation
 from qkt_clinical.workspace import write_workspace
+from tests.ingest_files import IDENTITIES, IDENTITY, plant_identities
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -46,11 +49,42 @@ def run(workspace: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A 3D federation of three hospitals after one ``dvc repro``, and what that printed."""
+    """A 3D federation of three hospitals after one ``dvc repro``, and what that printed.
+
+    Names of people stand wherever a hospital's files can hold one.
+    """
     root = tmp_path_factory.mktemp("volumes")
     write_federation(root, dims=3, images_per_site=36)
+    for site in ("east", "north", "south"):
+        plant(root / "hospitals" / site / "data")
     write_workspace(root, phantom_params(3) | QUICK)
     return root, run(root, "dvc", "repro")
+
+
+def plant(data: Path) -> None:
+    """Identities in headers, names of files and folders, tables, and in a file that will be rejected."""
+    for table in data.glob("*.csv"):
+        text = table.read_text(encoding="utf-8")
+        for word in ("PHANTOM", "ct-", "chest-"):
+            text = text.replace(word, f"{IDENTITY}-{word}")
+        table.write_text(text, encoding="utf-8")
+    for number, path in enumerate(sorted(data.rglob("*"), reverse=True)):
+        if path.name.endswith(".nii.gz"):
+            image = nibabel.load(path)
+            for field in ("descrip", "db_name", "aux_file", "intent_name"):
+                image.header[field] = IDENTITY
+            nibabel.save(image, path)
+        elif path.suffix == ".dcm":
+            header = pydicom.dcmread(path)
+            header.PatientID = f"{IDENTITY}-{header.PatientID}"
+            header.PatientName = IDENTITY
+            if number % 10 == 0:  # two in every series: a full header takes long to write
+                plant_identities(header)
+            header.save_as(path)
+        if path.name.startswith(("PHANTOM", "ct-", "chest-")):
+            path.rename(path.with_name(f"{IDENTITY}-{path.name}"))
+    (data / f"{IDENTITY}.dcm").write_bytes(b"\0" * 128 + b"DICM" + IDENTITY.encode())
+    (data / f"{IDENTITY}.nii").write_bytes(IDENTITY.encode() * 40)
 
 
 def read(path: Path) -> Any:
@@ -77,6 +111,22 @@ def test_three_dimensions_end_to_end(volumes: tuple[Path, str]) -> None:
     page = (root / "reports" / "index.html").read_text(encoding="utf-8")
     assert all(row["hospital"] in page for row in rows)
     assert not [p for p in root.joinpath("models").rglob("*") if p.suffix in {".pt", ".pth", ".pkl", ".bin"}]
+
+
+def test_no_identity_leaves_the_hospitals_own_folders(volumes: tuple[Path, str]) -> None:
+    """Outputs, DVC's files and cache, MLflow's rows and artifacts, the report, and all that was printed."""
+    root, printed = volumes
+    headers = read(root / "data" / "prepared" / "south" / "headers.json")
+    assert headers[0]["00120062"]["Value"] == ["YES"], "headers are there, and marked as de-identified"
+    for site in ("east", "north", "south"):
+        rejected = read(root / "data" / "prepared" / site / "manifest.json")["rejected"]
+        assert sum(rejected.values()) >= 1
+    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] != "hospitals"]
+    assert {"mlflow.db", "dvc.lock", "index.html", "integrity.json"} <= {p.name for p in files}
+    for secret in IDENTITIES:
+        assert secret not in printed
+        assert not [p for p in files if secret in str(p.relative_to(root))]
+        assert not [p for p in files if secret.encode() in p.read_bytes()]
 
 
 def test_a_second_repro_runs_nothing(volumes: tuple[Path, str]) -> None:

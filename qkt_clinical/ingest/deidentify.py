@@ -1,0 +1,278 @@
+"""What of a DICOM header may be kept: an allow-list of elements and of their values.
+
+After the Basic Application Level Confidentiality Profile of DICOM PS3.15 Annex E, with the options *Retain
+Longitudinal Temporal Information with Modified Dates* (of a date the year is left) and *Retain Patient
+Characteristics* (sex, age, size and weight). The profile lists what to remove; here what is not named is
+removed: private elements, all sequences, every element of free text. Of coded elements only values of the
+standard's own lists are kept, so that a name typed into one of them goes too.
+
+Nothing here makes an image anonymous. Pixels may show a name (:func:`suspects_text`) or a face
+(:func:`may_show_face`), and rare findings identify by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from qkt_clinical.ingest.codes import DAMAGE
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+METHOD = "qkt-clinical allow-list after PS3.15 Annex E"
+CODES: tuple[tuple[str, str], ...] = (
+    ("113100", "Basic Application Confidentiality Profile"),
+    ("113107", "Retain Longitudinal Temporal Information Modified Dates Option"),
+    ("113108", "Retain Patient Characteristics Option"),
+)
+"""De-identification Method Code Sequence (CID 7050), scheme DCM."""
+OLDEST = 89
+"""Years; who is older becomes 90, as the HIPAA Safe Harbor has it."""
+
+
+def _terms(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MODALITIES = _terms(
+    """
+    AR AS AU BDUS BI BMD CFM CR CT CTPROTOCOL DG DMS DOC DX ECG EEG EMG EOG EPS ES FID GM HC HD IO
+    IOL IVOCT IVUS KER KO LEN LS M3D MG MR NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS OT PA PLAN
+    POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV
+    SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC
+    """
+)
+BODY_PARTS = _terms(
+    """
+    ABDOMEN ABDOMENPELVIS ADRENAL ANKLE ANUS AORTA APPENDIX ARM AXILLA BACK BILEDUCT BLADDER
+    BRACHIALPLEXUS BRAIN BREAST BRONCHUS BUTTOCK CALCANEUS CALF CAROTID CEREBELLUM CERVIX CHEEK
+    CHEST CHESTABDOMEN CHESTABDPELVIS CIRCLEOFWILLIS CLAVICLE COCCYX COLON CORNEA CORONARYARTERY
+    CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE EYELID FACE FEMUR FINGER FOOT FOREARM
+    GALLBLADDER HAND HEAD HEADNECK HEART HIP HUMERUS ILEUM ILIUM IAC JAW JEJUNUM KIDNEY KNEE LARYNX
+    LEG LIVER LSPINE LSSPINE LUNG MANDIBLE MAXILLA MEDIASTINUM MOUTH NECK NECKCHEST NECKCHESTABDOMEN
+    NECKCHESTABDPELV NOSE ORBIT OVARY PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RADIUS
+    RECTUM RIB SACRUM SCALP SCAPULA SCLERA SCROTUM SHOULDER SINUS SKULL SPINE SPLEEN SSPINE STERNUM
+    STOMACH SUBMANDIBULAR TESTIS THIGH THYMUS THYROID TIBIA TLSPINE TMJ TOE TONGUE TRACHEA TSPINE
+    ULNA URETER URETHRA UTERUS VAGINA VULVA WHOLEBODY WRIST ZYGOMA
+    """
+)
+IMAGE_TYPES = _terms(
+    """
+    ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER MPR MIP MINIP VOLUME PROJECTION_IMAGE
+    REFORMATTED M P R I FFE SE M_FFE M_SE NORM DIS2D DIS3D OTHER MIXED NONE
+    """
+)
+PHOTOMETRIC = _terms("MONOCHROME1 MONOCHROME2 RGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT") | {"PALETTE COLOR"}
+
+Rule = Callable[[Any, bytes], Any]
+"""Value and salt to what is kept of it; None: nothing."""
+
+_UID = re.compile(r"[0-9.]{1,64}")
+_STANDARD = "1.2.840.10008."
+
+
+def remap_uid(value: str, salt: bytes) -> str:
+    """A UID of the site's own making: the same for the same UID and salt, useless without the salt.
+
+    UIDs of the standard itself (transfer syntaxes, SOP classes) name no object and stay.
+    """
+    if value.startswith(_STANDARD):
+        return value
+    digest = hmac.new(salt, b"uid\0" + value.encode("utf-8", "surrogateescape"), hashlib.sha256).digest()
+    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
+
+
+def coarsened_date(value: str) -> str | None:
+    """``YYYYMMDD`` to the first day of its year; None if it is no date."""
+    return f"{value[:4]}0101" if re.fullmatch(r"(1[89]|20)\d{6}", value) else None
+
+
+def coarsened_age(value: str) -> str | None:
+    """``nnnD``, ``nnnW``, ``nnnM`` or ``nnnY`` in whole years, 90 for all that are older; None if no age."""
+    if not re.fullmatch(r"\d{3}[DWMY]", value):
+        return None
+    per_year = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[value[3]]
+    years = int(int(value[:3]) / per_year)
+    return f"{years if years <= OLDEST else OLDEST + 1:03d}Y"
+
+
+def _uid(value: Any, salt: bytes) -> str | None:
+    text = str(value)
+    return remap_uid(text, salt) if _UID.fullmatch(text) else None
+
+
+def _date(value: Any, _: bytes) -> str | None:
+    return coarsened_date(str(value))
+
+
+def _age(value: Any, _: bytes) -> str | None:
+    return coarsened_age(str(value))
+
+
+def _number(value: Any, _: bytes) -> float | int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _among(allowed: frozenset[str]) -> Rule:
+    def rule(value: Any, _: bytes) -> str | None:
+        return str(value) if str(value) in allowed else None
+
+    return rule
+
+
+_YES_NO = _among(frozenset({"YES", "NO"}))
+_LATERALITY = _among(frozenset({"L", "R", "B", "U"}))
+
+KEPT: Mapping[str, Rule] = MappingProxyType(
+    {
+        # what kind of object, and which study, series and image belong together
+        "SOPClassUID": _uid,
+        "SOPInstanceUID": _uid,
+        "StudyInstanceUID": _uid,
+        "SeriesInstanceUID": _uid,
+        "FrameOfReferenceUID": _uid,
+        "ImageType": _among(IMAGE_TYPES),
+        "Modality": _among(MODALITIES),
+        "BurnedInAnnotation": _YES_NO,
+        "RecognizableVisualFeatures": _YES_NO,
+        "LossyImageCompression": _among(frozenset({"00", "01"})),
+        # when, by the year
+        "StudyDate": _date,
+        "SeriesDate": _date,
+        "AcquisitionDate": _date,
+        "ContentDate": _date,
+        # the patient's characteristics
+        "PatientSex": _among(frozenset({"M", "F", "O"})),
+        "PatientAge": _age,
+        "PatientSize": _number,
+        "PatientWeight": _number,
+        # what was looked at
+        "BodyPartExamined": _among(BODY_PARTS),
+        "Laterality": _LATERALITY,
+        "ImageLaterality": _LATERALITY,
+        "PatientPosition": _among(
+            _terms("HFP HFS HFDR HFDL FFDR FFDL FFP FFS LFP LFS RFP RFS AFDR AFDL PFDR PFDL")
+        ),
+        "ViewPosition": _among(_terms("AP PA LL RL RLD LLD RLO LLO CC MLO ML LM LMO XCC XCCL XCCM")),
+        # how
+        "KVP": _number,
+        "ExposureTime": _number,
+        "XRayTubeCurrent": _number,
+        "SliceThickness": _number,
+        "SpacingBetweenSlices": _number,
+        "GantryDetectorTilt": _number,
+        "RepetitionTime": _number,
+        "EchoTime": _number,
+        "InversionTime": _number,
+        "FlipAngle": _number,
+        "MagneticFieldStrength": _number,
+        # the picture
+        "InstanceNumber": _number,
+        "ImagePositionPatient": _number,
+        "ImageOrientationPatient": _number,
+        "PixelSpacing": _number,
+        "ImagerPixelSpacing": _number,
+        "NumberOfFrames": _number,
+        "SamplesPerPixel": _number,
+        "PhotometricInterpretation": _among(PHOTOMETRIC),
+        "Rows": _number,
+        "Columns": _number,
+        "BitsAllocated": _number,
+        "BitsStored": _number,
+        "HighBit": _number,
+        "PixelRepresentation": _number,
+        "WindowCenter": _number,
+        "WindowWidth": _number,
+        "RescaleSlope": _number,
+        "RescaleIntercept": _number,
+    }
+)
+"""DICOM keyword to what is kept of each of its values; all else is left out."""
+
+
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        yield value
+    else:
+        yield from value
+
+
+def deidentify(data: Dataset, salt: bytes) -> Dataset:
+    """A new data set of what may be kept of a header, marked as PS3.15 asks.
+
+    Args:
+        data: as read; left as it is. Pixels are not taken over.
+        salt: the site's secret, see :func:`qkt_clinical.ingest.stage.read_salt`.
+
+    Returns:
+        Allow-listed elements, UIDs remapped, dates and ages coarsened; PatientIdentityRemoved, and how.
+        An element of which one value is not allowed is left out whole.
+    """
+    from pydicom.dataset import Dataset
+
+    kept = Dataset()
+    for keyword, rule in KEPT.items():
+        try:
+            value = data.get(keyword)
+            found = [] if value in (None, "") else [rule(v, salt) for v in _values(value)]
+        except DAMAGE:  # pydicom converts a value when it is looked at
+            continue
+        if found and all(v is not None for v in found):
+            setattr(kept, keyword, found if len(found) > 1 else found[0])
+    kept.PatientIdentityRemoved = "YES"
+    kept.LongitudinalTemporalInformationModified = "MODIFIED"
+    kept.DeidentificationMethod = METHOD
+    items = []
+    for code, meaning in CODES:
+        item = Dataset()
+        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code, "DCM", meaning
+        items.append(item)
+    kept.DeidentificationMethodCodeSequence = items
+    return kept
+
+
+# --- what a header cannot take away -----------------------------------------------------------------
+
+_CAPTURES = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.7",  # secondary capture
+        "1.2.840.10008.5.1.4.1.1.7.1",
+        "1.2.840.10008.5.1.4.1.1.7.2",
+        "1.2.840.10008.5.1.4.1.1.7.3",
+        "1.2.840.10008.5.1.4.1.1.7.4",
+    }
+)
+_WRITES_ON_IMAGES = frozenset({"US", "IVUS", "BDUS", "SC", "ES", "XC", "DOC"})
+"""Modalities whose devices often write names and dates into the picture."""
+_SCREENS = re.compile(r"SCREEN|REPORT|CAPTURE|SNAPSHOT|PASTED")
+_HEADS = _terms("HEAD BRAIN SKULL FACE HEADNECK ORBIT SINUS JAW MAXILLA MANDIBLE IAC EAR NOSE")
+
+
+def suspects_text(data: Dataset) -> bool:
+    """Whether writing may be burned into the pixels, by what the header says.
+
+    ``BurnedInAnnotation`` decides where it is set. Else suspect are secondary captures, modalities whose
+    devices write on the picture, and image types of screens and reports.
+    """
+    said = str(data.get("BurnedInAnnotation", "") or "").strip().upper()
+    if said in ("YES", "NO"):
+        return said == "YES"
+    types = " ".join(map(str, _values(data.get("ImageType") or ""))).upper()
+    return (
+        str(data.get("SOPClassUID", "")) in _CAPTURES
+        or str(data.get("Modality", "") or "").strip().upper() in _WRITES_ON_IMAGES
+        or _SCREENS.search(types) is not None
+    )
+
+
+def may_show_face(data: Dataset) -> bool:
+    """Whether a face could be rendered from it: CT, MR or PET of the head."""
+    part = str(data.get("BodyPartExamined", "") or "").strip().upper()
+    return str(data.get("Modality", "") or "").strip().upper() in ("CT", "MR", "PT") and part in _HEADS
