@@ -584,6 +584,12 @@ def test_checking_a_folder_of_everything(tmp_path: Path) -> None:
         ("x/1.2.3", "dicom", None),
         ("x/b.nii.gz", "nifti", None),
     ]
+    found = {r["file"]: (r["shape"], r["dtype"], r["spacing_mm"]) for r in check_folder(tmp_path)}
+    assert found["a.png"] == ((8, 8), "uint8", None)
+    assert found["x/1.2.3"] == ((8, 8), "uint8", (1.0, 1.0))
+    assert found["x/b.nii.gz"] == ((8, 8, 4), "uint8", (1.0, 1.0, 1.0))
+    assert found["c.npz"][:2] == (layout()["train_images"].shape, str(layout()["train_images"].dtype))
+    assert found["odd"] == (None, None, None)
 
 
 def test_importing_loads_no_reader() -> None:

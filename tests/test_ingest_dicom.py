@@ -532,6 +532,7 @@ def test_conformance_files_get_the_right_verdict() -> None:
             assert verdict["code"] == "transfer-syntax-unsupported", row["file"]
         else:
             assert verdict["accepted"], (row["file"], verdict["code"])
+            assert "x".join(map(str, verdict["shape"] or ())) == row["shape"], row["file"]
 
 
 @pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="needs ../shared/data/dicom-conformance")

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from qkt_clinical.errors import FileRejected, SourceError
 from qkt_clinical.ingest.codes import quiet, reading, reject
-from qkt_clinical.ingest.source import is_side_file, list_all, suffix
+from qkt_clinical.ingest.source import Found, is_side_file, list_all, suffix
 
 
 class Verdict(TypedDict):
@@ -20,6 +20,11 @@ class Verdict(TypedDict):
     code: str | None
     kind: str | None
     """dicom, nifti, images or npz; None where nothing was recognised."""
+    shape: tuple[int, ...] | None
+    """Of the stored array; None if rejected, like the two below."""
+    dtype: str | None
+    spacing_mm: tuple[float, ...] | None
+    """Between pixels, per axis; None also where the file does not say."""
 
 
 def sniff(path: Path) -> str | None:
@@ -40,8 +45,8 @@ def sniff(path: Path) -> str | None:
     )
 
 
-def check_file(path: Path, *, max_file_mb: int = 2_000) -> str | None:
-    """Decode one file completely and return its source kind.
+def check_file(path: Path, *, max_file_mb: int = 2_000) -> tuple[str, Found]:
+    """Decode one file completely and return its source kind and what it holds.
 
     Raises:
         FileRejected: with a code of :data:`~qkt_clinical.ingest.codes.REASONS`.
@@ -50,7 +55,7 @@ def check_file(path: Path, *, max_file_mb: int = 2_000) -> str | None:
         return _check(path, max_file_mb * 1_000_000)
 
 
-def _check(path: Path, limit: int) -> str | None:
+def _check(path: Path, limit: int) -> tuple[str, Found]:
     with reading("unreadable"):
         if not stat.S_ISREG(path.stat().st_mode):
             raise reject("not-a-file")
@@ -60,23 +65,21 @@ def _check(path: Path, limit: int) -> str | None:
     if kind == "nifti":
         from qkt_clinical.ingest import nifti
 
-        nifti.check(path, limit)
+        return kind, nifti.check(path, limit)
     elif kind == "images":
         from qkt_clinical.ingest import images
 
-        images.check(path, limit)
+        return kind, images.check(path, limit)
     elif kind == "npz":
         from qkt_clinical.ingest import npz
 
-        npz.check(path, limit)
+        return kind, npz.check(path, limit)
     elif kind is None and is_side_file(path.name):
         raise reject("side-file")
     else:
         from qkt_clinical.ingest import dicom
 
-        dicom.check(path, limit)
-        kind = "dicom"
-    return kind
+        return "dicom", dicom.check(path, limit)
 
 
 def check_folder(
@@ -92,14 +95,23 @@ def check_folder(
     rows: list[Verdict] = []
     found = list_all(folder)
     for number, (file, barred) in enumerate(found, start=1):
-        kind: str | None = None
-        code = barred
-        if code is None:
+        row: Verdict = {
+            "file": file.name,
+            "accepted": False,
+            "code": barred,
+            "kind": None,
+            "shape": None,
+            "dtype": None,
+            "spacing_mm": None,
+        }
+        if barred is None:
             try:
-                kind = check_file(file.path, max_file_mb=max_file_mb)
+                row["kind"], held = check_file(file.path, max_file_mb=max_file_mb)
+                row["accepted"] = True
+                row["shape"], row["dtype"], row["spacing_mm"] = held
             except FileRejected as rejected:
-                code = rejected.code
-        rows.append({"file": file.name, "accepted": code is None, "code": code, "kind": kind})
+                row["code"] = rejected.code
+        rows.append(row)
         if progress is not None:
             progress(number, len(found))
     return rows

@@ -23,6 +23,7 @@ from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_l
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, suspects_text
 from qkt_clinical.ingest.source import (
+    Found,
     Header,
     Outcome,
     Reading,
@@ -629,7 +630,7 @@ def read(files: Sequence[SourceFile], request: Request) -> Reading:
     return Reading(len(files), (_all_series if request.volumes else _each)(files, request))
 
 
-def check(path: Path, max_bytes: int) -> None:
+def check(path: Path, max_bytes: int) -> Found:
     """Decode every frame of a file by itself, whatever site it may belong to.
 
     Raises:
@@ -642,3 +643,4 @@ def check(path: Path, max_bytes: int) -> None:
         frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
         for number, frame in zip(itertools.count(), frames):
             _frame_picture(data, frame, number, lookup=True)
+        return Found(stored.shape, str(stored.dtype), _pixel_spacing(data))

@@ -18,6 +18,7 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.source import (
+    Found,
     Outcome,
     Reading,
     Refusal,
@@ -137,11 +138,12 @@ def read(files: Sequence[SourceFile], request: Request) -> Reading:
     return Reading(len(files), _each(files, request))
 
 
-def check(path: Path, max_bytes: int) -> None:
+def check(path: Path, max_bytes: int) -> Found:
     """Decode every frame of a file.
 
     Raises:
         FileRejected: with the reason.
     """
     with _open(path, max_bytes) as image:
-        _picture(image, volumes=frames(image) > 1)
+        pixels = _picture(image, volumes=frames(image) > 1).pixels
+    return Found(pixels.shape, str(pixels.dtype))

@@ -19,6 +19,7 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, flat_view, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.source import (
+    Found,
     Outcome,
     Reading,
     Refusal,
@@ -177,10 +178,15 @@ def read(files: Sequence[SourceFile], request: Request) -> Reading:
     return Reading(len(heads), _each(heads, request))
 
 
-def check(path: Path, max_bytes: int) -> None:
+def check(path: Path, max_bytes: int) -> Found:
     """Decode a file by itself, whatever its number of dimensions.
 
     Raises:
         FileRejected: with the reason.
     """
-    _voxels(_open(path, max_bytes))
+    image = _open(path, max_bytes)
+    data, _ = _voxels(image)
+    with reading("header-unreadable"):
+        scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+        spacing = tuple(float(z) * scale for z in image.header.get_zooms()[:3])
+    return Found(data.shape, str(data.dtype), spacing)

@@ -21,6 +21,7 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.source import (
+    Found,
     Outcome,
     Reading,
     Refusal,
@@ -193,17 +194,20 @@ def read(files: Sequence[SourceFile], request: Request) -> Reading:
     return Reading(total, _all(file, request))
 
 
-def check(path: Path, max_bytes: int) -> None:
-    """Read every array of a file.
+def check(path: Path, max_bytes: int) -> Found:
+    """Read every array of a file. What is found is said of its training images.
 
     Raises:
         FileRejected: with the reason.
     """
     count(path, max_bytes)
     with reading("pixels-undecodable", zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        for name, member in _members(archive, max_bytes).items():
+        members = _members(archive, max_bytes)
+        for name, member in members.items():
             if name.endswith("_images"):
                 for _ in _rows(archive, member):
                     pass
             else:
                 _column(archive, member)
+        images = members["train_images"]
+        return Found(images.shape, str(images.dtype))

@@ -114,6 +114,14 @@ class Refusal:
 Outcome = Sample | Refusal
 
 
+class Found(NamedTuple):
+    """What a file holds, as stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    spacing_mm: tuple[float, ...] | None = None
+
+
 class Reading(NamedTuple):
     """What a reader returns: how many steps to expect, and the outcomes as they come."""
 
