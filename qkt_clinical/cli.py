@@ -134,6 +134,43 @@ def ingest_check(
         raise typer.Exit(1)
 
 
+@ingest_app.command("locate", epilog=EPILOG)
+def ingest_locate(
+    site: Annotated[str, typer.Argument(help="Name of the hospital.")],
+    ids: Annotated[list[str], typer.Argument(help="File ids of its integrity page.")],
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Say at the hospital which files some ids stand for; exit code 1 if one is unknown."""
+    from qkt_clinical.ingest import locate
+
+    known = locate(root, site)
+    found = {name: known.get(name) for name in ids}
+    if as_json:
+        _print_json(found)
+    else:
+        for name, path in found.items():
+            print(f"{name}: {path or 'unknown'}")
+    if None in found.values():
+        raise typer.Exit(1)
+
+
+@ingest_app.command("leakage", epilog=EPILOG)
+def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
+    """Say where one hospital trains on test images of another, by hashes; exit code 1 if anywhere."""
+    from qkt_clinical.ingest import find_crossings
+
+    crossings = find_crossings(root, load_params(root).sites)
+    if as_json:
+        _print_json([c._asdict() for c in crossings])
+    else:
+        for c in crossings:
+            print(f"{c.trains} trains on {c.images} test images of {c.tests}")
+        print(f"{len(crossings)} pairs of hospitals share images between training and test")
+    if crossings:
+        raise typer.Exit(1)
+
+
 @app.command(epilog=EPILOG)
 def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
     """Train each hospital's teacher on its own images."""

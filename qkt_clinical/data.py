@@ -8,6 +8,8 @@
 - ``splits.json``: split name to sorted image indices;
 - ``manifest.json``: see :class:`Manifest`;
 - ``integrity.json``: every input file, accepted or rejected with its reason code;
+- ``integrity.html``: the same and more for people, with pictures. It stays at the site;
+- ``hashes.npy``: (N, 2) uint64, of pixels and of looks, to find copies;
 - ``headers.json``, of DICOM files: per image what is kept of the header, de-identified, in the DICOM JSON
   model. It stays at the site.
 """
@@ -15,7 +17,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,13 +30,22 @@ from pydantic import ValidationError
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import PreparedError
-from qkt_clinical.files import digest_file, new_folder, write_json
+from qkt_clinical.files import digest_file, new_folder, write_json, write_text
 
 Images = NDArray[np.uint8] | NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 FORMAT = "qkt-prepared/1"
 ARRAYS = ("images.npy", "labels.npy", "groups.npy")
+
+
+SMALLEST_COUNT = 5
+"""Counts of images or patients below this are not shown, except 0."""
+
+
+def shown_count(number: int) -> str:
+    """A number of images or patients as a report may show it; 1 to 4 become ``<5``."""
+    return f"<{SMALLEST_COUNT}" if 0 < number < SMALLEST_COUNT else f"{number:,}"
 
 
 class Manifest(Strict):
@@ -107,10 +118,12 @@ def write_prepared(
     integrity: list[dict[str, Any]],
     headers: Sequence[dict[str, Any] | None] = (),
     risks: Mapping[str, int] = MappingProxyType({}),
+    hashes: NDArray[np.uint64] | None = None,
+    page: Callable[[Manifest], str] | None = None,
 ) -> Manifest:
     """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
 
-    ``headers`` are written if there is one.
+    ``headers`` are written if there is one, ``hashes`` and what ``page`` says of the manifest if given.
 
     Raises:
         PreparedError: lengths differ, an index stands in two splits, or a patient does.
@@ -164,6 +177,10 @@ def write_prepared(
         write_json(temporary / "integrity.json", integrity)
         if any(header is not None for header in headers):
             write_json(temporary / "headers.json", list(headers))
+        if hashes is not None:
+            np.save(temporary / "hashes.npy", hashes, allow_pickle=False)
+        if page is not None:
+            write_text(temporary / "integrity.html", page(manifest))
     return manifest
 
 

@@ -133,6 +133,7 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
             "counts": counts,
             "patients": {"train": 40, "calibration": 11, "val": 4, "test": 14},
             "rejected": {"unreadable": 2, "polarity": 1} if index == 0 else {},
+            "risks": {},
             "digests": {"images.npy": digest_bytes(site.encode())},
         },
     )

@@ -461,9 +461,9 @@ def test_real_npz(tmp_path: Path) -> None:
     folder = hospital(tmp_path, "npz", **config)
     (folder / "pbc28.npz").write_bytes(PBC28.read_bytes())
     manifest, site = ingest(tmp_path, classes=BLOOD_CELLS)
-    assert (manifest.count, manifest.rejected, manifest.dtype) == (13_699, {}, "uint8")
+    assert (manifest.count, manifest.rejected, manifest.dtype) == (13_685, {"duplicate": 14}, "uint8")
     assert len(site.splits["test"]) == 1_996
-    assert len(site.splits["train"]) + len(site.splits["calibration"]) == 10_273
+    assert len(site.splits["train"]) + len(site.splits["calibration"]) == 10_260
     assert manifest.counts["test"]["monocyte"] == 170
 
 

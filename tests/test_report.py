@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qkt_clinical.config import Params, Workspace
+from qkt_clinical.data import shown_count
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import to_json, write_json, write_text
 from qkt_clinical.report import charts, write_figure, write_report
@@ -141,7 +142,7 @@ def test_small_counts_are_not_shown(page: Page) -> None:
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (1, "<5"), (4, "<5"), (5, "5"), (12345, "12,345")])
 def test_count(number: int, text: str) -> None:
-    assert charts.count(number) == text
+    assert shown_count(number) == text
 
 
 @pytest.mark.parametrize(

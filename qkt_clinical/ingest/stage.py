@@ -7,7 +7,7 @@ import hmac
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, SiteConfig, Workspace, load_site, site_folder
-from qkt_clinical.data import Images, Manifest, write_prepared
-from qkt_clinical.errors import FileRejected, SourceError
+from qkt_clinical.data import Images, Manifest, load_prepared, write_prepared
+from qkt_clinical.errors import FileRejected, PreparedError, SourceError
 from qkt_clinical.ingest.arrays import Picture, in_words, prepare
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import Lookup, check_columns
+from qkt_clinical.ingest.integrity import render_integrity
+from qkt_clinical.ingest.leakage import Crossing, Hashes, across_sites, hashes_of, same_pixels
 from qkt_clinical.ingest.source import (
     Header,
     Listing,
@@ -98,6 +100,26 @@ def locate(root: Path, site: str) -> dict[str, str]:
     listing = _list(config, _source_path(root, config))
     files = [*listing.files, *(f for refusal in listing.refused for f in refusal.files)]
     return {file_id(salt, file.name): file.name for file in files}
+
+
+def find_crossings(root: Path, sites: Sequence[str]) -> list[Crossing]:
+    """Where one of these hospitals trains on pixels that another one is tested on, by hashes alone.
+
+    Raises:
+        PreparedError: a site is not prepared.
+    """
+    found = {}
+    for site in sites:
+        folder = Workspace(root).prepared(site)
+        splits = load_prepared(folder).splits
+        try:
+            hashes = np.load(folder / "hashes.npy", allow_pickle=False)
+        except (OSError, ValueError):
+            raise PreparedError(
+                "no hashes", remedy="Run 'qkt ingest' for this site again.", site=site, file=folder
+            ) from None
+        found[site] = (hashes, splits["train"], splits["test"])
+    return list(across_sites(found))
 
 
 # --- the source -----------------------------------------------------------------------------------
@@ -225,6 +247,7 @@ class _Gathered:
     given: list[str] = field(default_factory=list)
     files: list[tuple[SourceFile, ...]] = field(default_factory=list)
     headers: list[Header | None] = field(default_factory=list)
+    spacings: list[tuple[float, ...] | None] = field(default_factory=list)
     by_pixels: dict[bytes, int] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
     copies: dict[int, list[tuple[SourceFile, ...]]] = field(default_factory=dict)
@@ -292,14 +315,17 @@ def ingest_site(
         faces = sum(h is not None and h.face for h in headers)
         patients = [gathered.patients[i] for i in kept]
         splits = _split(config, params, patients, labels, [gathered.given[i] for i in kept])
+        images, groups = stack.images(kept), np.array([salted(salt, p) for p in patients], dtype=np.str_)
+        hashes = hashes_of(images)
+        _refuse_copies(hashes, groups, splits, site)
         return write_prepared(
             workspace.prepared(site),
             site=site,
             source_kind=config.source.kind,
             classes=params.classes,
-            images=stack.images(kept),
+            images=images,
             labels=labels,
-            groups=np.array([salted(salt, p) for p in patients], dtype=np.str_),
+            groups=groups,
             splits=splits,
             spacing_mm=config.image.spacing_mm,
             normalisation=config.image.normalisation,
@@ -307,6 +333,17 @@ def ingest_site(
             integrity=integrity,
             headers=[None if h is None else dict(h.kept) for h in headers],
             risks={FACE: faces} if faces else {},
+            hashes=hashes,
+            page=lambda manifest: render_integrity(
+                manifest,
+                images,
+                labels,
+                groups,
+                splits,
+                hashes,
+                integrity,
+                [gathered.spacings[i] for i in kept],
+            ),
         )
 
 
@@ -327,8 +364,7 @@ def _take(
         kind = _class_of(label(outcome), config, params)
         owner = patient(outcome)
         image = prepare(outcome.picture, config.image)
-        if config.source.kind not in ("npz", "phantom"):
-            _refuse_copy(outcome, kind, gathered, stack.count)
+        _refuse_copy(outcome, kind, gathered, stack.count)
     except FileRejected as rejected:
         gathered.refusals.append(Refusal(outcome.files, rejected.code, outcome.item))
         return
@@ -338,6 +374,30 @@ def _take(
     gathered.given.append(outcome.split or "")
     gathered.files.append(outcome.files)
     gathered.headers.append(outcome.header)
+    gathered.spacings.append(outcome.picture.spacing_mm)
+
+
+def _refuse_copies(
+    hashes: Hashes, groups: NDArray[np.str_], splits: dict[str, NDArray[np.int64]], site: str
+) -> None:
+    """Refuse a site of which two splits hold the same prepared pixels.
+
+    Copies among the files are left out one by one before; these became alike only when prepared.
+
+    Raises:
+        SourceError: ``pixels-in-two-splits``, naming salted patient ids.
+    """
+    owners = sorted(
+        {str(groups[i]) for pair in same_pixels(hashes, [splits[s] for s in SPLITS]) for i in pair}
+    )
+    if owners:
+        raise SourceError(
+            f"the same pixels in two splits, of patients {', '.join(owners[:20])}",
+            remedy="Give both copies one patient id, or leave one of them out.",
+            code="pixels-in-two-splits",
+            stage="ingest",
+            site=site,
+        )
 
 
 def _class_of(word: str, config: SiteConfig, params: Params) -> int:

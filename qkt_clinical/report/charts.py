@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MINUS = "\N{MINUS SIGN}"
-SMALLEST_COUNT = 5
-"""Counts of images or patients below this are not shown, except 0."""
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -24,11 +22,6 @@ def points(value: float) -> str:
     """A difference of shares in percentage points with its sign, such as ``+3.1`` or ``−0.4``."""
     text = f"{100 * value:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", MINUS)
-
-
-def count(number: int) -> str:
-    """A number of images or patients; 1 to 4 become ``<5``."""
-    return f"<{SMALLEST_COUNT}" if 0 < number < SMALLEST_COUNT else f"{number:,}"
 
 
 def size(number: int) -> str:

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qkt_clinical import __version__
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, Workspace
+from qkt_clinical.data import shown_count
 from qkt_clinical.files import write_text
 from qkt_clinical.report import charts
 from qkt_clinical.report.outputs import (
@@ -201,9 +202,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (charts.percent, charts.percents, charts.points, charts.count, charts.size, charts.words):
+    for function in (charts.percent, charts.percents, charts.points, charts.size, charts.words):
         environment.filters[function.__name__] = function
     environment.filters["figure"] = charts.figure
+    environment.filters["count"] = shown_count
     return environment
 
 
