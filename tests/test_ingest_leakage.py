@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +139,33 @@ def test_crossings_of_prepared_sites(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["ingest", "leakage", "--root", str(tmp_path), "--json"])
     assert ended.value.code == 1
     assert json.loads(capsys.readouterr().out)[0] == found[0]._asdict()
+
+
+def test_the_integrity_page_of_a_site(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "images")
+    for kind, count in (("solid", 12), ("cavity", 3)):
+        (folder / kind).mkdir()
+        for number in range(count):
+            PIL.Image.fromarray(smooth(number + 20 * (kind == "cavity"), 8)).save(
+                folder / kind / f"{number}.png"
+            )
+    brighter = np.clip(smooth(0, 8).astype(int) + 2, 0, 255).astype(np.uint8)
+    for number in range(8):  # copies of one image, brighter: some of them fall into another split
+        PIL.Image.fromarray(brighter + np.uint8(number)).save(folder / "solid" / f"Doe-{number}.png")
+    (folder / "solid" / "Doe.png").write_bytes(b"no picture")
+    manifest, _ = ingest(tmp_path)
+    page = (Workspace(tmp_path).prepared(SITE) / "integrity.html").read_text()
+    assert manifest.rejected == {"not-picture": 1}
+    assert "not-picture" in page
+    assert "Export it as PNG, JPEG or TIFF." in page
+    assert "Doe" not in page
+    assert page.count("data:image/png;base64,") > 2
+    assert "pairs of different patients" in page
+    rows = page[page.index("<h2>Images by class") : page.index("<h2>Rejected")]
+    cavity = rows[rows.index("cavity") : rows.index("calcified")]
+    assert "&lt;5" in cavity
+    assert not {"1", "2", "3"} & set(re.findall(r'<td class="n">([^<]*)</td>', cavity))
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "hospitals", again / "hospitals")
+    ingest(again)
+    assert (Workspace(again).prepared(SITE) / "integrity.html").read_text() == page
