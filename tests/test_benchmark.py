@@ -456,19 +456,22 @@ def test_wrong_labels_are_as_many_as_said_and_of_held_classes() -> None:
 
 def test_variants_of_a_hospital() -> None:
     full = hospital([100, 40, 3])
-    weak = vary(full, "weak", seed=0)
+    weak = vary(full, "weak", budget=0.02, seed=0)
     assert np.bincount(weak.train.labels).tolist() == [10, 4, 1]
     assert weak.calibration is full.calibration
-    noisy = vary(full, "label-noise-10", seed=0)
+    noisy = vary(full, "label-noise-10", budget=0.02, seed=0)
     assert (noisy.train.labels != full.train.labels).sum() == 14
     assert (noisy.val.labels != full.val.labels).sum() == 4
     assert noisy.train.images is full.train.images
-    assert vary(full, "full", seed=0) is full
+    assert vary(full, "full", budget=0.02, seed=0) is full
+    few = vary(full, "images-30", budget=0.02, seed=0)
+    assert np.bincount(few.train.labels).tolist() == [30, 30, 3]
 
 
 def test_fewer_images_keep_calibration_in_proportion_but_enough_for_the_budget() -> None:
     few = with_fewer_images(hospital([100, 40]), 20, budget=0.1, seed=0)
     assert np.bincount(few.train.labels).tolist() == [20, 20]
+    assert len(few.val) == 20
     assert len(few.calibration) == math.ceil(40 * 40 / 140)
     assert len(with_fewer_images(hospital([100, 40]), 20, budget=0.05, seed=0).calibration) == 20
     assert len(with_fewer_images(hospital([100, 40]), 20, budget=0.01, seed=0).calibration) == 40

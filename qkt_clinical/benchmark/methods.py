@@ -27,7 +27,6 @@ from qkt_clinical.benchmark.settings import (
 )
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
-from qkt_clinical.benchmark.variants import with_fewer_images
 from qkt_clinical.card import Decision
 from qkt_clinical.networks import Classifier, multiply_adds
 from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
@@ -223,8 +222,6 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     if not taught:
         return local(case, own=setup.own)
     hospital = store.data(case.question.student, setup.own)
-    if setup.images is not None:
-        hospital = with_fewer_images(hospital, setup.images, settings.budget, store.federation.seed)
     own_name = f"{setup.own}/{case.question.student}"
     student = store.bundle(own_name).network
     start = time.perf_counter()

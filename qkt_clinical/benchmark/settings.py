@@ -30,8 +30,9 @@ from qkt_clinical.errors import ConfigError
 from qkt_clinical.files import digest_bytes
 from qkt_clinical.peers.params import PeerParams
 
-Variant = Literal["full", "weak", "label-noise-10", "label-noise-30"]
-"""What a network was trained on: all images of a hospital, a tenth of them, or wrong labels among them."""
+Variant = Literal["full", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"]
+"""What a network was trained on: all images of a hospital, a tenth of them, wrong labels among them, or at
+most so many of every class."""
 
 BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 """Budgets of the budget curve."""
@@ -48,8 +49,6 @@ class Setup:
     """At most so many teachers for every class asked for, those of the highest mask scores."""
     rivals: bool = True
     """Whether teachers that know a local class, but none of the query, are heard."""
-    images: int | None = None
-    """At most so many local training images of every class."""
     transfer: tuple[tuple[str, Any], ...] = ()
     """Settings of the transfer that differ: name and value."""
     own: Variant = "full"
@@ -79,9 +78,9 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/rank-0.25": _transfer("qkt", rank=0.25),
         "ablation/teachers-1": Setup(most_teachers=1),
         "ablation/teachers-2": Setup(most_teachers=2),
-        "ablation/images-100": Setup(images=100),
-        "ablation/images-30": Setup(images=30),
-        "ablation/images-10": Setup(images=10),
+        "ablation/images-100": Setup(own="images-100"),
+        "ablation/images-30": Setup(own="images-30"),
+        "ablation/images-10": Setup(own="images-10"),
         "ablation/label-noise-10": Setup(own="label-noise-10"),
         "ablation/label-noise-30": Setup(own="label-noise-30"),
         "ablation/weak-teachers": Setup(teachers="weak"),

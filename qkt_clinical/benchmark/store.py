@@ -74,7 +74,12 @@ class Store:
 
     def data(self, hospital: str, variant: Variant = "full") -> Hospital:
         """A hospital's images, as the variant has them."""
-        return vary(self.federation.hospital(hospital), variant, self.federation.seed)
+        return vary(
+            self.federation.hospital(hospital),
+            variant,
+            budget=self.settings.budget,
+            seed=self.federation.seed,
+        )
 
     @property
     def evaluation(self) -> Split:

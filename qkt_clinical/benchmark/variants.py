@@ -33,7 +33,7 @@ def _some_of_each(labels: Labels, counts: dict[int, int], seed: int) -> Indices:
     return np.sort(np.concatenate(drawn))
 
 
-def vary(hospital: Hospital, variant: Variant, seed: int) -> Hospital:
+def vary(hospital: Hospital, variant: Variant, *, budget: float, seed: int) -> Hospital:
     """The hospital as a variant has it. Wrong labels are in all its images, calibration and val too."""
     name = hospital.name
     match variant:
@@ -44,6 +44,8 @@ def vary(hospital: Hospital, variant: Variant, seed: int) -> Hospital:
             counts = {c: max(1, round(WEAK * n)) for c, n in present.items()}
             index = _some_of_each(hospital.train.labels, counts, derive(seed, "benchmark", variant, name))
             return dataclasses.replace(hospital, train=hospital.train.take(index))
+        case "images-100" | "images-30" | "images-10":
+            return with_fewer_images(hospital, int(variant.removeprefix("images-")), budget, seed)
         case "label-noise-10" | "label-noise-30":
             share = int(variant.rsplit("-", 1)[1]) / 100
 
@@ -60,7 +62,7 @@ def vary(hospital: Hospital, variant: Variant, seed: int) -> Hospital:
 
 
 def with_fewer_images(hospital: Hospital, images: int, budget: float, seed: int) -> Hospital:
-    """At most ``images`` training images of every class, and calibration images in the same proportion.
+    """At most ``images`` training and val images of every class, calibration images in the same proportion.
 
     Calibration keeps at least 1 / budget images where there are so many: with fewer, no offset can
     promise the budget, and the ablation would measure that alone.
@@ -71,4 +73,6 @@ def with_fewer_images(hospital: Hospital, images: int, budget: float, seed: int)
     share = len(kept) / len(train)
     count = max(math.ceil(share * len(calibration)), math.ceil(1 / budget))
     order = np.random.default_rng(derive(draw, "calibration")).permutation(len(calibration))
-    return dataclasses.replace(hospital, train=kept, calibration=calibration.take(np.sort(order[:count])))
+    val = hospital.val.take(_some_of_each(hospital.val.labels, dict.fromkeys(hospital.held, images), draw))
+    held_out = calibration.take(np.sort(order[:count]))
+    return dataclasses.replace(hospital, train=kept, calibration=held_out, val=val)
