@@ -186,7 +186,8 @@ def test_one_hospitals_change_leaves_the_others_alone(volumes: tuple[Path, str])
     assert "Running stage 'train@east'" in output
     for stage in ("ingest@north", "train@north", "mask@north", "ingest@south", "train@south"):
         assert f"Stage '{stage}' didn't change, skipping" in output
-    assert read(root / "data" / "prepared" / "east" / "manifest.json")["rejected"] == {"label-missing": 1}
+    rejected = read(root / "data" / "prepared" / "east" / "manifest.json")["rejected"]
+    assert rejected == {"label-missing": 1, "not-nifti": 1, "other-kind": 1}
 
 
 def pipeline(root: Path, params: Params) -> None:
