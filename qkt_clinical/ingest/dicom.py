@@ -58,7 +58,7 @@ DECODERS: dict[str, str] = {
     "1.2.840.10008.1.2.4.201": "pylibjpeg",
     "1.2.840.10008.1.2.4.202": "pylibjpeg",
     "1.2.840.10008.1.2.4.203": "pylibjpeg",
-    "1.2.840.10008.1.2.5": "pylibjpeg",
+    "1.2.840.10008.1.2.5": "pydicom",  # pylibjpeg's panics on damaged segments, which is no Exception
 }
 """Transfer syntax to the one decoder used for it ("": uncompressed), so that the same file gives the same
 pixels whatever else is installed."""
