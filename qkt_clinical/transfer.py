@@ -69,7 +69,7 @@ from qkt_clinical.training import (
 
 VIEW_BATCH = 512
 REFINED = 1000
-"""Local images at most on which a head is refined, as many of every class: rare ones are all among them."""
+"""Local images at most on which a head is refined, of every class as many: of 20 classes all rare ones."""
 LIGHT_OWN_WEIGHT = 2.0
 """What the own network counts for where that is not chosen: its teachers are there for the query alone."""
 MOST_TEACHERS = 64
@@ -614,7 +614,8 @@ def answer_query(
         said = predict(network, calibration, device)
     scores = query_scores(said, local, query)
     if rare:
-        scores = scores[kept_today(predict(student, calibration, device), local, query)]
+        own = logits[0] if heard and not flips else predict(student, calibration, device)
+        scores = scores[kept_today(own, local, query)]
     offset = offset_for_budget(scores, budget) if params.phase2 else 0.0
     offsets = torch.full((len(query),), offset)
     decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})

@@ -367,14 +367,14 @@ def _as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(v[name] for v in values if name in v) for name in names}
 
 
-def _kept(data: Dataset, request: Request) -> Header:
-    """What is kept of the header.
-
-    Raises:
-        FileRejected: ``burned-in-suspected``.
-    """
+def _refuse_text(data: Dataset, request: Request) -> None:
+    """Hold back what may show writing, unless the site says otherwise."""
     if not request.burned_in and suspects_text(data):
         raise reject("burned-in-suspected")
+
+
+def _kept(data: Dataset, request: Request) -> Header:
+    """What is kept of the header."""
     return Header(deidentify(data, request.salt).to_json_dict(), may_show_face(data))
 
 
@@ -386,6 +386,7 @@ def _flat(file: SourceFile, request: Request) -> Sample:
         data = _open(file.path, request.max_bytes, pixels=True)
         if _frames(data) > 1:
             raise reject("multi-frame")
+        _refuse_text(data, request)
         header = _kept(data, request)
         stored = _stored(data)
         stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
@@ -426,7 +427,6 @@ class _Header:
     code: str | None
     """Why it has no place in space."""
     tags: dict[str, str]
-    kept: Header
 
 
 def _header(file: SourceFile, request: Request) -> _Header:
@@ -441,7 +441,8 @@ def _header(file: SourceFile, request: Request) -> _Header:
         if frames > 1 and code == "geometry-missing":
             code = "multi-frame"
         series = str(data.get("SeriesInstanceUID", "") or "")
-        return _Header(file, series, frames, slices, code, _tags(data, request.tags), _kept(data, request))
+        _refuse_text(data, request)
+        return _Header(file, series, frames, slices, code, _tags(data, request.tags))
 
 
 def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
@@ -586,6 +587,8 @@ def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
         files = tuple(f for f in files if f not in dropped)
         placed, affine = sort_slices(slices)
         picture = _volume(placed, affine, request)
+        with _reading("header-unreadable"):
+            kept = _kept(_open(placed[0].file.path, request.max_bytes, pixels=False), request)
     except FileRejected as rejected:
         culprit = tuple(f for f in files if f.name == rejected.where.file)
         if culprit:
@@ -595,8 +598,7 @@ def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
             yield Refusal(files, rejected.code)
         return
     tags = _as_sets([h.tags for h in headers])
-    first = next(h.kept for h in headers if h.file == placed[0].file)
-    yield Sample(files, picture, tags=tags, keys=(headers[0].series,), header=first)
+    yield Sample(files, picture, tags=tags, keys=(headers[0].series,), header=kept)
 
 
 def _all_series(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:

@@ -78,15 +78,9 @@ def render_integrity(
         integrity: rows of ``integrity.json``.
         spacings: of the images as stored.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from qkt_clinical.html import page_environment
 
-    environment = Environment(
-        loader=PackageLoader("qkt_clinical.ingest"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("qkt_clinical.ingest")
     environment.filters["count"] = shown_count
     sampled, low, high, bars = _histogram(images)
     sheets = [

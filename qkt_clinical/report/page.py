@@ -11,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from qkt_clinical import __version__
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import shown_count
 from qkt_clinical.files import write_text
+from qkt_clinical.html import page_environment
 from qkt_clinical.report import charts
 from qkt_clinical.report.outputs import (
     Interval,
@@ -195,13 +196,7 @@ def _query_view(outputs: Outputs, query: QueryOutputs) -> dict[str, Any]:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("qkt_clinical.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("qkt_clinical.report")
     for function in (charts.percent, charts.percents, charts.points, charts.size, charts.words):
         environment.filters[function.__name__] = function
     environment.filters["figure"] = charts.figure

@@ -123,7 +123,9 @@ def test_no_identity_leaves_the_hospitals_own_folders(volumes: tuple[Path, str])
         assert sum(rejected.values()) >= 1
     files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] != "hospitals"]
     assert {"mlflow.db", "dvc.lock", "index.html", "integrity.json"} <= {p.name for p in files}
+    sources = [p for p in (root / "hospitals").rglob("*") if p.is_file()]
     for secret in IDENTITIES:
+        assert any(secret.encode() in p.read_bytes() for p in sources), "it was planted"
         assert secret not in printed
         assert not [p for p in files if secret in str(p.relative_to(root))]
         assert not [p for p in files if secret.encode() in p.read_bytes()]
