@@ -53,7 +53,7 @@ finally:
     print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)
 """
     best = 9.0
-    for _ in range(3):  # the first run may have to compile; a shared machine makes any run slow once
+    for _ in range(10):  # the first run may have to compile; a busy machine makes several runs slow
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=tmp_path,
@@ -71,6 +71,8 @@ finally:
         assert err.splitlines()[-1] == "[]"
         assert "Exit codes" in out
         best = min(best, usage.ru_utime + usage.ru_stime)
+        if best < 0.5:
+            break
     assert best < 0.5
 
 
