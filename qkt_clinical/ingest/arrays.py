@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.config import ImageSpec
 from qkt_clinical.ingest.codes import reject
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -31,7 +35,7 @@ SAME_SPACING = 1e-3
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded image in the modality's units.
+    """One decoded image.
 
     Attributes:
         pixels: (H, W) or (D, H, W), with a last axis of 3 where ``colour``; any real dtype.
@@ -41,6 +45,8 @@ class Picture:
             own display window; None if the image does not say.
         eight_bit: whether ``limits`` are those of an 8-bit type, so that 8 bits can hold the result.
         inverted: whether low values are bright (MONOCHROME1).
+        slope, intercept: intensities in the modality's units are ``pixels * slope + intercept``; left to be
+            applied together with the window, in one pass over the pixels.
     """
 
     pixels: NDArray[Any]
@@ -49,11 +55,19 @@ class Picture:
     limits: tuple[float, float] | None = None
     eight_bit: bool = False
     inverted: bool = False
+    slope: float = 1.0
+    intercept: float = 0.0
 
     @property
     def size(self) -> tuple[int, ...]:
         """Spatial shape."""
         return self.pixels.shape[:-1] if self.colour else self.pixels.shape
+
+    @property
+    def intensities(self) -> NDArray[Any]:
+        """In the modality's units."""
+        plain = (self.slope, self.intercept) == (1.0, 0.0)
+        return self.pixels if plain else self.pixels * self.slope + self.intercept
 
 
 def eight_bit_limits(dtype: np.dtype[Any], bits: int = 8) -> tuple[float, float] | None:
@@ -121,8 +135,23 @@ def _limits(picture: Picture, spec: ImageSpec) -> tuple[float, float]:
         return spec.window.center - half, spec.window.center + half
     if picture.limits is not None:
         return picture.limits
-    low, high = np.percentile(picture.pixels, PERCENTILES)
-    return float(low), float(high)
+    low, high = sorted(x * picture.slope + picture.intercept for x in _percentiles(picture.pixels))
+    return low, high
+
+
+def _percentiles(pixels: NDArray[Any]) -> tuple[float, float]:
+    """:data:`PERCENTILES` as numpy interpolates them; of 16-bit integers by counting, ten times as fast."""
+    if pixels.dtype.kind not in "iu" or pixels.dtype.itemsize > 2:
+        low, high = np.percentile(pixels, PERCENTILES)
+        return float(low), float(high)
+    lowest = int(pixels.min())
+    ranked = np.cumsum(np.bincount(pixels.ravel().astype(np.intp) - lowest))
+    ends = []
+    for percentile in PERCENTILES:
+        rank = percentile / 100 * (pixels.size - 1)
+        below, above = np.searchsorted(ranked, [int(rank), min(int(rank) + 1, pixels.size - 1)], side="right")
+        ends.append(lowest + float(below) + (rank - int(rank)) * float(above - below))
+    return ends[0], ends[1]
 
 
 def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -138,12 +167,24 @@ def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _unit(picture: Picture, limits: tuple[float, float]) -> F32:
-    """Intensities to [0, 1]; a constant image (no range at all) becomes 0."""
-    low, high = limits
-    if not high > low:
-        return np.zeros(picture.pixels.shape, dtype=np.float32)
-    scaled = (picture.pixels.astype(np.float64) - low) / (high - low)
-    return np.clip(scaled, 0.0, 1.0).astype(np.float32)
+    """Intensities to [0, 1], bright high; a constant image (no range at all) becomes 0, or 1 if inverted.
+
+    Differences are taken before anything is scaled: those of integers are exact, so that an image and its
+    inverted twin come out alike to the last bit.
+    """
+    pixels = picture.pixels
+    if not limits[1] > limits[0]:
+        return np.full(pixels.shape, picture.inverted, dtype=np.float32)
+    black, white = ((x - picture.intercept) / picture.slope for x in limits)
+    if picture.inverted:
+        black, white = white, black
+    # Integers of 16 bits are exact in single precision.
+    exact = pixels.dtype.kind in "iub" and pixels.dtype.itemsize <= 2
+    kind = np.float32 if exact else np.float64
+    unit = np.subtract(*((black, pixels) if white < black else (pixels, black)), dtype=kind)
+    unit *= kind(1 / abs(white - black))
+    np.clip(unit, 0.0, 1.0, out=unit)
+    return np.asarray(unit, dtype=np.float32)
 
 
 def _monai(module: str = "monai.transforms") -> Any:
@@ -159,9 +200,8 @@ def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) 
     """Bring (C, ...) float32 to the spacing and size wanted.
 
     With ``spec.spacing_mm``: MONAI's Spacing (linear; smoothed first where it shrinks, so that nothing
-    aliases), then pad with 0 or crop about the centre. Without: MONAI's Resize, ``area`` (block means)
-    where no axis grows, else linear with the same smoothing. MONAI is imported only if there is
-    something to do.
+    aliases), then pad with 0 or crop about the centre. Without: means over blocks where no axis grows,
+    else MONAI's linear Resize with the same smoothing. MONAI is imported only if it has something to do.
 
     Raises:
         FileRejected: ``spacing-missing``.
@@ -180,11 +220,36 @@ def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) 
 
 def _resized(image: F32, size: tuple[int, ...]) -> F32:
     if all(new <= old for new, old in zip(size, image.shape[1:], strict=True)):
-        change = _monai().Resize(size, mode="area")
-    else:
-        image = _smoothed(image, [old / new for new, old in zip(size, image.shape[1:], strict=True)])
-        change = _monai().Resize(size, mode="bilinear" if len(size) == 2 else "trilinear")
+        return np.stack([_block_means(channel, size) for channel in image])
+    image = _smoothed(image, [old / new for new, old in zip(size, image.shape[1:], strict=True)])
+    change = _monai().Resize(size, mode="bilinear" if len(size) == 2 else "trilinear")
     return np.asarray(change(image), dtype=np.float32)
+
+
+def _block_means(pixels: F32, size: tuple[int, ...]) -> F32:
+    """Shrink axis by axis; what MONAI's Resize gives with mode ``area``, without its two seconds of import.
+
+    Most sites deliver images larger than the network wants, so this is the path of nearly every file.
+    """
+    for axis, new in enumerate(size):
+        old = pixels.shape[axis]
+        if old != new:
+            first = np.moveaxis(pixels, axis, 0)
+            shrunk = _averaging(old, new) @ np.ascontiguousarray(first).reshape(old, -1)
+            pixels = np.moveaxis(shrunk.reshape(new, *first.shape[1:]), 0, axis)
+    return pixels
+
+
+@lru_cache(maxsize=256)
+def _averaging(old: int, new: int) -> csr_array:
+    """(new, old): row i averages the samples from floor(i * old / new) to ceil((i + 1) * old / new)."""
+    from scipy.sparse import csr_array
+
+    ends = [(i * old // new, -(-(i + 1) * old // new)) for i in range(new)]
+    columns = np.concatenate([np.arange(a, b) for a, b in ends])
+    lengths = np.array([b - a for a, b in ends])
+    weights = np.repeat(1 / lengths, lengths).astype(np.float32)
+    return csr_array((weights, columns, np.concatenate([[0], np.cumsum(lengths)])), shape=(new, old))
 
 
 def _smoothed(image: F32, factors: Sequence[float]) -> F32:
@@ -231,7 +296,7 @@ def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
         raise reject("dimensions")
     pixels = _finite(picture.pixels)
     if pixels is not picture.pixels:
-        picture = Picture(pixels, picture.colour, picture.spacing_mm, picture.limits, False, picture.inverted)
+        picture = replace(picture, pixels=pixels, eight_bit=False)
     eight = picture.eight_bit and spec.window is None and spec.normalisation == "unit"
     limits = _limits(picture, spec)
     grey = picture.colour and spec.channels == 1
@@ -243,8 +308,6 @@ def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
         exact = _channels_first(255 - pixels if picture.inverted else pixels, picture.colour)
         return np.ascontiguousarray(_spread(exact, spec.channels))
     unit = _unit(picture, limits)
-    if picture.inverted:
-        unit = np.float32(1) - unit
     image: F32 = (unit @ LUMINANCE)[None] if grey else _channels_first(unit, picture.colour)
     image = np.clip(resample(image, picture.spacing_mm, spec), 0.0, 1.0)
     if eight:

@@ -12,10 +12,10 @@ Nothing here makes an image anonymous. Pixels may show a name (:func:`suspects_t
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def remap_uid(value: str, salt: bytes) -> str:
     """
     if value.startswith(_STANDARD):
         return value
-    digest = hmac.new(salt, b"uid\0" + value.encode("utf-8", "surrogateescape"), hashlib.sha256).digest()
+    digest = hmac.digest(salt, b"uid\0" + value.encode("utf-8", "surrogateescape"), "sha256")
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"
 
 
@@ -204,8 +204,17 @@ def _values(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def deidentify(data: Dataset, salt: bytes) -> Dataset:
-    """A new data set of what may be kept of a header, marked as PS3.15 asks.
+@cache
+def _kept() -> Mapping[int, tuple[str, str, Rule]]:
+    """:data:`KEPT` by tag, in ascending order: its eight digits, its value representation, and the rule."""
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
+
+    tags = {int(tag_for_keyword(keyword) or 0): rule for keyword, rule in KEPT.items()}
+    return {tag: (f"{tag:08X}", dictionary_VR(tag), tags[tag]) for tag in sorted(tags)}
+
+
+def deidentify(data: Dataset, salt: bytes) -> dict[str, Any]:
+    """What may be kept of a header, in the DICOM JSON model (PS3.18 Annex F), marked as PS3.15 asks.
 
     Args:
         data: as read; left as it is. Pixels are not taken over.
@@ -215,27 +224,33 @@ def deidentify(data: Dataset, salt: bytes) -> Dataset:
         Allow-listed elements, UIDs remapped, dates and ages coarsened; PatientIdentityRemoved, and how.
         An element of which one value is not allowed is left out whole.
     """
-    from pydicom.dataset import Dataset
-
-    kept = Dataset()
-    for keyword, rule in KEPT.items():
+    kept: dict[str, Any] = {}
+    rules = _kept()
+    present = data.keys()
+    for tag in rules:
+        if tag not in present:
+            continue
+        key, vr, rule = rules[tag]
         try:
-            value = data.get(keyword)
+            value = data[tag].value
             found = [] if value in (None, "") else [rule(v, salt) for v in _values(value)]
         except DAMAGE:  # pydicom converts a value when it is looked at
             continue
         if found and all(v is not None for v in found):
-            setattr(kept, keyword, found if len(found) > 1 else found[0])
-    kept.PatientIdentityRemoved = "YES"
-    kept.LongitudinalTemporalInformationModified = "MODIFIED"
-    kept.DeidentificationMethod = METHOD
-    items = []
-    for code, meaning in CODES:
-        item = Dataset()
-        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code, "DCM", meaning
-        items.append(item)
-    kept.DeidentificationMethodCodeSequence = items
+            kept[key] = {"vr": vr, "Value": found}
+    kept["00120062"] = {"vr": "CS", "Value": ["YES"]}  # Patient Identity Removed
+    kept["00120063"] = {"vr": "LO", "Value": [METHOD]}  # De-identification Method
+    kept["00120064"] = {"vr": "SQ", "Value": [_code(*code) for code in CODES]}  # and its codes
+    kept["00280303"] = {"vr": "CS", "Value": ["MODIFIED"]}  # Longitudinal Temporal Information Modified
     return kept
+
+
+def _code(value: str, meaning: str) -> dict[str, Any]:
+    return {
+        "00080100": {"vr": "SH", "Value": [value]},
+        "00080102": {"vr": "SH", "Value": ["DCM"]},
+        "00080104": {"vr": "LO", "Value": [meaning]},
+    }
 
 
 # --- what a header cannot take away -----------------------------------------------------------------

@@ -10,7 +10,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Limits = tuple[float, float]
 F64 = NDArray[np.float64]
 
+HEAD = 4096
+"""Bytes at a file's start, among which its transfer syntax stands as a rule."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
 DECODERS: dict[str, str] = {
     "1.2.840.10008.1.2": "",
@@ -97,22 +99,21 @@ def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
         FileRejected: any code of one file.
     """
     from pydicom import dcmread
-    from pydicom.filereader import read_file_meta_info
 
     bounded_size(path, max_bytes)
     with reading("unreadable"), path.open("rb") as stream:
-        if stream.read(132)[128:] != b"DICM":
-            raise reject("not-dicom")
+        head = stream.read(HEAD)
+    if head[128:132] != b"DICM":
+        raise reject("not-dicom")
     with _reading("header-unreadable"):
-        meta = read_file_meta_info(path)
-        if str(meta.get("MediaStorageSOPClassUID", "")) in NON_IMAGES:
+        if may_be_deflated(head):
+            _bounded_inflation(path, max_bytes)
+        data = dcmread(path, stop_before_pixels=not pixels)
+        if str(data.file_meta.get("MediaStorageSOPClassUID", "")) in NON_IMAGES:
             raise reject("non-image-object")
-        syntax = str(meta.get("TransferSyntaxUID", "") or "")
+        syntax = str(data.file_meta.get("TransferSyntaxUID", "") or "")
         if not syntax:
             raise reject("transfer-syntax-missing")
-        if syntax == DEFLATED:
-            _bounded_inflation(path, 132 + 12 + int(meta.FileMetaInformationGroupLength), max_bytes)
-        data = dcmread(path, stop_before_pixels=not pixels)
         _check_header(data, max_bytes)
     if syntax not in DECODERS:
         raise reject("transfer-syntax-unsupported")
@@ -121,12 +122,40 @@ def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
     return data
 
 
-def _bounded_inflation(path: Path, offset: int, max_bytes: int) -> None:
+def may_be_deflated(head: bytes) -> bool:
+    """Whether a file's transfer syntax is the deflated one, or cannot be told at a glance.
+
+    Walks over the elements of the file meta information, which are explicit little endian, since pydicom
+    inflates a data set before it can be asked; asking it for the meta information alone, then for the
+    file, would read the former twice and take a fifth longer.
+    """
+    at = 132
+    while at + 8 <= len(head):
+        group, element = int.from_bytes(head[at : at + 2], "little"), head[at + 2 : at + 4]
+        if group != 2:
+            return False
+        vr, length = head[at + 4 : at + 6], int.from_bytes(head[at + 6 : at + 8], "little")
+        if vr in (b"OB", b"UN"):
+            length = 4 + int.from_bytes(head[at + 8 : at + 12], "little")
+        elif vr not in (b"UI", b"UL", b"SH", b"AE"):
+            return True
+        if element == b"\x10\0" and head[at + 8 : at + 8 + length].strip(b"\0 ") == DEFLATED.encode():
+            return True
+        at += 8 + length
+    return True
+
+
+def _bounded_inflation(path: Path, max_bytes: int) -> None:
     """Inflate piece by piece and throw away, since pydicom inflates a whole data set at once."""
+    from pydicom.filereader import read_dataset
+
     machine = zlib.decompressobj(-zlib.MAX_WBITS)
     total = 0
     with path.open("rb") as stream:
-        stream.seek(offset)
+        stream.seek(132)
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        if str(meta.get("TransferSyntaxUID", "")) != DEFLATED:
+            return
         while piece := stream.read(1 << 20):
             while piece:
                 total += len(machine.decompress(piece, 1 << 20))
@@ -174,7 +203,7 @@ def _stored(data: FileDataset) -> NDArray[Any]:
             _check_frames(data)
         elif "PixelData" in data and len(data.PixelData) < get_expected_length(data):
             raise reject("truncated")
-        pixels = pixel_array(data, decoding_plugin=plugin)
+        pixels = pixel_array(data, decoding_plugin=plugin, view_only=True)
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     colour = int(data.get("SamplesPerPixel", 1) or 1) == 3
     if colour != (kind in COLOURS):
@@ -266,22 +295,20 @@ def _padding(data: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
     return mask if mask.any() and not mask.all() else None
 
 
-def _rescaled(data: Dataset, stored: NDArray[Any], frame: int) -> tuple[NDArray[Any], Limits | None]:
-    """Modality units of one frame, and the two ends of its 8-bit range in these units."""
-    from pydicom.pixels.processing import apply_modality_lut
+def _rescale(data: Dataset, frame: int) -> tuple[float, float]:
+    """Slope and intercept from stored values of one frame to the modality's units.
 
-    limits = eight_bit_limits(stored.dtype, int(data.get("BitsStored", 8) or 8))
-    if data.get("ModalityLUTSequence"):
-        return np.asarray(apply_modality_lut(stored, data)), None
+    Raises:
+        FileRejected: ``header-unreadable`` for a slope of 0, or a value that is no number.
+    """
     source = _item(data, frame, "PixelValueTransformationSequence") or data
     slope, intercept = source.get("RescaleSlope"), source.get("RescaleIntercept")
-    if slope in (None, "") or intercept in (None, "") or (float(slope), float(intercept)) == (1.0, 0.0):
-        return stored, limits
-    values = stored * float(slope) + float(intercept)
-    if limits is not None:
-        ends = sorted(x * float(slope) + float(intercept) for x in limits)
-        limits = ends[0], ends[1]
-    return values, limits
+    if slope in (None, "") or intercept in (None, ""):
+        return 1.0, 0.0
+    slope, intercept = float(slope), float(intercept)
+    if slope == 0 or not np.isfinite(slope) or not np.isfinite(intercept):
+        raise reject("header-unreadable")
+    return slope, intercept
 
 
 def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits | None]:
@@ -300,7 +327,7 @@ def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits
 
 
 def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: bool) -> Picture:
-    """One frame in the modality's units, without its spacing.
+    """One frame with its map to the modality's units, without its spacing.
 
     Args:
         data: the elements.
@@ -309,29 +336,52 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
         lookup: whether a display look-up table or sigmoid of the file may be applied (not where
             site.yaml sets a window, nor for slices of a volume).
     """
-    from pydicom.pixels.processing import apply_voi_lut
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
     if _photometric(data) not in GREYS:
         values, limits = _coloured(data, stored)
         return Picture(values, colour=True, limits=limits, eight_bit=values.dtype == np.uint8)
     inverted = _photometric(data) == "MONOCHROME1"
     padding = _padding(data, stored)
-    values, limits = _rescaled(data, stored, frame)
+    limits = eight_bit_limits(stored.dtype, int(data.get("BitsStored", 8) or 8))
+    slope, intercept = 1.0, 0.0
+    if data.get("ModalityLUTSequence"):
+        stored, limits = np.asarray(apply_modality_lut(stored, data)), None
+    else:
+        slope, intercept = _rescale(data, frame)
+    if limits is not None:
+        ends = sorted(x * slope + intercept for x in limits)
+        limits = ends[0], ends[1]
     if padding is not None:
-        valid = values[~padding]
-        values = np.where(padding, valid.max() if inverted else valid.min(), values)
+        valid = stored[~padding]
+        stored = np.where(padding, valid.max() if inverted == (slope > 0) else valid.min(), stored)
     source = _item(data, frame, "FrameVOILUTSequence") or data
     window = _window(source)
     if window is not None:
         eight = limits is not None and bool(np.allclose(window, limits))
-        return Picture(values, limits=limits if eight else window, eight_bit=eight, inverted=inverted)
+        return Picture(
+            stored,
+            limits=limits if eight else window,
+            eight_bit=eight,
+            inverted=inverted,
+            slope=slope,
+            intercept=intercept,
+        )
     if lookup and source is data and (data.get("VOILUTSequence") or data.get("VOILUTFunction") == "SIGMOID"):
+        values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
         shown = np.asarray(apply_voi_lut(values, data, prefer_lut=True))
         if data.get("VOILUTSequence"):
             bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
             return Picture(shown, limits=(0.0, 2.0**bits - 1), inverted=inverted)
         return Picture(shown, limits=(float(shown.min()), float(shown.max())), inverted=inverted)
-    return Picture(values, limits=limits, eight_bit=limits is not None, inverted=inverted)
+    return Picture(
+        stored,
+        limits=limits,
+        eight_bit=limits is not None,
+        inverted=inverted,
+        slope=slope,
+        intercept=intercept,
+    )
 
 
 def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
@@ -375,7 +425,7 @@ def _refuse_text(data: Dataset, request: Request) -> None:
 
 def _kept(data: Dataset, request: Request) -> Header:
     """What is kept of the header."""
-    return Header(deidentify(data, request.salt).to_json_dict(), may_show_face(data))
+    return Header(deidentify(data, request.salt), may_show_face(data))
 
 
 # --- flat images ----------------------------------------------------------------------------------
@@ -394,9 +444,7 @@ def _flat(file: SourceFile, request: Request) -> Sample:
         tags = _as_sets([_tags(data, request.tags)])
         spacing = _pixel_spacing(data)
         series = str(data.get("SOPInstanceUID", "") or "")
-    picture = Picture(
-        picture.pixels, picture.colour, spacing, picture.limits, picture.eight_bit, picture.inverted
-    )
+    picture = replace(picture, spacing_mm=spacing)
     return Sample((file,), picture, tags=tags, keys=(series,) if series else (), header=header)
 
 
@@ -519,6 +567,7 @@ def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
     for number, part in enumerate(slices):
         by_file.setdefault(part.file, []).append(number)
     volume: NDArray[Any] | None = None
+    scale = (1.0, 0.0)
     limits: set[Limits | None] = set()
     eight = True
     for file, numbers in by_file.items():
@@ -537,23 +586,28 @@ def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
             ) from None
         for number, picture in zip(numbers, pictures, strict=True):
             if volume is None:
-                volume = np.empty(shape, dtype=np.uint8 if picture.pixels.dtype == np.uint8 else np.float32)
-            elif volume.dtype == np.uint8 and picture.pixels.dtype != np.uint8:
-                volume = volume.astype(np.float32)
-            volume[number] = picture.pixels
+                volume = np.empty(shape, dtype=picture.pixels.dtype)
+                scale = (picture.slope, picture.intercept)
+            same = picture.pixels.dtype == volume.dtype and (picture.slope, picture.intercept) == scale
+            if not same and (volume.dtype != np.float32 or scale != (1.0, 0.0)):
+                # Slices scaled one by one, as those of PET are: from here on in the modality's units.
+                volume, scale = (volume * scale[0] + scale[1]).astype(np.float32), (1.0, 0.0)
+            volume[number] = picture.pixels if same else picture.intensities
             limits.add(picture.limits)
             eight &= picture.eight_bit
     assert volume is not None  # slices are never empty
     to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
     pixels, spacing = to_head_back_left(volume, to_ras @ affine)
-    same = len(limits) == 1
+    alike = len(limits) == 1
     return Picture(
         pixels,
         colour=colour,
         spacing_mm=spacing,
-        limits=next(iter(limits)) if same else None,
-        eight_bit=eight and same,
+        limits=next(iter(limits)) if alike else None,
+        eight_bit=eight and alike,
         inverted=photometric == "MONOCHROME1",
+        slope=scale[0],
+        intercept=scale[1],
     )
 
 

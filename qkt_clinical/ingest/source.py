@@ -164,23 +164,33 @@ def _belongs(name: str, kind: str) -> bool:
     return suffix(name) in SUFFIXES[kind]
 
 
-def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path, str | None]]:
-    """Every entry below ``folder`` that is no folder: name, path, and a code where it must not be opened."""
+def _walk(folder: Path, root: Path, prefix: str = "") -> Iterator[tuple[SourceFile, str | None]]:
+    """Every entry below ``folder`` that is no folder, and the code where it must not be opened.
+
+    Only of links is it asked where they lead: resolving every path would take a tenth of reading it.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError:
-        yield prefix.rstrip("/") or ".", folder, "unreadable"
+        yield SourceFile(prefix.rstrip("/") or ".", folder), "unreadable"
         return
     for entry in entries:
         name = prefix + entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), f"{name}/")
-        else:
-            yield name, Path(entry.path), None
+            yield from _walk(Path(entry.path), root, f"{name}/")
+            continue
+        file = SourceFile(name, Path(entry.path))
+        if entry.is_file(follow_symlinks=False):
+            yield file, None
+        elif (code := _barred(file.path, root)) != "link":
+            yield file, code
 
 
 def _barred(path: Path, root: Path) -> str | None:
-    """Why an entry must not be opened; ``link`` for a link to a folder inside, which is walked anyway."""
+    """Why a link or another thing that is no plain file must not be opened.
+
+    ``link`` for a link to a folder inside, which is walked anyway.
+    """
     try:
         real = path.resolve()
         if not real.is_relative_to(root):
@@ -202,14 +212,13 @@ def list_files(folder: Path, kind: str) -> Listing:
     root = folder.resolve()
     files: list[SourceFile] = []
     refused: list[Refusal] = []
-    for name, path, code in _walk(root):
-        if is_side_file(name):
+    for file, barred in _walk(root, root):
+        if is_side_file(file.name):
             continue
-        file = SourceFile(name, path)
-        code = code or _barred(path, root) or (None if _belongs(name, kind) else "other-kind")
+        code = barred or (None if _belongs(file.name, kind) else "other-kind")
         if code is None:
             files.append(file)
-        elif code != "link":
+        else:
             refused.append(Refusal((file,), code))
     return Listing(sorted(files), sorted(refused, key=lambda r: r.files))
 
@@ -217,12 +226,8 @@ def list_files(folder: Path, kind: str) -> Listing:
 def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:
     """Every visible file below ``folder`` with the code that bars it from being opened, sorted."""
     root = folder.resolve()
-    found = [
-        (SourceFile(name, path), code or _barred(path, root))
-        for name, path, code in _walk(root)
-        if not PurePosixPath(name).name.startswith(".")
-    ]
-    return sorted((pair for pair in found if pair[1] != "link"), key=lambda pair: pair[0])
+    found = [pair for pair in _walk(root, root) if not PurePosixPath(pair[0].name).name.startswith(".")]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def bounded_size(path: Path, max_bytes: int) -> int:
