@@ -6,6 +6,7 @@ from pathlib import Path
 from qkt_clinical.config import load_params
 from qkt_clinical.console import errors_as_lines, progress
 from qkt_clinical.ingest import ingest_site
+from qkt_clinical.workers import cores
 
 HERE = Path()
 
@@ -13,7 +14,7 @@ HERE = Path()
 def main(site: str) -> None:
     """Run the stage in the workspace that is the current folder."""
     with progress(f"ingest {site}") as step:
-        ingest_site(HERE, site, load_params(HERE), progress=step)
+        ingest_site(HERE, site, load_params(HERE), workers=cores(), progress=step)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ OnDevice = Annotated[
 Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
 Hospital = Annotated[str | None, typer.Argument(help="The asking hospital; all queries where none is named.")]
 Query = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes that decode; one per core.", show_default=False),
+]
 HERE = Path()
 
 
@@ -93,15 +97,19 @@ app.add_typer(ingest_app, name="ingest")
 
 
 @ingest_app.command("run", epilog=EPILOG)
-def ingest(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
-    """Turn hospitals' files into arrays with patient-wise splits ('run' may be left out)."""
+def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_json: Json = False) -> None:
+    """Turn hospitals' files into arrays with patient-wise splits ('run' may be left out).
+
+    Interrupted, it goes on where it was; files that were decoded before are not decoded again.
+    """
     from qkt_clinical.ingest import ingest_site
+    from qkt_clinical.workers import cores
 
     params = load_params(root)
     done = {}
     for site in _named_sites(params, sites):
         with progress(f"ingest {site}", quiet=as_json) as step:
-            manifest = ingest_site(root, site, params, progress=step)
+            manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
         if not as_json:
             rejected = sum(manifest.rejected.values())
@@ -113,13 +121,15 @@ def ingest(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> Non
 @ingest_app.command("check", epilog=EPILOG)
 def ingest_check(
     folder: Annotated[Path, typer.Argument(help="Any folder of DICOM, NIfTI, image or npz files.")],
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Say for every file of a folder whether it can be read; exit code 1 if one cannot."""
     from qkt_clinical.ingest import check_folder, reasons
+    from qkt_clinical.workers import cores
 
     with progress("check", quiet=as_json) as step:
-        rows = check_folder(folder, progress=step)
+        rows = check_folder(folder, workers=workers or cores(), progress=step)
     rejected = [r for r in rows if r["code"] is not None]
     if as_json:
         _print_json(rows)

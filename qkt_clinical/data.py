@@ -17,11 +17,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import PreparedError
-from qkt_clinical.files import digest_file, new_folder, write_json, write_text
+from qkt_clinical.files import digest_file, new_folder, write_json, write_json_list, write_text
 
 Images = NDArray[np.uint8] | NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -46,6 +46,22 @@ SMALLEST_COUNT = 5
 def shown_count(number: int) -> str:
     """A number of images or patients as a report may show it; 1 to 4 become ``<5``."""
     return f"<{SMALLEST_COUNT}" if 0 < number < SMALLEST_COUNT else f"{number:,}"
+
+
+class ImageStack(Protocol):
+    """Images one after the other, of one shape and type: an array, or what gives them one by one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, ...)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 or float32."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> NDArray[Any]: ...
 
 
 class Manifest(Strict):
@@ -108,7 +124,7 @@ def write_prepared(
     site: str,
     source_kind: str,
     classes: tuple[str, ...],
-    images: Images,
+    images: ImageStack,
     labels: Labels,
     groups: NDArray[np.str_],
     splits: Mapping[str, NDArray[np.int64]],
@@ -116,14 +132,15 @@ def write_prepared(
     normalisation: Literal["unit", "zscore"],
     transforms: tuple[str, ...],
     integrity: list[dict[str, Any]],
-    headers: Sequence[dict[str, Any] | None] = (),
+    headers: Iterable[Mapping[str, Any] | None] | None = None,
     risks: Mapping[str, int] = MappingProxyType({}),
     hashes: NDArray[np.uint64] | None = None,
     page: Callable[[Manifest], str] | None = None,
 ) -> Manifest:
     """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
 
-    ``headers`` are written if there is one, ``hashes`` and what ``page`` says of the manifest if given.
+    Images are taken and written one by one. ``headers`` (one per image), ``hashes`` and what ``page`` says
+    of the manifest are written if given.
 
     Raises:
         PreparedError: lengths differ, an index stands in two splits, or a patient does.
@@ -142,7 +159,7 @@ def write_prepared(
             "an image or a patient stands in two splits", remedy="Report this as a defect.", site=site
         )
     with new_folder(folder) as temporary:
-        np.save(temporary / "images.npy", images, allow_pickle=False)
+        _save(temporary / "images.npy", images)
         np.save(temporary / "labels.npy", labels.astype(np.int64), allow_pickle=False)
         np.save(temporary / "groups.npy", groups.astype(np.str_), allow_pickle=False)
         write_json(temporary / "splits.json", {s: np.sort(splits[s]).tolist() for s in SPLITS})
@@ -175,13 +192,26 @@ def write_prepared(
         )
         write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
         write_json(temporary / "integrity.json", integrity)
-        if any(header is not None for header in headers):
-            write_json(temporary / "headers.json", list(headers))
+        if headers is not None:
+            write_json_list(temporary / "headers.json", headers)
         if hashes is not None:
             np.save(temporary / "hashes.npy", hashes, allow_pickle=False)
         if page is not None:
             write_text(temporary / "integrity.html", page(manifest))
     return manifest
+
+
+def _save(path: Path, images: ImageStack) -> None:
+    """As ``numpy.save`` would, holding one image at a time."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(images.dtype),
+        "fortran_order": False,
+        "shape": tuple(images.shape),
+    }
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for i in range(len(images)):
+            stream.write(np.ascontiguousarray(images[i]).data)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``to_json(value)`` in one step."""
     write_text(path, to_json(value))
+
+
+def write_json_list(path: Path, values: Iterable[Any]) -> None:
+    """Write a JSON list, one value a line, with one in memory at a time; the file must be nobody's yet."""
+    with path.open("w", encoding="utf-8") as stream:
+        for i, value in enumerate(values):
+            text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+            stream.write(f"{',' if i else '['}\n{text}")
+        stream.write("\n]\n")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -24,10 +23,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 
 from qkt_clinical.config import ImageSpec
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import check_file, dicom, images, nifti, npz, reasons
-from qkt_clinical.ingest.arrays import Picture, prepare
+from qkt_clinical.ingest import check_file, npz, reasons
 from qkt_clinical.ingest.codes import quiet
+from qkt_clinical.ingest.decode import decoded, finished
 from qkt_clinical.ingest.source import Refusal, Request, SourceFile
+from qkt_clinical.ingest.store import Store
 from tests.ingest_files import dicom as data_set
 from tests.ingest_files import noise
 
@@ -117,7 +117,7 @@ SAMPLES: dict[str, bytes] = {
     "stored.npz": archive(np.savez),
     "deflated.npz": archive(np.savez_compressed),
 }
-READERS = {"dcm": dicom.read, "nii": nifti.read, "gz": nifti.read, "npz": npz.read}
+KINDS = {"dcm": "dicom", "nii": "nifti", "gz": "nifti"}
 EXTREME = (
     b"\xff",
     b"\x00",
@@ -186,24 +186,26 @@ def rejection(act: Callable[[], object]) -> str | None:
     return None
 
 
-def check_prepared(found: Picture, spec: ImageSpec) -> None:
-    image = prepare(found, spec)
-    assert image.shape == (1, *spec.size)
-    assert np.isfinite(image).all()
-
-
 def judge(path: Path) -> None:
     """Show a file to both doors of the gate; anything but an image or a typed rejection escapes."""
     assert rejection(lambda: check_file(path, max_file_mb=LIMIT_MB)) in KNOWN
-    read = READERS.get(path.name.rsplit(".", 1)[-1], images.read)
+    kind = KINDS.get(path.name.rsplit(".", 1)[-1], "images")
+    files = [SourceFile(path.name, path)]
     for size in ((8, 8), (8, 8, 8)):
         spec = ImageSpec(size=size, channels=1)
         request = Request(spec, ("PatientID",), LIMIT_MB * 1_000_000, "alder", 0, b"s" * 32, True)
-        for outcome in read([SourceFile(path.name, path)], request).outcomes:
-            if isinstance(outcome, Refusal):
-                assert outcome.code in reasons
+        if path.suffix == ".npz":
+            found = [finished(outcome, request) for outcome in npz.read(files, request).outcomes]
+        else:
+            with Store(path.with_suffix(".sqlite"), site="alder", salt=request.salt, recipe=None) as store:
+                results = decoded(kind, files, request, store, workers=1, step=lambda *_: None)
+                found = [result for _, result in results]
+        for result in found:
+            if isinstance(result, Refusal):
+                assert result.code in reasons
             else:
-                assert rejection(partial(check_prepared, outcome.picture, spec)) in KNOWN
+                assert result.image.shape == (1, *spec.size)
+                assert np.isfinite(result.image).all()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))

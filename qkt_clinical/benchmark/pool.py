@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
 
 from qkt_clinical.errors import QktError
+from qkt_clinical.workers import Pool
 
 Task = TypeVar("Task")
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # not Linux
-
-
-def _end_with_parent() -> None:
-    """End this worker as soon as its parent is gone; it would wait for the next task for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
 def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole group of processes: workers end at once, the parent says what to do.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     prepare(*arguments)
 
@@ -94,29 +72,15 @@ def run_tasks(
         finally:
             torch.set_num_threads(threads)
         return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(prepare, arguments),
-    )
-    finished = False
     try:
-        futures: dict[Future[Any], Task] = {pool.submit(_guarded, work, task): task for task in tasks}
-        for future in as_completed(futures):
-            _raise(future.result())
-            yield futures[future]
-        finished = True
+        with Pool(min(workers, len(tasks)), _start, (prepare, arguments)) as pool:
+            futures = {pool.submit(_guarded, work, task): task for task in tasks}
+            for future in as_completed(futures):
+                _raise(future.result())
+                yield futures[future]
     except BrokenProcessPool:
         raise QktError(
             "a worker process ended unexpectedly, perhaps for want of memory",
             remedy="Add --resume to go on, with fewer --workers.",
             code="worker",
         ) from None
-    finally:
-        if not finished:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-        pool.shutdown()

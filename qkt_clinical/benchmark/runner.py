@@ -21,7 +21,7 @@ import torch
 from qkt_clinical.benchmark.methods import Case, Outcome, methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
-from qkt_clinical.benchmark.pool import cores, run_tasks
+from qkt_clinical.benchmark.pool import run_tasks
 from qkt_clinical.benchmark.settings import FEDERATED, FINETUNED, ON_TEACHERS, RECALIBRATED, SETUPS, Settings
 from qkt_clinical.benchmark.simulate import Federation, Question, read, simulate
 from qkt_clinical.benchmark.store import MASKS, Store
@@ -31,6 +31,7 @@ from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation import DIGITS
 from qkt_clinical.files import digest_file, write_json, write_text
 from qkt_clinical.networks import pick_device
+from qkt_clinical.workers import cores
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
 WORK, KEY = "work", "key.json"

@@ -235,13 +235,13 @@ def _block_means(pixels: F32, size: tuple[int, ...]) -> F32:
         old = pixels.shape[axis]
         if old != new:
             first = np.moveaxis(pixels, axis, 0)
-            shrunk = _averaging(old, new) @ np.ascontiguousarray(first).reshape(old, -1)
+            shrunk = averaging(old, new) @ np.ascontiguousarray(first).reshape(old, -1)
             pixels = np.moveaxis(shrunk.reshape(new, *first.shape[1:]), 0, axis)
     return pixels
 
 
 @lru_cache(maxsize=256)
-def _averaging(old: int, new: int) -> csr_array:
+def averaging(old: int, new: int) -> csr_array:
     """(new, old): row i averages the samples from floor(i * old / new) to ceil((i + 1) * old / new)."""
     from scipy.sparse import csr_array
 
@@ -326,6 +326,11 @@ def _channels_first(pixels: NDArray[Any], colour: bool) -> NDArray[Any]:
 def _spread(image: NDArray[Any], channels: int) -> NDArray[Any]:
     """Repeat the one channel of a grey image where three are wanted."""
     return image if image.shape[0] == channels else np.broadcast_to(image, (channels, *image.shape[1:]))
+
+
+def as_float(image: NDArray[Any]) -> F32:
+    """An 8-bit image as 0..1; a float32 one as it is."""
+    return image if image.dtype == np.float32 else image.astype(np.float32) / np.float32(255)
 
 
 def in_words(spec: ImageSpec) -> tuple[str, ...]:

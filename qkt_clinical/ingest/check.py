@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from qkt_clinical.errors import FileRejected, SourceError
 from qkt_clinical.ingest.codes import quiet, reading, reject
-from qkt_clinical.ingest.source import Found, is_side_file, list_all, suffix
+from qkt_clinical.ingest.source import Found, SourceFile, is_side_file, list_all, suffix
+from qkt_clinical.workers import in_order
 
 
 class Verdict(TypedDict):
@@ -82,36 +84,50 @@ def _check(path: Path, limit: int) -> tuple[str, Found]:
         return "dicom", dicom.check(path, limit)
 
 
+def _judge(found: tuple[SourceFile, str | None], *, max_file_mb: int) -> Verdict:
+    file, barred = found
+    kind, held = None, None
+    if barred is None:
+        try:
+            kind, held = check_file(file.path, max_file_mb=max_file_mb)
+        except FileRejected as rejected:
+            barred = rejected.code
+    return {
+        "file": file.name,
+        "accepted": barred is None,
+        "code": barred,
+        "kind": kind,
+        "shape": held and held.shape,
+        "dtype": held and held.dtype,
+        "spacing_mm": held and held.spacing_mm,
+    }
+
+
+def _lost(found: tuple[SourceFile, str | None]) -> Verdict:
+    return _judge((found[0], "decoder-crashed"), max_file_mb=0)
+
+
 def check_folder(
-    folder: Path, *, max_file_mb: int = 2_000, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    *,
+    max_file_mb: int = 2_000,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Verdict]:
     """Judge every visible file below ``folder``, in sorted order.
+
+    ``workers`` as of :func:`qkt_clinical.ingest.ingest_site`.
 
     Raises:
         SourceError: no such folder.
     """
     if not folder.is_dir():
         raise SourceError("no such folder", remedy="Name a folder that exists.", stage="ingest", file=folder)
-    rows: list[Verdict] = []
     found = list_all(folder)
-    for number, (file, barred) in enumerate(found, start=1):
-        row: Verdict = {
-            "file": file.name,
-            "accepted": False,
-            "code": barred,
-            "kind": None,
-            "shape": None,
-            "dtype": None,
-            "spacing_mm": None,
-        }
-        if barred is None:
-            try:
-                row["kind"], held = check_file(file.path, max_file_mb=max_file_mb)
-                row["accepted"] = True
-                row["shape"], row["dtype"], row["spacing_mm"] = held
-            except FileRejected as rejected:
-                row["code"] = rejected.code
+    work = partial(_judge, max_file_mb=max_file_mb)
+    rows: list[Verdict] = []
+    for row in in_order(work, found, len(found), workers=workers, lost=_lost):
         rows.append(row)
         if progress is not None:
-            progress(number, len(found))
+            progress(len(rows), len(found))
     return rows

@@ -74,6 +74,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "header-unreadable": Reason("the header is damaged", "Export it again."),
         "truncated": Reason("the file ends before its pixels do", "Copy or export it again."),
         "pixels-undecodable": Reason("the pixels cannot be decoded", "Export it again, best uncompressed."),
+        "decoder-crashed": Reason(
+            "the decoder ended its process, by a defect or for want of memory",
+            "Export it again, best uncompressed; if it is sound, use fewer --workers.",
+        ),
         "geometry-invalid": Reason("position, orientation or spacing make no sense", "Export it again."),
         # DICOM
         "not-dicom": Reason("no DICOM Part 10 file", "Unpack it, or export it with its file header."),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from qkt_clinical.config import Column, SiteConfig
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import reject
-from qkt_clinical.ingest.source import Sample, stem
+from qkt_clinical.ingest.deidentify import salted
+from qkt_clinical.ingest.source import Ready, stem
 
 MAX_TABLE_BYTES = 256_000_000
 
@@ -113,15 +114,17 @@ class Lookup:
         what: ``label`` or ``patient``; the reason codes begin with it.
         root: the source folder.
         site: for errors.
+        salt: the site's secret. UIDs and tags of an image come salted.
     """
 
-    def __init__(self, column: Column, what: str, root: Path, *, site: str) -> None:
+    def __init__(self, column: Column, what: str, root: Path, *, site: str, salt: bytes) -> None:
         self.column = column
         self.what = what
         self.table = read_table(column, root, site=site) if column.source == "csv" else {}
+        self._by_uid = {salted(salt, "value", key): values for key, values in self.table.items()}
 
-    def __call__(self, sample: Sample) -> str:
-        """The value.
+    def __call__(self, sample: Ready) -> str:
+        """The value; salted if it stands in a tag.
 
         Raises:
             FileRejected: ``label-missing``, ``label-conflict``, ``patient-missing``, ``patient-conflict``.
@@ -133,10 +136,11 @@ class Lookup:
             raise reject(f"{self.what}-missing")
         return next(iter(values))
 
-    def _values(self, sample: Sample) -> set[str]:
+    def _values(self, sample: Ready) -> set[str]:
         source, column = self.column.source, self.column
         if source == "csv":
-            return next((found for keys in _keys(sample) if (found := self._among(keys))), set())
+            by_name = next((found for keys in _keys(sample) if (found := _among(self.table, keys))), set())
+            return by_name or _among(self._by_uid, sample.keys)
         if source == "tag":
             return set(sample.tags.get(column.tag or "", ()))
         if source == "folder":
@@ -148,15 +152,16 @@ class Lookup:
         # none: every image is a patient of its own
         return {"\0".join((sample.files[0].name if sample.files else "", sample.item or ""))}
 
-    def _among(self, keys: Sequence[str]) -> set[str]:
-        return set().union(*(self.table.get(key, set()) for key in keys))
+
+def _among(table: Mapping[str, set[str]], keys: Sequence[str]) -> set[str]:
+    return set().union(*(table.get(key, set()) for key in keys))
 
 
-def _keys(sample: Sample) -> Iterator[tuple[str, ...]]:
+def _keys(sample: Ready) -> Iterator[tuple[str, ...]]:
     """Names under which a CSV file may list an image, the most exact first.
 
     A file by its path, its name, or its name without extensions; a series also by its folder's path
-    or name; either by its UID.
+    or name. Either may also be listed by its UID.
     """
     paths = [PurePosixPath(file.name) for file in sample.files]
     yield tuple(file.name for file in sample.files)
@@ -166,4 +171,3 @@ def _keys(sample: Sample) -> Iterator[tuple[str, ...]]:
         folders = sorted({path.parent for path in paths})
         yield tuple(folder.as_posix() for folder in folders)
         yield tuple(folder.name for folder in folders)
-    yield sample.keys

@@ -76,6 +76,12 @@ _UID = re.compile(r"[0-9.]{1,64}")
 _STANDARD = "1.2.840.10008."
 
 
+def salted(salt: bytes, *words: str) -> str:
+    """First 16 hexadecimal digits of HMAC-SHA256(salt, words)."""
+    text = "\0".join(words).encode("utf-8", "surrogateescape")
+    return hmac.digest(salt, text, "sha256").hex()[:16]
+
+
 def remap_uid(value: str, salt: bytes) -> str:
     """A UID of the site's own making: the same for the same UID and salt, useless without the salt.
 

@@ -21,12 +21,11 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.files import digest_file
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
-from qkt_clinical.ingest.deidentify import deidentify, may_show_face, suspects_text
+from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text
 from qkt_clinical.ingest.source import (
     Found,
     Header,
     Outcome,
-    Reading,
     Refusal,
     Request,
     Sample,
@@ -431,7 +430,12 @@ def _kept(data: Dataset, request: Request) -> Header:
 # --- flat images ----------------------------------------------------------------------------------
 
 
-def _flat(file: SourceFile, request: Request) -> Sample:
+def read(file: SourceFile, request: Request) -> Sample:
+    """Read a flat image.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
     with _reading("header-unreadable"):
         data = _open(file.path, request.max_bytes, pixels=True)
         if _frames(data) > 1:
@@ -441,11 +445,12 @@ def _flat(file: SourceFile, request: Request) -> Sample:
         stored = _stored(data)
         stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
         picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
-        tags = _as_sets([_tags(data, request.tags)])
+        tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
         spacing = _pixel_spacing(data)
-        series = str(data.get("SOPInstanceUID", "") or "")
+        uid = str(data.get("SOPInstanceUID", "") or "").strip()
     picture = replace(picture, spacing_mm=spacing)
-    return Sample((file,), picture, tags=tags, keys=(series,) if series else (), header=header)
+    keys = (salted(request.salt, "value", uid),) if uid else ()
+    return Sample((file,), picture, tags=_as_sets([tags]), keys=keys, header=header)
 
 
 # --- series ---------------------------------------------------------------------------------------
@@ -462,22 +467,53 @@ class Slice:
     orientation: F64
     """(6,) direction along a row, then down a column."""
     spacing: tuple[float, float]
-    kind: tuple[Any, ...]
-    instance: str
+    kind: tuple[int, int, int, str]
+    """Rows, columns, samples per pixel and photometric interpretation."""
 
 
 @dataclass(frozen=True)
-class _Header:
+class Scan:
+    """A file's header, with nothing in it that names a patient: UIDs and tags are salted."""
+
     file: SourceFile
     series: str
+    acquisition: str
     frames: int
     slices: tuple[Slice, ...]
     code: str | None
     """Why it has no place in space."""
     tags: dict[str, str]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without the file."""
+        slices = [
+            (s.frame, s.position.tolist(), s.orientation.tolist(), s.spacing, s.kind) for s in self.slices
+        ]
+        return {
+            "series": self.series,
+            "acquisition": self.acquisition,
+            "frames": self.frames,
+            "slices": slices,
+            "code": self.code,
+            "tags": self.tags,
+        }
 
-def _header(file: SourceFile, request: Request) -> _Header:
+    @staticmethod
+    def from_dict(held: dict[str, Any], file: SourceFile) -> Scan:
+        """What :meth:`as_dict` gave."""
+        slices = tuple(
+            Slice(file, frame, np.array(place), np.array(turn), (spacing[0], spacing[1]), tuple(kind))
+            for frame, place, turn, spacing, kind in held["slices"]
+        )
+        return Scan(file=file, **(held | {"slices": slices}))
+
+
+def scan(file: SourceFile, request: Request) -> Scan:
+    """Read the header of a file that may be part of a volume.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
     with _reading("header-unreadable"):
         data = _open(file.path, request.max_bytes, pixels=False)
         frames = _frames(data)
@@ -488,9 +524,14 @@ def _header(file: SourceFile, request: Request) -> _Header:
             slices, code = (), rejected.code
         if frames > 1 and code == "geometry-missing":
             code = "multi-frame"
-        series = str(data.get("SeriesInstanceUID", "") or "")
+        series = str(data.get("SeriesInstanceUID", "") or "").strip()
         _refuse_text(data, request)
-        return _Header(file, series, frames, slices, code, _tags(data, request.tags))
+        if not series:
+            raise reject("geometry-missing")
+        acquisition = str(data.get("AcquisitionNumber", "") or "")
+        tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
+        words = (salted(request.salt, "value", w) for w in (series, acquisition))
+        return Scan(file, next(words), next(words), frames, slices, code, tags)
 
 
 def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
@@ -505,9 +546,9 @@ def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
     sound = np.isfinite(position).all() and np.isfinite(orientation).all()
     if not sound or abs(row @ row - 1) > 0.02 or abs(column @ column - 1) > 0.02 or abs(row @ column) > 0.02:
         raise reject("geometry-invalid")
-    kind = (int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1), _photometric(data))
-    instance = str(data.get("SOPInstanceUID", "") or "")
-    return Slice(file, frame, position, orientation, spacing, kind, instance)
+    colours = _photometric(data) if _photometric(data) in COLOURS | GREYS | {PALETTE} else ""
+    kind = (int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1), colours)
+    return Slice(file, frame, position, orientation, spacing, kind)
 
 
 def sort_slices(slices: Sequence[Slice]) -> tuple[list[Slice], F64]:
@@ -626,16 +667,16 @@ def _copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[SourceFile]]:
     return kept, dropped
 
 
-def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
-    """One series (or one enhanced file) to one sample or its refusals."""
-    files = tuple(h.file for h in headers)
-    lost = next((h.code for h in headers if h.code is not None), None)
+def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
+    """One volume's files (a group of :func:`series`) to one sample or its refusals."""
+    files = tuple(s.file for s in scans)
+    lost = next((s.code for s in scans if s.code is not None), None)
     if lost is not None:
         yield Refusal(files, lost)
         return
     try:
         with reading("unreadable"):
-            slices, dropped = _copies([s for h in headers for s in h.slices])
+            slices, dropped = _copies([part for s in scans for part in s.slices])
         if dropped:
             yield Refusal(tuple(dropped), "duplicate")
         files = tuple(f for f in files if f not in dropped)
@@ -651,39 +692,36 @@ def _series(headers: Sequence[_Header], request: Request) -> Iterator[Outcome]:
         else:
             yield Refusal(files, rejected.code)
         return
-    tags = _as_sets([h.tags for h in headers])
-    yield Sample(files, picture, tags=tags, keys=(headers[0].series,), header=kept)
+    tags = _as_sets([s.tags for s in scans])
+    yield Sample(files, picture, tags=tags, keys=(scans[0].series,), header=kept)
 
 
-def _all_series(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
-    groups: dict[str, list[_Header]] = {}
-    for file in files:
-        try:
-            header = _header(file, request)
-        except FileRejected as rejected:
-            yield Refusal((file,), rejected.code)
-            continue
-        if not header.series:
-            yield Refusal((file,), "geometry-missing")
-            continue
-        # A multi-frame file is a volume by itself; a series may hold several.
-        key = f"{header.series}\0{file.name}" if header.frames > 1 else header.series
-        groups.setdefault(key, []).append(header)
-    for headers in sorted(groups.values(), key=lambda group: group[0].file):
-        yield from _series(headers, request)
+def series(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:
+    """The files of each volume, sorted.
+
+    A file of several frames is a volume by itself. The others belong together by their series; one that
+    holds several acquisitions of the same place (phases of a contrast agent, repetitions) is one volume
+    per acquisition.
+    """
+    groups: dict[tuple[str, ...], list[Scan]] = {}
+    for found in scans:
+        alone = (found.file.name,) if found.frames > 1 else ()
+        groups.setdefault((found.series, *alone), []).append(found)
+    volumes = []
+    for group in groups.values():
+        apart = _overlap(group)
+        by_acquisition: dict[str, list[Scan]] = {}
+        for found in group:
+            by_acquisition.setdefault(found.acquisition if apart else "", []).append(found)
+        volumes += [tuple(sorted(part, key=lambda s: s.file)) for part in by_acquisition.values()]
+    return sorted(volumes, key=lambda volume: volume[0].file)
 
 
-def _each(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
-    for file in files:
-        try:
-            yield _flat(file, request)
-        except FileRejected as rejected:
-            yield Refusal((file,), rejected.code)
-
-
-def read(files: Sequence[SourceFile], request: Request) -> Reading:
-    """Read flat images (one file each) or volumes (one series or one enhanced file each)."""
-    return Reading(len(files), (_all_series if request.volumes else _each)(files, request))
+def _overlap(scans: Sequence[Scan]) -> bool:
+    """Whether two acquisitions hold a slice at one place."""
+    at: dict[tuple[float, ...], str] = {}
+    places = ((tuple(p.position.round(3).tolist()), s.acquisition) for s in scans for p in s.slices)
+    return any(at.setdefault(place, acquisition) != acquisition for place, acquisition in places)
 
 
 def check(path: Path, max_bytes: int) -> Found:

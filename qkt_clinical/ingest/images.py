@@ -7,7 +7,6 @@ is the background of most medical images. 16-bit and floating-point greys keep t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,6 @@ from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.source import (
     Found,
-    Outcome,
-    Reading,
-    Refusal,
     Request,
     Sample,
     SourceFile,
@@ -124,18 +120,14 @@ def _picture(image: Image, *, volumes: bool) -> Picture:
     return Picture(pixels, colour=colour, limits=limits, eight_bit=limits is not None)
 
 
-def _each(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
-    for file in files:
-        try:
-            with _open(file.path, request.max_bytes) as image:
-                yield Sample((file,), _picture(image, volumes=request.volumes))
-        except FileRejected as rejected:
-            yield Refusal((file,), rejected.code)
+def read(file: SourceFile, request: Request) -> Sample:
+    """Read a file's one image; for volumes, the pages of a TIFF file are its slices.
 
-
-def read(files: Sequence[SourceFile], request: Request) -> Reading:
-    """Read one image per file; for volumes, the pages of a TIFF file are its slices."""
-    return Reading(len(files), _each(files, request))
+    Raises:
+        FileRejected: any code of one file.
+    """
+    with _open(file.path, request.max_bytes) as image:
+        return Sample((file,), _picture(image, volumes=request.volumes))
 
 
 def check(path: Path, max_bytes: int) -> Found:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.data import Images, Labels, Manifest, shown_count
+from qkt_clinical.data import ImageStack, Labels, Manifest, shown_count
 from qkt_clinical.ingest.codes import REASONS
 from qkt_clinical.ingest.leakage import Hashes, flat, look_alike
 
@@ -47,7 +47,7 @@ def _spacing_words(spacing: tuple[float, ...] | None) -> str:
     return "not said" if spacing is None else " x ".join(f"{s:.3g}" for s in spacing)
 
 
-def _histogram(images: Images) -> tuple[int, float, float, list[float]]:
+def _histogram(images: ImageStack) -> tuple[int, float, float, list[float]]:
     """Number of images used, the ends, and the height of every bar, the tallest 1."""
     chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLED).round().astype(int))
     low, high = (0.0, 255.0) if images.dtype == np.uint8 else (np.inf, -np.inf)
@@ -62,7 +62,7 @@ def _histogram(images: Images) -> tuple[int, float, float, list[float]]:
 
 def render_integrity(
     manifest: Manifest,
-    images: Images,
+    images: ImageStack,
     labels: Labels,
     groups: NDArray[np.str_],
     splits: Mapping[str, NDArray[np.int64]],
@@ -74,7 +74,7 @@ def render_integrity(
 
     Args:
         manifest, images, labels, groups, splits: of the prepared site.
-        hashes: of the images, see :func:`qkt_clinical.ingest.leakage.hashes_of`.
+        hashes: (N, 2) of the images, see :func:`qkt_clinical.ingest.leakage.hashes_of`.
         integrity: rows of ``integrity.json``.
         spacings: of the images as stored.
     """

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.data import Images
+from qkt_clinical.ingest.arrays import as_float, averaging
 
 Hashes = NDArray[np.uint64]
 """(N, 2): of the pixels, and of what a small picture of them looks like."""
@@ -37,8 +37,8 @@ def pixel_hash(image: NDArray[np.generic]) -> int:
     """First 64 bits of SHA-256 of an image's values and shape; 0 for an even image, which is nobody's."""
     if image.min() == image.max():
         return 0
-    digest = hashlib.sha256(f"{image.dtype.str}{image.shape}".encode())
-    digest.update(np.ascontiguousarray(image).tobytes())
+    digest = hashlib.sha256(f"{image.shape}".encode())
+    digest.update(np.ascontiguousarray(as_float(image)).data)
     return int.from_bytes(digest.digest()[:8], "little")
 
 
@@ -47,17 +47,16 @@ def difference_hash(image: NDArray[np.generic]) -> int:
 
     Copies that were scaled, compressed or brightened differ in a few bits (dHash, N. Krawetz 2013).
     """
-    grey = flat(image)
-    fields = [np.array_split(row, COARSE[1], axis=1) for row in np.array_split(grey, COARSE[0], axis=0)]
-    coarse = np.array([[part.mean() if part.size else 0.0 for part in row] for row in fields])
+    grey = flat(as_float(image))
+    rows, columns = (averaging(old, new) for old, new in zip(grey.shape, COARSE, strict=True))
+    coarse = (columns @ (rows @ grey).T.copy()).T
     bits = (coarse[:, 1:] > coarse[:, :-1] + 1e-6).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def hashes_of(images: Images) -> Hashes:
-    """Of prepared images (N, C, ...), one after the other."""
-    found = [(pixel_hash(image), difference_hash(image)) for image in images]
-    return np.array(found, dtype=np.uint64).reshape(-1, 2)
+def hashes_of(image: NDArray[np.generic]) -> tuple[int, int]:
+    """Both hashes of one prepared image (C, ...); the same for its 8 bits and for these as 0..1."""
+    return pixel_hash(image), difference_hash(image)
 
 
 def same_pixels(hashes: Hashes, parts: Sequence[NDArray[np.int64]]) -> Iterator[Pair]:

@@ -8,21 +8,17 @@ come out as radiologists display that plane. Colour is NIfTI's RGB24 type or a l
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, flat_view, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.source import (
     Found,
-    Outcome,
-    Reading,
-    Refusal,
     Request,
     Sample,
     SourceFile,
@@ -138,7 +134,12 @@ def _spatial(data: NDArray[Any], colour: bool, *, volumes: bool) -> tuple[NDArra
     return data.reshape((*space, 3) if hue else space), hue
 
 
-def _read(file: SourceFile, request: Request) -> Sample:
+def read(file: SourceFile, request: Request) -> Sample:
+    """Read a file's one image.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
     image = _open(file.path, request.max_bytes)
     data, colour = _voxels(image)
     data, colour = _spatial(data, colour, volumes=request.volumes)
@@ -161,21 +162,19 @@ def _read(file: SourceFile, request: Request) -> Sample:
     return Sample((file,), Picture(flat, colour, pixel, limits, limits is not None))
 
 
-def _each(files: Sequence[SourceFile], request: Request) -> Iterator[Outcome]:
+def pairs(files: Sequence[SourceFile]) -> list[tuple[SourceFile, ...]]:
+    """The files of each image: an ``.img`` belongs to the ``.hdr`` beside it, which comes first."""
+    images = {f.name.lower(): f for f in files if f.name.lower().endswith(".img")}
+    found: list[tuple[SourceFile, ...]] = []
     for file in files:
-        try:
-            yield _read(file, request)
-        except FileRejected as rejected:
-            yield Refusal((file,), rejected.code)
+        image = images.pop(f"{file.name.lower()[:-4]}.img", None) if _is_head(file) else None
+        found.append((file,) if image is None else (file, image))
+    taken = {unit[1] for unit in found if len(unit) > 1}
+    return [unit for unit in found if unit[0] not in taken]
 
 
-def read(files: Sequence[SourceFile], request: Request) -> Reading:
-    """Read one image per file; an ``.img`` belongs to the ``.hdr`` beside it."""
-    names = {f.name.lower() for f in files}
-    heads = [
-        f for f in files if not f.name.lower().endswith(".img") or f"{f.name.lower()[:-4]}.hdr" not in names
-    ]
-    return Reading(len(heads), _each(heads, request))
+def _is_head(file: SourceFile) -> bool:
+    return file.name.lower().endswith(".hdr")
 
 
 def check(path: Path, max_bytes: int) -> Found:

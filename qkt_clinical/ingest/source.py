@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from qkt_clinical.config import ImageSpec
 from qkt_clinical.ingest.arrays import Picture
 from qkt_clinical.ingest.codes import reject
@@ -103,6 +105,28 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """An image as it will be stored, and everything that may name its class and patient."""
+
+    files: tuple[SourceFile, ...]
+    image: NDArray[Any]
+    fingerprint: str
+    """Digest of the pixels as they were in the file."""
+    hashes: tuple[int, int]
+    """See :mod:`qkt_clinical.ingest.leakage`."""
+    spacing_mm: tuple[float, ...] | None
+    tags: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """As those of :class:`Sample`, every value salted."""
+    keys: tuple[str, ...] = ()
+    """As those of :class:`Sample`, salted."""
+    label: str | None = None
+    patient: str | None = None
+    split: str | None = None
+    item: str | None = None
+    header: Header | None = None
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Files (or one image of a file) that cannot be used, with the reason code."""
 
@@ -112,6 +136,7 @@ class Refusal:
 
 
 Outcome = Sample | Refusal
+Decoded = Ready | Refusal
 
 
 class Found(NamedTuple):
@@ -123,7 +148,7 @@ class Found(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a reader returns: how many steps to expect, and the outcomes as they come."""
+    """What the reader of a source without files of its own returns: how many images, and each as it comes."""
 
     total: int
     outcomes: Iterator[Outcome]

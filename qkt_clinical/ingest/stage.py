@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, SiteConfig, Workspace, load_site, site_folder
-from qkt_clinical.data import Images, Manifest, load_prepared, write_prepared
+from qkt_clinical.data import Manifest, load_prepared, write_prepared
 from qkt_clinical.errors import FileRejected, PreparedError, SourceError
-from qkt_clinical.ingest.arrays import Picture, in_words, prepare
+from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import Lookup, check_columns
+from qkt_clinical.ingest.decode import Numbered, decoded, finished
+from qkt_clinical.ingest.deidentify import salted
 from qkt_clinical.ingest.integrity import render_integrity
-from qkt_clinical.ingest.leakage import Crossing, Hashes, across_sites, hashes_of, same_pixels
+from qkt_clinical.ingest.leakage import Crossing, Hashes, across_sites, same_pixels
 from qkt_clinical.ingest.source import (
-    Header,
+    Decoded,
     Listing,
-    Outcome,
     Reading,
+    Ready,
     Refusal,
     Request,
-    Sample,
     SourceFile,
     list_files,
+    stem,
     suffix,
 )
 from qkt_clinical.ingest.splits import assign, keep_given
+from qkt_clinical.ingest.store import Stack, Store, recipe
 from qkt_clinical.seeding import derive
 
 MEGABYTE = 1_000_000
+REMEMBERED = frozenset({"dicom", "nifti", "images"})
+"""Kinds of source of which decoded files are kept for the next run."""
 FACE = "facial-surface"
 """Risk of an image from which a face could be rendered."""
 
@@ -78,12 +80,6 @@ def read_salt(folder: Path) -> bytes:
             file=path,
         )
     return salt
-
-
-def salted(salt: bytes, *words: str) -> str:
-    """First 16 hexadecimal digits of HMAC-SHA256(salt, words)."""
-    text = "\0".join(words).encode("utf-8", "surrogateescape")
-    return hmac.new(salt, text, hashlib.sha256).hexdigest()[:16]
 
 
 def file_id(salt: bytes, name: str) -> str:
@@ -145,21 +141,9 @@ def _list(config: SiteConfig, path: Path) -> Listing:
     return Listing([SourceFile(path.name, path.resolve())], [])
 
 
-def _read(config: SiteConfig, files: list[SourceFile], request: Request) -> Reading:
-    kind = config.source.kind
-    if kind == "dicom":
-        from qkt_clinical.ingest import dicom
-
-        return dicom.read(files, request)
-    if kind == "nifti":
-        from qkt_clinical.ingest import nifti
-
-        return nifti.read(files, request)
-    if kind == "images":
-        from qkt_clinical.ingest import images
-
-        return images.read(files, request)
-    if kind == "phantom":
+def _arrays(config: SiteConfig, files: list[SourceFile], request: Request) -> Reading:
+    """The images of a source that is no folder of files."""
+    if config.source.kind == "phantom":
         from qkt_clinical.ingest import phantom
 
         return phantom.read(request)
@@ -175,80 +159,44 @@ def _read(config: SiteConfig, files: list[SourceFile], request: Request) -> Read
     return npz.read(files, request) if files else Reading(0, iter(()))
 
 
-# --- the images on their way to disk ----------------------------------------------------------------
-
-
-class Stack:
-    """Prepared images, written to a scratch file one after the other.
-
-    The file holds uint8 as long as every image does; the first float32 image turns it into float32, the
-    8-bit ones becoming 0..1. So the result does not depend on which came first.
-    """
-
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self.stream = stream
-        self.path = path
-        self.count = 0
-        self.shape: tuple[int, ...] | None = None
-        self.dtype: type[np.uint8] | type[np.float32] = np.uint8
-
-    def append(self, image: NDArray[np.uint8] | NDArray[np.float32]) -> None:
-        """Add one image; all have one shape."""
-        self.shape = image.shape
-        if image.dtype == np.float32 and self.dtype is np.uint8:
-            self._widen()
-        if image.dtype != self.dtype:
-            image = _as_float(image)
-        self.stream.write(np.ascontiguousarray(image).data)
-        self.count += 1
-
-    def _widen(self) -> None:
-        if self.count:
-            narrow = np.array(self._open(np.uint8, "r"))
-            self.stream.seek(0)
-            for image in narrow:
-                self.stream.write(_as_float(image).data)
-        self.dtype = np.float32
-
-    def _open(self, dtype: type[Any], mode: Any) -> NDArray[Any]:
-        self.stream.flush()
-        return np.memmap(self.path, dtype=dtype, mode=mode, shape=(self.count, *(self.shape or ())))
-
-    def images(self, keep: list[int]) -> Images:
-        """The images at these ascending positions, memory-mapped; the others are overwritten."""
-        stored = self._open(self.dtype, "r+")
-        for new, old in enumerate(keep):
-            if new != old:
-                stored[new] = stored[old]
-        return stored[: len(keep)]
-
-
-def _as_float(image: NDArray[Any]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(image.astype(np.float32) / np.float32(255))
-
-
-@contextmanager
-def _stack(scratch: Path, site: str) -> Iterator[Stack]:
-    scratch.mkdir(parents=True, exist_ok=True)
-    path = scratch / f"ingest-{site}-{os.getpid()}.part"
-    try:
-        with path.open("w+b") as stream:
-            yield Stack(stream, path)
-    finally:
-        path.unlink(missing_ok=True)
+def _results(
+    config: SiteConfig,
+    files: list[SourceFile],
+    request: Request,
+    store: Store,
+    workers: int,
+    step: Callable[[int, int], Any],
+) -> Iterator[Numbered]:
+    """What the source holds, image by image, each kept in the store."""
+    kind = config.source.kind
+    if kind not in REMEMBERED:
+        reading = _arrays(config, files, request)
+        for done, outcome in enumerate(reading.outcomes, start=1):
+            found = finished(outcome, request)
+            (number,) = store.put(b"", [found], found.files)
+            yield number, found
+            step(min(done, reading.total), reading.total)
+    else:
+        yield from decoded(kind, files, request, store, workers=workers, step=step)
 
 
 @dataclass
 class _Gathered:
-    """What has been accepted so far, in the order of the stack."""
+    """What has been accepted so far; one entry each in the order in which it came."""
 
+    numbers: list[int] = field(default_factory=list)
+    """In the store."""
     labels: list[int] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
     files: list[tuple[SourceFile, ...]] = field(default_factory=list)
-    headers: list[Header | None] = field(default_factory=list)
+    hashes: list[tuple[int, int]] = field(default_factory=list)
+    faces: list[bool] = field(default_factory=list)
+    eight_bit: bool = True
+    """Whether every image is."""
     spacings: list[tuple[float, ...] | None] = field(default_factory=list)
-    by_pixels: dict[bytes, int] = field(default_factory=dict)
+    prints: list[str] = field(default_factory=list)
+    by_pixels: dict[str, int] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
     copies: dict[int, list[tuple[SourceFile, ...]]] = field(default_factory=dict)
     """Position of an accepted image to the files refused as copies of it."""
@@ -259,22 +207,32 @@ class _Gathered:
 
 
 def ingest_site(
-    root: Path, site: str, params: Params, *, progress: Callable[[int, int], None] | None = None
+    root: Path,
+    site: str,
+    params: Params,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Read a site's files and write its prepared site, ``data/prepared/<site>/``.
 
     The same files, site.yaml, params and salt give the same bytes, in whatever order the file system
-    lists them. Files that cannot be used are recorded with a reason code and the rest goes on.
+    lists them and however many processes decode them. Files that cannot be used are recorded with a reason
+    code and the rest goes on. What was decoded stays in the scratch folder, see
+    :mod:`qkt_clinical.ingest.store`: an interrupted run goes on from there.
 
     Args:
         root: the workspace.
         site: folder name below ``hospitals/``.
         params: ``seed``, ``classes`` and ``ingest`` are used.
-        progress: called with steps done and steps in all (files; images of an npz file).
+        workers: processes that decode, at most. With more than one, the caller's main module must be
+            importable without effects (``if __name__ == "__main__":``).
+        progress: called with steps done and steps in all (files, twice where headers are read first;
+            images of an npz file).
 
     Raises:
         ConfigError: site.yaml, or a table that it names, cannot be used.
-        SourceError: no source, or not one usable image in it.
+        SourceError: no source, not one usable image in it, or no room for the scratch file.
     """
     config = load_site(root, site)
     folder = site_folder(root, site)
@@ -295,28 +253,32 @@ def ingest_site(
     else:
         path = _source_path(root, config)
         source, listing = path if path.is_dir() else path.parent, _list(config, path)
-    label = Lookup(config.label, "label", source, site=site)
-    patient = Lookup(config.patient, "patient", source, site=site)
-    with _stack(workspace.scratch, site) as stack, quiet():
-        reading = _read(config, listing.files, request)
+    label = Lookup(config.label, "label", source, site=site, salt=salt)
+    patient = Lookup(config.patient, "patient", source, site=site, salt=salt)
+    classes = _words(config, params, salt)
+    step = progress or (lambda done, total: None)
+    scratch = workspace.scratch / f"ingest-{site}.sqlite"
+    made_by = recipe(request, config.source.kind) if config.source.kind in REMEMBERED else None
+    with quiet(), Store(scratch, site=site, salt=salt, recipe=made_by) as store:
         gathered = _Gathered(refusals=list(listing.refused))
-        done = 0
-        for outcome in reading.outcomes:
-            done += 1 if outcome.item is not None else len(outcome.files)
-            _take(outcome, config, params, label, patient, stack, gathered)
-            if progress is not None:
-                progress(min(done, reading.total), reading.total)
-        kept = [i for i in range(stack.count) if i not in gathered.withdrawn]
+        for number, found in _results(config, listing.files, request, store, workers, step):
+            _take(number, found, classes, label, patient, gathered)
+        store.tidy()
+        kept = [i for i in range(len(gathered.numbers)) if i not in gathered.withdrawn]
         integrity = _integrity(config, listing.files, gathered, kept, salt)
         if not kept:
             raise _nothing(site, integrity)
         labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
-        headers = [gathered.headers[i] for i in kept]
-        faces = sum(h is not None and h.face for h in headers)
+        faces = sum(gathered.faces[i] for i in kept)
         patients = [gathered.patients[i] for i in kept]
-        splits = _split(config, params, patients, labels, [gathered.given[i] for i in kept])
-        images, groups = stack.images(kept), np.array([salted(salt, p) for p in patients], dtype=np.str_)
-        hashes = hashes_of(images)
+        prints = [gathered.prints[i] for i in kept]
+        splits = _split(
+            config, params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
+        )
+        numbers = [gathered.numbers[i] for i in kept]
+        images = Stack(store, numbers, np.dtype(np.uint8 if gathered.eight_bit else np.float32))
+        groups = np.array([salted(salt, p) for p in patients], dtype=np.str_)
+        hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
         _refuse_copies(hashes, groups, splits, site)
         return write_prepared(
             workspace.prepared(site),
@@ -331,7 +293,7 @@ def ingest_site(
             normalisation=config.image.normalisation,
             transforms=in_words(config.image),
             integrity=integrity,
-            headers=[None if h is None else dict(h.kept) for h in headers],
+            headers=map(store.header, numbers) if config.source.kind == "dicom" else None,
             risks={FACE: faces} if faces else {},
             hashes=hashes,
             page=lambda manifest: render_integrity(
@@ -348,33 +310,36 @@ def ingest_site(
 
 
 def _take(
-    outcome: Outcome,
-    config: SiteConfig,
-    params: Params,
+    number: int,
+    found: Decoded,
+    classes: dict[str, int],
     label: Lookup,
     patient: Lookup,
-    stack: Stack,
     gathered: _Gathered,
 ) -> None:
-    """Accept one sample, or note why not."""
-    if isinstance(outcome, Refusal):
-        gathered.refusals.append(outcome)
+    """Accept one image, or note why not."""
+    if isinstance(found, Refusal):
+        gathered.refusals.append(found)
         return
     try:
-        kind = _class_of(label(outcome), config, params)
-        owner = patient(outcome)
-        image = prepare(outcome.picture, config.image)
-        _refuse_copy(outcome, kind, gathered, stack.count)
+        word = label(found)
+        if word not in classes:
+            raise reject("label-unknown")
+        owner = patient(found)
+        _refuse_copy(found, classes[word], gathered)
     except FileRejected as rejected:
-        gathered.refusals.append(Refusal(outcome.files, rejected.code, outcome.item))
+        gathered.refusals.append(Refusal(found.files, rejected.code, found.item))
         return
-    stack.append(image)
-    gathered.labels.append(kind)
+    gathered.numbers.append(number)
+    gathered.labels.append(classes[word])
     gathered.patients.append(owner)
-    gathered.given.append(outcome.split or "")
-    gathered.files.append(outcome.files)
-    gathered.headers.append(outcome.header)
-    gathered.spacings.append(outcome.picture.spacing_mm)
+    gathered.given.append(found.split or "")
+    gathered.files.append(found.files)
+    gathered.prints.append(found.fingerprint)
+    gathered.hashes.append(found.hashes)
+    gathered.faces.append(found.header is not None and found.header.face)
+    gathered.eight_bit &= found.image.dtype == np.uint8
+    gathered.spacings.append(found.spacing_mm)
 
 
 def _refuse_copies(
@@ -400,24 +365,17 @@ def _refuse_copies(
         )
 
 
-def _class_of(word: str, config: SiteConfig, params: Params) -> int:
-    """Index of a site's word in the federation's classes.
-
-    Raises:
-        FileRejected: ``label-unknown``.
-    """
+def _words(config: SiteConfig, params: Params, salt: bytes) -> dict[str, int]:
+    """A site's words, as :class:`Lookup` gives them, to indices of the federation's classes."""
     if config.source.kind == "npz" and not config.label_map:
-        index = int(word)
-        if not 0 <= index < len(params.classes):
-            raise reject("label-unknown")
-        return index
-    name = config.label_map.get(word, word)
-    if name not in params.classes:
-        raise reject("label-unknown")
-    return params.classes.index(name)
+        return {str(index): index for index in range(len(params.classes))}
+    words = {name: name for name in params.classes} | config.label_map
+    if config.label.source == "tag":
+        words = {salted(salt, "value", word): name for word, name in words.items()}
+    return {word: params.classes.index(name) for word, name in words.items()}
 
 
-def _refuse_copy(sample: Sample, kind: int, gathered: _Gathered, position: int) -> None:
+def _refuse_copy(found: Ready, kind: int, gathered: _Gathered) -> None:
     """Refuse pixels that were accepted before; if the labels differ, withdraw the earlier one too.
 
     One image in two splits, or under two labels, would spoil every figure measured on it.
@@ -425,7 +383,8 @@ def _refuse_copy(sample: Sample, kind: int, gathered: _Gathered, position: int) 
     Raises:
         FileRejected: ``duplicate`` or ``duplicate-conflict``.
     """
-    earlier = gathered.by_pixels.setdefault(_fingerprint(sample.picture), position)
+    position = len(gathered.numbers)
+    earlier = gathered.by_pixels.setdefault(found.fingerprint, position)
     if earlier == position:
         return
     if gathered.labels[earlier] != kind and earlier not in gathered.withdrawn:
@@ -434,16 +393,21 @@ def _refuse_copy(sample: Sample, kind: int, gathered: _Gathered, position: int) 
             gathered.refusals.append(Refusal(files, "duplicate-conflict"))
     if earlier in gathered.withdrawn:
         raise reject("duplicate-conflict")
-    gathered.copies.setdefault(earlier, []).append(sample.files)
+    gathered.copies.setdefault(earlier, []).append(found.files)
     raise reject("duplicate")
 
 
-def _fingerprint(picture: Picture) -> bytes:
-    pixels = picture.pixels
-    pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
-    total = hashlib.sha256(f"{pixels.shape} {pixels.dtype} {picture.inverted}".encode())
-    total.update(pixels.data)
-    return total.digest()
+def _unsalted(config: SiteConfig, patients: list[str], prints: list[str]) -> list[str]:
+    """Names of patients by which to divide them: with a new salt, or at another place, as before.
+
+    Ids from tags come salted; the least fingerprint of a patient's images stands for it.
+    """
+    if config.patient.source != "tag":
+        return patients
+    least: dict[str, str] = {}
+    for patient, found in zip(patients, prints, strict=True):
+        least[patient] = min(least.get(patient, found), found)
+    return [least[patient] for patient in patients]
 
 
 def _split(
@@ -467,10 +431,11 @@ def _integrity(
             items.append((refusal.files[0] if refusal.files else None, refusal.item, refusal.code))
         else:
             codes.update(dict.fromkeys(refusal.files, refusal.code))
-    # The reader never names the .img of a pair, nor an npz file of which every image was rejected.
-    missing = [file for file in files if file not in codes]
-    if config.source.kind == "npz":
-        codes.update(dict.fromkeys(missing, None))
+    # The readers never name the .img of a pair, nor an npz file of which every image was rejected.
+    heads = {stem(file.name).lower(): code for file, code in codes.items()}
+    for file in files:
+        if file not in codes:
+            codes[file] = heads[stem(file.name).lower()] if config.source.kind == "nifti" else None
     rows = [_row(config, file_id(salt, file.name), code) for file, code in codes.items()]
     for owner, item, code in items:
         rows.append({**_row(config, "" if owner is None else file_id(salt, owner.name), code), "item": item})
