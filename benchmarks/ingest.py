@@ -1,8 +1,10 @@
 """Throughput and memory of the gate: ``python -m benchmarks.ingest [--files N] [--small N]``.
 
-Writes DICOM files into a temporary folder and compares the stage ``ingest`` with a bare loop of
-``pydicom.dcmread(file).pixel_array`` over the same files, in the same process, alternating. Peak memory is
-that of a process of its own that ingests many small files.
+Writes uncompressed 16-bit DICOM files of 512 x 512 into a temporary folder and takes turns, in the same run,
+between a bare loop of ``pydicom.dcmread(file).pixel_array`` in one process, the gate alone (``qkt ingest
+check``) and the whole stage (``qkt ingest``), each with one and with two processes. The median of the turns
+counts. Then the stage again: with everything decoded before, and with one new file. Peak memory is that of
+processes of their own that ingest many small files.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +28,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from benchmarks.tables import markdown
 from qkt_clinical.config import Params
-from qkt_clinical.ingest import ingest_site
+from qkt_clinical.ingest import check_folder, ingest_site
 
 SITE, CLASSES = "alder", ("solid", "cavity")
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -67,53 +72,104 @@ def params() -> Params:
     return Params.model_validate({"classes": CLASSES, "sites": [SITE], "queries": {}})
 
 
-def throughput(files: int) -> dict[str, str | float]:
-    """Images of 512 x 512 per second: bare loop and gate, median of three alternating runs."""
+def _rate(files: int, act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return files / (time.perf_counter() - start)
+
+
+def _bare(paths: list[Path]) -> None:
+    for path in paths:
+        _ = dcmread(path).pixel_array
+
+
+def _ingest(root: Path, workers: int) -> None:
+    """The whole stage, nothing known from before."""
+    shutil.rmtree(root / ".qkt", ignore_errors=True)
+    ingest_site(root, SITE, params(), workers=workers)
+
+
+def throughput(files: int, turns: int) -> list[dict[str, str | float]]:
+    """Files per second, and the share of the bare loop per core."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         paths = write_site(root, files, 512, seed=1)
-        bare, gate = [], []
-        ingest_site(root, SITE, params())  # libraries are loaded, files are in the system's cache
-        for _ in range(3):
+        data = paths[0].parent.parent
+        acts: dict[str, Callable[[], object]] = {"bare loop, 1 process": lambda: _bare(paths)}
+        for n in (1, 2):
+            acts[f"check, {n}"] = partial(check_folder, data, workers=n)
+            acts[f"ingest, {n}"] = partial(_ingest, root, n)
+        rates: dict[str, list[float]] = {name: [] for name in acts}
+        for _ in range(turns + 1):  # the first turn loads libraries and fills the system's cache
+            for name, act in acts.items():
+                rates[name].append(_rate(files, act))
+        median = {name: statistics.median(r[1:]) for name, r in rates.items()}
+        bare = median["bare loop, 1 process"]
+        rows: list[dict[str, str | float]] = []
+        for name, rate in median.items():
+            n = int(name[-1]) if name[-1].isdigit() else 1
+            what = name.split(",")[0]
+            rows.append(
+                {
+                    "what": name,
+                    "files per s": rate,
+                    "share of the bare loop per core": rate / n / bare,
+                    "times one process": rate / median.get(f"{what}, 1", rate),
+                }
+            )
+        again = _rate(files, partial(ingest_site, root, SITE, params(), workers=1))
+        shutil.copy(paths[0], paths[0].with_name("new.dcm"))
+        one = _rate(files, partial(ingest_site, root, SITE, params(), workers=1))
+        rows.append({"what": "ingest again, nothing new", "files per s": again})
+        rows.append({"what": "ingest again, one new file", "files per s": one})
+        return rows
+
+
+def _small(root: Path, workers: int, result: multiprocessing.Queue[tuple[float, float]]) -> None:
+    ingest_site(root, SITE, params(), workers=workers)
+    result.put(
+        (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000,
+        )
+    )
+
+
+def peak_memory(files: int) -> list[dict[str, str | float]]:
+    """Peak memory of a process that ingests many files of 32 x 32, and of its largest worker."""
+    rows: list[dict[str, str | float]] = []
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            write_site(Path(folder), files, 32, seed=2)
+            context = multiprocessing.get_context("spawn")
+            result: multiprocessing.Queue[tuple[float, float]] = context.Queue()
             start = time.perf_counter()
-            for path in paths:
-                _ = dcmread(path).pixel_array
-            bare.append(files / (time.perf_counter() - start))
-            start = time.perf_counter()
-            ingest_site(root, SITE, params())
-            gate.append(files / (time.perf_counter() - start))
-    one, other = statistics.median(bare), statistics.median(gate)
-    return {"files": files, "bare loop, per s": one, "gate, per s": other, "share": other / one}
-
-
-def _small(root: Path, result: multiprocessing.Queue[float]) -> None:
-    ingest_site(root, SITE, params())
-    result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
-
-
-def peak_memory(files: int) -> dict[str, str | float]:
-    """Peak memory of a process that ingests many files of 32 x 32."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_site(Path(folder), files, 32, seed=2)
-        context = multiprocessing.get_context("spawn")
-        result: multiprocessing.Queue[float] = context.Queue()
-        start = time.perf_counter()
-        process = context.Process(target=_small, args=(Path(folder), result))
-        process.start()
-        peak = result.get()
-        process.join()
-        return {"files": files, "seconds": time.perf_counter() - start, "peak MB": peak}
+            process = context.Process(target=_small, args=(Path(folder), workers, result))
+            process.start()
+            own, child = result.get()
+            process.join()
+            rows.append(
+                {
+                    "files": files,
+                    "processes": workers,
+                    "seconds": time.perf_counter() - start,
+                    "peak MB": own,
+                    "peak MB of the largest worker": child if workers > 1 else 0.0,
+                }
+            )
+    return rows
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=400, help="of 512 x 512")
+    parser.add_argument("--files", type=int, default=2_000, help="of 512 x 512")
     parser.add_argument("--small", type=int, default=20_000, help="of 32 x 32")
+    parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    print(markdown([throughput(options.files)]), flush=True)
+    print(markdown(throughput(options.files, options.turns)), flush=True)
     print()
-    print(markdown([peak_memory(options.small)]), flush=True)
+    print(markdown(peak_memory(options.small)), flush=True)
 
 
 if __name__ == "__main__":

@@ -200,8 +200,8 @@ def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) 
     """Bring (C, ...) float32 to the spacing and size wanted.
 
     With ``spec.spacing_mm``: MONAI's Spacing (linear; smoothed first where it shrinks, so that nothing
-    aliases), then pad with 0 or crop about the centre. Without: means over blocks where no axis grows,
-    else MONAI's linear Resize with the same smoothing. MONAI is imported only if it has something to do.
+    aliases), then pad with 0 or crop about the centre. Without: see :func:`_resized`. MONAI is imported
+    only if it has something to do.
 
     Raises:
         FileRejected: ``spacing-missing``.
@@ -219,24 +219,22 @@ def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) 
 
 
 def _resized(image: F32, size: tuple[int, ...]) -> F32:
-    if all(new <= old for new, old in zip(size, image.shape[1:], strict=True)):
-        return np.stack([_block_means(channel, size) for channel in image])
-    image = _smoothed(image, [old / new for new, old in zip(size, image.shape[1:], strict=True)])
-    change = _monai().Resize(size, mode="bilinear" if len(size) == 2 else "trilinear")
-    return np.asarray(change(image), dtype=np.float32)
+    """Axis by axis: means over blocks where it shrinks, linear interpolation where it grows.
 
-
-def _block_means(pixels: F32, size: tuple[int, ...]) -> F32:
-    """Shrink axis by axis; what MONAI's Resize gives with mode ``area``, without its two seconds of import.
-
-    Most sites deliver images larger than the network wants, so this is the path of nearly every file.
+    What MONAI's Resize gives with the modes ``area`` and ``bilinear``, without the seconds and the 400 MB
+    that its import takes: this is the path of nearly every file.
     """
+    return np.stack([_each_axis(channel, size) for channel in image])
+
+
+def _each_axis(pixels: F32, size: tuple[int, ...]) -> F32:
     for axis, new in enumerate(size):
         old = pixels.shape[axis]
         if old != new:
+            weights = averaging(old, new) if new < old else interpolating(old, new)
             first = np.moveaxis(pixels, axis, 0)
-            shrunk = averaging(old, new) @ np.ascontiguousarray(first).reshape(old, -1)
-            pixels = np.moveaxis(shrunk.reshape(new, *first.shape[1:]), 0, axis)
+            changed = weights @ np.ascontiguousarray(first).reshape(old, -1)
+            pixels = np.moveaxis(changed.reshape(new, *first.shape[1:]), 0, axis)
     return pixels
 
 
@@ -252,11 +250,25 @@ def averaging(old: int, new: int) -> csr_array:
     return csr_array((weights, columns, np.concatenate([[0], np.cumsum(lengths)])), shape=(new, old))
 
 
+@lru_cache(maxsize=256)
+def interpolating(old: int, new: int) -> csr_array:
+    """(new, old): row i lies between the two samples nearest to (i + 1/2) * old / new - 1/2; ends repeat."""
+    from scipy.sparse import csr_array
+
+    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    below = np.minimum(place.astype(np.intp), max(old - 2, 0))
+    above = np.minimum(below + 1, old - 1)
+    share = (place - below).astype(np.float32)
+    rows = np.repeat(np.arange(new), 2)
+    values = np.stack([1 - share, share], axis=1).ravel()
+    return csr_array((values, (rows, np.stack([below, above], axis=1).ravel())), shape=(new, old))
+
+
 def _smoothed(image: F32, factors: Sequence[float]) -> F32:
     """Smooth (C, ...) along the axes that are to shrink by ``factors`` above 1.
 
-    Edges are repeated outwards first: MONAI's filter, also within Resize, takes what lies outside as 0
-    and would draw a dark frame.
+    Edges are repeated outwards first: MONAI's filter takes what lies outside as 0 and would draw a dark
+    frame.
     """
     sigma = [max(0.0, (factor - 1) / 2) for factor in factors]
     if not any(sigma):

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qkt_clinical.ingest.codes import DAMAGE
+from qkt_clinical.ingest.elements import tag_of, values, word
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -203,22 +203,6 @@ KEPT: Mapping[str, Rule] = MappingProxyType(
 """DICOM keyword to what is kept of each of its values; all else is left out."""
 
 
-def _values(value: Any) -> Iterator[Any]:
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        yield value
-    else:
-        yield from value
-
-
-@cache
-def _kept() -> Mapping[int, tuple[str, str, Rule]]:
-    """:data:`KEPT` by tag, in ascending order: its eight digits, its value representation, and the rule."""
-    from pydicom.datadict import dictionary_VR, tag_for_keyword
-
-    tags = {int(tag_for_keyword(keyword) or 0): rule for keyword, rule in KEPT.items()}
-    return {tag: (f"{tag:08X}", dictionary_VR(tag), tags[tag]) for tag in sorted(tags)}
-
-
 def deidentify(data: Dataset, salt: bytes) -> dict[str, Any]:
     """What may be kept of a header, in the DICOM JSON model (PS3.18 Annex F), marked as PS3.15 asks.
 
@@ -231,19 +215,14 @@ def deidentify(data: Dataset, salt: bytes) -> dict[str, Any]:
         An element of which one value is not allowed is left out whole.
     """
     kept: dict[str, Any] = {}
-    rules = _kept()
-    present = data.keys()
-    for tag in rules:
-        if tag not in present:
-            continue
-        key, vr, rule = rules[tag]
+    for keyword, rule in KEPT.items():
         try:
-            value = data[tag].value
-            found = [] if value in (None, "") else [rule(v, salt) for v in _values(value)]
-        except DAMAGE:  # pydicom converts a value when it is looked at
+            found = [rule(value, salt) for value in values(data, keyword)]
+        except DAMAGE:
             continue
         if found and all(v is not None for v in found):
-            kept[key] = {"vr": vr, "Value": found}
+            tag, vr = tag_of(keyword)
+            kept[f"{tag:08X}"] = {"vr": vr, "Value": found}
     kept["00120062"] = {"vr": "CS", "Value": ["YES"]}  # Patient Identity Removed
     kept["00120063"] = {"vr": "LO", "Value": [METHOD]}  # De-identification Method
     kept["00120064"] = {"vr": "SQ", "Value": [_code(*code) for code in CODES]}  # and its codes
@@ -282,18 +261,17 @@ def suspects_text(data: Dataset) -> bool:
     ``BurnedInAnnotation`` decides where it is set. Else suspect are secondary captures, modalities whose
     devices write on the picture, and image types of screens and reports.
     """
-    said = str(data.get("BurnedInAnnotation", "") or "").strip().upper()
+    said = word(data, "BurnedInAnnotation")
     if said in ("YES", "NO"):
         return said == "YES"
-    types = " ".join(map(str, _values(data.get("ImageType") or ""))).upper()
+    types = " ".join(map(str, values(data, "ImageType"))).upper()
     return (
-        str(data.get("SOPClassUID", "")) in _CAPTURES
-        or str(data.get("Modality", "") or "").strip().upper() in _WRITES_ON_IMAGES
+        word(data, "SOPClassUID") in _CAPTURES
+        or word(data, "Modality") in _WRITES_ON_IMAGES
         or _SCREENS.search(types) is not None
     )
 
 
 def may_show_face(data: Dataset) -> bool:
     """Whether a face could be rendered from it: CT, MR or PET of the head."""
-    part = str(data.get("BodyPartExamined", "") or "").strip().upper()
-    return str(data.get("Modality", "") or "").strip().upper() in ("CT", "MR", "PT") and part in _HEADS
+    return word(data, "Modality") in ("CT", "MR", "PT") and word(data, "BodyPartExamined") in _HEADS

@@ -6,7 +6,7 @@ InstanceNumber, drops slices without one, averages the spacing and ignores MONOC
 
 from __future__ import annotations
 
-import itertools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +22,7 @@ from qkt_clinical.files import digest_file
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text
+from qkt_clinical.ingest.elements import has, number, tag_of, values, whole, word
 from qkt_clinical.ingest.source import (
     Found,
     Header,
@@ -72,6 +73,7 @@ NON_IMAGES = frozenset(
     }
 )
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+LITTLE_ENDIAN = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED})
 COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
 GREYS = frozenset({"MONOCHROME1", "MONOCHROME2"})
 PALETTE = "PALETTE COLOR"
@@ -108,15 +110,15 @@ def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
         if may_be_deflated(head):
             _bounded_inflation(path, max_bytes)
         data = dcmread(path, stop_before_pixels=not pixels)
-        if str(data.file_meta.get("MediaStorageSOPClassUID", "")) in NON_IMAGES:
+        if word(data.file_meta, "MediaStorageSOPClassUID") in NON_IMAGES:
             raise reject("non-image-object")
-        syntax = str(data.file_meta.get("TransferSyntaxUID", "") or "")
+        syntax = _uid(data.file_meta, "TransferSyntaxUID")
         if not syntax:
             raise reject("transfer-syntax-missing")
         _check_header(data, max_bytes)
     if syntax not in DECODERS:
         raise reject("transfer-syntax-unsupported")
-    if pixels and not any(name in data for name in PIXELS):
+    if pixels and not any(has(data, name) for name in PIXELS):
         raise reject("no-pixel-data")
     return data
 
@@ -164,20 +166,29 @@ def _bounded_inflation(path: Path, max_bytes: int) -> None:
 
 
 def _check_header(data: Dataset, max_bytes: int) -> None:
-    if str(data.get("SOPClassUID", "")) in NON_IMAGES:
+    if word(data, "SOPClassUID") in NON_IMAGES:
         raise reject("non-image-object")
-    if data.get("Rows") is None or data.get("Columns") is None:
+    if not has(data, "Rows") or not has(data, "Columns"):
         raise reject("no-pixel-data")
-    shape = (_frames(data), int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1))
-    bounded_pixels(shape, int(data.BitsAllocated), max_bytes)
+    bounded_pixels(
+        (_frames(data), *_matrix(data), _samples(data)), whole(data, "BitsAllocated", 0), max_bytes
+    )
 
 
 def _frames(data: Dataset) -> int:
-    return int(data.get("NumberOfFrames", 1) or 1)
+    return whole(data, "NumberOfFrames", 1)
+
+
+def _matrix(data: Dataset) -> tuple[int, int]:
+    return whole(data, "Rows", 0), whole(data, "Columns", 0)
+
+
+def _samples(data: Dataset) -> int:
+    return whole(data, "SamplesPerPixel", 1)
 
 
 def _photometric(data: Dataset) -> str:
-    return str(data.get("PhotometricInterpretation", "") or "").strip().upper()
+    return word(data, "PhotometricInterpretation")
 
 
 def _stored(data: FileDataset) -> NDArray[Any]:
@@ -200,17 +211,43 @@ def _stored(data: FileDataset) -> NDArray[Any]:
             raise reject("transfer-syntax-unsupported")
         if plugin:
             _check_frames(data)
-        elif "PixelData" in data and len(data.PixelData) < get_expected_length(data):
-            raise reject("truncated")
-        pixels = pixel_array(data, decoding_plugin=plugin, view_only=True)
+        pixels = None if plugin else _native(data)
+        if pixels is None:
+            if not plugin and "PixelData" in data and len(data.PixelData) < get_expected_length(data):
+                raise reject("truncated")
+            pixels = pixel_array(data, decoding_plugin=plugin)
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    colour = int(data.get("SamplesPerPixel", 1) or 1) == 3
+    colour = _samples(data) == 3
     if colour != (kind in COLOURS):
         raise reject("colour-unknown")
-    shape = (data.Rows, data.Columns, 3) if colour else (data.Rows, data.Columns)
+    shape = (*_matrix(data), 3) if colour else _matrix(data)
     if pixels.shape not in (shape, (_frames(data), *shape)):
         raise reject("pixels-undecodable")
     return pixels
+
+
+def _native(data: FileDataset) -> NDArray[Any] | None:
+    """Uncompressed grey integers as they lie in the file, not copied; None for what pydicom should decode.
+
+    This is what scanners write as a rule; pydicom's way to the same array takes as long as reading the file.
+
+    Raises:
+        FileRejected: ``truncated``.
+    """
+    bits, used = whole(data, "BitsAllocated", 0), whole(data, "BitsStored", 0)
+    sign = values(data, "PixelRepresentation")
+    plain = bits in (8, 16, 32) and 1 <= used <= bits and sign in ((0,), (1,)) and _samples(data) == 1
+    if not plain or str(data.file_meta.TransferSyntaxUID) not in LITTLE_ENDIAN or not has(data, "PixelData"):
+        return None
+    held = data.get_item(tag_of("PixelData")[0])
+    if held is None or not isinstance(held.value, bytes):
+        return None
+    shape = _matrix(data) if _frames(data) == 1 else (_frames(data), *_matrix(data))
+    count = math.prod(shape)
+    if len(held.value) < count * bits // 8:
+        raise reject("truncated")
+    kind = np.dtype(f"<{'i' if sign[0] else 'u'}{bits // 8}")
+    return np.frombuffer(held.value, kind, count).reshape(shape)
 
 
 def _check_frames(data: Dataset) -> None:
@@ -222,7 +259,7 @@ def _check_frames(data: Dataset) -> None:
 
     for frame in generate_frames(data.PixelData, number_of_frames=_frames(data)):
         declared = coded_size(frame)
-        if declared is not None and declared != (data.Rows, data.Columns):
+        if declared is not None and declared != _matrix(data):
             raise reject("pixels-undecodable")
 
 
@@ -253,6 +290,8 @@ def coded_size(frame: bytes) -> tuple[int, int] | None:
 
 def _item(data: Dataset, frame: int, macro: str) -> Dataset | None:
     """A functional group of a frame, its own or the shared one; the data set itself holds older tags."""
+    if not has(data, "PerFrameFunctionalGroupsSequence") and not has(data, "SharedFunctionalGroupsSequence"):
+        return None
     groups = [
         sequence[index]
         for name, index in (
@@ -264,17 +303,12 @@ def _item(data: Dataset, frame: int, macro: str) -> Dataset | None:
     return next((group.get(macro)[0] for group in groups if group.get(macro)), None)
 
 
-def _first(value: Any) -> float:
-    """First number of a value that may hold several (one per alternative display)."""
-    return float(value[0]) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
-
-
 def _window(data: Dataset) -> Limits | None:
     """The file's first linear display window as (black, white); None where it has none that is sound."""
-    if data.get("WindowCenter") in (None, "") or data.get("WindowWidth") in (None, ""):
+    centre, width = number(data, "WindowCenter"), number(data, "WindowWidth")  # the first of several displays
+    if centre is None or width is None:
         return None
-    centre, width = _first(data.WindowCenter), _first(data.WindowWidth)
-    function = str(data.get("VOILUTFunction", "") or "LINEAR").upper()
+    function = word(data, "VOILUTFunction") or "LINEAR"
     if function == "LINEAR" and width > 1:  # DICOM PS3.3 C.11.2.1.2.1
         return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
     if function == "LINEAR_EXACT" and width > 0:
@@ -284,7 +318,7 @@ def _window(data: Dataset) -> Limits | None:
 
 def _padding(data: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
     """Where the scanner filled up what lies outside its field of view."""
-    value = data.get("PixelPaddingValue")
+    value = data.get("PixelPaddingValue") if has(data, "PixelPaddingValue") else None
     if value is None or stored.dtype.kind not in "iu":
         return None
     low = int(value)
@@ -301,10 +335,9 @@ def _rescale(data: Dataset, frame: int) -> tuple[float, float]:
         FileRejected: ``header-unreadable`` for a slope of 0, or a value that is no number.
     """
     source = _item(data, frame, "PixelValueTransformationSequence") or data
-    slope, intercept = source.get("RescaleSlope"), source.get("RescaleIntercept")
-    if slope in (None, "") or intercept in (None, ""):
+    slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
+    if slope is None or intercept is None:
         return 1.0, 0.0
-    slope, intercept = float(slope), float(intercept)
     if slope == 0 or not np.isfinite(slope) or not np.isfinite(intercept):
         raise reject("header-unreadable")
     return slope, intercept
@@ -315,7 +348,7 @@ def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits
     from pydicom.pixels.processing import apply_color_lut
 
     if _photometric(data) != PALETTE:
-        bits = int(data.get("BitsStored", 8) or 8)
+        bits = whole(data, "BitsStored", 8)
         integer = stored.dtype.kind == "u"
         return stored, eight_bit_limits(stored.dtype, bits) or ((0.0, 2.0**bits - 1) if integer else None)
     painted = np.asarray(apply_color_lut(stored, data))[..., :3]
@@ -342,9 +375,9 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
         return Picture(values, colour=True, limits=limits, eight_bit=values.dtype == np.uint8)
     inverted = _photometric(data) == "MONOCHROME1"
     padding = _padding(data, stored)
-    limits = eight_bit_limits(stored.dtype, int(data.get("BitsStored", 8) or 8))
+    limits = eight_bit_limits(stored.dtype, whole(data, "BitsStored", 8))
     slope, intercept = 1.0, 0.0
-    if data.get("ModalityLUTSequence"):
+    if has(data, "ModalityLUTSequence") and data.ModalityLUTSequence:
         stored, limits = np.asarray(apply_modality_lut(stored, data)), None
     else:
         slope, intercept = _rescale(data, frame)
@@ -366,10 +399,11 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
             slope=slope,
             intercept=intercept,
         )
-    if lookup and source is data and (data.get("VOILUTSequence") or data.get("VOILUTFunction") == "SIGMOID"):
+    table = has(data, "VOILUTSequence") and bool(data.VOILUTSequence)
+    if lookup and source is data and (table or word(data, "VOILUTFunction") == "SIGMOID"):
         values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
         shown = np.asarray(apply_voi_lut(values, data, prefer_lut=True))
-        if data.get("VOILUTSequence"):
+        if table:
             bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
             return Picture(shown, limits=(0.0, 2.0**bits - 1), inverted=inverted)
         return Picture(shown, limits=(float(shown.min()), float(shown.max())), inverted=inverted)
@@ -391,8 +425,8 @@ def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
         (data, ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")),
     ):
         for name in names if source is not None else ():
-            value = source.get(name) if source is not None else None
-            if value is not None and len(value) == 2:
+            value = values(source, name) if source is not None else ()
+            if len(value) == 2:
                 rows, columns = float(value[0]), float(value[1])
                 if 0 < rows < 1e6 and 0 < columns < 1e6:
                     return rows, columns
@@ -401,14 +435,18 @@ def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
 
 def _tags(data: Dataset, names: Sequence[str]) -> dict[str, str]:
     """The values of tags as text; a sequence has none."""
-    values = {}
+    found = {}
     for name in names:
         value = data.get(name)
-        if value is None or (len(names) and data[name].VR == "SQ"):
+        if value is None or data[name].VR == "SQ":
             continue
         several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        values[name] = "\\".join(map(str, value)) if several else str(value)
-    return {name: text.strip(" \0") for name, text in values.items() if text.strip(" \0")}
+        found[name] = ("\\".join(map(str, value)) if several else str(value)).strip(" \0")
+    return {name: text for name, text in found.items() if text}
+
+
+def _uid(data: Dataset, keyword: str) -> str:
+    return str(next(iter(values(data, keyword)), "")).strip()
 
 
 def _as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
@@ -447,7 +485,7 @@ def read(file: SourceFile, request: Request) -> Sample:
         picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
         tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
         spacing = _pixel_spacing(data)
-        uid = str(data.get("SOPInstanceUID", "") or "").strip()
+        uid = _uid(data, "SOPInstanceUID")
     picture = replace(picture, spacing_mm=spacing)
     keys = (salted(request.salt, "value", uid),) if uid else ()
     return Sample((file,), picture, tags=_as_sets([tags]), keys=keys, header=header)
@@ -524,22 +562,22 @@ def scan(file: SourceFile, request: Request) -> Scan:
             slices, code = (), rejected.code
         if frames > 1 and code == "geometry-missing":
             code = "multi-frame"
-        series = str(data.get("SeriesInstanceUID", "") or "").strip()
+        series = _uid(data, "SeriesInstanceUID")
         _refuse_text(data, request)
         if not series:
             raise reject("geometry-missing")
-        acquisition = str(data.get("AcquisitionNumber", "") or "")
+        acquisition = str(whole(data, "AcquisitionNumber", 0))
         tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
         words = (salted(request.salt, "value", w) for w in (series, acquisition))
         return Scan(file, next(words), next(words), frames, slices, code, tags)
 
 
 def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
-    place = (_item(data, frame, "PlanePositionSequence") or data).get("ImagePositionPatient")
-    turn = (_item(data, frame, "PlaneOrientationSequence") or data).get("ImageOrientationPatient")
+    place = values(_item(data, frame, "PlanePositionSequence") or data, "ImagePositionPatient")
+    turn = values(_item(data, frame, "PlaneOrientationSequence") or data, "ImageOrientationPatient")
     spacing = _pixel_spacing(data, frame)
     shared = _frames(data) > 1 and "PerFrameFunctionalGroupsSequence" not in data
-    if place is None or turn is None or spacing is None or len(place) != 3 or len(turn) != 6 or shared:
+    if spacing is None or len(place) != 3 or len(turn) != 6 or shared:
         raise reject("geometry-missing")
     position, orientation = np.array([float(v) for v in place]), np.array([float(v) for v in turn])
     row, column = orientation[:3], orientation[3:]
@@ -547,7 +585,7 @@ def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
     if not sound or abs(row @ row - 1) > 0.02 or abs(column @ column - 1) > 0.02 or abs(row @ column) > 0.02:
         raise reject("geometry-invalid")
     colours = _photometric(data) if _photometric(data) in COLOURS | GREYS | {PALETTE} else ""
-    kind = (int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1) or 1), colours)
+    kind = (*_matrix(data), _samples(data), colours)
     return Slice(file, frame, position, orientation, spacing, kind)
 
 
@@ -605,13 +643,13 @@ def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
     colour = samples == 3 or photometric == PALETTE
     shape = (len(slices), rows, columns, 3) if colour else (len(slices), rows, columns)
     by_file: dict[SourceFile, list[int]] = {}
-    for number, part in enumerate(slices):
-        by_file.setdefault(part.file, []).append(number)
+    for place, part in enumerate(slices):
+        by_file.setdefault(part.file, []).append(place)
     volume: NDArray[Any] | None = None
     scale = (1.0, 0.0)
     limits: set[Limits | None] = set()
     eight = True
-    for file, numbers in by_file.items():
+    for file, places in by_file.items():
         try:
             with _reading("header-unreadable"):
                 data = _open(file.path, request.max_bytes, pixels=True)
@@ -619,13 +657,13 @@ def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
                 frames = stored.reshape(-1, *shape[1 : 3 + (samples == 3)])
                 pictures = [
                     _frame_picture(data, frames[slices[n].frame], slices[n].frame, lookup=False)
-                    for n in numbers
+                    for n in places
                 ]
         except FileRejected as rejected:
             raise FileRejected(
                 rejected.message, remedy=rejected.remedy, code=rejected.code, file=file.name
             ) from None
-        for number, picture in zip(numbers, pictures, strict=True):
+        for place, picture in zip(places, pictures, strict=True):
             if volume is None:
                 volume = np.empty(shape, dtype=picture.pixels.dtype)
                 scale = (picture.slope, picture.intercept)
@@ -633,7 +671,7 @@ def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
             if not same and (volume.dtype != np.float32 or scale != (1.0, 0.0)):
                 # Slices scaled one by one, as those of PET are: from here on in the modality's units.
                 volume, scale = (volume * scale[0] + scale[1]).astype(np.float32), (1.0, 0.0)
-            volume[number] = picture.pixels if same else picture.intensities
+            volume[place] = picture.pixels if same else picture.intensities
             limits.add(picture.limits)
             eight &= picture.eight_bit
     assert volume is not None  # slices are never empty
@@ -735,6 +773,6 @@ def check(path: Path, max_bytes: int) -> Found:
         stored = _stored(data)
         colour = _photometric(data) in COLOURS
         frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
-        for number, frame in zip(itertools.count(), frames):
-            _frame_picture(data, frame, number, lookup=True)
+        for i, frame in enumerate(frames):
+            _frame_picture(data, frame, i, lookup=True)
         return Found(stored.shape, str(stored.dtype), _pixel_spacing(data))
