@@ -167,7 +167,10 @@ def ingest_locate(
 
 @ingest_app.command("leakage", epilog=EPILOG)
 def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
-    """Say where one hospital trains on test images of another, by hashes; exit code 1 if anywhere."""
+    """Say where one hospital trains on what another is tested on, by hashes and salted patient ids.
+
+    Exit code 1 if one trains on the same pixels or patients; images that only look alike are told.
+    """
     from qkt_clinical.ingest import find_crossings
 
     crossings = find_crossings(root, load_params(root).sites)
@@ -175,9 +178,11 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
         _print_json([c._asdict() for c in crossings])
     else:
         for c in crossings:
-            print(f"{c.trains} trains on {c.images} test images of {c.tests}")
-        print(f"{len(crossings)} pairs of hospitals share images between training and test")
-    if crossings:
+            print(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
+            if c.patients:
+                print(f"  patients at {c.tests}: {', '.join(c.patients)}")
+        print(f"{len(crossings)} pairs of hospitals share images or patients between training and test")
+    if any(c.images or c.patients for c in crossings):
         raise typer.Exit(1)
 
 

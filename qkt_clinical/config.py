@@ -94,6 +94,7 @@ class ImageSpec(Strict):
     display window of the DICOM file where it has one, the stored type's range for 8-bit images, else the
     image's own 0.5 to 99.5 percentiles);
     ``normalisation``: ``unit`` keeps [0, 1], ``zscore`` centres and scales every image by itself.
+    ``volume`` is the one to take, from 0, of NIfTI files that hold several (null: such files are refused).
     """
 
     size: tuple[Annotated[int, Field(ge=4, le=1024)], ...] = Field(min_length=2, max_length=3)
@@ -101,6 +102,7 @@ class ImageSpec(Strict):
     channels: Literal[1, 3] = 3
     window: Window | None = None
     normalisation: Literal["unit", "zscore"] = "unit"
+    volume: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _same_length(self) -> ImageSpec:

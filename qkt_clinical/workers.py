@@ -112,7 +112,7 @@ def in_order(
     queue = iter(items)
     worth = WORTH_S[start_method()]
     spent, done = 0.0, 0
-    while workers == 1 or spent < PROBE_S or spent / done * (count - done) < worth:
+    while workers == 1 or not done or spent < PROBE_S or spent / done * (count - done) < worth:
         started = time.monotonic()
         for item in islice(queue, 1):
             result = work(item)

@@ -16,6 +16,7 @@ from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import find_crossings
 from qkt_clinical.ingest.leakage import (
     Crossing,
+    Held,
     across_sites,
     difference_hash,
     hashes_of,
@@ -83,12 +84,17 @@ def test_every_pair_within_three_bits_is_found() -> None:
 
 
 def test_one_hospitals_training_images_among_anothers_test_images() -> None:
-    a, b = np.array([[1, 0], [2, 0], [0, 0]], np.uint64), np.array([[2, 0], [3, 0], [0, 0]], np.uint64)
+    a = np.array([[1, 0], [2, 0b111], [0, 0]], np.uint64)
+    b = np.array([[2, 0b111], [3, 0b110], [0, 0], [4, 0b11110000], [5, 0]], np.uint64)
+    patients_a, patients_b = np.array(["p", "q", "r"]), np.array(["s", "t", "u", "v", "p"])
     sites = {
-        "a": (a, *parts([0, 1, 2], [])),
-        "b": (b, *parts([1], [0, 2])),
+        "a": Held(a, patients_a, *parts([0, 1, 2], [])),
+        "b": Held(b, patients_b, *parts([], [0, 1, 2, 3, 4])),
     }
-    assert list(across_sites(sites)) == [Crossing("a", "b", 1)]
+    # b's first test image is one of a's, its second only looks like one, its last is of a's patient p.
+    assert list(across_sites(sites)) == [Crossing("a", "b", 1, ("p", "s"), 1)]
+    sites = {name: held._replace(train=held.test, test=held.train) for name, held in sites.items()}
+    assert list(across_sites(sites)) == [Crossing("b", "a", 1, ("p", "q"), 0)]
 
 
 def test_copies_that_only_preparing_made_alike_stop_a_site(tmp_path: Path) -> None:
@@ -138,7 +144,8 @@ def test_crossings_of_prepared_sites(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         main(["ingest", "leakage", "--root", str(tmp_path), "--json"])
     assert ended.value.code == 1
-    assert json.loads(capsys.readouterr().out)[0] == found[0]._asdict()
+    assert json.loads(capsys.readouterr().out)[0] == json.loads(json.dumps(found[0]._asdict()))
+    assert len(found[0].patients) == len(splits["test"])
 
 
 def test_the_integrity_page_of_a_site(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qkt_clinical.config import Workspace
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
-from tests.ingest_files import hospital, ingest, nifti, noise, verdict
+from tests.ingest_files import SITE, hospital, ingest, nifti, noise, verdict
 
 CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
 RGB24 = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -112,6 +114,8 @@ def test_pair_of_header_and_voxels(tmp_path: Path) -> None:
     manifest, site = ingest(tmp_path)
     assert (manifest.count, manifest.rejected) == (1, {})
     np.testing.assert_array_equal(site.images[0, 0], PICTURE)
+    rows = json.loads((Workspace(tmp_path).prepared(SITE) / "integrity.json").read_text())
+    assert sorted((Path(r["file"]).suffix, r["accepted"]) for r in rows) == [(".hdr", True), (".img", True)]
 
 
 def good() -> bytes:
@@ -152,6 +156,63 @@ def test_bad_file_gets_its_code_and_the_rest_goes_on(tmp_path: Path, code: str) 
     manifest, _ = ingest(tmp_path, ingest={"max_file_mb": 10})
     assert (manifest.count, manifest.rejected) == (1, {code: 1})
     assert code in reasons
+
+
+VOLUME = noise(7, 6, 8, 5)
+DEEP = {"size": [5, 8, 6], "channels": 1}
+
+
+def coded(sform: tuple[float, ...] | None, qform: tuple[float, ...] | None) -> nibabel.Nifti1Image:
+    """A volume with diagonal forms; None leaves the code at 0."""
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    image.set_sform(None if sform is None else np.diag([*sform, 1.0]), code=0 if sform is None else 1)
+    image.set_qform(None if qform is None else np.diag([*qform, 1.0]), code=0 if qform is None else 1)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "code"),
+    [
+        ((-1, -1, 1), (-1, -1, 1), None),
+        ((-1, -1, 1), None, None),
+        (None, (-1, -1, 1), None),
+        ((-1, -1, 1.02), (-1, -1, 1), None),
+        ((1, -1, 1), (-1, -1, 1), "affine-conflict"),
+        ((-1, -1, 2), (-1, -1, 1), "affine-conflict"),
+        ((0, 0, 0), (-1, -1, 1), None),
+        ((0, 0, 0), None, "geometry-invalid"),
+        (None, None, "geometry-missing"),
+    ],
+)
+def test_forms_of_a_header(
+    tmp_path: Path,
+    sform: tuple[float, ...] | None,
+    qform: tuple[float, ...] | None,
+    code: str | None,
+) -> None:
+    folder = hospital(tmp_path, "nifti", image=DEEP) / "solid"
+    nifti(folder / "good.nii", VOLUME // 2)
+    nibabel.save(coded(sform, qform), folder / "other.nii")
+    manifest, site = ingest(tmp_path)
+    assert manifest.rejected == ({} if code is None else {code: 1})
+    if code is None:
+        np.testing.assert_array_equal(site.images[1, 0], VOLUME.transpose(2, 1, 0))
+
+
+def test_one_of_several_volumes_by_configuration(tmp_path: Path) -> None:
+    several = np.stack([VOLUME, VOLUME // 2, VOLUME // 3], axis=-1)
+    for volume, expected in ((0, VOLUME), (2, VOLUME // 3)):
+        root = tmp_path / str(volume)
+        folder = hospital(root, "nifti", image={**DEEP, "volume": volume}) / "solid"
+        nifti(folder / "one.nii.gz", VOLUME // 4)
+        nifti(folder / "three.nii.gz", several, np.diag([-1.0, -1, 1, 1]))
+        manifest, site = ingest(root)
+        assert manifest.rejected == {}
+        np.testing.assert_array_equal(site.images[1, 0], expected.transpose(2, 1, 0))
+    hospital(root, "nifti", image={**DEEP, "volume": 3})
+    assert ingest(root)[0].rejected == {"volume-missing": 1}
+    hospital(root, "nifti", image=DEEP)
+    assert ingest(root)[0].rejected == {"time-series": 1}
 
 
 def test_gzip_that_is_none_and_gzip_cut_short(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
             "Look at the images; if none shows a name, set burned_in: accept in site.yaml.",
         ),
         "geometry-missing": Reason(
-            "no series, position, orientation or spacing", "Export it with ImagePositionPatient."
+            "no series, position, orientation or spacing",
+            "Export it with its place in space (DICOM: ImagePositionPatient; NIfTI: qform or sform).",
         ),
         "orientation-mixed": Reason(
             "slices of different orientation in one series", "Export localisers apart."
@@ -109,7 +110,16 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         # NIfTI
         "not-nifti": Reason("no NIfTI file", "Convert it to NIfTI."),
         "pair-missing": Reason("a NIfTI header without its .img", "Add the .img file beside it."),
-        "time-series": Reason("several volumes over time in one file", "Split it into single volumes."),
+        "affine-conflict": Reason(
+            "qform and sform differ in the sides or the spacing that they give",
+            "Find out which is right and set the code of the other to 0.",
+        ),
+        "time-series": Reason(
+            "several volumes over time in one file", "Split it into single volumes, or set image.volume."
+        ),
+        "volume-missing": Reason(
+            "fewer volumes in the file than image.volume asks for", "Correct image.volume in site.yaml."
+        ),
         # pictures
         "not-picture": Reason("no PNG, JPEG or TIFF file", "Export it as PNG, JPEG or TIFF."),
         # npz

@@ -89,25 +89,47 @@ def _part_of(parts: Sequence[NDArray[np.int64]]) -> dict[int, int]:
     return {int(i): number for number, part in enumerate(parts) for i in part}
 
 
+class Held(NamedTuple):
+    """What of a prepared site is compared with others."""
+
+    hashes: Hashes
+    patients: NDArray[np.str_]
+    """Salted id per image."""
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
 class Crossing(NamedTuple):
-    """One hospital trains on so many of another's test images."""
+    """What one hospital trains on that another is tested on."""
 
     trains: str
     tests: str
     images: int
+    """Test images whose very pixels are among the training images."""
+    patients: tuple[str, ...]
+    """Salted ids at the testing hospital: of the owners of these images, and of patients known to both.
+    The latter can be told only where hospitals share one salt."""
+    alike: int
+    """Further test images that look nearly like a training image. They may be copies: look at them."""
 
 
-def across_sites(
-    sites: Mapping[str, tuple[Hashes, NDArray[np.int64], NDArray[np.int64]]],
-) -> Iterator[Crossing]:
-    """Where one hospital trains on pixels that another is tested on.
+def across_sites(sites: Mapping[str, Held]) -> Iterator[Crossing]:
+    """Where hospitals train on what others are tested on, by hashes and salted ids alone."""
+    for trains, theirs in sorted(sites.items()):
+        for tests, others in sorted(sites.items()):
+            if trains != tests:
+                crossing = _crossing(trains, tests, theirs, others)
+                if crossing.images or crossing.patients or crossing.alike:
+                    yield crossing
 
-    Args:
-        sites: name to hashes, and positions of training and of test images.
-    """
-    for trains, (theirs, train, _) in sorted(sites.items()):
-        learned = set(theirs[train, 0].tolist())
-        for tests, (others, _, test) in sorted(sites.items()):
-            count = len((learned & set(others[test, 0].tolist())) - {0})
-            if trains != tests and count:
-                yield Crossing(trains, tests, count)
+
+def _crossing(trains: str, tests: str, theirs: Held, others: Held) -> Crossing:
+    learned = theirs.hashes[theirs.train]
+    known = set(learned[:, 0].tolist()) - {0}
+    same = np.array([i for i in others.test.tolist() if int(others.hashes[i, 0]) in known], dtype=np.int64)
+    owners = set(others.patients[same].tolist())
+    owners |= set(theirs.patients[theirs.train].tolist()) & set(others.patients[others.test].tolist())
+    both = np.concatenate([learned, others.hashes[others.test]])
+    parts = np.split(np.arange(len(both)), [len(learned)])
+    alike = {int(others.test[p.second - len(learned)]) for p in look_alike(both, parts)}
+    return Crossing(trains, tests, len(same), tuple(sorted(owners)), len(alike - set(same.tolist())))

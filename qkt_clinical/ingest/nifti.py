@@ -29,6 +29,8 @@ from qkt_clinical.ingest.source import (
 MAX_HEADER_BYTES = 16_000_000
 """Header extensions beyond this are refused: nibabel reads them whole."""
 CIFTI_INTENTS = range(3000, 3100)
+SAME_SPACING = 0.05
+"""Relative difference up to which the spacings of qform and sform may be roundings of one another."""
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
 
@@ -90,13 +92,20 @@ def _check_pair(path: Path, max_bytes: int) -> None:
     bounded_size(partner, max_bytes)
 
 
-def _voxels(image: Any) -> tuple[NDArray[Any], bool]:
-    """Scaled voxels without trailing axes of length 1 beyond the third, and whether the last is colour."""
+def _voxels(image: Any, volume: int | None = None) -> tuple[NDArray[Any], bool]:
+    """Scaled voxels, and whether the last axis is colour; of several volumes the one wanted, read alone.
+
+    Raises:
+        FileRejected: ``volume-missing`` among others.
+    """
     from nibabel.filebasedimages import ImageFileError
 
     with reading("pixels-undecodable", ImageFileError):
         try:
-            data = np.asanyarray(image.dataobj)
+            several = len(image.shape) == 4 and image.shape[3] > 1 and volume is not None
+            if several and volume is not None and volume >= image.shape[3]:
+                raise reject("volume-missing")
+            data = np.asanyarray(image.dataobj[..., volume] if several else image.dataobj)
         except EOFError:
             raise reject("truncated") from None
         except OSError as error:
@@ -134,18 +143,54 @@ def _spatial(data: NDArray[Any], colour: bool, *, volumes: bool) -> tuple[NDArra
     return data.reshape((*space, 3) if hue else space), hue
 
 
+def _affine(image: Any, *, volumes: bool) -> NDArray[np.float64]:
+    """Voxel index to millimetres (RAS+), as nibabel chooses it, unless the header contradicts itself.
+
+    The sform counts, then the qform. A zero sform is none. Where both are there, their rotations may differ
+    (one is often that of a template), but not which way an axis runs, nor the spacing by more than
+    :data:`SAME_SPACING`. Without both, nobody knows left from right: a volume is refused, a flat image is
+    taken as NIfTI's first method has it.
+
+    Raises:
+        FileRejected: ``affine-conflict``, ``geometry-missing`` or ``geometry-invalid``.
+    """
+    from nibabel.affines import voxel_sizes
+    from nibabel.orientations import aff2axcodes
+
+    header = image.header
+    found = [
+        form
+        for form, code in (header.get_sform(coded=True), header.get_qform(coded=True))
+        if form is not None and code and np.abs(form[:3, :3]).max() > 0
+    ]
+    if not found:
+        if header["sform_code"] or header["qform_code"]:
+            raise reject("geometry-invalid")
+        if volumes:
+            raise reject("geometry-missing")
+        return np.asarray(header.get_base_affine(), dtype=np.float64)
+    if len(found) == 2:
+        first, second = (voxel_sizes(form) for form in found)  # type: ignore[no-untyped-call]
+        sides = {aff2axcodes(form) for form in found}  # type: ignore[no-untyped-call]
+        if len(sides) > 1 or not np.allclose(first, second, rtol=SAME_SPACING):
+            raise reject("affine-conflict")
+    return np.asarray(found[0], dtype=np.float64)
+
+
 def read(file: SourceFile, request: Request) -> Sample:
     """Read a file's one image.
 
     Raises:
         FileRejected: any code of one file.
     """
+    from nibabel.spatialimages import HeaderDataError
+
     image = _open(file.path, request.max_bytes)
-    data, colour = _voxels(image)
+    data, colour = _voxels(image, request.spec.volume)
     data, colour = _spatial(data, colour, volumes=request.volumes)
-    with reading("header-unreadable"):
+    with reading("header-unreadable", HeaderDataError):
         scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
-        affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+        affine = np.diag([scale, scale, scale, 1.0]) @ _affine(image, volumes=request.volumes)
         stored = image.header.get_data_dtype()
         base = stored[stored.names[0]] if stored.names else stored
         limits = eight_bit_limits(base)

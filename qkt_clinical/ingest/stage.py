@@ -23,7 +23,7 @@ from qkt_clinical.ingest.columns import Lookup, check_columns
 from qkt_clinical.ingest.decode import Numbered, decoded, finished
 from qkt_clinical.ingest.deidentify import salted
 from qkt_clinical.ingest.integrity import render_integrity
-from qkt_clinical.ingest.leakage import Crossing, Hashes, across_sites, same_pixels
+from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
 from qkt_clinical.ingest.source import (
     Decoded,
     Listing,
@@ -99,7 +99,7 @@ def locate(root: Path, site: str) -> dict[str, str]:
 
 
 def find_crossings(root: Path, sites: Sequence[str]) -> list[Crossing]:
-    """Where one of these hospitals trains on pixels that another one is tested on, by hashes alone.
+    """Where one of these hospitals trains on what another one is tested on, by hashes and salted ids alone.
 
     Raises:
         PreparedError: a site is not prepared.
@@ -107,14 +107,14 @@ def find_crossings(root: Path, sites: Sequence[str]) -> list[Crossing]:
     found = {}
     for site in sites:
         folder = Workspace(root).prepared(site)
-        splits = load_prepared(folder).splits
+        prepared = load_prepared(folder)
         try:
             hashes = np.load(folder / "hashes.npy", allow_pickle=False)
         except (OSError, ValueError):
             raise PreparedError(
                 "no hashes", remedy="Run 'qkt ingest' for this site again.", site=site, file=folder
             ) from None
-        found[site] = (hashes, splits["train"], splits["test"])
+        found[site] = Held(hashes, prepared.groups, prepared.splits["train"], prepared.splits["test"])
     return list(across_sites(found))
 
 
