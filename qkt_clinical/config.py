@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -86,6 +87,10 @@ class Window(Strict):
     width: Annotated[float, Field(gt=0)]
 
 
+LARGEST_IMAGE = 200_000_000
+"""Values of one prepared image at most (800 MB as float32): the scratch file of ingest holds no larger."""
+
+
 class ImageSpec(Strict):
     """What every image of a site is brought to.
 
@@ -108,6 +113,8 @@ class ImageSpec(Strict):
     def _same_length(self) -> ImageSpec:
         if self.spacing_mm is not None and len(self.spacing_mm) != len(self.size):
             raise ValueError("spacing_mm needs as many numbers as size")
+        if math.prod(self.size) * self.channels > LARGEST_IMAGE:
+            raise ValueError(f"size and channels make more than {LARGEST_IMAGE:,} values")
         return self
 
 

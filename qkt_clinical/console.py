@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ Step = Callable[[int, int], None]
 def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
     """Yield a function to call with (done, total). Progress goes to standard error.
 
-    A bar with the remaining time on a terminal, else a plain line at the start of every quarter.
+    A bar on a terminal, else a plain line at the start of every quarter, both with the time that is left.
     """
     if quiet:
         yield lambda done, total: None
@@ -29,13 +30,16 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
         shown = -1
+        start = time.monotonic()
 
         def line(done: int, total: int) -> None:
             nonlocal shown
             quarter = 4 * done // max(1, total)
             if quarter != shown:
                 shown = quarter
-                print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+                left = (time.monotonic() - start) / done * (total - done) if done else 0.0
+                words = f", about {left:.0f} s left" if left >= 1 else ""
+                print(f"{label}: {done}/{total}{words}", file=sys.stderr, flush=True)
 
         yield line
 

@@ -195,7 +195,7 @@ def judge(path: Path) -> None:
         spec = ImageSpec(size=size, channels=1)
         request = Request(spec, ("PatientID",), LIMIT_MB * 1_000_000, "alder", 0, b"s" * 32, True)
         if path.suffix == ".npz":
-            found = [finished(outcome, request) for outcome in npz.read(files, request).outcomes]
+            found = [finished(o, request, files)[0] for o in npz.read(files, request).outcomes]
         else:
             with Store(path.with_suffix(".sqlite"), site="alder", salt=request.salt, recipe=None) as store:
                 results = decoded(kind, files, request, store, workers=1, step=lambda *_: None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from qkt_clinical.ingest.arrays import Picture, prepare
 from qkt_clinical.ingest.codes import quiet
 from qkt_clinical.ingest.leakage import hashes_of
 from qkt_clinical.ingest.source import Decoded, Outcome, Ready, Refusal, Request, SourceFile
-from qkt_clinical.ingest.store import Result, Store
+from qkt_clinical.ingest.store import Result, Store, as_text
 from qkt_clinical.workers import in_order
 
 Unit = TypeVar("Unit")
@@ -25,15 +24,20 @@ Numbered = tuple[int, Decoded]
 """A result and its number in the store."""
 
 
-def finished(outcome: Outcome, request: Request) -> Decoded:
-    """Bring a decoded image to what the site wants."""
+Written = tuple[Result, str]
+"""A result and what the store keeps of it."""
+
+
+def finished(outcome: Outcome, request: Request, unit: Sequence[SourceFile]) -> tuple[Decoded, str]:
+    """Bring a decoded image of a unit of files to what the site wants."""
     if isinstance(outcome, Refusal):
-        return outcome
+        return outcome, as_text(outcome, unit)
     try:
         image = prepare(outcome.picture, request.spec)
     except FileRejected as rejected:
-        return Refusal(outcome.files, rejected.code, outcome.item)
-    return Ready(
+        refusal = Refusal(outcome.files, rejected.code, outcome.item)
+        return refusal, as_text(refusal, unit)
+    ready = Ready(
         files=outcome.files,
         image=image,
         fingerprint=_fingerprint(outcome.picture),
@@ -45,8 +49,9 @@ def finished(outcome: Outcome, request: Request) -> Decoded:
         patient=outcome.patient,
         split=outcome.split,
         item=outcome.item,
-        header=outcome.header,
+        face=outcome.header is not None and outcome.header.face,
     )
+    return ready, as_text(ready, unit, outcome.header)
 
 
 def _fingerprint(picture: Picture) -> str:
@@ -62,28 +67,31 @@ def _fingerprint(picture: Picture) -> str:
 # --- what worker processes do: functions of a module, one unit at a time ----------------------------
 
 
-def _file(unit: tuple[SourceFile, ...], *, kind: str, request: Request) -> list[Result]:
+def _file(unit: tuple[SourceFile, ...], *, kind: str, request: Request) -> list[Written]:
     """A flat image, or a volume that is one file."""
     reader = importlib.import_module(f"qkt_clinical.ingest.{kind}")
+    outcome: Outcome
     with quiet():
         try:
-            found = finished(reader.read(unit[0], request), request)
+            outcome = reader.read(unit[0], request)
         except FileRejected as rejected:
-            found = Refusal((), rejected.code)
-    return [replace(found, files=unit[:1])]
+            outcome = Refusal(unit[:1], rejected.code)
+        return [finished(outcome, request, unit)]
 
 
-def _scan(unit: tuple[SourceFile, ...], *, request: Request) -> list[Result]:
+def _scan(unit: tuple[SourceFile, ...], *, request: Request) -> list[Written]:
+    result: Result
     with quiet():
         try:
-            return [dicom.scan(unit[0], request)]
+            result = dicom.scan(unit[0], request)
         except FileRejected as rejected:
-            return [Refusal(unit, rejected.code)]
+            result = Refusal(unit, rejected.code)
+    return [(result, as_text(result, unit))]
 
 
-def _series(unit: tuple[dicom.Scan, ...], *, request: Request) -> list[Result]:
+def _series(unit: tuple[dicom.Scan, ...], *, request: Request) -> list[Written]:
     with quiet():
-        return [finished(outcome, request) for outcome in dicom.read_series(unit, request)]
+        return [finished(o, request, _files_of(unit)) for o in dicom.read_series(unit, request)]
 
 
 # --- what the stage calls -----------------------------------------------------------------------------
@@ -92,7 +100,7 @@ def _series(unit: tuple[dicom.Scan, ...], *, request: Request) -> list[Result]:
 def _remembered(
     store: Store,
     step: str,
-    work: Callable[[Unit], list[Result]],
+    work: Callable[[Unit], list[Written]],
     units: Sequence[Unit],
     files_of: Callable[[Unit], tuple[SourceFile, ...]],
     workers: int,
@@ -101,17 +109,17 @@ def _remembered(
     keys = [store.key(step, files_of(unit)) for unit in units]
     fresh = [unit for unit, key in zip(units, keys, strict=True) if key not in store.known]
 
-    def lost(unit: Unit) -> list[Result]:
-        return [Refusal(files_of(unit), "decoder-crashed")]
+    def lost(unit: Unit) -> list[Written]:
+        refusal = Refusal(files_of(unit), "decoder-crashed")
+        return [(refusal, as_text(refusal, refusal.files))]
 
     results = in_order(work, fresh, len(fresh), workers=workers, lost=lost)
     for unit, key in zip(units, keys, strict=True):
-        files = files_of(unit)
         if key in store.known:
-            yield unit, store.get(key, files)
+            yield unit, store.get(key, files_of(unit))
         else:
             found = next(results)
-            yield unit, list(zip(store.put(key, found, files), found, strict=True))
+            yield unit, list(zip(store.put(key, found), (result for result, _ in found), strict=True))
 
 
 def decoded(

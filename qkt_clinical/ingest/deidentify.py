@@ -15,6 +15,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +204,13 @@ KEPT: Mapping[str, Rule] = MappingProxyType(
 """DICOM keyword to what is kept of each of its values; all else is left out."""
 
 
+@cache
+def _kept() -> Mapping[int, tuple[str, str, str]]:
+    """Tags of :data:`KEPT` to their keywords, eight digits and value representations."""
+    tags = {tag_of(keyword): keyword for keyword in KEPT}
+    return {tag: (keyword, f"{int(tag):08X}", vr) for (tag, vr), keyword in tags.items()}
+
+
 def deidentify(data: Dataset, salt: bytes) -> dict[str, Any]:
     """What may be kept of a header, in the DICOM JSON model (PS3.18 Annex F), marked as PS3.15 asks.
 
@@ -215,14 +223,15 @@ def deidentify(data: Dataset, salt: bytes) -> dict[str, Any]:
         An element of which one value is not allowed is left out whole.
     """
     kept: dict[str, Any] = {}
-    for keyword, rule in KEPT.items():
+    by_tag = _kept()
+    for tag in by_tag.keys() & data.keys():
+        keyword, digits, vr = by_tag[tag]
         try:
-            found = [rule(value, salt) for value in values(data, keyword)]
+            found = [KEPT[keyword](value, salt) for value in values(data, keyword)]
         except DAMAGE:
             continue
         if found and all(v is not None for v in found):
-            tag, vr = tag_of(keyword)
-            kept[f"{tag:08X}"] = {"vr": vr, "Value": found}
+            kept[digits] = {"vr": vr, "Value": found}
     kept["00120062"] = {"vr": "CS", "Value": ["YES"]}  # Patient Identity Removed
     kept["00120063"] = {"vr": "LO", "Value": [METHOD]}  # De-identification Method
     kept["00120064"] = {"vr": "SQ", "Value": [_code(*code) for code in CODES]}  # and its codes

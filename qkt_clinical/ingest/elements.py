@@ -25,11 +25,12 @@ CODES = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 def tag_of(keyword: str) -> tuple[int, str]:
     """Tag and value representation of a keyword of the standard."""
     from pydicom.datadict import dictionary_VR, tag_for_keyword
+    from pydicom.tag import Tag
 
     tag = tag_for_keyword(keyword)
     if tag is None:
         raise KeyError(keyword)
-    return int(tag), dictionary_VR(tag)
+    return Tag(tag), dictionary_VR(tag)  # pydicom need not make one of a number then
 
 
 def values(data: Dataset, keyword: str) -> tuple[Value, ...]:
@@ -39,10 +40,10 @@ def values(data: Dataset, keyword: str) -> tuple[Value, ...]:
         Exception: of :data:`~qkt_clinical.ingest.codes.DAMAGE`, where the bytes are no such value.
     """
     tag, vr = tag_of(keyword)
-    if tag not in data:
+    item: Any = data.get_item(tag)
+    if item is None:
         return ()
-    item = data.get_item(tag)
-    raw: Any = item.value
+    raw = item.value
     if isinstance(raw, bytes) and item.VR in (vr, None):
         found = _plain(raw, vr, little=getattr(item, "is_little_endian", True))
         if found is not None:

@@ -123,7 +123,8 @@ class Ready:
     patient: str | None = None
     split: str | None = None
     item: str | None = None
-    header: Header | None = None
+    face: bool = False
+    """See :class:`Header`."""
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,9 @@ def _results(
     if kind not in REMEMBERED:
         reading = _arrays(config, files, request)
         for done, outcome in enumerate(reading.outcomes, start=1):
-            found = finished(outcome, request)
-            (number,) = store.put(b"", [found], found.files)
-            yield number, found
+            found = finished(outcome, request, outcome.files)
+            (number,) = store.put(b"", [found])
+            yield number, found[0]
             step(min(done, reading.total), reading.total)
     else:
         yield from decoded(kind, files, request, store, workers=workers, step=step)
@@ -337,7 +337,7 @@ def _take(
     gathered.files.append(found.files)
     gathered.prints.append(found.fingerprint)
     gathered.hashes.append(found.hashes)
-    gathered.faces.append(found.header is not None and found.header.face)
+    gathered.faces.append(found.face)
     gathered.eight_bit &= found.image.dtype == np.uint8
     gathered.spacings.append(found.spacing_mm)
 

@@ -57,8 +57,8 @@ def recipe(request: Request, kind: str) -> bytes:
     return total.digest()
 
 
-def _as_text(result: Result, files: Sequence[SourceFile]) -> str:
-    """A result as JSON; its files by their place among those of its unit."""
+def as_text(result: Result, files: Sequence[SourceFile], header: Header | None = None) -> str:
+    """A result as JSON; its files by their place among those of its unit. ``header`` is an image's."""
     if isinstance(result, Scan):
         return json.dumps({"scan": result.as_dict()})
     held: dict[str, Any] = {"files": [files.index(f) for f in result.files]}
@@ -72,8 +72,8 @@ def _as_text(result: Result, files: Sequence[SourceFile]) -> str:
             "spacing": result.spacing_mm,
             "tags": {name: sorted(values) for name, values in result.tags.items()},
             "keys": result.keys,
-            "header": None if result.header is None else result.header.kept,
-            "face": result.header is not None and result.header.face,
+            "face": result.face,
+            "header": None if header is None else header.kept,
         }
     return json.dumps(held, separators=(",", ":"))
 
@@ -99,7 +99,7 @@ def _from_text(text: str, data: bytes | None, files: Sequence[SourceFile]) -> Re
         spacing_mm=None if held["spacing"] is None else tuple(held["spacing"]),
         tags={name: frozenset(values) for name, values in held["tags"].items()},
         keys=tuple(held["keys"]),
-        header=None if held["header"] is None else Header(held["header"], held["face"]),
+        face=held["face"],
     )
 
 
@@ -175,16 +175,16 @@ class Store:
             total.update(f"{salted(self._salt, 'file', file.name)} {times}\n".encode())
         return total.digest()
 
-    def put(self, key: bytes, results: Sequence[Result], files: Sequence[SourceFile]) -> list[int]:
-        """Keep the results of a unit, whole or not at all; the number of each."""
+    def put(self, key: bytes, results: Sequence[tuple[Result, str]]) -> list[int]:
+        """Keep the results of a unit, each with its :func:`as_text`, whole or not at all; their numbers."""
         self._used.add(key)
         with self._safely():
             numbers = [
                 self._base.execute(
                     "INSERT INTO results (key, held, image) VALUES (?, ?, ?)",
-                    (key, _as_text(r, files), r.image.tobytes() if isinstance(r, Ready) else None),
+                    (key, text, r.image.data if isinstance(r, Ready) else None),
                 ).lastrowid
-                for r in results
+                for r, text in results
             ]
             if time.monotonic() - self._kept_at > KEPT_S:
                 self._base.execute("COMMIT")
