@@ -14,7 +14,7 @@ import pytest
 from qkt_clinical.config import Workspace
 from qkt_clinical.errors import SourceError
 from qkt_clinical.files import digest_folder
-from qkt_clinical.ingest import decode, dicom, images, ingest_site, store
+from qkt_clinical.ingest import codes, decode, dicom, images, ingest_site, store
 from tests.ingest_files import (
     IDENTITIES,
     SITE,
@@ -89,6 +89,25 @@ def test_one_new_file_costs_one_decode(tmp_path: Path, monkeypatch: pytest.Monke
     ingest(tmp_path)
     assert decodes.since() == 14
     assert prepared(tmp_path) == with_store
+
+
+def test_what_the_machine_may_be_to_blame_for_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path, range(6))
+    true = images.read
+
+    def out_of_memory(file: Any, request: Any) -> Any:
+        if file.name.endswith("3.png"):
+            raise codes.reject("too-large")
+        return true(file, request)
+
+    monkeypatch.setattr(images, "read", out_of_memory)
+    assert ingest(tmp_path)[0].rejected == {"too-large": 1}
+    monkeypatch.setattr(images, "read", true)
+    decodes = Counter(monkeypatch, images, "read")
+    assert ingest(tmp_path)[0].rejected == {}
+    assert decodes.since() == 1
 
 
 def test_what_is_asked_decides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

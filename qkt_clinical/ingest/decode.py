@@ -16,14 +16,14 @@ from qkt_clinical.ingest.arrays import Picture, prepare
 from qkt_clinical.ingest.codes import quiet
 from qkt_clinical.ingest.leakage import hashes_of
 from qkt_clinical.ingest.source import Decoded, Outcome, Ready, Refusal, Request, SourceFile
-from qkt_clinical.ingest.store import Result, Store, as_text
+from qkt_clinical.ingest.store import FORGOTTEN, Result, Store, as_text
 from qkt_clinical.workers import in_order
 
 Unit = TypeVar("Unit")
 Numbered = tuple[int, Decoded]
 """A result and its number in the store."""
-
-
+PASSING = frozenset({"decoder-crashed", "too-large", "unreadable"})
+"""Codes that may be due to the machine, such as a want of memory: the file is tried again the next time."""
 Written = tuple[Result, str]
 """A result and what the store keeps of it."""
 
@@ -119,7 +119,9 @@ def _remembered(
             yield unit, store.get(key, files_of(unit))
         else:
             found = next(results)
-            yield unit, list(zip(store.put(key, found), (result for result, _ in found), strict=True))
+            codes = {result.code for result, _ in found if isinstance(result, Refusal)}
+            numbers = store.put(FORGOTTEN if codes & PASSING else key, found)
+            yield unit, list(zip(numbers, (result for result, _ in found), strict=True))
 
 
 def decoded(

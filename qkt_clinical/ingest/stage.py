@@ -37,7 +37,7 @@ from qkt_clinical.ingest.source import (
     suffix,
 )
 from qkt_clinical.ingest.splits import assign, keep_given
-from qkt_clinical.ingest.store import Stack, Store, recipe
+from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
 from qkt_clinical.seeding import derive
 
 MEGABYTE = 1_000_000
@@ -173,7 +173,7 @@ def _results(
         reading = _arrays(config, files, request)
         for done, outcome in enumerate(reading.outcomes, start=1):
             found = finished(outcome, request, outcome.files)
-            (number,) = store.put(b"", [found])
+            (number,) = store.put(FORGOTTEN, [found])
             yield number, found[0]
             step(min(done, reading.total), reading.total)
     else:

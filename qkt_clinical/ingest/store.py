@@ -35,6 +35,8 @@ LIBRARIES = (
     *("monai", "nibabel", "numpy", "pillow", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg"),
     *("python-gdcm", "scipy", "torch"),
 )
+FORGOTTEN = b""
+"""Key of what is not to be found again."""
 KEPT_S = 1.0
 """So much work at most is lost when the process is killed."""
 
@@ -61,7 +63,8 @@ def as_text(result: Result, files: Sequence[SourceFile], header: Header | None =
     """A result as JSON; its files by their place among those of its unit. ``header`` is an image's."""
     if isinstance(result, Scan):
         return json.dumps({"scan": result.as_dict()})
-    held: dict[str, Any] = {"files": [files.index(f) for f in result.files]}
+    places = {file: place for place, file in enumerate(files)}
+    held: dict[str, Any] = {"files": [places[file] for file in result.files]}
     if isinstance(result, Refusal):
         held["code"] = result.code
     else:
@@ -236,6 +239,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         "CREATE TABLE IF NOT EXISTS results (id INTEGER PRIMARY KEY, key BLOB, held TEXT, image BLOB)"
     )
     base.execute("CREATE INDEX IF NOT EXISTS by_key ON results (key)")
+    base.execute("DELETE FROM results WHERE key = ?", (FORGOTTEN,))
     base.execute(f"PRAGMA user_version = {LAYOUT}")
     return base
 

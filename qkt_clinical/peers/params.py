@@ -16,9 +16,9 @@ from qkt_clinical.config import Strict
 class FinetuneParams(Strict):
     """Training of a given network on the hospital's own images."""
 
-    epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 20
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 5e-2
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
 
