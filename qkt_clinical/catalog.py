@@ -52,6 +52,7 @@ STAGES: MappingProxyType[str, str] = MappingProxyType(
         "plan": "choose the relevant teachers of a query and fetch their bundles",
         "transfer": "answer a query: phase 1 and phase 2 on the asking hospital's images",
         "evaluate": "measure every answer on held-out patients, before and after",
+        "gate": "judge every answer by the rules that it must meet to be let into use",
         "report": "write the HTML report",
         "track": "mirror the outputs to MLflow: runs, models, registry",
     }

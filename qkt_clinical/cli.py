@@ -284,6 +284,25 @@ def evaluate(root: Root = HERE, device: OnDevice = None, as_json: Json = False) 
 
 
 @app.command(epilog=EPILOG)
+def gate(root: Root = HERE, as_json: Json = False) -> None:
+    """Judge every answer by the rules of params.yaml; exit code 1 if one does not pass."""
+    from qkt_clinical.stages.gate import gate_queries
+
+    verdicts = gate_queries(root, load_params(root))
+    if as_json:
+        _print_json([v.model_dump(mode="json") for v in verdicts])
+    else:
+        for v in verdicts:
+            print(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
+            for r in v.rules:
+                figure = "unknown" if r.figure is None else f"{r.figure:.3g}"
+                mark = "met" if r.passed else "NOT MET"
+                print(f"  {r.rule}: {figure}, must be {r.bound} {r.threshold:g}: {mark} ({r.meaning})")
+    if not all(v.passed for v in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=EPILOG)
 def report(root: Root = HERE, as_json: Json = False) -> None:
     """Write the HTML report, reports/index.html."""
     from qkt_clinical.report import write_figure, write_report

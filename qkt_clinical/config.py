@@ -249,6 +249,19 @@ class EvaluateParams(Strict):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
 
 
+class GateParams(Strict):
+    """Stage ``gate``: what an answer must reach to pass."""
+
+    query_recall: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Recall of every class asked for, at the lower end of its interval, at least."""
+    forgetting: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Retained accuracy lost, at the upper end of its interval, at most."""
+    calibration: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Expected calibration error at most."""
+    query_images: Annotated[int, Field(ge=0)] = 20
+    """Test images of every class asked for at least: of fewer, nobody can say how good an answer is."""
+
+
 class TrackParams(Strict):
     """Stage ``track``."""
 
@@ -278,6 +291,7 @@ class Params(Strict):
     mask: MaskParams = MaskParams()
     transfer: TransferParams = TransferParams()
     evaluate: EvaluateParams = EvaluateParams()
+    gate: GateParams = GateParams()
     track: TrackParams = TrackParams()
 
     @model_validator(mode="after")

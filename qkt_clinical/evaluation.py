@@ -67,6 +67,73 @@ def auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Float
     return out
 
 
+def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Area under the precision-recall curve (draws,) by steps, as scikit-learn has it; ties share a step.
+
+    Written out for the same reason as :func:`auroc`.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of the images with one score
+    drawn = weights[:, order]
+    found = np.cumsum(drawn * positive[order], axis=1)[:, last]
+    taken = np.cumsum(drawn, axis=1)[:, last]
+    total = found[:, -1:]
+    precision = np.divide(found, taken, out=np.zeros_like(found), where=taken > 0)
+    steps = np.diff(found, axis=1, prepend=0.0)
+    area = (precision * steps).sum(axis=1)
+    out: Floats = np.divide(area, total[:, 0], out=np.full(len(area), np.nan), where=total[:, 0] > 0)
+    return out
+
+
+def precisions(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int, weights: Floats
+) -> Floats:
+    """Precision per class (draws, classes) under weights (draws, N); NaN where a class is never predicted."""
+    return recalls(predicted == labels, predicted, classes, weights)
+
+
+def reliability(
+    probabilities: Floats, labels: NDArray[np.int64], bins: int = 10
+) -> list[dict[str, float | int]]:
+    """Reliability curve of the top class.
+
+    Returns:
+        Per equal-width bin of confidence that holds an image: mean confidence, accuracy, number of images.
+    """
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return [
+        {
+            "confidence": round(float(confidence[which == b].mean()), DIGITS),
+            "accuracy": round(float(right[which == b].mean()), DIGITS),
+            "images": int((which == b).sum()),
+        }
+        for b in sorted(set(which.tolist()))
+    ]
+
+
+def paired_p(
+    test: TestSet, before: NDArray[np.bool_], after: NDArray[np.bool_], *, draws: int, seed: int
+) -> float:
+    """Two-sided p of the gain in balanced accuracy: as large by swapping both models patient by patient.
+
+    Args:
+        test: labels and patients.
+        before, after: (N,) whether each model is right.
+        draws: random swaps; the observed one counts too, so that p is at least 1 / (draws + 1).
+        seed: of the swaps.
+    """
+    counts = np.bincount(test.labels, minlength=test.classes)
+    change = after.astype(np.float64) - before.astype(np.float64)
+    share = change / (counts[test.labels] * np.count_nonzero(counts))
+    _, owner = np.unique(test.patients, return_inverse=True)
+    of_patient = np.bincount(owner, weights=share)
+    signs = np.random.default_rng(seed).integers(0, 2, (draws, len(of_patient))) * 2 - 1
+    observed = abs(of_patient.sum())
+    as_large = np.count_nonzero(np.abs(signs @ of_patient) >= observed - 1e-12)
+    return round((1 + as_large) / (1 + draws), DIGITS)
+
+
 def expected_calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = 15) -> float:
     """Mean gap between confidence and accuracy of the top class over equal-width bins, weighted by size."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
@@ -115,18 +182,34 @@ def assess(
         before, after: scores (N, classes) over the relevant classes.
 
     Returns:
-        ``before`` and ``after`` with query_accuracy, retained_accuracy, balanced_accuracy, auroc, recall
-        (one per class), ece and confusion; ``gain`` (balanced accuracy), ``query_gain`` and
-        ``forgetting`` (retained accuracy lost). All but ece and confusion as value, low, high.
+        ``before`` and ``after`` with query_accuracy, retained_accuracy, balanced_accuracy, auroc (the query
+        against the rest), per class recall, precision, class_auroc and class_auprc (one against the rest),
+        ece, reliability and confusion; ``gain`` (balanced accuracy) and ``gain_p`` (:func:`paired_p`),
+        ``query_gain``, ``forgetting`` (retained accuracy lost) and ``class_forgetting`` (recall lost, per
+        class). Figures as value, low, high; None where there is none.
     """
     ones = np.ones((1, len(test.labels)))
     weights = np.concatenate([ones, patient_weights(test.patients, draws, seed).astype(np.float64)])
     is_query = np.isin(test.labels, test.query)
     result: dict[str, Any] = {}
     curves: dict[str, dict[str, Floats]] = {}
+    recalled: dict[str, Floats] = {}
+    right: dict[str, NDArray[np.bool_]] = {}
+
+    def per_class(figures: Floats) -> list[dict[str, float] | None]:
+        """An interval per class of (1 + draws, classes); the first row is the figure itself."""
+        return [
+            _interval(float(column[0]), column[1:], confidence) if np.isfinite(column[0]) else None
+            for column in figures.T
+        ]
+
     for name, scores in (("before", before), ("after", after)):
         predicted = scores.argmax(axis=1)
-        recall = recalls(predicted == test.labels, test.labels, test.classes, weights)
+        right[name] = predicted == test.labels
+        recall = recalled[name] = recalls(right[name], test.labels, test.classes, weights)
+        probabilities = softmax(scores)
+        # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
+        one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
         means = {
             "query_accuracy": _mean(recall, test.query),
             "retained_accuracy": _mean(recall, test.local),
@@ -139,14 +222,15 @@ def assess(
         np.add.at(confusion, (test.labels, predicted), 1)
         result[name] = {
             **{k: _interval(float(v[0]), v[1:], confidence) for k, v in means.items()},
-            "recall": [
-                _interval(float(recall[0, c]), recall[1:, c], confidence)
-                if np.isfinite(recall[0, c])
-                else None
-                for c in range(test.classes)
-            ],
+            "recall": per_class(recall),
+            "precision": per_class(precisions(predicted, test.labels, test.classes, weights)),
+            "class_auroc": per_class(np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1)),
+            "class_auprc": per_class(
+                np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1)
+            ),
             "auroc": None,
-            "ece": round(expected_calibration_error(softmax(scores), test.labels), DIGITS),
+            "ece": round(expected_calibration_error(probabilities, test.labels), DIGITS),
+            "reliability": reliability(probabilities, test.labels),
             "confusion": confusion.tolist(),
         }
         if is_query.any() and not is_query.all():
@@ -159,4 +243,6 @@ def assess(
     ):
         difference = sign * (curves["after"][key] - curves["before"][key])
         result[name] = _interval(float(difference[0]), difference[1:], confidence)
+    result["class_forgetting"] = per_class(recalled["before"] - recalled["after"])
+    result["gain_p"] = paired_p(test, right["before"], right["after"], draws=draws, seed=seed)
     return result

@@ -36,7 +36,7 @@ from qkt_clinical.report.page import gain_bars, recall_bars, render_chart
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DIGEST, KIND = "qkt.digest", "qkt.kind"
+DIGEST, KIND, GATE = "qkt.digest", "qkt.kind", "qkt.gate"
 ALIAS = "candidate"
 NEUTRAL = {"mlflow.user": "qkt-clinical", "mlflow.source.name": "qkt track", "mlflow.source.type": "LOCAL"}
 """In place of the names of a user and a script, which say nothing about a result."""
@@ -249,6 +249,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         "qkt.method": e.method,
         "qkt.bundle": bundle,
         "qkt.data": data or "not here",
+        GATE: "not judged" if query.verdict is None else ("passed" if query.verdict.passed else "failed"),
     }
     shown = {"value", "low", "high"}
     facts = {
@@ -258,13 +259,21 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         "gain": e.gain.model_dump(mode="json", include=shown),
         "forgetting": e.forgetting.model_dump(mode="json", include=shown),
         "balanced_accuracy": e.after.balanced_accuracy.model_dump(mode="json", include=shown),
+        "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
     }
     card = _model_card(query.card, digest=bundle, data=data, facts=facts)
     folder = digest_folder(query.student)
     return Item(
         kind="query",
         name=query.name,
-        digest=_digest({"folder": folder, "evaluation": digest_file(query.evaluation_file), "params": used}),
+        digest=_digest(
+            {
+                "folder": folder,
+                "evaluation": digest_file(query.evaluation_file),
+                "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
+                "params": used,
+            }
+        ),
         note=note,
         params=used,
         metrics=metrics,
@@ -274,6 +283,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
             "evaluation.json": query.evaluation_file,
             "plan.json": query.student / "plan.json",
             "phases.json": query.student / "phases.json",
+            **({} if query.verdict is None else {"gate.json": query.verdict_file}),
         },
         texts={
             "model_card.json": to_json(card),
@@ -602,7 +612,13 @@ def _mirror_model(
 ) -> str:
     """Number of the version that holds the model, made where it does not exist; it becomes the candidate."""
     _ensure_model(client, model.name)
-    number = _find_version(client, model) or _register(client, experiment, run, model, state)
+    number = _find_version(client, model)
+    if number is None:
+        number = _register(client, experiment, run, model, state)
+    elif GATE in model.tags and model.tags[GATE] != client.get_model_version(model.name, number).tags.get(
+        GATE
+    ):
+        client.set_model_version_tag(model.name, number, GATE, model.tags[GATE])  # judged by other rules now
     if client.get_registered_model(model.name).aliases.get(ALIAS) != number:
         client.set_registered_model_alias(model.name, ALIAS, number)
     return number

@@ -11,6 +11,7 @@ from qkt_clinical.card import CARD, MASK, WEIGHTS, Card
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
 from qkt_clinical.config import Params, Workspace, parse
 from qkt_clinical.files import digest_bytes, digest_file, write_json
+from qkt_clinical.stages.gate import gate_queries
 
 SHAPE = (3, 16, 16)
 LAYERS = 10
@@ -153,6 +154,10 @@ def _scores(relevant: list[str], recalls: dict[str, float], query: str, images: 
         "auroc": interval(0.9, 0.03) if recalls[query] else None,
         "ece": 0.05,
         "recall": {k: interval(v) for k, v in recalls.items()},
+        "precision": {k: interval(v) if v else None for k, v in recalls.items()},
+        "class_auroc": {k: interval(0.5 + v / 2) for k, v in recalls.items()},
+        "class_auprc": {k: interval(v) for k, v in recalls.items()},
+        "reliability": [{"confidence": 0.9, "accuracy": 0.85, "images": images}],
         "confusion": rows,
     }
 
@@ -275,6 +280,8 @@ def _write_query(
             "gain": gain("balanced_accuracy"),
             "forgetting": gain("retained_accuracy", -1),
             "query_gain": gain("query_accuracy"),
+            "gain_p": 0.004,
+            "class_forgetting": {c: interval(before[c] - after[c]) for c in relevant},
         },
     )
 
@@ -293,3 +300,4 @@ def write_sample_run(
         _write_site(workspace, params, index, weights=weights)
     for index in range(len(params.sites)):
         _write_query(workspace, params, index, weights=weights, reason=reason, loss=index == loss_at)
+    gate_queries(root, params)

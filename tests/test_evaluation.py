@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import recall_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score
 
 from qkt_clinical.evaluation import (
     TestSet as Held,
@@ -13,9 +13,13 @@ from qkt_clinical.evaluation import (
 from qkt_clinical.evaluation import (
     assess,
     auroc,
+    average_precision,
     expected_calibration_error,
+    paired_p,
     patient_weights,
+    precisions,
     recalls,
+    reliability,
     softmax,
 )
 
@@ -92,6 +96,51 @@ def test_softmax_of_large_scores() -> None:
     np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0 + np.log(3)]])), [[0.25, 0.75]])
 
 
+def test_precisions_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    labels, predicted = random.integers(0, 4, 200), random.integers(0, 3, 200)
+    weights = random.integers(0, 3, (2, 200)).astype(float)
+    found = precisions(predicted, labels, 4, weights)
+    for draw in range(2):
+        expected = precision_score(
+            labels, predicted, average=None, sample_weight=weights[draw], zero_division=np.nan
+        )
+        np.testing.assert_allclose(found[draw], expected)
+    assert np.isnan(found[0, 3])
+
+
+@pytest.mark.parametrize("digits", [0, 1, 8])
+def test_average_precision_is_that_of_scikit_learn_with_ties_and_weights(digits: int) -> None:
+    random = np.random.default_rng(digits)
+    positive = random.random(150) < 0.3
+    scores = (random.normal(size=150) + positive).round(digits)
+    weights = random.integers(0, 4, (5, 150)).astype(float)
+    found = average_precision(scores, positive, weights)
+    expected = [average_precision_score(positive, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(found, expected)
+    assert np.isnan(average_precision(scores, positive, weights * ~positive)).all()
+
+
+def test_reliability_by_hand() -> None:
+    probabilities = np.array([[0.95, 0.05], [0.05, 0.95], [0.91, 0.09], [0.6, 0.4], [1.0, 0.0]])
+    assert reliability(probabilities, np.array([0, 0, 0, 1, 0])) == [
+        {"confidence": 0.6, "accuracy": 0.0, "images": 1},
+        {"confidence": pytest.approx((0.95 + 0.95 + 0.91 + 1.0) / 4), "accuracy": 0.75, "images": 4},
+    ]
+
+
+def test_paired_p_by_hand_and_by_patient() -> None:
+    """Ten images of one class that all became right: of 1,024 ways to swap ten patients, two are as large."""
+    test = Held(labels=np.zeros(10, int), patients=np.arange(10).astype(str), classes=1, query=(0,))
+    wrong, right = np.zeros(10, bool), np.ones(10, bool)
+    p = paired_p(test, wrong, right, draws=200_000, seed=0)
+    assert p == pytest.approx(2 / 1024, abs=3e-4)
+    assert p == paired_p(test, right, wrong, draws=200_000, seed=0)
+    one = Held(labels=test.labels, patients=np.array(["a"] * 10), classes=1, query=(0,))
+    assert paired_p(one, wrong, right, draws=1000, seed=0) == 1.0, "one patient says nothing"
+    assert paired_p(test, right, right, draws=1000, seed=0) == 1.0
+
+
 # --- the whole ------------------------------------------------------------------------------------
 
 # Nine images, classes 0 and 1 local, class 2 the query.
@@ -131,6 +180,13 @@ def test_assess_by_hand() -> None:
     assert result["gain"]["value"] == pytest.approx((3 / 4 + 1 + 2 / 3 - 1.5) / 3, abs=1e-6)
     assert result["query_gain"]["value"] == pytest.approx(2 / 3, abs=1e-6)
     assert result["forgetting"]["value"] == pytest.approx(0.75 - 0.875)
+    assert [p["value"] for p in after["precision"]] == pytest.approx([3 / 4, 1.0, 2 / 3], abs=1e-6)
+    # Class 0: 3 of its 4 images and one other score high, 1 of its images and 4 others low.
+    assert after["class_auroc"][0]["value"] == pytest.approx((3 * (4 + 0.5) + 1 * (4 * 0.5)) / 20)
+    assert after["class_auprc"][0]["value"] == pytest.approx(3 / 4 * 3 / 4 + 1 / 4 * 4 / 9, abs=1e-6)
+    assert [f["value"] for f in result["class_forgetting"]] == pytest.approx([0.25, -0.5, -2 / 3], abs=1e-6)
+    assert 0 < result["gain_p"] <= 1
+    assert sum(b["images"] for b in after["reliability"]) == 9
     confidence = np.exp(5) / (np.exp(5) + 2)
     assert before["ece"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
     assert after["ece"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from qkt_clinical.config import Params, Workspace
+from qkt_clinical.config import GateParams, Params, Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
+from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking import ALIAS, DIGEST, KIND, Item, _run, curves_of, flat, key, track, tracking_uri
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
@@ -124,7 +125,9 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     curve = client.get_metric_history(first.info.run_id, "phase1/h1")
     assert [(m.step, m.value) for m in curve] == [(i, round(0.01 * i, 6)) for i in range(1, LAYERS + 1)]
     names = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert names == {"evaluation.json", "plan.json", "phases.json", "model_card.json", "recall.svg"}
+    assert names == {
+        *("evaluation.json", "plan.json", "phases.json", "gate.json", "model_card.json", "recall.svg"),
+    }
 
 
 def test_models_are_registered_with_digest_alias_and_card(root: Path, client: Any) -> None:
@@ -137,7 +140,23 @@ def test_models_are_registered_with_digest_alias_and_card(root: Path, client: An
         assert version.tags[DIGEST] == digest_folder(folder)
         assert version.tags["qkt.site"] == name.split(".")[1]
         assert version.description
-    assert client.get_model_version_by_alias("student.h2.q2", ALIAS).tags["qkt.method"] == "routed"
+    routed = client.get_model_version_by_alias("student.h2.q2", ALIAS).tags
+    assert routed["qkt.method"] == "routed"
+    assert routed["qkt.gate"] == "failed", "of the class asked for there are three test images"
+
+
+def test_other_rules_change_the_verdict_on_the_same_version(tmp_path: Path) -> None:
+    params = sample_params(sites=2)
+    write_sample_run(tmp_path, params, weights=True)
+    first = track(tmp_path, params)["models"]
+    lenient = params.model_copy(update={"gate": GateParams(query_recall=0, forgetting=1, query_images=0)})
+    gate_queries(tmp_path, lenient)
+    assert track(tmp_path, lenient)["models"] == first
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(tmp_path, params)
+    version = MlflowClient(uri, uri).get_model_version_by_alias("student.h0.q0", ALIAS)
+    assert version.tags["qkt.gate"] == "passed"
 
 
 def test_model_files_hold_no_pickle_no_path_and_no_user(root: Path, client: Any) -> None:

@@ -14,6 +14,7 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_bytes, digest_file, to_json
+from qkt_clinical.gate import Verdict
 from qkt_clinical.query import Plan
 
 
@@ -40,6 +41,9 @@ class Scores(View):
     auroc: Interval | None = None
     ece: float
     recall: dict[str, Interval | None]
+    precision: dict[str, Interval | None]
+    class_auroc: dict[str, Interval | None]
+    class_auprc: dict[str, Interval | None]
     confusion: tuple[tuple[int, ...], ...]
 
 
@@ -63,6 +67,8 @@ class Evaluation(View):
     gain: Interval
     forgetting: Interval
     query_gain: Interval
+    gain_p: float | None = None
+    class_forgetting: dict[str, Interval | None]
 
 
 class Phase1(View):
@@ -137,6 +143,9 @@ class QueryOutputs:
     plan: Plan
     phases: Phases
     card: Card
+    verdict: Verdict | None
+    """None where the answer has not been judged."""
+    verdict_file: Path
 
     @property
     def name(self) -> str:
@@ -222,7 +231,10 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
                 file=path,
                 site=hospital,
             )
+    gate = workspace.reports / "gate" / hospital / f"{query}.json"
     return QueryOutputs(
+        verdict=_read(Verdict, gate, site=hospital) if gate.is_file() else None,
+        verdict_file=gate,
         evaluation_file=path,
         student=student,
         evaluation=evaluation,

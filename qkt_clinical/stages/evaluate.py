@@ -27,6 +27,7 @@ from qkt_clinical.stages.transfer import read_plan
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import FLIPS, predict_scores
 
+PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 
 
@@ -90,7 +91,9 @@ def evaluate_query(
     )
     names = [classes[c] for c in relevant]
     for side in ("before", "after"):
-        figures[side]["recall"] = dict(zip(names, figures[side]["recall"], strict=True))
+        for figure in PER_CLASS:
+            figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
+    figures["class_forgetting"] = dict(zip(names, figures["class_forgetting"], strict=True))
     return {
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,

@@ -1,0 +1,20 @@
+"""Stage ``gate``: ``python3 -m pipelines.gate``."""
+
+import sys
+from pathlib import Path
+
+from qkt_clinical.config import load_params
+from qkt_clinical.console import errors_as_lines
+from qkt_clinical.stages.gate import gate_queries
+
+HERE = Path()
+
+
+def main() -> None:
+    """Run the stage in the workspace that is the current folder."""
+    gate_queries(HERE, load_params(HERE))
+
+
+if __name__ == "__main__":
+    with errors_as_lines("gate"):
+        main(*sys.argv[1:])

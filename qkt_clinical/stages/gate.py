@@ -1,0 +1,38 @@
+"""Stage ``gate``: the rules of ``params.yaml`` on every answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.errors import OutputsError
+from qkt_clinical.files import write_json
+from qkt_clinical.gate import Verdict, judge
+
+
+def gate_queries(root: Path, params: Params) -> list[Verdict]:
+    """Judge every query of ``params.yaml`` and write ``reports/gate/<hospital>/<query>.json``.
+
+    Raises:
+        OutputsError: an evaluation is absent or malformed.
+    """
+    space = Workspace(root)
+    verdicts = []
+    for _, ref in sorted(params.queries.items()):
+        path = space.reports / "evaluation" / ref.hospital / f"{ref.query}.json"
+        try:
+            verdict = judge(json.loads(path.read_text(encoding="utf-8")), params.gate)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise OutputsError(
+                "no evaluation that can be judged",
+                remedy="Run 'qkt evaluate' first.",
+                file=path,
+                site=ref.hospital,
+                stage="gate",
+            ) from None
+        write_json(
+            space.reports / "gate" / ref.hospital / f"{ref.query}.json", verdict.model_dump(mode="json")
+        )
+        verdicts.append(verdict)
+    return verdicts
