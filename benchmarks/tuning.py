@@ -100,7 +100,7 @@ def finetuned(bench: Bench) -> Iterator[Row]:
     asking = sorted({q.student for q in store.federation.questions})
     own = {h: predict(bench.teacher(store, h), inputs, CPU) for h in asking}
     yield {"epochs": 0, "learning rate": "", **bench.judge(store, lambda q: own[q.student])}
-    for epochs, rate in ((5, 3e-4), (10, 1e-4), (10, 3e-4), (10, 1e-3), (20, 3e-4)):
+    for epochs, rate in ((5, 3e-4), (10, 1e-4), (10, 3e-4), (10, 1e-3), (20, 3e-4), (20, 1e-3), (40, 3e-4)):
         tuned = {}
         for hospital in asking:
             data = store.data(hospital)

@@ -260,6 +260,8 @@ class GateParams(Strict):
     """Expected calibration error at most."""
     query_images: Annotated[int, Field(ge=0)] = 20
     """Test images of every class asked for at least: of fewer, nobody can say how good an answer is."""
+    worse_than_champion: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Balanced accuracy by which a version may lie below the champion that it is to replace."""
 
 
 class TrackParams(Strict):

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from qkt_clinical import __version__
 from qkt_clinical.card import Card
 from qkt_clinical.config import Params, Workspace
+from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
 from qkt_clinical.report.charts import points, size, words
@@ -208,6 +209,12 @@ def _score_metrics(prefix: str, scores: Scores) -> dict[str, float]:
     }
 
 
+def _unmet(query: QueryOutputs) -> str:
+    """Rules of the gate that an answer does not meet."""
+    rules = () if query.verdict is None else query.verdict.rules
+    return ", ".join(rule.rule for rule in rules if not rule.passed) or NONE
+
+
 def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
     """The run of an answered query and its student."""
     e, phases, params = query.evaluation, query.phases, outputs.params
@@ -250,6 +257,9 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         "qkt.bundle": bundle,
         "qkt.data": data or "not here",
         GATE: "not judged" if query.verdict is None else ("passed" if query.verdict.passed else "failed"),
+        f"{GATE}_unmet": _unmet(query),
+        "qkt.balanced_accuracy": f"{e.after.balanced_accuracy.value:.6f}",
+        "qkt.forgetting": f"{e.forgetting.value:.6f}",
     }
     shown = {"value", "low", "high"}
     facts = {
@@ -615,20 +625,53 @@ def _mirror_model(
     number = _find_version(client, model)
     if number is None:
         number = _register(client, experiment, run, model, state)
-    elif GATE in model.tags and model.tags[GATE] != client.get_model_version(model.name, number).tags.get(
-        GATE
-    ):
-        client.set_model_version_tag(model.name, number, GATE, model.tags[GATE])  # judged by other rules now
+    else:
+        known = client.get_model_version(model.name, number).tags
+        for name, value in model.tags.items():
+            if known.get(name) != value:  # judged by other rules, or on other images, than before
+                client.set_model_version_tag(model.name, number, name, value)
     if client.get_registered_model(model.name).aliases.get(ALIAS) != number:
         client.set_registered_model_alias(model.name, ALIAS, number)
     return number
+
+
+@contextmanager
+def registry_client(root: Path, params: Params) -> Iterator[MlflowClient]:
+    """A client of the workspace's MLflow.
+
+    Raises:
+        OutputsError: the database is damaged.
+        QktError: MLflow cannot be reached or refuses, code ``mlflow``.
+    """
+    uri = tracking_uri(root, params)
+    _check_database(uri)
+    with _client(uri) as client:
+        yield client
+
+
+def set_alias(client: MlflowClient, name: str, alias: str, digest: str) -> str | None:
+    """Put an alias on the newest version with a bundle's digest; its number, None where there is none."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST}` = '{digest}'")
+    number = max((int(v.version) for v in found), default=None)
+    if number is None:
+        return None
+    if client.get_registered_model(name).aliases.get(alias) != str(number):
+        client.set_registered_model_alias(name, alias, str(number))
+    return str(number)
+
+
+def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
+    """The champion that was decided on, where the registry does not know it, such as after a rebuild."""
+    standing = champions(read_decisions(root, site_of(name)), name)
+    if standing:
+        set_alias(client, name, CHAMPION, standing[-1])
 
 
 def track(root: Path, params: Params) -> dict[str, Any]:
     """Mirror a workspace's outputs to MLflow and write ``reports/track.json``.
 
     Models are registered as ``teacher.<site>`` and ``student.<site>.<query>``; the alias ``candidate`` stands
-    on the version that the workspace holds now.
+    on the version that the workspace holds now, and ``champion`` on the one decided on.
 
     Returns:
         ``{"runs": number of runs of this workspace's state, "models": {name: {"version", "digest"}}}``.
@@ -654,6 +697,7 @@ def track(root: Path, params: Params) -> dict[str, Any]:
                     if item.model is not None:
                         number = _mirror_model(client, experiment, run, item.model, state)
                         models[item.model.name] = {"version": number, "digest": item.model.digest}
+                        _restore_champion(client, root, item.model.name)
     write_json(
         Workspace(root).reports / "track.json",
         {
