@@ -22,8 +22,7 @@ from qkt_clinical.decisions import (
 from qkt_clinical.tracking import DIGEST, GATE, registry_client, set_alias
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from qkt_clinical.tracking import MlflowClient, ModelVersion
 
 
 class Registry(NamedTuple):

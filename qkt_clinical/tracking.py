@@ -35,7 +35,8 @@ from qkt_clinical.report.outputs import Outputs, QueryOutputs, Scores, SiteOutpu
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as ModelVersion
 
 DIGEST, KIND, GATE = "qkt.digest", "qkt.kind", "qkt.gate"
 ALIAS = "candidate"
