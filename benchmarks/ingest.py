@@ -86,7 +86,7 @@ def _pixels(path: Path) -> None:
 def _bare(paths: list[Path], workers: int) -> None:
     if workers == 1:
         for path in paths:
-            _ = dcmread(path).pixel_array
+            _pixels(path)
     else:
         for _ in in_order(_pixels, paths, len(paths), workers=workers, lost=_pixels):
             pass
@@ -168,7 +168,7 @@ def peak_memory(files: int) -> list[dict[str, str | float]]:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=2_000, help="of 512 x 512")
+    parser.add_argument("--files", type=int, default=8_000, help="of 512 x 512")
     parser.add_argument("--small", type=int, default=20_000, help="of 32 x 32")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()

@@ -19,7 +19,7 @@ from qkt_clinical.decisions import (
     read_decisions,
     site_of,
 )
-from qkt_clinical.tracking import DIGEST, GATE, registry_client, set_alias
+from qkt_clinical.tracking import DIGEST, GATE, find_version, registry_client, set_alias
 
 if TYPE_CHECKING:
     from qkt_clinical.tracking import MlflowClient, ModelVersion
@@ -133,8 +133,8 @@ class Registry(NamedTuple):
             RegistryError: there is none before it, or the registry no longer holds it.
         """
         standing = champions(read_decisions(self.root, site_of(name)), name)
-        held = {v.tags.get(DIGEST): str(v.version) for v in self._versions(name)}
-        if len(standing) < 2 or standing[-2] not in held:
+        number = find_version(self.client, name, standing[-2]) if len(standing) > 1 else None
+        if number is None:
             raise RegistryError(
                 f"the registry holds no champion of {name} before the present one",
                 remedy="Promote another version instead.",
@@ -142,13 +142,13 @@ class Registry(NamedTuple):
                 site=site_of(name),
             )
         decision = Decision(model=name, digest=standing[-2], decision="rolled back", by=by, reason=reason)
-        self._decide(decision, held[standing[-2]])
+        self._decide(decision, number)
         return decision
 
     def _decide(self, decision: Decision, number: str) -> None:
         # The file first: 'qkt track' sets the alias by it if this process ends in between.
         keep_decision(self.root, decision)
-        set_alias(self.client, decision.model, CHAMPION, decision.digest)
+        set_alias(self.client, decision.model, CHAMPION, number)
         tags = {
             "qkt.decision": f"{decision.decision} by {decision.by}",
             "qkt.reason": decision.reason or NONE,

@@ -502,11 +502,11 @@ def _lost(client: MlflowClient, name: str, number: str) -> bool:
     return parts.scheme in ("", "file") and not (Path(unquote(parts.path)) / "MLmodel").is_file()
 
 
-def _find_version(client: MlflowClient, model: Model) -> str | None:
-    """Number of the version that holds this bundle."""
-    found = client.search_model_versions(f"name = '{model.name}' and tags.`{DIGEST}` = '{model.digest}'")
+def find_version(client: MlflowClient, name: str, digest: str) -> str | None:
+    """Number of the newest version of a model that holds a bundle, and still has its files."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST}` = '{digest}'")
     numbers = sorted((int(v.version) for v in found), reverse=True)
-    return next((str(n) for n in numbers if not _lost(client, model.name, str(n))), None)
+    return next((str(n) for n in numbers if not _lost(client, name, str(n))), None)
 
 
 def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
@@ -623,7 +623,7 @@ def _mirror_model(
 ) -> str:
     """Number of the version that holds the model, made where it does not exist; it becomes the candidate."""
     _ensure_model(client, model.name)
-    number = _find_version(client, model)
+    number = find_version(client, model.name, model.digest)
     if number is None:
         number = _register(client, experiment, run, model, state)
     else:
@@ -631,8 +631,7 @@ def _mirror_model(
         for name, value in model.tags.items():
             if known.get(name) != value:  # judged by other rules, or on other images, than before
                 client.set_model_version_tag(model.name, number, name, value)
-    if client.get_registered_model(model.name).aliases.get(ALIAS) != number:
-        client.set_registered_model_alias(model.name, ALIAS, number)
+    set_alias(client, model.name, ALIAS, number)
     return number
 
 
@@ -650,22 +649,18 @@ def registry_client(root: Path, params: Params) -> Iterator[MlflowClient]:
         yield client
 
 
-def set_alias(client: MlflowClient, name: str, alias: str, digest: str) -> str | None:
-    """Put an alias on the newest version with a bundle's digest; its number, None where there is none."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST}` = '{digest}'")
-    number = max((int(v.version) for v in found), default=None)
-    if number is None:
-        return None
-    if client.get_registered_model(name).aliases.get(alias) != str(number):
-        client.set_registered_model_alias(name, alias, str(number))
-    return str(number)
+def set_alias(client: MlflowClient, name: str, alias: str, number: str) -> None:
+    """Put an alias on a version, unless it is there."""
+    if client.get_registered_model(name).aliases.get(alias) != number:
+        client.set_registered_model_alias(name, alias, number)
 
 
 def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
     """The champion that was decided on, where the registry does not know it, such as after a rebuild."""
     standing = champions(read_decisions(root, site_of(name)), name)
-    if standing:
-        set_alias(client, name, CHAMPION, standing[-1])
+    number = find_version(client, name, standing[-1]) if standing else None
+    if number is not None:
+        set_alias(client, name, CHAMPION, number)
 
 
 def track(root: Path, params: Params) -> dict[str, Any]:

@@ -133,9 +133,10 @@ def test_paired_p_by_hand_and_by_patient() -> None:
     """Ten images of one class that all became right: of 1,024 ways to swap ten patients, two are as large."""
     test = Held(labels=np.zeros(10, int), patients=np.arange(10).astype(str), classes=1, query=(0,))
     wrong, right = np.zeros(10, bool), np.ones(10, bool)
-    p = paired_p(test, wrong, right, draws=200_000, seed=0)
-    assert p == pytest.approx(2 / 1024, abs=3e-4)
-    assert p == paired_p(test, right, wrong, draws=200_000, seed=0)
+    p = paired_p(test, wrong, right, draws=5000, seed=0)
+    assert p == pytest.approx(2 / 1024, abs=1e-6)
+    assert p == paired_p(test, right, wrong, draws=5000, seed=0)
+    assert paired_p(test, wrong, right, draws=500, seed=0) <= 0.02, "of more ways than draws some at random"
     one = Held(labels=test.labels, patients=np.array(["a"] * 10), classes=1, query=(0,))
     assert paired_p(one, wrong, right, draws=1000, seed=0) == 1.0, "one patient says nothing"
     assert paired_p(test, right, right, draws=1000, seed=0) == 1.0

@@ -266,6 +266,8 @@ def test_the_store_holds_no_identity(tmp_path: Path) -> None:
         plant_identities(data)
         data.save_as(path, enforce_file_format=True)
     assert ingest(tmp_path)[0].count == 1
+    sources = b"".join(p.read_bytes() for p in folder.rglob("*.dcm"))
+    assert all(identity.encode() in sources for identity in IDENTITIES), "they were planted"
     content = scratch(tmp_path).read_bytes()
     assert len(content) > 1000
     for identity in IDENTITIES:
