@@ -432,10 +432,12 @@ def _integrity(
         else:
             codes.update(dict.fromkeys(refusal.files, refusal.code))
     # The readers never name the .img of a pair, nor an npz file of which every image was rejected.
-    heads = {stem(file.name).lower(): code for file, code in codes.items()}
-    for file in files:
-        if file not in codes:
-            codes[file] = heads[stem(file.name).lower()] if config.source.kind == "nifti" else None
+    missing = [file for file in files if file not in codes]
+    if config.source.kind == "nifti":
+        heads = {stem(file.name).lower(): code for file, code in codes.items()}
+        codes |= {file: heads[stem(file.name).lower()] for file in missing}
+    elif config.source.kind == "npz":
+        codes |= dict.fromkeys(missing)
     rows = [_row(config, file_id(salt, file.name), code) for file, code in codes.items()]
     for owner, item, code in items:
         rows.append({**_row(config, "" if owner is None else file_id(salt, owner.name), code), "item": item})
