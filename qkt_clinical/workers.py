@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 WORTH_S = {"fork": 0.3, "spawn": 1.5}
 """Work that is done sooner is not given to processes: spawned ones take half a second to start."""
-PROBE_S = 0.05
+PROBE_S = 0.02
 """For so long this process works alone, to know how long an item takes."""
 CHUNK_S = 0.05
 """Work handed over at a time: sending costs a tenth of a millisecond."""

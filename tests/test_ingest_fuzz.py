@@ -190,7 +190,7 @@ def judge(path: Path) -> None:
     """Show a file to both doors of the gate; anything but an image or a typed rejection escapes."""
     assert rejection(lambda: check_file(path, max_file_mb=LIMIT_MB)) in KNOWN
     kind = KINDS.get(path.name.rsplit(".", 1)[-1], "images")
-    files = [SourceFile(path.name, path)]
+    files = [SourceFile(path.name, str(path))]
     for size in ((8, 8), (8, 8, 8)):
         spec = ImageSpec(size=size, channels=1)
         request = Request(spec, ("PatientID",), LIMIT_MB * 1_000_000, "alder", 0, b"s" * 32, True)

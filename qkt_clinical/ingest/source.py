@@ -53,7 +53,13 @@ class SourceFile:
     """A file by its path relative to the source folder (POSIX) and where it lies."""
 
     name: str
-    path: Path = field(compare=False)
+    place: str = field(compare=False)
+    """Its path as text: a site has many files, and a Path takes long to build and to send to a process."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.place)
 
 
 @dataclass(frozen=True)
@@ -198,14 +204,14 @@ def _walk(folder: Path, root: Path, prefix: str = "") -> Iterator[tuple[SourceFi
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError:
-        yield SourceFile(prefix.rstrip("/") or ".", folder), "unreadable"
+        yield SourceFile(prefix.rstrip("/") or ".", str(folder)), "unreadable"
         return
     for entry in entries:
         name = prefix + entry.name
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), root, f"{name}/")
             continue
-        file = SourceFile(name, Path(entry.path))
+        file = SourceFile(name, entry.path)
         if entry.is_file(follow_symlinks=False):
             yield file, None
         elif (code := _barred(file.path, root)) != "link":
@@ -246,14 +252,14 @@ def list_files(folder: Path, kind: str) -> Listing:
             files.append(file)
         else:
             refused.append(Refusal((file,), code))
-    return Listing(sorted(files), sorted(refused, key=lambda r: r.files))
+    return Listing(sorted(files, key=lambda f: f.name), sorted(refused, key=lambda r: r.files))
 
 
 def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:
     """Every visible file below ``folder`` with the code that bars it from being opened, sorted."""
     root = folder.resolve()
-    found = [pair for pair in _walk(root, root) if not PurePosixPath(pair[0].name).name.startswith(".")]
-    return sorted(found, key=lambda pair: pair[0])
+    found = [pair for pair in _walk(root, root) if not pair[0].name.rpartition("/")[2].startswith(".")]
+    return sorted(found, key=lambda pair: pair[0].name)
 
 
 def bounded_size(path: Path, max_bytes: int) -> int:

@@ -138,7 +138,7 @@ def _list(config: SiteConfig, path: Path) -> Listing:
     """The files to read; a source may also be one file."""
     if path.is_dir():
         return list_files(path, config.source.kind)
-    return Listing([SourceFile(path.name, path.resolve())], [])
+    return Listing([SourceFile(path.name, str(path.resolve()))], [])
 
 
 def _arrays(config: SiteConfig, files: list[SourceFile], request: Request) -> Reading:
