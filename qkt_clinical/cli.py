@@ -22,11 +22,11 @@ from qkt_clinical.catalog import (
     Partition,
     Regime,
 )
+from qkt_clinical.cli_options import EPILOG, HERE, Json, OnDevice, Root, print_json
+from qkt_clinical.cli_query import query_app
 from qkt_clinical.config import Params, Workspace, load_params
 from qkt_clinical.console import errors_as_lines, progress
 from qkt_clinical.errors import ConfigError, QktError
-
-EPILOG = "Exit codes: 0 ok, 1 failed (the message says what to do), 2 wrong use."
 
 app = typer.Typer(
     name="qkt",
@@ -37,13 +37,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Root = Annotated[
-    Path, typer.Option("--root", "-C", help="Workspace: the folder with params.yaml.", file_okay=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-OnDevice = Annotated[
-    Device | None, typer.Option("--device", help="Overrides 'device' in params.yaml.", show_default=False)
-]
 Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
 Hospital = Annotated[str | None, typer.Argument(help="The asking hospital; all queries where none is named.")]
 Query = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
@@ -51,11 +44,6 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that decode; one per core.", show_default=False),
 ]
-HERE = Path()
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
 
 
 def _named_sites(params: Params, sites: list[str] | None) -> list[str]:
@@ -115,7 +103,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
             rejected = sum(manifest.rejected.values())
             print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 @ingest_app.command("check", epilog=EPILOG)
@@ -132,7 +120,7 @@ def ingest_check(
         rows = check_folder(folder, workers=workers or cores(), progress=step)
     rejected = [r for r in rows if r["code"] is not None]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             print(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
@@ -157,7 +145,7 @@ def ingest_locate(
     known = locate(root, site)
     found = {name: known.get(name) for name in ids}
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for name, path in found.items():
             print(f"{name}: {path or 'unknown'}")
@@ -175,7 +163,7 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
 
     crossings = find_crossings(root, load_params(root).sites)
     if as_json:
-        _print_json([c._asdict() for c in crossings])
+        print_json([c._asdict() for c in crossings])
     else:
         for c in crossings:
             print(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
@@ -199,7 +187,7 @@ def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_js
         if not as_json:
             print(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 @app.command(epilog=EPILOG)
@@ -220,7 +208,7 @@ def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
         if not as_json:
             print(f"{site}: knows {', '.join(known)}")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 @app.command(epilog=EPILOG)
@@ -238,7 +226,7 @@ def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_j
             for teacher in made.teachers:
                 print(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 @app.command(epilog=EPILOG)
@@ -268,7 +256,7 @@ def transfer(
             given = phases["phase2"]["given_away"]
             print(f"{site}/{name}: answered by {phases['method']}; {given:.1%} of own images given away")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 @app.command(epilog=EPILOG)
@@ -278,7 +266,7 @@ def evaluate(root: Root = HERE, device: OnDevice = None, as_json: Json = False) 
 
     rows = evaluate_queries(root, load_params(root), device=device)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         _table(rows)
 
@@ -290,7 +278,7 @@ def gate(root: Root = HERE, as_json: Json = False) -> None:
 
     verdicts = gate_queries(root, load_params(root))
     if as_json:
-        _print_json([v.model_dump(mode="json") for v in verdicts])
+        print_json([v.model_dump(mode="json") for v in verdicts])
     else:
         for v in verdicts:
             print(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
@@ -310,7 +298,7 @@ def report(root: Root = HERE, as_json: Json = False) -> None:
     params = load_params(root)
     written = [write_report(root, params), write_figure(root)]
     if as_json:
-        _print_json({"files": [p.as_posix() for p in written]})
+        print_json({"files": [p.as_posix() for p in written]})
     else:
         print(f"report: {written[0]}")
 
@@ -322,10 +310,12 @@ def track(root: Root = HERE, as_json: Json = False) -> None:
 
     done = mirror(root, load_params(root))
     if as_json:
-        _print_json(done)
+        print_json(done)
     else:
         print(f"track: {len(done['models'])} registered models")
 
+
+app.add_typer(query_app, name="query")
 
 registry_app = typer.Typer(
     epilog=EPILOG,
@@ -346,7 +336,7 @@ def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     with open_registry(root, load_params(root)) as registry:
         models = registry.models()
     if as_json:
-        _print_json(models)
+        print_json(models)
         return
     for model in models:
         aliases = ", ".join(f"{alias} {number}" for alias, number in model["aliases"].items())
@@ -364,7 +354,7 @@ def registry_show(
     with open_registry(root, load_params(root)) as registry:
         found = registry.show(model, version)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"{found['name']} version {found['version']} ({', '.join(found['aliases']) or 'no alias'})")
     print(found["description"])
@@ -388,7 +378,7 @@ def registry_diff(
     with open_registry(root, load_params(root)) as registry:
         found = registry.diff(model, first, second)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for tag, (one, two) in found.items():
             print(f"{tag}: {one} | {two}")
@@ -430,7 +420,7 @@ def registry_rollback(
 
 def _say_decision(decision: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(decision)
+        print_json(decision)
         return
     print(
         f"{decision['model']}: {decision['decision']} by {decision['by']}; now in use: {decision['digest']}"
@@ -448,7 +438,7 @@ def summary(root: Root = HERE, as_json: Json = False) -> None:
     except OSError:
         raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path) from None
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     _table(rows)
     for label, file in (("report", "reports/index.html"), ("MLflow database", "mlflow.db")):
@@ -501,7 +491,7 @@ def phantom(
     with progress("phantom", quiet=as_json) as step:
         sites = write_federation(root, dims=three, seed=seed, images_per_site=images_per_site, progress=step)
     if as_json:
-        _print_json({"sites": sites})
+        print_json({"sites": sites})
     else:
         print(f"hospitals: {', '.join(sites)}")
 
@@ -548,7 +538,7 @@ def federate(
     made = divide(source, out, **arguments)
     write_workspace(out, {**(base.params if base else {}), **made.as_params()})
     if as_json:
-        _print_json(made.as_params())
+        print_json(made.as_params())
     else:
         print(f"{out}: {len(made.sites)} hospitals, {len(made.queries)} queries; next: cd {out} && dvc repro")
 
@@ -615,7 +605,7 @@ def benchmark(
             "stopped; what was finished is kept", remedy="Add --resume to go on.", code="stopped"
         ) from None
     if as_json:
-        _print_json(result["summary"])
+        print_json(result["summary"])
     else:
         print(f"{methods_table(result['summary'])}\n\nfiles: {out}")
 
@@ -635,13 +625,13 @@ def fetch(
     if name is None:
         known = list_datasets()
         if as_json:
-            _print_json(sorted(known))
+            print_json(sorted(known))
         else:
             print("\n".join(sorted(known)))
         return
     path = download(name, out, size=size, base_url=base_url, progress=not as_json)
     if as_json:
-        _print_json({"file": path.as_posix()})
+        print_json({"file": path.as_posix()})
     else:
         print(path)
 

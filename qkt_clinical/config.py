@@ -406,9 +406,18 @@ def load_site(root: Path, site: str) -> SiteConfig:
     return config
 
 
+def query_file(root: Path, site: str, query: str) -> Path:
+    """``<root>/hospitals/<site>/queries/<query>.yaml``, whether it exists or not.
+
+    Raises:
+        ConfigError: a name is malformed, or there is no such hospital.
+    """
+    return site_folder(root, site) / "queries" / f"{_name(query, 'query')}.yaml"
+
+
 def load_query(root: Path, site: str, query: str) -> QueryConfig:
-    """Read ``<root>/hospitals/<site>/queries/<query>.yaml``."""
-    path = site_folder(root, site) / "queries" / f"{_name(query, 'query')}.yaml"
+    """Read :func:`query_file`."""
+    path = query_file(root, site, query)
     return parse(QueryConfig, read_yaml(path), file=path, site=site)
 
 

@@ -66,6 +66,24 @@ def write_json_list(path: Path, values: Iterable[Any]) -> None:
         stream.write("\n]\n")
 
 
+def sweep(target: Path) -> None:
+    """Remove what a process that has ended left beside ``target`` while it made it anew."""
+    for path in target.parent.glob(f".{target.name}.*.*"):
+        number = path.name.removeprefix(f".{target.name}.").partition(".")[0]
+        if path.suffix in (".part", ".old") and number.isdecimal() and not _alive(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``target``; on success it replaces ``target``, else it is removed."""

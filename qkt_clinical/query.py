@@ -6,7 +6,8 @@ Plans are made from cards and masks alone; the weights of a teacher that is not 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,18 @@ from qkt_clinical.files import digest_file, new_folder, write_json
 
 SHARED = (CARD, WEIGHTS, MASK)
 """The files of a teacher bundle that leave its site: no metrics, no curves."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a plan needs to know of a teacher: its card and mask, not its weights."""
+
+    card: Card
+    mask: Mask
+    bytes: int
+    """Of the files in :data:`SHARED`."""
+    digest: str
+    """SHA-256 of the card, which holds that of the weights."""
 
 
 class Candidate(Strict):
@@ -64,14 +77,13 @@ def local_classes(manifest: Manifest, query: QueryConfig) -> list[str]:
     return [c for c in manifest.counts["train"] if c not in query.classes]
 
 
-def judge(
-    card: Card, mask: Mask, manifest: Manifest, query: QueryConfig, *, size: int, digest: str
-) -> Candidate:
+def judge(offer: Offer, manifest: Manifest, query: QueryConfig) -> Candidate:
     """Decide whether a teacher says anything about the query, from its card and mask.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
     ``qkt-light`` goes without those.
     """
+    card, mask = offer.card, offer.mask
     wanted = [c for c in query.classes if c in mask.classes]
     teaches = tuple(c for c in wanted if mask.knows(c))
     rivals = tuple(c for c in local_classes(manifest, query) if mask.knows(c))
@@ -99,8 +111,8 @@ def judge(
         known=tuple(c for c, k in zip(mask.classes, mask.known, strict=True) if k),
         scores={c: mask.scores[mask.classes.index(c)] for c in wanted},
         threshold=mask.threshold,
-        bytes=size,
-        digest=digest,
+        bytes=offer.bytes,
+        digest=offer.digest,
     )
 
 
@@ -128,23 +140,56 @@ def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candida
     ]
 
 
+def check_teacher(card: Card, site: str, folder: Path) -> None:
+    """Raise BundleError unless the card, found in ``folder``, is that of the site's teacher."""
+    if card.kind != "teacher" or card.site != site:
+        raise BundleError(
+            f"a {card.kind} of site {card.site!r} where the teacher of {site!r} should be",
+            remedy=f"Put the bundle of {site!r} there.",
+            file=folder,
+            site=site,
+            code="bundle-card",
+        )
+
+
+def read_offer(folder: Path, site: str) -> Offer:
+    """What a site's bundle folder offers; no weight is read.
+
+    Raises:
+        BundleError: card or mask is not valid, or not that of the site's teacher, or a file is missing.
+    """
+    card = read_card(folder)
+    check_teacher(card, site, folder)
+    mask = read_mask(folder, card)
+    if mask is None:
+        raise BundleError(
+            "no mask", remedy=f"Run 'qkt mask {site}'.", file=folder, site=site, code="bundle-mask"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise BundleError(
+            "no weights",
+            remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
+            file=folder / WEIGHTS,
+            site=site,
+            code="bundle-missing",
+        )
+    size = sum((folder / f).stat().st_size for f in SHARED)
+    return Offer(card, mask, size, digest_file(folder / CARD))
+
+
 def make_plan(
-    hospital: str,
-    name: str,
-    query: QueryConfig,
-    manifest: Manifest,
-    teachers: Mapping[str, Path],
+    hospital: str, name: str, query: QueryConfig, manifest: Manifest, offers: Iterable[Offer]
 ) -> Plan:
     """Plan a query.
 
     Args:
         hospital: the asking site; its own teacher is left out.
         manifest: of the asking site's prepared data.
-        teachers: site to bundle folder.
+        offers: of all teachers there are, in any order.
 
     Raises:
-        QueryError: a class is unknown to the federation, or no teacher knows it.
-        BundleError: a teacher's card or mask is not valid.
+        QueryError: a class is unknown to the federation, or no teacher knows it, or the hospital has no class
+            of its own beside the query.
     """
     strange = [c for c in query.classes if c not in manifest.classes]
     if strange:
@@ -154,43 +199,20 @@ def make_plan(
             site=hospital,
             stage="plan",
         )
-    candidates = []
-    for site, folder in sorted(teachers.items()):
-        if site == hospital:
-            continue
-        card = read_card(folder)
-        if card.kind != "teacher" or card.site != site:
-            raise BundleError(
-                f"a {card.kind} of site {card.site!r} where the teacher of {site!r} should be",
-                remedy=f"Put the bundle of {site!r} there.",
-                file=folder,
-                site=site,
-                code="bundle-card",
-            )
-        mask = read_mask(folder, card)
-        if mask is None:
-            raise BundleError(
-                "no mask", remedy=f"Run 'qkt mask {site}'.", file=folder, site=site, code="bundle-mask"
-            )
-        if not (folder / WEIGHTS).is_file():
-            raise BundleError(
-                "no weights",
-                remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
-                file=folder / WEIGHTS,
-                site=site,
-                code="bundle-missing",
-            )
-        size = sum((folder / f).stat().st_size for f in SHARED)
-        digest = digest_file(folder / CARD)
-        candidates.append(judge(card, mask, manifest, query, size=size, digest=digest))
-    candidates = _capped(candidates, query)
+    others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
+    candidates = _capped([judge(offer, manifest, query) for offer in others], query)
     covered = {c for t in candidates if t.relevant for c in t.teaches}
     uncovered = tuple(c for c in query.classes if c not in covered)
     if uncovered:
+        scores = {
+            c: ", ".join(f"{t.site} {t.scores[c]:.2f}" for t in candidates if c in t.scores)
+            for c in uncovered
+        }
         raise QueryError(
-            f"no usable teacher knows {', '.join(uncovered)}",
-            remedy="Ask for a class that some hospital knows, or lower mask.threshold; "
-            f"'qkt plan {hospital} {name}' shows the scores.",
+            f"no usable teacher knows {', '.join(uncovered)} (mask scores: "
+            + "; ".join(f"{c}: {s or 'none'}" for c, s in scores.items())
+            + ")",
+            remedy="Ask for a class that some hospital knows, or lower mask.threshold in params.yaml.",
             code="uncovered",
             site=hospital,
             stage="plan",
@@ -216,6 +238,18 @@ def make_plan(
     )
 
 
+def unseen_pairs(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Per class asked for the hospital's own classes that no fetched teacher knows along with it.
+
+    Nobody was ever taught to tell the two apart, so they are the ones at risk of confusion.
+    """
+    taught = [t for t in plan.teachers if t.relevant]
+    return {
+        asked: tuple(c for c in plan.local if not any(asked in t.teaches and c in t.known for t in taught))
+        for asked in plan.classes
+    }
+
+
 def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     """Stage ``plan``: make the plan and fetch the relevant teachers' bundles, in one step.
 
@@ -225,11 +259,26 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     query = load_query(root, hospital, name)
     manifest = read_manifest(space.prepared(hospital))
     sites = [s for s in params.sites if s != hospital]
-    plan = make_plan(hospital, name, query, manifest, {s: space.teacher(s) for s in sites})
-    with new_folder(space.fetched(hospital, name)) as folder:
-        for site in plan.relevant:
-            (folder / "teachers" / site).mkdir(parents=True)
-            for file in SHARED:
-                shutil.copyfile(space.teacher(site) / file, folder / "teachers" / site / file)
-        write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    plan = make_plan(hospital, name, query, manifest, [read_offer(space.teacher(s), s) for s in sites])
+
+    def provide(site: str, folder: Path) -> None:
+        for file in SHARED:
+            shutil.copyfile(space.teacher(site) / file, folder / file)
+
+    write_fetched(space.fetched(hospital, name), plan, provide)
     return plan
+
+
+def write_fetched(target: Path, plan: Plan, provide: Callable[[str, Path], None]) -> None:
+    """Write a plan and the relevant bundles, in one step.
+
+    Args:
+        target: ``models/fetched/<hospital>/<query>``.
+        provide: puts a site's bundle into an empty folder.
+    """
+    with new_folder(target) as folder:
+        for site in plan.relevant:
+            place = folder / "teachers" / site
+            place.mkdir(parents=True)
+            provide(site, place)
+        write_json(folder / "plan.json", plan.model_dump(mode="json"))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qkt_clinical"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]
-OUTER = ("cli", "tracking", "registry", "report", "federation")
+OUTER = ("cli", "cli_options", "cli_query", "jobs", "tracking", "registry", "report", "federation")
 """Rooms that the core never imports."""
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qkt_clinical.config import QueryConfig, Workspace
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import BundleError, ConfigError, PreparedError, QktError, QueryError
 from qkt_clinical.files import digest_file, digest_folder, write_json
-from qkt_clinical.query import SHARED, Plan, make_plan, plan_query
+from qkt_clinical.query import SHARED, Offer, Plan, make_plan, plan_query, read_offer, unseen_pairs
 from qkt_clinical.stages.transfer import read_plan
 from tests.four_hospitals import PARAMS, SHAPE, SITES, ask, write_hospitals, write_teacher
 
@@ -28,10 +29,14 @@ def manifest(root: Path) -> Manifest:
     return read_manifest(Workspace(root).prepared("aster"))
 
 
+def offers(root: Path, sites: Sequence[str]) -> list[Offer]:
+    return [read_offer(Workspace(root).teacher(s), s) for s in sites]
+
+
 def plan(root: Path, **query: Any) -> Plan:
     manifest = read_manifest(Workspace(root).prepared("aster"))
     config = QueryConfig(**query)
-    return make_plan("aster", "q", config, manifest, {s: Workspace(root).teacher(s) for s in SITES})
+    return make_plan("aster", "q", config, manifest, offers(root, SITES))
 
 
 def reasons(made: Plan) -> dict[str, str]:
@@ -93,6 +98,12 @@ def test_several_classes_may_come_from_several_teachers(root: Path) -> None:
     assert reasons(made)["cedar"] == "knows c and d"
 
 
+def test_own_classes_that_no_fetched_teacher_knows_beside_the_query_are_at_risk(root: Path) -> None:
+    # birch knows b and c together; of d and b nobody was taught the difference.
+    assert unseen_pairs(plan(root, classes=("c", "d"))) == {"c": (), "d": ("b",)}
+    assert unseen_pairs(plan(root, classes=("c",), exclude_teachers=("birch",))) == {"c": ("b",)}
+
+
 def test_the_asking_hospital_teaches_itself_nothing(root: Path) -> None:
     write_teacher(root, "aster", (0, 1, 2))
     assert "aster" not in [t.site for t in plan(root, classes=("c",)).teachers]
@@ -117,9 +128,9 @@ def test_at_most_so_many_teachers_the_surest_first(root: Path) -> None:
 
 
 def test_the_order_in_which_teachers_are_given_does_not_matter(root: Path, manifest: Manifest) -> None:
-    folders = {s: Workspace(root).teacher(s) for s in reversed(SITES)}
+    backwards = offers(root, SITES[::-1])
     config = QueryConfig(classes=("c", "d"), max_teachers=2)
-    assert make_plan("aster", "q", config, manifest, folders) == plan(
+    assert make_plan("aster", "q", config, manifest, backwards) == plan(
         root, classes=("c", "d"), max_teachers=2
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
     writer.writerow(header)
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def evaluate_one(
+    root: Path, ref: QueryRef, params: Params, *, sites: Sequence[str], device: str | None = None
+) -> None:
+    """Evaluate one answer on the test images of ``sites`` alone and write its JSON.
+
+    Raises:
+        QueryError: as :func:`evaluate_query`.
+    """
+    space = Workspace(root)
+    held = {s: load_prepared(space.prepared(s)) for s in sites}
+    result = evaluate_query(space, ref, held, params, pick_device(device or params.device))
+    write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
 
 
 def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -> list[dict[str, Any]]:

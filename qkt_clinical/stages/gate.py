@@ -5,34 +5,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qkt_clinical.config import Params, Workspace
+from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import write_json
 from qkt_clinical.gate import Verdict, judge
 
 
-def gate_queries(root: Path, params: Params) -> list[Verdict]:
-    """Judge every query of ``params.yaml`` and write ``reports/gate/<hospital>/<query>.json``.
+def gate_one(root: Path, ref: QueryRef, params: Params) -> Verdict:
+    """Judge one query and write ``reports/gate/<hospital>/<query>.json``.
 
     Raises:
-        OutputsError: an evaluation is absent or malformed.
+        OutputsError: its evaluation is absent or malformed.
     """
     space = Workspace(root)
-    verdicts = []
-    for _, ref in sorted(params.queries.items()):
-        path = space.reports / "evaluation" / ref.hospital / f"{ref.query}.json"
-        try:
-            verdict = judge(json.loads(path.read_text(encoding="utf-8")), params.gate)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise OutputsError(
-                "no evaluation that can be judged",
-                remedy="Run 'qkt evaluate' first.",
-                file=path,
-                site=ref.hospital,
-                stage="gate",
-            ) from None
-        write_json(
-            space.reports / "gate" / ref.hospital / f"{ref.query}.json", verdict.model_dump(mode="json")
-        )
-        verdicts.append(verdict)
-    return verdicts
+    path = space.reports / "evaluation" / ref.hospital / f"{ref.query}.json"
+    try:
+        verdict = judge(json.loads(path.read_text(encoding="utf-8")), params.gate)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise OutputsError(
+            "no evaluation that can be judged",
+            remedy="Run 'qkt evaluate' first.",
+            file=path,
+            site=ref.hospital,
+            stage="gate",
+        ) from None
+    write_json(space.reports / "gate" / ref.hospital / f"{ref.query}.json", verdict.model_dump(mode="json"))
+    return verdict
+
+
+def gate_queries(root: Path, params: Params) -> list[Verdict]:
+    """Judge every query of ``params.yaml``, see :func:`gate_one`."""
+    return [gate_one(root, ref, params) for _, ref in sorted(params.queries.items())]

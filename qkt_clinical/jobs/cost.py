@@ -1,0 +1,74 @@
+"""What a transfer will take, told before it begins: counted work over measured speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from qkt_clinical.amalgam import FEWEST, WORK
+from qkt_clinical.card import Card, NetworkSpec
+from qkt_clinical.catalog import Method
+from qkt_clinical.config import TransferParams
+from qkt_clinical.data import Manifest
+from qkt_clinical.networks import build, convolutions, multiply_adds
+from qkt_clinical.transfer import FLIPS
+
+PROBED = 64
+"""Images of the probe."""
+BESIDE = 2.5
+"""Times the passes: patches are gathered, layers solved and checked."""
+
+
+def _work(spec: NetworkSpec, shape: Sequence[int], share: float) -> tuple[int, int]:
+    """Multiply-adds of an image, and the number of layers that are made smaller."""
+    with torch.device("meta"):
+        network = build(spec).eval()
+    return multiply_adds(network, shape), len(convolutions(network.extractor, share))
+
+
+def speed(card: Card, device: torch.device) -> float:
+    """Multiply-adds a second of a network like the card's, best of three passes."""
+    network = build(card.network, seed=0).to(device).eval()
+    images = torch.zeros((PROBED, *card.input.shape), device=device)
+    best = math.inf
+    with torch.inference_mode():
+        for _ in range(3):
+            start = time.perf_counter()
+            network(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return PROBED * _work(card.network, card.input.shape, 1.0)[0] / best
+
+
+def expected_seconds(
+    method: Method,
+    own: Card,
+    teachers: Sequence[Card],
+    manifest: Manifest,
+    params: TransferParams,
+    device: torch.device,
+) -> float:
+    """Seconds of a transfer with phase 1 by transplant, within a factor of two or three.
+
+    Args:
+        own: of the hospital's own network.
+        teachers: that will be fetched.
+        manifest: of the hospital's prepared data.
+    """
+    shape = manifest.shape
+    calibration = sum(manifest.counts["calibration"].values())
+    views = calibration * (FLIPS if method == "routed" and params.flips else 1)
+    rank = params.rank if method == "qkt" else params.light_rank
+    total = 0.0
+    for card in (own, *teachers):
+        work, layers = _work(card.network, shape, rank)
+        total += views * work
+        if method != "routed" and card is not own:
+            prefixes = work * (layers + 1) / 2
+            images = min(params.images, sum(manifest.counts["train"].values()), int(WORK / prefixes))
+            total += BESIDE * prefixes * max(FEWEST, images)
+    return total / speed(own, device)

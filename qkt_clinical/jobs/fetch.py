@@ -1,0 +1,87 @@
+"""Teachers from the registry: cards and masks of all to plan with, the bundles of the relevant ones."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.errors import BundleError, QueryError
+from qkt_clinical.files import digest_file
+from qkt_clinical.query import SHARED, Offer, check_teacher
+from qkt_clinical.tracking import Registered, fetch_file, registered_teachers, registry_client
+
+
+class Shelf(NamedTuple):
+    """The teachers of a registry, and where what was fetched of them is kept."""
+
+    folder: Path
+    """Holds ``<site>/bundle.json`` and ``<site>/mask.json``."""
+    kept: Path
+    """Weights by their digest, which an interrupted job need not fetch again."""
+    offers: dict[str, Offer]
+    versions: dict[str, Registered]
+
+    def holds(self, site: str) -> bool:
+        """Whether a teacher's weights have been fetched before."""
+        return (self.kept / self.offers[site].card.weights.sha256).is_file()
+
+    def provide(self, site: str, folder: Path) -> None:
+        """Put a teacher's bundle into ``folder``; its weights are fetched unless they are here.
+
+        Raises:
+            BundleError: the weights are missing, or larger or other than the card says.
+        """
+        weights = self.offers[site].card.weights
+        stored = self.kept / weights.sha256
+        if not stored.is_file() or digest_file(stored) != weights.sha256:
+            fetch_file(self.versions[site], WEIGHTS, stored, weights.bytes)
+        if digest_file(stored) != weights.sha256:
+            stored.unlink()
+            raise BundleError(
+                "the weights' digest differs from the card's", remedy=REMEDY, site=site, code="bundle-digest"
+            )
+        for name in (CARD, MASK):
+            shutil.copyfile(self.folder / site / name, folder / name)
+        shutil.copyfile(stored, folder / WEIGHTS)
+
+
+@contextmanager
+def open_shelf(root: Path, params: Params, hospital: str) -> Iterator[Shelf]:
+    """Every other hospital's teacher in the registry, by its card and mask; their weights stay there.
+
+    Raises:
+        QueryError: the registry holds no teacher of another hospital, code ``no-teachers``.
+        BundleError: a card or mask is not valid.
+        QktError: the registry cannot be reached, code ``mlflow``.
+    """
+    with registry_client(root, params) as client, tempfile.TemporaryDirectory() as temporary:
+        folder, offers, versions = Path(temporary), {}, {}
+        for teacher in registered_teachers(client):
+            if teacher.site == hospital:
+                continue
+            place = folder / teacher.site
+            for name in (CARD, MASK):
+                fetch_file(teacher, name, place / name, MAX_JSON_BYTES)
+            card = read_card(place)
+            check_teacher(card, teacher.site, place)
+            mask = read_mask(place, card)
+            assert mask is not None, "it was fetched"
+            size = card.weights.bytes + sum((place / n).stat().st_size for n in SHARED if n != WEIGHTS)
+            offers[teacher.site] = Offer(card, mask, size, digest_file(place / CARD))
+            versions[teacher.site] = teacher
+        if not offers:
+            raise QueryError(
+                "the registry holds no other hospital's teacher",
+                remedy="Set track.uri in params.yaml to the hospitals' server, or run 'qkt track' where "
+                "the teachers are.",
+                site=hospital,
+                stage="plan",
+                code="no-teachers",
+            )
+        yield Shelf(folder, Workspace(root).scratch / "bundles", offers, versions)

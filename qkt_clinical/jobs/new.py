@@ -1,0 +1,135 @@
+"""Asking: write a query file, and tell the pipeline of a query that has been answered."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from qkt_clinical.config import (
+    Params,
+    QueryConfig,
+    QueryRef,
+    Workspace,
+    load_params,
+    parse,
+    query_file,
+    read_yaml,
+)
+from qkt_clinical.errors import ConfigError, QueryError
+from qkt_clinical.files import write_text
+
+
+def new_query(
+    root: Path,
+    hospital: str,
+    name: str,
+    classes: Sequence[str],
+    params: Params,
+    *,
+    method: str = "qkt",
+    budget: float = 0.05,
+    max_teachers: int | None = None,
+    exclude_teachers: Sequence[str] = (),
+) -> Path:
+    """Write ``hospitals/<hospital>/queries/<name>.yaml`` and return its path.
+
+    Raises:
+        ConfigError: no such hospital, a malformed name or value, or a query of that name is there already.
+        QueryError: a class is none of the federation's.
+    """
+    path = query_file(root, hospital, name)
+    said = {
+        "classes": list(classes),
+        "method": method,
+        "budget": budget,
+        "max_teachers": max_teachers,
+        "exclude_teachers": list(exclude_teachers),
+    }
+    query = parse(QueryConfig, said, file=path, site=hospital)
+    strange = [c for c in query.classes if c not in params.classes]
+    if strange:
+        raise QueryError(
+            f"{', '.join(strange)} is no class of the federation",
+            remedy=f"Choose among {', '.join(params.classes)}.",
+            site=hospital,
+            code="class-unknown",
+        )
+    if path.exists():
+        raise ConfigError(
+            f"{hospital} has a query {name!r} already",
+            remedy="Choose another name, or change the file.",
+            file=path,
+            site=hospital,
+            code="query-exists",
+        )
+    lines = {
+        "classes": f"[{', '.join(_word(c) for c in query.classes)}]",
+        "method": f"{query.method} # qkt | qkt-light | routed",
+        "budget": f"{query.budget:g} # give away at most {100 * query.budget:g} % of what we classify today",
+    }
+    if query.max_teachers is not None:
+        lines["max_teachers"] = str(query.max_teachers)
+    if query.exclude_teachers:
+        lines["exclude_teachers"] = f"[{', '.join(query.exclude_teachers)}]"
+    write_text(path, "".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return path
+
+
+def _word(text: str) -> str:
+    """A scalar within a list in YAML's flow style."""
+    return yaml.safe_dump([text], default_flow_style=True, width=10_000, allow_unicode=True).strip()[1:-1]
+
+
+def tell_pipeline(root: Path, hospital: str, name: str) -> bool:
+    """Add a query to ``queries`` in ``params.yaml``, so that ``dvc repro`` knows it; False if it does.
+
+    One line is added and everything else, comments too, stays as it is.
+
+    Raises:
+        ConfigError: the file is not laid out so that a line can be added.
+    """
+    path = root / "params.yaml"
+    scratch = Workspace(root).scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "params.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may have answered at the same moment
+        params = load_params(root)
+        ref = QueryRef(hospital=hospital, query=name)
+        if ref in params.queries.values():
+            return False
+        key = f"{hospital}-{name}"[:63]
+        number = 2
+        while key in params.queries:  # 'a-b' asks 'c', and 'a' asks 'b-c'
+            key, number = f"{hospital}-{name}"[:60] + f"-{number}", number + 1
+        text = path.read_text(encoding="utf-8")
+        changed = _with_line(text, f"  {key}: {{hospital: {hospital}, query: {name}}}\n")
+        wanted = params.model_copy(update={"queries": {**params.queries, key: ref}})
+        temporary = path.with_name(".params.yaml.part")
+        write_text(temporary, changed)
+        try:
+            if parse(Params, read_yaml(temporary), file=path) != wanted:
+                raise ConfigError(
+                    "a query cannot be added by itself to a file laid out so",
+                    remedy=f"Add '{key}: {{hospital: {hospital}, query: {name}}}' under queries.",
+                    file=path,
+                )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _with_line(text: str, line: str) -> str:
+    """``text`` with a line after the last entry of the block ``queries:``."""
+    empty = re.search(r"^queries:[ \t]*\{[ \t]*\}", text, re.MULTILINE)
+    if empty:
+        return f"{text[: empty.start()]}queries:\n{line.rstrip()}{text[empty.end() :]}"
+    block = re.search(r"^queries:[ \t]*(?:#.*)?\n(?:(?:[ \t]+.*)?\n)*?(?=^\S|\Z)", text, re.MULTILINE)
+    if block is None:
+        return text
+    body = block.group().rstrip("\n") + "\n"
+    return text[: block.start()] + body + line + text[block.start() + len(body) :]

@@ -1,0 +1,336 @@
+"""Answer queries in the hospital's own environment: one at once, or a queue of them.
+
+A job opens the asking hospital's prepared images and no other's. It fetches the relevant bundles from the
+registry, answers, measures where the hospital has test images of all that was asked, and registers the
+student. Interrupted at any moment, it goes on where it was; the student's bytes are those of a job that was
+not interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qkt_clinical import __version__
+from qkt_clinical.card import read_card
+from qkt_clinical.config import Params, QueryConfig, QueryRef, Workspace, load_query
+from qkt_clinical.data import Manifest, read_manifest
+from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.files import digest_bytes, digest_file, digest_folder, sweep, to_json
+from qkt_clinical.jobs.fetch import Shelf, open_shelf
+from qkt_clinical.jobs.new import tell_pipeline
+from qkt_clinical.jobs.state import (
+    MOST_INTERRUPTIONS,
+    PAUSE_S,
+    Board,
+    Busy,
+    Cancelled,
+    Failure,
+    Job,
+    asked,
+)
+from qkt_clinical.query import Plan, local_classes, make_plan, unseen_pairs, write_fetched
+
+Report = Callable[[Job], None]
+"""Called whenever a job's record changes."""
+
+
+class Preview(NamedTuple):
+    """What a query would cost and who would answer it; nothing has been spent."""
+
+    plan: Plan
+    versions: dict[str, str]
+    """Site to version of its registered teacher."""
+    risks: dict[str, tuple[str, ...]]
+    """See :func:`qkt_clinical.query.unseen_pairs`."""
+    seconds: float
+    """What the transfer takes on this machine, about."""
+    fetched_bytes: int
+    """Of the bundles that are not here already."""
+
+
+def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
+    """Refuse before anything is fetched what the transfer would refuse after."""
+    own = local_classes(manifest, query)
+    if own and not sum(manifest.counts["calibration"].get(c, 0) for c in own):
+        raise QueryError(
+            "no calibration image of a local class, so the budget cannot be kept",
+            remedy="Raise ingest.splits.calibration in params.yaml or add patients.",
+            code="no-calibration",
+            site=manifest.site,
+            stage="plan",
+        )
+
+
+def _plan(shelf: Shelf, root: Path, hospital: str, name: str) -> Plan:
+    query = load_query(root, hospital, name)
+    manifest = read_manifest(Workspace(root).prepared(hospital))
+    plan = make_plan(hospital, name, query, manifest, shelf.offers.values())
+    _calibrated(manifest, query)
+    return plan
+
+
+def preview(root: Path, hospital: str, name: str, params: Params, *, device: str | None = None) -> Preview:
+    """Plan a query from the registry's cards and masks; nothing is kept.
+
+    Raises:
+        ConfigError, QueryError, BundleError, PreparedError: the query cannot be answered.
+        QktError: the registry cannot be reached.
+    """
+    from qkt_clinical.jobs.cost import expected_seconds
+    from qkt_clinical.networks import pick_device
+
+    where = pick_device(device or params.device)
+    manifest = read_manifest(Workspace(root).prepared(hospital))
+    own = read_card(Workspace(root).teacher(hospital))
+    with open_shelf(root, params, hospital) as shelf:
+        plan = _plan(shelf, root, hospital, name)
+        cards = [shelf.offers[site].card for site in plan.relevant]
+        return Preview(
+            plan,
+            {site: shelf.versions[site].version for site in plan.relevant},
+            unseen_pairs(plan),
+            expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
+            sum(shelf.offers[s].bytes for s in plan.relevant if not shelf.holds(s)),
+        )
+
+
+# --- one job ------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process that holds a job."""
+
+    def __init__(
+        self, board: Board, job: Job, params: Params, device: str | None, report: Report | None
+    ) -> None:
+        self.board, self.job, self.params = board, job, params
+        self.device, self.report = device, report
+        self.space = Workspace(board.root)
+        self._written = 0.0
+
+    def _say(self, **changes: Any) -> None:
+        self.job = self.job.model_copy(update=changes)
+        self.board.write(self.job)
+        self._written = time.monotonic()
+        if self.report:
+            self.report(self.job)
+
+    def _begin(self, step: str) -> None:
+        self._look_up()
+        self._say(step=step, done=0, total=0)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._look_up()
+        if done == total or time.monotonic() - self._written > PAUSE_S:
+            self._say(done=done, total=total)
+
+    def _look_up(self) -> None:
+        if self.board.is_cancelled(self.job.hospital, self.job.query):
+            raise Cancelled(
+                "cancelled",
+                remedy="'qkt query run' asks it again.",
+                site=self.job.hospital,
+                stage=self.job.step,
+            )
+
+    def answer(self) -> Job:
+        """Every step, the ones that need not be done again left out."""
+        job, board = self.job, self.board
+        board.clear_cancel(job.hospital, job.query)
+        self._say(
+            state="running",
+            asked=asked(load_query(board.root, job.hospital, job.query)),
+            interruptions=job.interruptions + (job.state == "interrupted"),
+            error=None,
+            note=None,
+        )
+        try:
+            self._fetch()
+            self._transfer()
+            self._evaluate()
+            self._register()
+        except Cancelled as cancelled:
+            board.clear_cancel(job.hospital, job.query)
+            self._say(state="cancelled")
+            raise cancelled
+        except QktError as error:
+            said = error.at(stage=self.job.step, site=job.hospital).as_dict()
+            self._say(state="failed", error=Failure.model_validate(said))
+            raise
+        self._say(state="answered", interruptions=0)
+        return self.job
+
+    @property
+    def _fetched(self) -> Path:
+        return self.space.fetched(self.job.hospital, self.job.query)
+
+    @property
+    def _student(self) -> Path:
+        return self.space.student(self.job.hospital, self.job.query)
+
+    def _fetch(self) -> None:
+        self._begin("plan")
+        sweep(self._fetched)
+        sweep(self._student)
+        with open_shelf(self.board.root, self.params, self.job.hospital) as shelf:
+            plan = _plan(shelf, self.board.root, self.job.hospital, self.job.query)
+            count = 0
+
+            def provide(site: str, folder: Path) -> None:
+                nonlocal count
+                shelf.provide(site, folder)
+                count += 1
+                self._progress(count, len(plan.relevant))
+
+            write_fetched(self._fetched, plan, provide)
+
+    def _transfer(self) -> None:
+        self._begin("transfer")
+        space, hospital, name = self.space, self.job.hospital, self.job.query
+        read = {
+            "version": __version__,
+            "plan": digest_file(self._fetched / "plan.json"),
+            "own": digest_file(space.teacher(hospital) / "bundle.json"),
+            "data": read_manifest(space.prepared(hospital)).digests,
+            "transfer": self.params.transfer.model_dump(mode="json"),
+            "seed": self.params.seed,
+            "device": self.device or self.params.device,
+        }
+        before = digest_folder(self._student) if self._student.is_dir() else None
+        key = digest_bytes(to_json(read).encode())
+        if before is not None and self.job.transferred == (key, before):
+            return
+        from qkt_clinical.stages.transfer import transfer_query
+
+        transfer_query(
+            self.board.root, hospital, name, self.params, device=self.device, progress=self._progress
+        )
+        after = digest_folder(self._student)
+        if after != before:  # figures of another student
+            for kind in ("evaluation", "gate"):
+                (space.reports / kind / hospital / f"{name}.json").unlink(missing_ok=True)
+        self._say(transferred=(key, after))
+
+    def _evaluate(self) -> None:
+        """On the hospital's own test images; what it has none of, only the federation can measure."""
+        self._begin("evaluate")
+        hospital, name = self.job.hospital, self.job.query
+        path = self.space.reports / "evaluation" / hospital / f"{name}.json"
+        if path.is_file():
+            return
+        manifest, query = (
+            read_manifest(self.space.prepared(hospital)),
+            load_query(self.board.root, hospital, name),
+        )
+        without = [c for c in query.classes if not manifest.counts["test"].get(c)]
+        if without:
+            self._say(
+                note=f"not measured: no test images of {', '.join(without)} here; "
+                "'qkt evaluate' measures where the hospitals' test images are"
+            )
+            return
+        from qkt_clinical.stages.evaluate import evaluate_one
+        from qkt_clinical.stages.gate import gate_one
+
+        ref = QueryRef(hospital=hospital, query=name)
+        evaluate_one(self.board.root, ref, self.params, sites=(hospital,), device=self.device)
+        gate_one(self.board.root, ref, self.params)
+
+    def _register(self) -> None:
+        self._begin("register")
+        from qkt_clinical.tracking import track_answer
+
+        version = track_answer(self.board.root, self.params, self.job.hospital, self.job.query)
+        tell_pipeline(self.board.root, self.job.hospital, self.job.query)
+        self._say(version=version)
+
+
+def run(
+    root: Path,
+    hospital: str,
+    name: str,
+    params: Params,
+    *,
+    device: str | None = None,
+    report: Report | None = None,
+) -> Job:
+    """Answer a query here and now, or go on with it; what is there already is not done again.
+
+    Raises:
+        Busy: another process works on it.
+        Cancelled: somebody took it back.
+        QktError: it cannot be answered; the job's record says why, too.
+    """
+    board = Board(root)
+    with board.hold(hospital, name) as job:
+        return _Worker(board, job, params, device, report).answer()
+
+
+def resume(
+    root: Path,
+    hospital: str,
+    name: str,
+    params: Params,
+    *,
+    device: str | None = None,
+    report: Report | None = None,
+) -> Job:
+    """Go on with a job that was interrupted, has failed or was cancelled.
+
+    Raises:
+        QueryError: there is nothing to go on with, code ``job-not-begun``; else as :func:`run`.
+    """
+    job = Board(root).read(hospital, name)
+    if job.state == "waiting":
+        raise QueryError(
+            "nobody has begun with this query",
+            remedy=f"Begin with 'qkt query run {hospital} {name}'.",
+            site=hospital,
+            code="job-not-begun",
+        )
+    return run(root, hospital, name, params, device=device, report=report)
+
+
+# --- the queue ----------------------------------------------------------------------------------------
+
+
+def _open(job: Job) -> bool:
+    """Whether a worker may take a job up by itself."""
+    return job.state == "waiting" or (job.state == "interrupted" and job.interruptions < MOST_INTERRUPTIONS)
+
+
+def work(
+    root: Path,
+    params: Params,
+    *,
+    hospital: str | None = None,
+    device: str | None = None,
+    report: Report | None = None,
+) -> list[Job]:
+    """Answer waiting and interrupted queries until none is left; the jobs that this worker took up.
+
+    Any number of workers may do so at once. One that ends leaves its job to the others, who wait for
+    running jobs before they end.
+    """
+    board = Board(root)
+    taken: dict[str, Job] = {}
+    while True:
+        jobs = board.jobs(hospital)
+        if not any(_open(j) or j.state == "running" for j in jobs):
+            return list(taken.values())
+        begun = False
+        for seen in filter(_open, jobs):
+            with suppress(Busy), board.hold(seen.hospital, seen.query) as job:
+                if not _open(job):  # another worker was faster
+                    continue
+                begun = True
+                worker = _Worker(board, job, params, device, report)
+                with suppress(QktError):  # the record says why; the next query is another question
+                    worker.answer()
+                taken[job.name] = worker.job
+        if not begun:
+            time.sleep(PAUSE_S)

@@ -1,0 +1,225 @@
+"""What is known of query jobs: one small file and one lock each, below ``.qkt/jobs/``.
+
+The lock belongs to the process that works on a job, and the system takes it back when that process ends,
+however it ends. So a job that is *running* and not locked was interrupted, and anyone may go on with it;
+nobody has to guess from the age of a heartbeat.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query
+from qkt_clinical.errors import QueryError
+from qkt_clinical.files import digest_bytes, to_json, write_json
+
+State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
+STEPS = ("plan", "transfer", "evaluate", "register")
+"""What a job does, in this order; ``plan`` fetches the bundles too, ``evaluate`` asks the gate."""
+MOST_INTERRUPTIONS = 3
+"""A job that ended so many processes is not given to another worker by itself."""
+PAUSE_S = 0.5
+"""Progress is written at most so often."""
+
+
+class Failure(Strict):
+    """Why a job failed, as :meth:`QktError.as_dict` says it."""
+
+    code: str
+    message: str
+    remedy: str
+    stage: str | None = None
+    site: str | None = None
+    file: str | None = None
+
+
+class Job(Strict):
+    """A query and how far its answer is."""
+
+    format: Literal["qkt-job/1"] = "qkt-job/1"
+    hospital: str
+    query: str
+    state: State = "waiting"
+    asked: str = ""
+    """Digest of the query file's content when work on it began: a changed query is another question."""
+    step: str | None = None
+    """The one under way or, where the job has ended, the last."""
+    done: int = 0
+    total: int = 0
+    """Progress within the step."""
+    interruptions: int = 0
+    error: Failure | None = None
+    version: str | None = None
+    """Of the registered student."""
+    note: str | None = None
+    """What a person should know of an answer, such as why there are no figures."""
+    transferred: tuple[str, str] | None = None
+    """Digests of all that the transfer read and of the student that came of it: it is not done twice."""
+
+    @property
+    def name(self) -> str:
+        """``<hospital>/<query>``."""
+        return f"{self.hospital}/{self.query}"
+
+
+class Busy(QueryError):
+    """Another process works on the job."""
+
+    code = "job-running"
+
+
+class Cancelled(QueryError):
+    """Somebody took the job back while it ran."""
+
+    code = "job-cancelled"
+
+
+def asked(query: QueryConfig) -> str:
+    """Digest of what a query file says."""
+    return digest_bytes(to_json(query.model_dump(mode="json")).encode())
+
+
+class Board:
+    """All jobs of a workspace."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = Workspace(root).scratch / "jobs"
+
+    def _path(self, hospital: str, query: str, ending: str) -> Path:
+        return self.folder / f"{hospital}.{query}.{ending}"
+
+    def queries(self, hospital: str | None = None) -> list[tuple[str, str]]:
+        """(hospital, query) of every query file of the workspace, sorted."""
+        files = sorted((self.root / "hospitals").glob("*/queries/*.yaml"))
+        pairs = [(f.parent.parent.name, f.stem) for f in files if NAME.fullmatch(f.stem)]
+        return [p for p in pairs if hospital in (None, p[0])]
+
+    def read(self, hospital: str, query: str, *, held: bool = False) -> Job:
+        """The job of a query; of one that was never worked on, whether the pipeline has answered it.
+
+        Args:
+            held: whether this process holds the job's lock.
+
+        Raises:
+            ConfigError: no such hospital or query.
+            QueryError: the job's file cannot be read, code ``job-damaged``.
+        """
+        config = load_query(self.root, hospital, query)
+        path = self._path(hospital, query, "json")
+        try:
+            job = Job.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return Job(hospital=hospital, query=query, state=self._by_pipeline(hospital, query, config))
+        except (OSError, ValidationError):
+            raise QueryError(
+                "the job's record cannot be read",
+                remedy="Remove the file; the query is answered anew.",
+                file=path,
+                site=hospital,
+                code="job-damaged",
+            ) from None
+        if job.state == "running" and (held or not self._locked(hospital, query)):
+            job = job.model_copy(update={"state": "interrupted"})
+        if job.state != "running" and job.asked not in ("", asked(config)):
+            return Job(hospital=hospital, query=query)  # the file says something else now
+        return job
+
+    def _by_pipeline(self, hospital: str, query: str, config: QueryConfig) -> State:
+        """``answered`` where ``dvc repro`` has left the student of this very question."""
+        try:
+            found = json.loads((Workspace(self.root).student(hospital, query) / "query.json").read_bytes())
+            same = QueryConfig.model_validate({k: found[k] for k in QueryConfig.model_fields}) == config
+        except (OSError, ValueError, KeyError, TypeError):
+            return "waiting"
+        return "answered" if same else "waiting"
+
+    def jobs(self, hospital: str | None = None) -> list[Job]:
+        """Every query of the workspace, or of one hospital, with its state."""
+        return [self.read(*pair) for pair in self.queries(hospital)]
+
+    def write(self, job: Job) -> None:
+        """Keep a job's record; only who holds its lock may."""
+        write_json(self._path(job.hospital, job.query, "json"), job.model_dump(mode="json"))
+
+    def _locked(self, hospital: str, query: str) -> bool:
+        try:
+            with self._lock(hospital, query, patience_s=0.0):
+                return False
+        except Busy:
+            return True
+
+    @contextmanager
+    def _lock(self, hospital: str, query: str, *, patience_s: float) -> Iterator[None]:
+        path = self._path(hospital, query, "lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        give_up = time.monotonic() + patience_s
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= give_up:
+                        raise Busy(
+                            "another process works on this query",
+                            remedy=f"'qkt query status {hospital} {query}' shows how far it is.",
+                            site=hospital,
+                        ) from None
+                time.sleep(0.01)
+            yield
+        finally:
+            os.close(descriptor)  # which gives the lock back
+
+    @contextmanager
+    def hold(self, hospital: str, query: str) -> Iterator[Job]:
+        """The job, for this process alone.
+
+        Raises:
+            Busy: another process has it.
+        """
+        # Whoever only looks whether a job is running holds the lock for a moment, too.
+        with self._lock(hospital, query, patience_s=0.2):
+            yield self.read(hospital, query, held=True)
+
+    def cancel(self, hospital: str, query: str) -> Job:
+        """Take a job back: at once where nobody works on it, else as soon as who does looks up.
+
+        Raises:
+            QueryError: it is answered already, code ``job-answered``.
+        """
+        try:
+            with self.hold(hospital, query) as job:
+                if job.state == "answered":
+                    raise QueryError(
+                        "the query is answered already",
+                        remedy="'qkt registry rollback' takes an answer out of use.",
+                        site=hospital,
+                        code="job-answered",
+                    )
+                job = job.model_copy(
+                    update={"state": "cancelled", "asked": asked(load_query(self.root, hospital, query))}
+                )
+                self.write(job)
+                return job
+        except Busy:
+            write_json(self._path(hospital, query, "cancel"), {})
+            return self.read(hospital, query)
+
+    def is_cancelled(self, hospital: str, query: str) -> bool:
+        """Whether the running job has been taken back."""
+        return self._path(hospital, query, "cancel").exists()
+
+    def clear_cancel(self, hospital: str, query: str) -> None:
+        """Forget that a job was taken back: it begins anew, or has ended."""
+        self._path(hospital, query, "cancel").unlink(missing_ok=True)
