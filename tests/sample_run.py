@@ -274,6 +274,7 @@ def _write_query(
             "local": local,
             "test_images": {c: 3 if c == asked else 50 for c in relevant},
             "test_sites": sorted({site, *teachers}),
+            "test_data": digest_bytes(f"test images for {site}".encode()),
             "passes_per_prediction": 4 * (1 + len(teachers)) if method == "routed" else 1,
             "before": first,
             "after": second,

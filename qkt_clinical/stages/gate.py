@@ -1,4 +1,4 @@
-"""Stage ``gate``: the rules of ``params.yaml`` on every answer."""
+"""Stage ``gate``: the rules of ``params.yaml`` on every answer, alone and beside the version in use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from qkt_clinical.config import Params, Workspace
+from qkt_clinical.decisions import champion_of
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.files import write_json
+from qkt_clinical.files import digest_folder, write_json
 from qkt_clinical.gate import Verdict, judge
 
 
@@ -15,14 +16,17 @@ def gate_queries(root: Path, params: Params) -> list[Verdict]:
     """Judge every query of ``params.yaml`` and write ``reports/gate/<hospital>/<query>.json``.
 
     Raises:
-        OutputsError: an evaluation is absent or malformed.
+        OutputsError: an evaluation is absent or malformed, or decisions are.
     """
     space = Workspace(root)
     verdicts = []
     for _, ref in sorted(params.queries.items()):
         path = space.reports / "evaluation" / ref.hospital / f"{ref.query}.json"
+        champion = champion_of(root, f"student.{ref.hospital}.{ref.query}")
+        digest = digest_folder(space.student(ref.hospital, ref.query))
         try:
-            verdict = judge(json.loads(path.read_text(encoding="utf-8")), params.gate)
+            evaluation = json.loads(path.read_text(encoding="utf-8"))
+            verdict = judge(evaluation, params.gate, digest=digest, champion=champion)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise OutputsError(
                 "no evaluation that can be judged",
