@@ -42,6 +42,8 @@ class _Held:
     patients: NDArray[np.str_]
     own: NDArray[np.bool_]
     sites: tuple[str, ...]
+    places: list[tuple[str, int]]
+    """Of each image, its site and its index in the prepared arrays."""
     digest: str
     """Of images, labels and patients: figures of one test set can be compared."""
 
@@ -50,12 +52,13 @@ def _test_images(
     sites: dict[str, PreparedSite], hospital: str, local: tuple[int, ...], query: tuple[int, ...]
 ) -> _Held:
     """The hospital's own test images of R, and every other hospital's of the query."""
-    images, labels, patients, own, used, digests = [], [], [], [], [], []
+    images, labels, patients, own, used, places, digests = [], [], [], [], [], [], []
     for name, site in sorted(sites.items()):
         wanted = (*local, *query) if name == hospital else query
         index = site.splits["test"][np.isin(site.labels[site.splits["test"]], wanted)]
         if len(index):
             used.append(name)
+            places += [(name, int(i)) for i in index]
             pixels = site.images[index]
             images.append(to_input(pixels, site.manifest.normalisation))
             labels.append(site.labels[index])
@@ -69,8 +72,20 @@ def _test_images(
         patients=np.concatenate(patients),
         own=np.concatenate(own),
         sites=tuple(used),
+        places=places,
         digest=digest_bytes("".join(digests).encode()),
     )
+
+
+def _flips(
+    places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
+) -> list[dict[str, Any]]:
+    """The images that one of two models has right and the other wrong, by site and index."""
+    return [
+        {"site": site, "index": index, "actual": truth, "before": first, "after": second}
+        for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
+        if (first == truth) != (second == truth)
+    ]
 
 
 def evaluate_query(
@@ -100,8 +115,8 @@ def evaluate_query(
             code="no-test-images",
             stage="evaluate",
         )
-    before = predict(own.network, held.inputs, device)[:, relevant]
-    after = predict_scores(student, held.inputs, device)[:, relevant]
+    before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
+    after = predict_scores(student, held.inputs, device)[:, relevant].double().numpy()
     test = TestSet(
         labels=np.searchsorted(relevant, labels),
         patients=held.patients,
@@ -110,8 +125,8 @@ def evaluate_query(
     )
     figures = assess(
         test,
-        before.double().numpy(),
-        after.double().numpy(),
+        before,
+        after,
         draws=params.evaluate.bootstrap,
         confidence=params.evaluate.confidence,
         seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
@@ -121,6 +136,7 @@ def evaluate_query(
         for figure in PER_CLASS:
             figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
     figures["class_forgetting"] = dict(zip(names, figures["class_forgetting"], strict=True))
+    said = [[names[i] for i in scores.argmax(axis=1)] for scores in (before, after)]
     return {
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,
@@ -136,6 +152,7 @@ def evaluate_query(
         "test_sites": list(held.sites),
         "test_data": held.digest,
         "passes_per_prediction": (1 + len(decision.experts)) * (FLIPS if decision.flips else 1),
+        "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,
     }
 
