@@ -283,9 +283,7 @@ def gate(root: Root = HERE, as_json: Json = False) -> None:
         for v in verdicts:
             print(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
             for r in v.rules:
-                figure = "unknown" if r.figure is None else f"{r.figure:.3g}"
-                mark = "met" if r.passed else "NOT MET"
-                print(f"  {r.rule}: {figure}, must be {r.bound} {r.threshold:g}: {mark} ({r.meaning})")
+                print(f"  {r.said}: {'met' if r.passed else 'NOT MET'} ({r.meaning})")
     if not all(v.passed for v in verdicts):
         raise typer.Exit(1)
 

@@ -133,6 +133,8 @@ class SiteConfig(Strict):
     somebody has looked."""
     splits: Literal["patient", "given"] = "patient"
     """``given`` (npz only): keep the file's train/val/test; calibration is carved out of train."""
+    pictures: bool = False
+    """Consent that reports show test images of this hospital; other hospitals may read these reports."""
 
     @field_validator("label_map", mode="before")
     @classmethod
@@ -457,6 +459,10 @@ class Workspace:
     def prepared(self, site: str) -> Path:
         """Prepared site: arrays, splits, manifest, integrity report."""
         return self.root / "data" / "prepared" / site
+
+    def consent(self, site: str) -> Path:
+        """What a site lets others see."""
+        return self.root / "data" / "consent" / f"{site}.json"
 
     def teacher(self, site: str) -> Path:
         """Teacher bundle of a site."""

@@ -92,6 +92,30 @@ class Manifest(Strict):
     """File name to SHA-256 of the arrays and splits."""
 
 
+class Consent(Strict):
+    """``data/consent/<site>.json``: what the hospital lets others see, written by ``ingest``.
+
+    It lies beside the prepared site, not in it: to give or to withdraw consent must not train a teacher anew.
+    """
+
+    pictures: bool = False
+    """Whether reports may show test images of the hospital."""
+
+
+def read_consent(path: Path, site: str) -> Consent:
+    """A hospital's consent; none where the file is absent.
+
+    Raises:
+        PreparedError: not a consent.
+    """
+    try:
+        return Consent.model_validate_json(path.read_bytes()) if path.is_file() else Consent()
+    except (OSError, ValidationError):
+        raise PreparedError(
+            "no readable consent", remedy="Run 'qkt ingest' for this site.", file=path, site=site
+        ) from None
+
+
 @dataclass(frozen=True)
 class PreparedSite:
     """A prepared site with its images left on disk (memory map)."""

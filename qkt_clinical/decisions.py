@@ -1,22 +1,25 @@
 """Decisions about models: which is in use, who said so, and what spoke against it.
 
-Decisions of people cannot be made again from outputs, so each is kept beside the hospital that it concerns,
-in ``hospitals/<site>/decisions.json``, by the digest of the bundle. ``track`` sets the alias ``champion`` by
-it, also in an empty MLflow.
+Decisions of people cannot be made again from outputs, so each is kept, by the digest of the bundle, in
+``decisions/<site>.json``. ``gate`` holds answers against the champion by it, and ``track`` sets the alias
+``champion``, also in an empty MLflow. The folder is committed and always there, unlike a file of a hospital
+that never decided: DVC refuses a stage whose dependency does not exist, and sees every decision this way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from qkt_clinical.config import NAME, GateParams
+from qkt_clinical.config import NAME
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import write_json
+from qkt_clinical.gate import Champion, Measured
 
+FOLDER = "decisions"
 NONE = "none"
 CHAMPION = "champion"
 """Alias of the version that is in use."""
@@ -42,6 +45,8 @@ class Decision(BaseModel):
     reason: str | None
     overridden: tuple[str, ...] = ()
     """What spoke against it."""
+    measured: Measured | None = None
+    """Figures of a promoted version at that time; what is to replace it is held against them."""
 
 
 def site_of(model: str) -> str:
@@ -59,9 +64,9 @@ def site_of(model: str) -> str:
     return parts[1]
 
 
-def _file(root: Path, site: str) -> Path:
-    # A reviewer's workspace need not hold the hospital itself.
-    return root / "hospitals" / site / "decisions.json"
+def decisions_file(root: Path, site: str) -> Path:
+    """Where a hospital's decisions are kept; a reviewer's workspace need not hold the hospital itself."""
+    return root / FOLDER / f"{site}.json"
 
 
 def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
@@ -70,7 +75,7 @@ def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
     Raises:
         OutputsError: the file is malformed.
     """
-    path = _file(root, site)
+    path = decisions_file(root, site)
     if not path.is_file():
         return ()
     try:
@@ -85,40 +90,32 @@ def keep_decision(root: Path, decision: Decision) -> None:
     """Add a decision to its hospital's."""
     site = site_of(decision.model)
     kept = (*read_decisions(root, site), decision)
-    write_json(_file(root, site), [d.model_dump(mode="json") for d in kept])
+    write_json(decisions_file(root, site), [d.model_dump(mode="json") for d in kept])
 
 
-def champions(decisions: Sequence[Decision], model: str) -> list[str]:
-    """Digests of a model's champions that stand, the present one last: a rollback takes the last away."""
-    stack: list[str] = []
+def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:
+    """Promotions of a model that stand, the present champion's last: a rollback takes the last away."""
+    stack: list[Decision] = []
     for decision in decisions:
         if decision.model != model:
             continue
         if decision.decision == "promoted":
-            stack.append(decision.digest)
+            stack.append(decision)
         elif stack:
             stack.pop()
     return stack
 
 
-def objections(
-    candidate: Mapping[str, str], champion: Mapping[str, str] | None, params: GateParams
-) -> tuple[str, ...]:
-    """What speaks against putting a version into use, in words.
+def champions(decisions: Sequence[Decision], model: str) -> list[str]:
+    """Digests of a model's champions that stand, the present one last."""
+    return [decision.digest for decision in standing(decisions, model)]
 
-    Args:
-        candidate, champion: tags of both versions, see :func:`qkt_clinical.tracking.track`.
-        params: thresholds.
+
+def champion_of(root: Path, model: str) -> Champion | None:
+    """The version of a model that is in use by what was decided.
+
+    Raises:
+        OutputsError: the decisions are malformed.
     """
-    against = []
-    verdict = candidate.get("qkt.gate", "not judged")
-    if verdict != "passed":
-        unmet = candidate.get("qkt.gate_unmet", NONE)
-        against.append(f"the gate: {verdict}{'' if unmet == NONE else f' ({unmet})'}")
-    if champion is not None and champion.get("qkt.digest") != candidate.get("qkt.digest"):
-        if champion.get("qkt.data") != candidate.get("qkt.data"):
-            against.append("it was measured on other data than the champion")
-        now, then = (float(tags.get("qkt.balanced_accuracy", "nan")) for tags in (candidate, champion))
-        if not now >= then - params.worse_than_champion:
-            against.append(f"balanced accuracy {now:.3f}, the champion's is {then:.3f}")
-    return tuple(against)
+    stack = standing(read_decisions(root, site_of(model)), model)
+    return Champion(digest=stack[-1].digest, measured=stack[-1].measured) if stack else None

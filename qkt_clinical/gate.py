@@ -1,6 +1,7 @@
 """The promotion gate: is an answer good enough for a reviewer to let it into use? Pure functions.
 
-Rules judge bounds of intervals, not values: what might be chance does not pass. Nothing is promoted here; the
+Absolute rules judge bounds of intervals, not values: what might be chance does not pass. Relative rules hold
+an answer against the champion, the version of the same model that is in use. Nothing is promoted here; the
 verdict says what speaks for and against it.
 """
 
@@ -12,81 +13,219 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qkt_clinical.config import GateParams
+from qkt_clinical.data import SMALLEST_COUNT, shown_count
+
+Bound = Literal["at least", "at most"]
 
 
-class Rule(BaseModel):
+class Record(BaseModel):
+    """What is written into files; keys that a later version adds are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Bounds(Record):
+    """A figure with its interval, as fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measured(Record):
+    """The figures of one version that others are held against."""
+
+    balanced_accuracy: Bounds
+    query_recall: dict[str, Bounds | None]
+    """Of every class asked for."""
+    forgetting: Bounds
+    data: str | None
+    """Digest of the test images, labels and patients; None where it was not kept."""
+
+
+class Champion(Record):
+    """The version in use, as it was when it was promoted."""
+
+    digest: str
+    """Of its bundle."""
+    measured: Measured | None
+    """None where its figures were not kept."""
+
+
+class Rule(Record):
     """One rule with the figure that it judged."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     rule: str
+    kind: Literal["absolute", "relative"] = "absolute"
     meaning: str
     figure: float | None
-    """None where there is no such figure; the rule is not met then."""
-    bound: Literal["at least", "at most"]
+    """None where there is no such figure, or a count too small to be shown."""
+    bound: Bound
     threshold: float
     passed: bool
+    note: str | None = None
+    """In words, what the figure does not say: both figures compared, or why there is none."""
+
+    @property
+    def said(self) -> str:
+        """The rule with its figure, in words."""
+        figure = "no figure" if self.figure is None else f"{self.figure:.3g}"
+        return f"{self.rule}: {self.note or figure}, must be {self.bound} {self.threshold:g}"
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """All rules of one answer; it passes if each is met."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     format: Literal["qkt-gate/1"] = "qkt-gate/1"
     hospital: str
     query: str
+    digest: str | None = None
+    """Of the bundle that was judged."""
     passed: bool
     rules: tuple[Rule, ...]
+    measured: Measured | None = None
+    champion: Champion | None = None
+    """The version in use that the answer was held against; None where there is none."""
+
+    @property
+    def unmet(self) -> tuple[Rule, ...]:
+        """Rules that are not met."""
+        return tuple(rule for rule in self.rules if not rule.passed)
 
 
-def _rule(
-    name: str, meaning: str, figure: float | None, bound: Literal["at least", "at most"], threshold: float
-) -> Rule:
+def measured(evaluation: Mapping[str, Any]) -> Measured:
+    """What others are held against, of ``reports/evaluation/<hospital>/<query>.json``."""
+    after = evaluation["after"]
+    return Measured.model_validate(
+        {
+            "balanced_accuracy": after["balanced_accuracy"],
+            "query_recall": {c: after["recall"].get(c) for c in evaluation["classes"]},
+            "forgetting": evaluation["forgetting"],
+            "data": evaluation.get("test_data"),
+        }
+    )
+
+
+def _rule(name: str, meaning: str, figure: float | None, bound: Bound, threshold: float) -> Rule:
     met = figure is not None and (figure >= threshold if bound == "at least" else figure <= threshold)
     return Rule(rule=name, meaning=meaning, figure=figure, bound=bound, threshold=threshold, passed=met)
 
 
-def judge(evaluation: Mapping[str, Any], params: GateParams) -> Verdict:
-    """Apply the absolute rules to one answer.
-
-    Args:
-        evaluation: as in ``reports/evaluation/<hospital>/<query>.json``.
-        params: the thresholds.
-    """
-    asked, after = evaluation["classes"], evaluation["after"]
-    lows = [None if (r := after["recall"].get(c)) is None else float(r["low"]) for c in asked]
-    known = [low for low in lows if low is not None]
-    cases = min((int(evaluation["test_images"].get(c, 0)) for c in asked), default=0)
-    rules = (
+def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: GateParams) -> tuple[Rule, ...]:
+    """What every answer must reach, whatever is in use."""
+    recalls = list(figures.query_recall.values())
+    lows = [recall.low for recall in recalls if recall is not None]
+    cases = min((int(evaluation["test_images"].get(c, 0)) for c in evaluation["classes"]), default=0)
+    hidden = 0 < cases < SMALLEST_COUNT
+    return (
         _rule(
             "query_recall",
             "recall of every class asked for, lower end of its interval",
-            min(known) if len(known) == len(lows) and known else None,
+            min(lows) if lows and len(lows) == len(recalls) else None,
             "at least",
             params.query_recall,
         ),
         _rule(
             "forgetting",
             "retained accuracy lost, upper end of its interval",
-            float(evaluation["forgetting"]["high"]),
+            figures.forgetting.high,
             "at most",
             params.forgetting,
         ),
         _rule(
-            "calibration", "expected calibration error", float(after["ece"]), "at most", params.calibration
+            "calibration",
+            "expected calibration error",
+            float(evaluation["after"]["ece"]),
+            "at most",
+            params.calibration,
         ),
-        _rule(
-            "query_images",
-            "test images of every class asked for",
-            float(cases),
-            "at least",
-            float(params.query_images),
+        Rule(
+            rule="query_images",
+            meaning="test images of every class asked for",
+            figure=None if hidden else float(cases),
+            bound="at least",
+            threshold=float(params.query_images),
+            passed=cases >= params.query_images,
+            note=shown_count(cases) if hidden else None,
         ),
+    )
+
+
+def relative_rules(
+    figures: Measured, digest: str | None, champion: Champion | None, params: GateParams
+) -> tuple[Rule, ...]:
+    """What an answer must reach beside the version in use.
+
+    Figures of other test images say nothing about which of two versions is better: the rule is not met
+    then. It is met where nothing is in use, or the answer itself is.
+    """
+    figure: float | None = None
+    met = False
+    if champion is None:
+        met, note = True, "no champion"
+    elif champion.digest == digest:
+        figure, met, note = 0.0, True, "it is the champion"
+    elif champion.measured is None:
+        note = "the champion's figures were not kept"
+    elif figures.data is None or figures.data != champion.measured.data:
+        note = "measured on other data than the champion"
+    else:
+        now, then = figures.balanced_accuracy.value, champion.measured.balanced_accuracy.value
+        figure = round(then - now, 6)  # figures have six digits; their difference has no more
+        met = figure <= params.worse_than_champion
+        note = f"balanced accuracy {now:.3f}, the champion's is {then:.3f}"
+    return (
+        Rule(
+            rule="worse_than_champion",
+            kind="relative",
+            meaning="balanced accuracy below the champion's, on the same data",
+            figure=figure,
+            bound="at most",
+            threshold=params.worse_than_champion,
+            passed=met,
+            note=note,
+        ),
+    )
+
+
+def judge(
+    evaluation: Mapping[str, Any],
+    params: GateParams,
+    *,
+    digest: str | None = None,
+    champion: Champion | None = None,
+) -> Verdict:
+    """Apply all rules to one answer.
+
+    Args:
+        evaluation: as in ``reports/evaluation/<hospital>/<query>.json``.
+        params: the thresholds.
+        digest: of the answer's bundle.
+        champion: the version in use, if there is one.
+    """
+    figures = measured(evaluation)
+    rules = (
+        *absolute_rules(evaluation, figures, params),
+        *relative_rules(figures, digest, champion, params),
     )
     return Verdict(
         hospital=evaluation["hospital"],
         query=evaluation["query"],
+        digest=digest,
         passed=all(rule.passed for rule in rules),
         rules=rules,
+        measured=figures,
+        champion=champion,
     )
+
+
+def against(verdict: Verdict, champion: Champion | None, params: GateParams) -> Verdict:
+    """The same verdict beside another champion: which is in use may have changed since it was made."""
+    if verdict.measured is None:
+        return verdict
+    rules = (
+        *(rule for rule in verdict.rules if rule.kind == "absolute"),
+        *relative_rules(verdict.measured, verdict.digest, champion, params),
+    )
+    passed = all(rule.passed for rule in rules)
+    return verdict.model_copy(update={"rules": rules, "passed": passed, "champion": champion})

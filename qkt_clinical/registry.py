@@ -7,19 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from qkt_clinical.config import Params
 from qkt_clinical.decisions import (
     CHAMPION,
     NONE,
     Decision,
     RegistryError,
+    champion_of,
     champions,
     keep_decision,
-    objections,
     read_decisions,
     site_of,
 )
-from qkt_clinical.tracking import DIGEST, GATE, find_version, registry_client, set_alias
+from qkt_clinical.gate import Verdict, against
+from qkt_clinical.tracking import DIGEST, GATE, VERDICT, find_version, registry_client, set_alias
+
+REFUSED = "qkt.refused"
+"""Tag of a version that was not promoted: the rules that it does not meet."""
 
 if TYPE_CHECKING:
     from qkt_clinical.tracking import MlflowClient, ModelVersion
@@ -97,20 +103,23 @@ class Registry(NamedTuple):
             RegistryError: something speaks against it, and no reviewer gives name and reason.
         """
         version = self.version(name, which)
-        standing = champions(read_decisions(self.root, site_of(name)), name)
-        if standing and standing[-1] == version.tags.get(DIGEST):
+        champion = champion_of(self.root, name)
+        if champion is not None and champion.digest == version.tags.get(DIGEST):
             raise RegistryError(
                 f"{name} version {version.version} is the champion already",
                 remedy="Nothing to do.",
                 code="champion-already",
                 site=site_of(name),
             )
-        aliases = self.client.get_registered_model(name).aliases
-        champion = self.version(name, CHAMPION).tags if CHAMPION in aliases else None
-        against = objections(version.tags, champion, self.params.gate)
-        if against and not (by and reason):
+        verdict = _verdict(version)
+        if verdict is not None:
+            # Decided by what is in use now, which the pipeline's gate may not have known.
+            verdict = against(verdict, champion, self.params.gate)
+        unmet = ("not judged by the gate",) if verdict is None else tuple(r.said for r in verdict.unmet)
+        if unmet and not (by and reason):
+            self.client.set_model_version_tag(name, str(version.version), REFUSED, "; ".join(unmet))
             raise RegistryError(
-                f"{name} version {version.version} is not promoted: {'; '.join(against)}",
+                f"{name} version {version.version} is not promoted: {'; '.join(unmet)}",
                 remedy="A reviewer may override this with --reviewer NAME --reason TEXT, which are kept.",
                 code="gate-not-passed",
                 site=site_of(name),
@@ -121,8 +130,11 @@ class Registry(NamedTuple):
             decision="promoted",
             by=by or "gate",
             reason=reason,
-            overridden=against,
+            overridden=unmet,
+            measured=None if verdict is None else verdict.measured,
         )
+        if REFUSED in version.tags:  # what was refused once stands in the decision now, if it still holds
+            self.client.delete_model_version_tag(name, str(version.version), REFUSED)
         self._decide(decision, str(version.version))
         return decision
 
@@ -156,6 +168,14 @@ class Registry(NamedTuple):
         }
         for tag, value in tags.items():
             self.client.set_model_version_tag(decision.model, number, tag, value)
+
+
+def _verdict(version: ModelVersion) -> Verdict | None:
+    """What the gate said of a version; None if nothing, as of teachers."""
+    try:
+        return Verdict.model_validate_json(version.tags.get(VERDICT, NONE))
+    except ValidationError:
+        return None
 
 
 @contextmanager

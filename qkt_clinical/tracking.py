@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
     from mlflow.entities.model_registry import ModelVersion as ModelVersion
 
-DIGEST, KIND, GATE = "qkt.digest", "qkt.kind", "qkt.gate"
+DIGEST, KIND, GATE, VERDICT = "qkt.digest", "qkt.kind", "qkt.gate", "qkt.verdict"
 ALIAS = "candidate"
 NEUTRAL = {"mlflow.user": "qkt-clinical", "mlflow.source.name": "qkt track", "mlflow.source.type": "LOCAL"}
 """In place of the names of a user and a script, which say nothing about a result."""
@@ -259,6 +259,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         "qkt.data": data or "not here",
         GATE: "not judged" if query.verdict is None else ("passed" if query.verdict.passed else "failed"),
         f"{GATE}_unmet": _unmet(query),
+        VERDICT: NONE if query.verdict is None else query.verdict.model_dump_json(),
         "qkt.balanced_accuracy": f"{e.after.balanced_accuracy.value:.6f}",
         "qkt.forgetting": f"{e.forgetting.value:.6f}",
     }

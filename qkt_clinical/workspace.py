@@ -12,6 +12,7 @@ import yaml
 
 import qkt_clinical
 from qkt_clinical.config import Params, parse
+from qkt_clinical.decisions import FOLDER
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.files import write_text
 
@@ -48,4 +49,5 @@ def write_workspace(out: Path, params: Mapping[str, Any]) -> None:
         link = out / name
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(checkout / name, out.resolve()), target_is_directory=True)
+    (out / FOLDER).mkdir(exist_ok=True)
     write_text(out / ".dvc" / "config", DVC_CONFIG)

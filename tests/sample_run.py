@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qkt_clinical.card import CARD, MASK, WEIGHTS, Card
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
 from qkt_clinical.config import Params, Workspace, parse
+from qkt_clinical.data import read_manifest
 from qkt_clinical.files import digest_bytes, digest_file, write_json
 from qkt_clinical.stages.gate import gate_queries
 
@@ -157,7 +160,11 @@ def _scores(relevant: list[str], recalls: dict[str, float], query: str, images: 
         "precision": {k: interval(v) if v else None for k, v in recalls.items()},
         "class_auroc": {k: interval(0.5 + v / 2) for k, v in recalls.items()},
         "class_auprc": {k: interval(v) for k, v in recalls.items()},
-        "reliability": [{"confidence": 0.9, "accuracy": 0.85, "images": images}],
+        "reliability": [
+            {"confidence": 0.55, "accuracy": 0.5, "images": 4},
+            {"confidence": 0.75, "accuracy": 0.8, "images": 12},
+            {"confidence": 0.95, "accuracy": 0.9, "images": images},
+        ],
         "confusion": rows,
     }
 
@@ -249,6 +256,7 @@ def _write_query(
                 "budget": 0.05,
                 "given_away": 0.043478,
                 "calibration_images": 69,
+                "own_weight": 2.0,
                 "rare": {},
                 "curves": [],
             },
@@ -274,6 +282,7 @@ def _write_query(
             "local": local,
             "test_images": {c: 3 if c == asked else 50 for c in relevant},
             "test_sites": sorted({site, *teachers}),
+            "test_data": digest_bytes(f"test images for {site}".encode()),
             "passes_per_prediction": 4 * (1 + len(teachers)) if method == "routed" else 1,
             "before": first,
             "after": second,
@@ -282,8 +291,34 @@ def _write_query(
             "query_gain": gain("query_accuracy"),
             "gain_p": 0.004,
             "class_forgetting": {c: interval(before[c] - after[c]) for c in relevant},
+            "flips": _flips(sorted({site, *teachers}), asked, local),
         },
     )
+
+
+def _flips(sites: list[str], asked: str, local: list[str]) -> list[dict[str, Any]]:
+    """Seven cases of every site: five of the class asked for, and two that were lost of an own one."""
+    gained = {"actual": asked, "before": local[0], "after": asked}
+    lost = {"actual": local[1], "before": local[1], "after": asked}
+    return [
+        {"site": site, "index": 10 * number, **(gained if number < 5 else lost)}
+        for site in sites
+        for number in range(7)
+    ]
+
+
+def write_pictures(root: Path, params: Params, sites: Sequence[str]) -> None:
+    """Prepared arrays of every site, no two images alike, and consent of those named."""
+    space = Workspace(root)
+    for site in params.sites:
+        folder = space.prepared(site)
+        count = read_manifest(folder).count
+        random = np.random.default_rng(params.sites.index(site))
+        np.save(folder / "images.npy", random.integers(0, 256, (count, *SHAPE), np.uint8), allow_pickle=False)
+        np.save(folder / "labels.npy", np.zeros(count, np.int64), allow_pickle=False)
+        np.save(folder / "groups.npy", np.arange(count).astype(np.str_), allow_pickle=False)
+        write_json(folder / "splits.json", {s: [] for s in SPLITS} | {"test": list(range(count))})
+        write_json(space.consent(site), {"pictures": site in sites})
 
 
 def write_sample_run(

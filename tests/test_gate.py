@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,11 @@ import pytest
 
 from qkt_clinical.cli import main
 from qkt_clinical.config import GateParams, Workspace
+from qkt_clinical.decisions import Decision, keep_decision
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.gate import judge
+from qkt_clinical.gate import Bounds, Champion, against, judge, measured
 from qkt_clinical.stages.gate import gate_queries
+from qkt_clinical.workspace import write_workspace
 from tests.sample_run import sample_params, write_sample_run
 
 RULES = GateParams(query_recall=0.6, forgetting=0.05, calibration=0.08, query_images=30)
@@ -23,6 +28,8 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "forgetting": 0.05,
         "ece": 0.08,
         "images": {"a": 30, "b": 31, "own": 1},
+        "balanced": 0.9,
+        "more": {},
         **changes,
     }
     return {
@@ -31,7 +38,10 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "classes": ["a", "b"],
         "test_images": figures["images"],
         "forgetting": {"value": -1.0, "low": -1.0, "high": figures["forgetting"]},
+        "test_data": "t",
+        **figures["more"],
         "after": {
+            "balanced_accuracy": {"value": figures["balanced"], "low": 0.5, "high": 1.0},
             "ece": figures["ece"],
             "recall": {
                 c: None if v is None else {"value": 1.0, "low": v, "high": 1.0}
@@ -49,7 +59,12 @@ def test_an_answer_that_meets_every_rule_passes() -> None:
         ("forgetting", 0.05, "at most", 0.05),
         ("calibration", 0.08, "at most", 0.08),
         ("query_images", 30.0, "at least", 30.0),
+        ("worse_than_champion", None, "at most", 0.0),
     ]
+    assert [r.kind for r in verdict.rules] == ["absolute"] * 4 + ["relative"]
+    assert verdict.rules[-1].note == "no champion"
+    assert verdict.measured is not None
+    assert verdict.measured.query_recall["a"] == Bounds(value=1.0, low=0.6, high=1.0)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +76,103 @@ def test_an_answer_that_meets_every_rule_passes() -> None:
         ("calibration", {"ece": 0.081}, 0.081),
         ("query_images", {"images": {"a": 50, "b": 29}}, 29.0),
         ("query_images", {"images": {"a": 50}}, 0.0),
+        ("query_images", {"images": {"a": 50, "b": 3}}, None),
     ],
 )
 def test_one_rule_that_is_not_met_is_enough(rule: str, change: dict[str, Any], figure: float | None) -> None:
     verdict = judge(evaluation(**change), RULES)
     assert not verdict.passed
     assert [(r.rule, r.figure) for r in verdict.rules if not r.passed] == [(rule, figure)]
+
+
+def champion(balanced: float = 0.9, data: str | None = "t", digest: str = "old") -> Champion:
+    return Champion(digest=digest, measured=measured(evaluation(balanced=balanced, more={"test_data": data})))
+
+
+@pytest.mark.parametrize(
+    ("beside", "allowed", "figure", "met", "note"),
+    [
+        (champion(0.9), 0.0, 0.0, True, "balanced accuracy 0.900, the champion's is 0.900"),
+        (champion(0.8), 0.0, -0.1, True, "balanced accuracy 0.900, the champion's is 0.800"),
+        (champion(0.93), 0.0, 0.03, False, "balanced accuracy 0.900, the champion's is 0.930"),
+        (champion(0.93), 0.03, 0.03, True, "balanced accuracy 0.900, the champion's is 0.930"),
+        (champion(0.1, data="other"), 0.0, None, False, "measured on other data than the champion"),
+        (champion(0.1, data=None), 0.0, None, False, "measured on other data than the champion"),
+        (Champion(digest="old", measured=None), 0.0, None, False, "the champion's figures were not kept"),
+        (champion(0.99, data="other", digest="new"), 0.0, 0.0, True, "it is the champion"),
+        (None, 0.0, None, True, "no champion"),
+    ],
+)
+def test_an_answer_beside_the_champion(
+    beside: Champion | None, allowed: float, figure: float | None, met: bool, note: str
+) -> None:
+    params = RULES.model_copy(update={"worse_than_champion": allowed})
+    verdict = judge(evaluation(), params, digest="new", champion=beside)
+    (rule,) = [r for r in verdict.rules if r.kind == "relative"]
+    assert (rule.figure, rule.threshold, rule.passed, rule.note) == (figure, allowed, met, note)
+    assert (verdict.passed, verdict.champion) == (met, beside)
+    alone = judge(evaluation(), params, digest="new")
+    assert against(alone, beside, params) == verdict, "the same rule, whenever it is applied"
+
+
+def test_another_champion_changes_no_absolute_rule() -> None:
+    failed = judge(evaluation(forgetting=0.9), RULES, digest="new")
+    beside = against(failed, champion(0.1), RULES)
+    assert beside.rules[:4] == failed.rules[:4]
+    assert not beside.passed
+    assert [r.said for r in beside.unmet] == ["forgetting: 0.9, must be at most 0.05"]
+
+
+def test_figures_that_nobody_has_are_not_the_same_data() -> None:
+    verdict = judge(evaluation(more={"test_data": None}), RULES, digest="new", champion=champion(data=None))
+    assert [r.rule for r in verdict.unmet] == ["worse_than_champion"]
+
+
+def dvc(root: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=root,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_dvc_sees_a_decision_and_nothing_else(tmp_path: Path) -> None:
+    params = sample_params(sites=2, gate={"query_recall": 0, "forgetting": 1, "query_images": 0})
+    write_sample_run(tmp_path, params)
+    write_workspace(tmp_path, params.model_dump(mode="json"))
+    path = Workspace(tmp_path).reports / "gate" / "h0" / "q0.json"
+    dvc(tmp_path, "repro", "--single-item", "gate")
+    first = json.loads(path.read_text())
+    assert (first["passed"], first["champion"]) == (True, None)
+    assert "didn't change" in dvc(tmp_path, "repro", "--single-item", "gate"), "no decision, nothing to do"
+
+    better = measured(json.loads((tmp_path / "reports/evaluation/h0/q0.json").read_text()))
+    raised = better.balanced_accuracy.model_copy(update={"value": 0.99})
+    keep_decision(
+        tmp_path,
+        Decision(
+            model="student.h0.q0",
+            digest="of another bundle",
+            decision="promoted",
+            by="gate",
+            reason=None,
+            measured=better.model_copy(update={"balanced_accuracy": raised}),
+        ),
+    )
+    assert "decisions" in dvc(tmp_path, "status", "gate")
+    dvc(tmp_path, "repro", "--single-item", "gate")
+    second = json.loads(path.read_text())
+    assert not second["passed"]
+    assert second["rules"][-1]["figure"] == pytest.approx(0.99 - better.balanced_accuracy.value)
+    other = json.loads((path.parent.parent / "h1" / "q1.json").read_text())
+    assert other["passed"], "it concerns one hospital"
 
 
 def test_the_stage_judges_every_query_and_the_command_says_so(

@@ -9,8 +9,15 @@ import pytest
 
 from qkt_clinical.card import CARD
 from qkt_clinical.cli import main
-from qkt_clinical.config import GateParams, Params, Workspace
-from qkt_clinical.decisions import Decision, RegistryError, champions, objections, read_decisions
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.decisions import (
+    Decision,
+    RegistryError,
+    champion_of,
+    champions,
+    decisions_file,
+    read_decisions,
+)
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.registry import open_registry
 from qkt_clinical.stages.gate import gate_queries
@@ -34,27 +41,17 @@ def test_a_rollback_takes_the_last_champion_away() -> None:
     assert champions([*back, decided("a", "rolled back")], NAME) == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("candidate", "champion", "count"),
-    [
-        ({}, None, 0),
-        ({"qkt.gate": "failed", "qkt.gate_unmet": "forgetting"}, None, 1),
-        ({}, {}, 0),
-        ({"qkt.balanced_accuracy": "0.895"}, {}, 0),
-        ({"qkt.balanced_accuracy": "0.885"}, {}, 1),
-        ({"qkt.balanced_accuracy": "nan"}, {}, 1),
-        ({}, {"qkt.data": "other"}, 1),
-        ({"qkt.gate": "not judged", "qkt.balanced_accuracy": "0.5"}, {"qkt.data": "other"}, 3),
-        ({"qkt.balanced_accuracy": "0.1", "qkt.digest": "same"}, {"qkt.digest": "same"}, 0),
-    ],
-)
-def test_what_speaks_against_a_version(
-    candidate: dict[str, str], champion: dict[str, str] | None, count: int
-) -> None:
-    sound = {"qkt.gate": "passed", "qkt.data": "d", "qkt.balanced_accuracy": "0.9"}
-    one = {**sound, "qkt.digest": "new", **candidate}
-    other = None if champion is None else {**sound, "qkt.digest": "old", **champion}
-    assert len(objections(one, other, GateParams(worse_than_champion=0.01))) == count
+def test_decisions_made_before_figures_were_kept_are_read(tmp_path: Path) -> None:
+    path = decisions_file(tmp_path, "h0")
+    path.parent.mkdir()
+    old = {"model": NAME, "digest": "a", "decision": "promoted", "by": "gate", "reason": None}
+    path.write_text(json.dumps([old]))
+    (decision,) = read_decisions(tmp_path, "h0")
+    assert (decision.measured, decision.overridden) == (None, ())
+    champion = champion_of(tmp_path, NAME)
+    assert champion is not None
+    assert (champion.digest, champion.measured) == ("a", None)
+    assert champion_of(tmp_path, "student.h0.other") is None
 
 
 @pytest.fixture
@@ -81,8 +78,17 @@ def rewrite(root: Path, params: Params, change: Callable[[dict[str, Any]], None]
     track(root, params)
 
 
+def evaluation_of(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Workspace(root).reports / "evaluation/h0/q0.json").read_text())
+    return found
+
+
 def worse(evaluation: dict[str, Any]) -> None:
     evaluation["after"]["balanced_accuracy"]["value"] -= 0.1
+
+
+def other_images(evaluation: dict[str, Any]) -> None:
+    evaluation["test_data"] = "of other images"
 
 
 def run(root: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
@@ -110,12 +116,24 @@ def test_promoted_replaced_overridden_and_rolled_back(
     assert code == 1
     assert "champion already" in said
 
+    before = evaluation_of(root)["after"]["balanced_accuracy"]["value"]
     rewrite(root, params, worse)
     code, said = run(root, capsys, "promote", NAME)
     assert code == 1
     assert "gate-not-passed" in said
-    assert "balanced accuracy" in said
+    reason = (
+        f"worse_than_champion: balanced accuracy {before - 0.1:.3f}, the champion's is {before:.3f}, "
+        "must be at most 0"
+    )
+    assert reason in said
     assert run(root, capsys, "show", NAME, "champion")[1]["version"] == 1, "the champion stays"
+    tags = run(root, capsys, "show", NAME)[1]["tags"]
+    assert tags["qkt.refused"] == reason, "and the version says why"
+    assert (tags["qkt.gate"], tags["qkt.gate_unmet"]) == ("failed", "worse_than_champion")
+    judged = json.loads((Workspace(root).reports / "gate" / "h0" / "q0.json").read_text())
+    (rule,) = [r for r in judged["rules"] if r["kind"] == "relative"]
+    assert (rule["figure"], rule["threshold"], rule["passed"]) == (pytest.approx(0.1), 0.0, False)
+    assert judged["champion"]["measured"]["balanced_accuracy"]["value"] == before
     _, differences = run(root, capsys, "diff", NAME)
     assert "qkt.balanced_accuracy" in differences
 
@@ -125,10 +143,12 @@ def test_promoted_replaced_overridden_and_rolled_back(
         root, capsys, "promote", NAME, "--reviewer", "R. Viewer", "--reason", "better on rare cells"
     )
     assert code == 0
-    assert len(decision["overridden"]) == 1
+    assert decision["overridden"] == [reason]
     shown = run(root, capsys, "show", NAME, "champion")[1]
     assert (shown["version"], shown["aliases"]) == (2, ["candidate", "champion"])
     assert shown["tags"]["qkt.reason"] == "better on rare cells"
+    assert shown["tags"]["qkt.overridden"] == reason
+    assert "qkt.refused" not in shown["tags"]
     assert [d["by"] for d in shown["decisions"]] == ["gate", "R. Viewer"]
 
     code, _ = run(root, capsys, "rollback", NAME, "--reviewer", "R. Viewer", "--reason", "it was not")
@@ -137,6 +157,32 @@ def test_promoted_replaced_overridden_and_rolled_back(
     code, said = run(root, capsys, "rollback", NAME, "--reviewer", "R. Viewer", "--reason", "again")
     assert code == 1
     assert "no-earlier-champion" in said
+
+
+def test_what_is_in_use_now_counts_not_what_was_when_the_gate_judged(space: tuple[Path, Params]) -> None:
+    """Two versions pass the gate alone; once the better one is promoted, the other is refused."""
+    root, params = space
+    rewrite(root, params, worse)
+    with open_registry(root, params) as registry:
+        assert [m["gate"] for m in registry.models() if m["name"] == NAME] == [["passed", "passed"]]
+        decision = registry.promote(NAME, "1")
+        assert decision.measured is not None
+        with pytest.raises(RegistryError, match="worse_than_champion"):
+            registry.promote(NAME, "2")
+        assert "worse_than_champion" in registry.show(NAME, "2")["tags"]["qkt.refused"]
+        assert registry.show(NAME, "champion")["version"] == 1
+    rewrite(root, params, other_images)
+    with open_registry(root, params) as registry, pytest.raises(RegistryError, match="other data"):
+        registry.promote(NAME, "candidate")
+
+
+def test_a_teacher_needs_a_reviewer(space: tuple[Path, Params]) -> None:
+    root, params = space
+    with open_registry(root, params) as registry:
+        with pytest.raises(RegistryError, match="not judged by the gate"):
+            registry.promote("teacher.h1", "1")
+        decision = registry.promote("teacher.h1", "1", by="R. Viewer", reason="trained on all years")
+        assert (decision.measured, decision.overridden) == (None, ("not judged by the gate",))
 
 
 def test_a_champion_survives_the_loss_of_the_database(space: tuple[Path, Params]) -> None:
@@ -161,7 +207,7 @@ def test_wrong_names_and_damaged_decisions(space: tuple[Path, Params]) -> None:
         ):
             with pytest.raises(RegistryError):
                 registry.show(name, which)
-    path = root / "hospitals" / "h0" / "decisions.json"
+    path = decisions_file(root, "h0")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[{}]")
     with pytest.raises(OutputsError, match="decisions"):

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
 from qkt_clinical.config import Params, SiteConfig, Workspace, load_site, site_folder
-from qkt_clinical.data import Manifest, load_prepared, write_prepared
+from qkt_clinical.data import Consent, Manifest, load_prepared, write_prepared
 from qkt_clinical.errors import FileRejected, PreparedError, SourceError
+from qkt_clinical.files import write_json
 from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import Lookup, check_columns
@@ -214,7 +215,7 @@ def ingest_site(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Read a site's files and write its prepared site, ``data/prepared/<site>/``.
+    """Read a site's files and write its prepared site, ``data/prepared/<site>/``, and its consent beside it.
 
     The same files, site.yaml, params and salt give the same bytes, in whatever order the file system
     lists them and however many processes decode them. Files that cannot be used are recorded with a reason
@@ -280,6 +281,8 @@ def ingest_site(
         groups = np.array([salted(salt, p) for p in patients], dtype=np.str_)
         hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
         _refuse_copies(hashes, groups, splits, site)
+        consent = Consent(pictures=config.pictures)
+        write_json(workspace.consent(site), consent.model_dump(mode="json"))
         return write_prepared(
             workspace.prepared(site),
             site=site,

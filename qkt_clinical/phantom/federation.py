@@ -59,6 +59,7 @@ SMEAR_SPEC = """image:
   size: [32, 32]
   channels: 3
   normalisation: unit
+pictures: true # of drawings
 """
 CT_SPEC = """image:
   size: [24, 24, 24]
@@ -66,6 +67,7 @@ CT_SPEC = """image:
   channels: 1
   window: {center: -300, width: 1400}
   normalisation: unit
+pictures: true # of drawings
 """
 
 SMEARS: dict[str, Hospital] = {

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from qkt_clinical.report.figure import write_figure
-from qkt_clinical.report.page import write_report
+from qkt_clinical.report.write import write_report
 
 __all__ = ["write_figure", "write_report"]

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from qkt_clinical.card import CARD, Card, Mask, read_card, read_mask
 from qkt_clinical.config import Params, Workspace
-from qkt_clinical.data import Manifest, read_manifest
+from qkt_clinical.data import Manifest, read_consent, read_manifest
+from qkt_clinical.decisions import Decision, read_decisions
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.files import digest_bytes, digest_file, to_json
+from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json
 from qkt_clinical.gate import Verdict
 from qkt_clinical.query import Plan
 
@@ -32,6 +33,14 @@ class Interval(View):
     high: float
 
 
+class Bin(View):
+    """Images of like confidence: how sure the model was of them, and how often it was right."""
+
+    confidence: float
+    accuracy: float
+    images: int
+
+
 class Scores(View):
     """Figures of one model on held-out images; ``confusion`` has truth in rows, ordered as ``relevant``."""
 
@@ -45,6 +54,31 @@ class Scores(View):
     class_auroc: dict[str, Interval | None]
     class_auprc: dict[str, Interval | None]
     confusion: tuple[tuple[int, ...], ...]
+    reliability: tuple[Bin, ...] = ()
+
+
+class Flip(View):
+    """A test image that one model has right and the other wrong; ``index`` into the prepared arrays."""
+
+    site: str
+    index: int
+    actual: str
+    before: str
+    after: str
+
+    @property
+    def gained(self) -> bool:
+        """Wrong before, right after."""
+        return self.after == self.actual
+
+
+class Subgroup(View):
+    """Figures of the test images that share a value of a column; numbers from 1 to 4 come as ``<5``."""
+
+    images: int | str
+    patients: int | str
+    before: dict[str, Interval | None] | None = None
+    after: dict[str, Interval | None] | None = None
 
 
 class Evaluation(View):
@@ -69,6 +103,9 @@ class Evaluation(View):
     query_gain: Interval
     gain_p: float | None = None
     class_forgetting: dict[str, Interval | None]
+    flips: tuple[Flip, ...] = ()
+    subgroups: dict[str, dict[str, Subgroup]] = {}
+    """Column to value to figures."""
 
 
 class Phase1(View):
@@ -87,6 +124,7 @@ class Phase2(View):
     budget: float
     given_away: float
     calibration_images: int
+    own_weight: float
     rare: dict[str, int] = {}
     curves: tuple[dict[str, float], ...] = ()
 
@@ -121,6 +159,10 @@ class SiteOutputs:
     mask: Mask | None
     metrics: TeacherMetrics | None
     curves: tuple[dict[str, float], ...]
+    pictures: bool
+    """Whether the hospital consents to reports showing its test images."""
+    decisions: tuple[Decision, ...]
+    """About all of the hospital's models, the oldest first."""
 
     @property
     def data_digest(self) -> str | None:
@@ -156,6 +198,16 @@ class QueryOutputs:
     def card_digest(self) -> str:
         """SHA-256 of the student's card, which holds that of its weights."""
         return digest_file(self.student / CARD)
+
+    @property
+    def folder_digest(self) -> str:
+        """SHA-256 over the student's folder, by which decisions know it."""
+        return digest_folder(self.student)
+
+    @property
+    def model(self) -> str:
+        """Name in the registry."""
+        return f"student.{self.evaluation.hospital}.{self.evaluation.query}"
 
 
 @dataclass(frozen=True)
@@ -196,8 +248,10 @@ Curves = tuple[dict[str, float], ...]
 def _site(workspace: Workspace, name: str) -> SiteOutputs:
     prepared, teacher = workspace.prepared(name), workspace.teacher(name)
     manifest = read_manifest(prepared) if (prepared / "manifest.json").is_file() else None
+    pictures = read_consent(workspace.consent(name), name).pictures
+    decisions = read_decisions(workspace.root, name)
     if not (teacher / CARD).is_file():
-        return SiteOutputs(name, manifest, None, None, None, None, ())
+        return SiteOutputs(name, manifest, None, None, None, None, (), pictures, decisions)
 
     card = read_card(teacher)
 
@@ -213,6 +267,8 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
         mask=read_mask(teacher, card),
         metrics=optional(TeacherMetrics, "metrics.json", None),
         curves=optional(Curves, "curves.json", ()),
+        pictures=pictures,
+        decisions=decisions,
     )
 
 
@@ -250,7 +306,7 @@ def read_outputs(root: Path, params: Params) -> Outputs:
     Raises:
         BundleError: a card or mask is malformed.
         OutputsError: another file is malformed, an answered query lacks a part, or there is nothing at all.
-        PreparedError: a manifest is malformed.
+        PreparedError: a manifest or consent is malformed.
     """
     workspace = Workspace(root)
     sites = tuple(_site(workspace, name) for name in sorted(params.sites))

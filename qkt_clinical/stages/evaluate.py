@@ -10,18 +10,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qkt_clinical.bundle import load_bundle
 from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.evaluation import TestSet, assess
-from qkt_clinical.files import write_json, write_text
+from qkt_clinical.files import digest_bytes, write_json, write_text
 from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
 from qkt_clinical.stages.transfer import read_plan
@@ -32,20 +34,59 @@ PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Held-out images (N, C, ...), labels (N,), patients (N,) and which are the hospital's own (N,)."""
+
+    inputs: torch.Tensor
+    labels: NDArray[np.int64]
+    patients: NDArray[np.str_]
+    own: NDArray[np.bool_]
+    sites: tuple[str, ...]
+    places: list[tuple[str, int]]
+    """Of each image, its site and its index in the prepared arrays."""
+    digest: str
+    """Of images, labels and patients: figures of one test set can be compared."""
+
+
 def _test_images(
     sites: dict[str, PreparedSite], hospital: str, local: tuple[int, ...], query: tuple[int, ...]
-) -> tuple[torch.Tensor, np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
+) -> _Held:
     """The hospital's own test images of R, and every other hospital's of the query."""
-    images, labels, patients, used = [], [], [], []
+    images, labels, patients, own, used, places, digests = [], [], [], [], [], [], []
     for name, site in sorted(sites.items()):
         wanted = (*local, *query) if name == hospital else query
         index = site.splits["test"][np.isin(site.labels[site.splits["test"]], wanted)]
         if len(index):
             used.append(name)
-            images.append(to_input(site.images[index], site.manifest.normalisation))
+            places += [(name, int(i)) for i in index]
+            pixels = site.images[index]
+            images.append(to_input(pixels, site.manifest.normalisation))
             labels.append(site.labels[index])
             patients.append(np.char.add(f"{name}/", site.groups[index]))
-    return torch.cat(images), np.concatenate(labels), np.concatenate(patients), used
+            own.append(np.full(len(index), name == hospital))
+            parts = (pixels.tobytes(), labels[-1].tobytes(), "\n".join(patients[-1].tolist()).encode())
+            digests += [digest_bytes(part) for part in parts]
+    return _Held(
+        inputs=torch.cat(images),
+        labels=np.concatenate(labels),
+        patients=np.concatenate(patients),
+        own=np.concatenate(own),
+        sites=tuple(used),
+        places=places,
+        digest=digest_bytes("".join(digests).encode()),
+    )
+
+
+def _flips(
+    places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
+) -> list[dict[str, Any]]:
+    """The images that one of two models has right and the other wrong, by site and index."""
+    return [
+        {"site": site, "index": index, "actual": truth, "before": first, "after": second}
+        for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
+        if (first == truth) != (second == truth)
+    ]
 
 
 def evaluate_query(
@@ -63,7 +104,8 @@ def evaluate_query(
     if decision is None:
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
     classes = student.card.classes
-    inputs, labels, patients, used = _test_images(sites, ref.hospital, decision.local, decision.query)
+    held = _test_images(sites, ref.hospital, decision.local, decision.query)
+    labels = held.labels
     relevant = list(decision.relevant)
     missing = [classes[c] for c in relevant if not (labels == c).any()]
     if missing:
@@ -74,18 +116,18 @@ def evaluate_query(
             code="no-test-images",
             stage="evaluate",
         )
-    before = predict(own.network, inputs, device)[:, relevant]
-    after = predict_scores(student, inputs, device)[:, relevant]
+    before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
+    after = predict_scores(student, held.inputs, device)[:, relevant].double().numpy()
     test = TestSet(
         labels=np.searchsorted(relevant, labels),
-        patients=patients,
+        patients=held.patients,
         classes=len(relevant),
         query=tuple(relevant.index(q) for q in decision.query),
     )
     figures = assess(
         test,
-        before.double().numpy(),
-        after.double().numpy(),
+        before,
+        after,
         draws=params.evaluate.bootstrap,
         confidence=params.evaluate.confidence,
         seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
@@ -95,6 +137,7 @@ def evaluate_query(
         for figure in PER_CLASS:
             figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
     figures["class_forgetting"] = dict(zip(names, figures["class_forgetting"], strict=True))
+    said = [[names[i] for i in scores.argmax(axis=1)] for scores in (before, after)]
     return {
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,
@@ -107,8 +150,10 @@ def evaluate_query(
         "relevant": names,
         "local": [classes[c] for c in decision.local],
         "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
-        "test_sites": used,
+        "test_sites": list(held.sites),
+        "test_data": held.digest,
         "passes_per_prediction": (1 + len(decision.experts)) * (FLIPS if decision.flips else 1),
+        "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,
     }
 

@@ -1,0 +1,724 @@
+"""Model cards: what a teacher or student is, what it was made from, how good it is and where it fails.
+
+One object for all places: ``model_card.json`` and ``model_card.md`` in MLflow, the description of a
+registered version, and the report. It is derived from a run's outputs by rule, so that the same outputs give
+the same card; nobody fills anything in. Free of torch and MLflow. Counts of images appear as a report may
+show them (:func:`qkt_clinical.data.shown_count`).
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from qkt_clinical import __version__
+from qkt_clinical.card import Card, InputSpec, NetworkSpec
+from qkt_clinical.config import Params, Strict
+from qkt_clinical.data import SMALLEST_COUNT, Manifest, shown_count
+from qkt_clinical.files import digest_bytes, digest_file, to_json
+
+if TYPE_CHECKING:  # the report shows cards and is imported here only where it is called
+    from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs, SiteOutputs
+
+LOW_RECALL = 0.8
+"""A class of which more than one image in five is missed is named among the known failures."""
+FORGOTTEN = 0.05
+"""So is one that lost this much recall, or any that chance does not explain."""
+CONFUSED = 0.05
+"""And a pair of classes of which this share of the one is taken for the other; the worst three at most."""
+MOST_CONFUSED = 3
+
+INTENDED = (
+    "Research on knowledge transfer between hospitals: {what}, for images prepared as those of {site} are, "
+    "read by people who can see the image and this card."
+)
+NOT_INTENDED = (
+    "Not a medical device and not for diagnosis: no decision about a patient may rest on it. Not for images "
+    "of another kind, another hospital or another scanner without an evaluation there, and not for classes "
+    "that it does not answer for."
+)
+METHODS = {
+    "teacher": "One network, trained on the hospital's own images alone.",
+    "qkt": "One network. It took up the extractors of the relevant teachers beside its own, made smaller on "
+    "the hospital's own images (phase 1); then its head was set for all relevant classes (phase 2).",
+    "qkt-light": "One network. It took up the extractors of the teachers that know the query beside its own, "
+    "made much smaller (phase 1); then its head was set for all relevant classes (phase 2).",
+    "routed": "Several networks: the hospital's own and the relevant teachers', each heard for the classes "
+    "that it knows.",
+}
+FailureKind = Literal[
+    "low-recall", "forgotten", "confused", "no-gain", "few-test-images", "gate", "not-judged", "not-tested"
+]
+
+
+class Estimate(Strict):
+    """A figure as a fraction, with its bootstrap interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Figure(Strict):
+    """One figure before and after the query; of a teacher only ``after``, that of its own training."""
+
+    name: str
+    class_name: str | None = None
+    before: Estimate | None = None
+    after: Estimate | None = None
+    change: Estimate | None = None
+    """After less before, paired; below 0 is a loss."""
+
+
+class Data(Strict):
+    """What the hospital's own manifest says, in counts that may be shown."""
+
+    site: str
+    source_kind: str
+    digest: str
+    images: dict[str, dict[str, str]]
+    """Split to class to number of images."""
+    patients: dict[str, str]
+    """Split to number of patients."""
+
+
+class Tested(Strict):
+    """The images that the figures rest on."""
+
+    on: str
+    sites: tuple[str, ...]
+    images: dict[str, str]
+    """Class to number of images."""
+    confidence: float | None
+    """Of the intervals, such as 0.95; None where there are none."""
+
+
+class Source(Strict):
+    """A teacher that a student learnt from."""
+
+    site: str
+    digest: str
+    teaches: tuple[str, ...]
+    reason: str
+
+
+class MethodFacts(Strict):
+    """How the model was made, what it takes and what it answers."""
+
+    name: str
+    words: str
+    network: NetworkSpec
+    settings: dict[str, float | int | str | bool | None]
+    teachers: tuple[Source, ...] = ()
+    input: InputSpec
+    request: str = "float32 images as prepared; 8-bit images divided by 255"
+    response: str = "label and one probability per class, 0 for classes it does not answer for"
+    bytes: int
+    passes_per_prediction: int
+
+
+class Calibration(Strict):
+    """How far probabilities can be trusted, and the operating point."""
+
+    ece_before: float
+    ece: float
+    """Expected calibration error."""
+    budget: float
+    """Share of the hospital's own held-out images that may be given away to the query."""
+    given_away: float
+    """Share that was, on the calibration images."""
+    calibration_images: str
+    offsets: dict[str, float]
+    """Added to the logit of each class asked for: the operating point."""
+
+
+class Failure(Strict):
+    """Something that the figures say against the model, found by rule."""
+
+    kind: FailureKind
+    classes: tuple[str, ...] = ()
+    figure: float | None = None
+    threshold: float | None = None
+    text: str
+
+
+class Provenance(Strict):
+    """SHA-256 digests of what the model and its figures were made from, and the versions that did it."""
+
+    bundle: str
+    weights: str
+    data: str | None
+    """None where the hospital's data is not here."""
+    teachers: dict[str, str]
+    parameters: str
+    evaluation: str | None
+    trained_with: str | None
+    described_with: str
+
+
+class ModelCard(Strict):
+    """``model_card.json``."""
+
+    format: Literal["qkt-model-card/2"] = "qkt-model-card/2"
+    name: str
+    """In the registry."""
+    kind: Literal["teacher", "student"]
+    site: str
+    query: str | None
+    intended_use: str
+    not_intended: str
+    answers_for: tuple[str, ...]
+    asked: tuple[str, ...]
+    data: Data | None
+    """None where the hospital's data is not here."""
+    tested: Tested | None
+    method: MethodFacts
+    figures: tuple[Figure, ...]
+    gain_p: float | None
+    """Of the gain in balanced accuracy; None for a teacher."""
+    calibration: Calibration | None
+    gate: Literal["passed", "failed", "not judged"]
+    known_failures: tuple[Failure, ...]
+    privacy: tuple[str, ...]
+    provenance: Provenance
+
+
+# --- parts ------------------------------------------------------------------------------------------
+
+
+def _estimate(interval: Interval | None, *, negated: bool = False) -> Estimate | None:
+    if interval is None:
+        return None
+    value, low, high = interval.value, interval.low, interval.high
+    if negated:
+        value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
+    return Estimate(value=value, low=low, high=high)
+
+
+def _data(manifest: Manifest | None) -> Data | None:
+    if manifest is None:
+        return None
+    return Data(
+        site=manifest.site,
+        source_kind=manifest.source_kind,
+        digest=digest_bytes(to_json(manifest.digests).encode()),
+        images={s: {c: shown_count(n) for c, n in found.items()} for s, found in manifest.counts.items()},
+        patients={s: shown_count(n) for s, n in manifest.patients.items()},
+    )
+
+
+def _settings(parts: Mapping[str, object]) -> dict[str, float | int | str | bool | None]:
+    """The settings that are single values."""
+    return {k: v for k, v in parts.items() if v is None or isinstance(v, float | int | str | bool)}
+
+
+def _trained_with(card: Card) -> str | None:
+    version = card.training.get("version")
+    return None if version is None else str(version)
+
+
+def _low_recall(figures: Sequence[Figure]) -> list[Failure]:
+    return [
+        Failure(
+            kind="low-recall",
+            classes=(f.class_name,),
+            figure=f.after.value,
+            threshold=LOW_RECALL,
+            text=f"{100 * (1 - f.after.value):.0f}% of the images of {f.class_name} are missed.",
+        )
+        for f in figures
+        if f.name == "recall" and f.class_name and f.after and f.after.value < LOW_RECALL
+    ]
+
+
+def _forgotten(figures: Sequence[Figure], local: Sequence[str]) -> list[Failure]:
+    found = []
+    for f in figures:
+        lost = None if f.change is None or f.name != "recall" or f.class_name not in local else f.change
+        if lost is None or lost.high is None or (lost.value > -FORGOTTEN and lost.high >= 0):
+            continue
+        chance = " Chance can explain it." if lost.high >= 0 else ""
+        found.append(
+            Failure(
+                kind="forgotten",
+                classes=(str(f.class_name),),
+                figure=-lost.value,
+                threshold=FORGOTTEN,
+                text=f"{f.class_name} is recalled less, by {-100 * lost.value:.1f} points.{chance}",
+            )
+        )
+    return found
+
+
+def _confused(relevant: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[Failure]:
+    """The worst pairs; of a class with fewer test images than may be shown nothing is said."""
+    pairs = [
+        (row[j] / sum(row), truth, answer)
+        for i, (truth, row) in enumerate(zip(relevant, confusion, strict=True))
+        for j, answer in enumerate(relevant)
+        if i != j and sum(row) >= SMALLEST_COUNT
+    ]
+    worst = sorted((p for p in pairs if p[0] >= CONFUSED), key=lambda p: (-p[0], p[1], p[2]))[:MOST_CONFUSED]
+    return [
+        Failure(
+            kind="confused",
+            classes=(truth, answer),
+            figure=round(share, 2),
+            threshold=CONFUSED,
+            text=f"{100 * share:.0f}% of the images of {truth} are taken for {answer}.",
+        )
+        for share, truth, answer in worst
+    ]
+
+
+NO_DIFFERENTIAL_PRIVACY = (
+    "Weights are not anonymous. No differential privacy was applied, and attacks that ask whether an image "
+    "was among the training images, or that try to bring one back, were not tried: nothing rules them out."
+)
+OWN_NUMBERS = (
+    "This card gives numbers of images and patients, those below five as '<5', and figures from which more "
+    "may be reckoned: it belongs to the hospital's registry. It is not among the files that go to other "
+    "hospitals (bundle.json, weights.safetensors, mask.json)."
+)
+
+
+def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
+    shown = (", ".join(known) or "none") if masked else "not probed here"
+    return (
+        "Whoever holds the bundle can find out which classes the hospital trained on, without an image, by "
+        f"noise alone, from about five images of a class upwards; the mask says: {shown}. It does not say "
+        "how many images there were, nor how good the teacher is.",
+        NO_DIFFERENTIAL_PRIVACY,
+        OWN_NUMBERS,
+    )
+
+
+def _student_privacy(query: QueryOutputs) -> tuple[str, ...]:
+    teachers = query.plan.relevant
+    method = query.evaluation.method
+    if not teachers:
+        holds = "It holds no other hospital's network."
+    elif method == "routed":
+        holds = f"It holds whole copies of the teachers of {', '.join(teachers)}."
+    else:
+        holds = f"Its weights hold, or were made from, parts of the teachers of {', '.join(teachers)}."
+    return (
+        f"{holds} Whoever is given this student is given what those show of their hospitals: which classes "
+        "each trained on, and whatever else can be drawn from weights.",
+        "bundle.json names the classes that the hospital has, and those that it asked for.",
+        NO_DIFFERENTIAL_PRIVACY,
+        OWN_NUMBERS,
+    )
+
+
+# --- cards ------------------------------------------------------------------------------------------
+
+
+def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
+    """The card of a site's teacher; figures are those on its validation images, without intervals.
+
+    Raises:
+        ValueError: there is no teacher here.
+    """
+    card = site.card
+    if card is None:
+        raise ValueError(f"no teacher of {site.name}")
+    known = tuple(card.classes) if site.mask is None else tuple(c for c in card.classes if site.mask.knows(c))
+    figures: list[Figure] = []
+    if site.metrics is not None:
+        if site.metrics.balanced_accuracy is not None:
+            figures.append(
+                Figure(name="balanced accuracy", after=Estimate(value=site.metrics.balanced_accuracy))
+            )
+        figures += [
+            Figure(name="recall", class_name=c, after=Estimate(value=v))
+            for c, v in site.metrics.recall.items()
+        ]
+    failures = _low_recall(figures)
+    validation = {} if site.manifest is None else site.manifest.counts.get("val", {})
+    failures += [
+        Failure(
+            kind="few-test-images",
+            classes=(c,),
+            threshold=params.gate.query_images,
+            text=f"{shown_count(n)} validation images of {c}: its figure says little.",
+        )
+        for c, n in validation.items()
+        if n < params.gate.query_images
+    ]
+    failures.append(
+        Failure(
+            kind="not-tested",
+            text="Figures are those on validation images, by which the epoch was chosen: they flatter. "
+            "Neither calibration nor intervals were measured, and the gate does not judge teachers.",
+        )
+    )
+    return ModelCard(
+        name=f"teacher.{site.name}",
+        kind="teacher",
+        site=site.name,
+        query=None,
+        intended_use=INTENDED.format(what="to teach other hospitals' students", site=site.name),
+        not_intended=NOT_INTENDED,
+        answers_for=known,
+        asked=(),
+        data=_data(site.manifest),
+        tested=None
+        if site.metrics is None
+        else Tested(
+            on="validation images of the hospital's own patients",
+            sites=(site.name,),
+            images={c: shown_count(n) for c, n in validation.items()},
+            confidence=None,
+        ),
+        method=MethodFacts(
+            name="teacher",
+            words=METHODS["teacher"],
+            network=card.network,
+            settings=_settings({**params.train.model_dump(mode="json"), **card.training}),
+            input=card.input,
+            bytes=card.weights.bytes,
+            passes_per_prediction=1,
+        ),
+        figures=tuple(figures),
+        gain_p=None,
+        calibration=None,
+        gate="not judged",
+        known_failures=tuple(failures),
+        privacy=_teacher_privacy(known, site.mask is not None),
+        provenance=Provenance(
+            bundle=str(site.card_digest),
+            weights=card.weights.sha256,
+            data=site.data_digest,
+            teachers={},
+            parameters=digest_bytes(
+                to_json(
+                    {
+                        "seed": params.seed,
+                        "train": params.train.model_dump(mode="json"),
+                        "mask": params.mask.model_dump(mode="json"),
+                    }
+                ).encode()
+            ),
+            evaluation=None,
+            trained_with=_trained_with(card),
+            described_with=__version__,
+        ),
+    )
+
+
+def _student_figures(query: QueryOutputs) -> list[Figure]:
+    e = query.evaluation
+    pairs = [
+        ("balanced accuracy", "balanced_accuracy", _estimate(e.gain)),
+        ("query accuracy", "query_accuracy", _estimate(e.query_gain)),
+        ("retained accuracy", "retained_accuracy", _estimate(e.forgetting, negated=True)),
+        ("AUROC, query against the rest", "auroc", None),
+    ]
+    figures = [
+        Figure(
+            name=name,
+            before=_estimate(getattr(e.before, attribute)),
+            after=_estimate(getattr(e.after, attribute)),
+            change=change,
+        )
+        for name, attribute, change in pairs
+    ]
+    for name, attribute in (
+        ("recall", "recall"),
+        ("precision", "precision"),
+        ("AUROC", "class_auroc"),
+        ("AUPRC", "class_auprc"),
+    ):
+        before, after = getattr(e.before, attribute), getattr(e.after, attribute)
+        figures += [
+            Figure(
+                name=name,
+                class_name=c,
+                before=_estimate(before.get(c)),
+                after=_estimate(after.get(c)),
+                change=_estimate(e.class_forgetting.get(c), negated=True) if name == "recall" else None,
+            )
+            for c in e.relevant
+        ]
+    return figures
+
+
+def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Figure]) -> list[Failure]:
+    e = query.evaluation
+    failures = [*_low_recall(figures), *_forgotten(figures, e.local)]
+    failures += _confused(e.relevant, e.after.confusion)
+    if e.gain.low <= 0:
+        failures.append(
+            Failure(
+                kind="no-gain",
+                figure=e.gain.low,
+                threshold=0.0,
+                text="Chance can explain the gain in balanced accuracy."
+                if e.gain.high > 0
+                else "Balanced accuracy is lower than that of the hospital's own model.",
+            )
+        )
+    failures += [
+        Failure(
+            kind="few-test-images",
+            classes=(c,),
+            threshold=params.gate.query_images,
+            text=f"{shown_count(e.test_images.get(c, 0))} test images of {c}: its figures say little.",
+        )
+        for c in e.relevant
+        if e.test_images.get(c, 0) < params.gate.query_images
+    ]
+    if query.verdict is None:
+        failures.append(Failure(kind="not-judged", text="The gate has not judged this answer."))
+        return failures
+    for rule in query.verdict.rules:
+        if not rule.passed:
+            whole = rule.rule == "query_images"
+            figure = "none"
+            if rule.figure is not None:
+                figure = shown_count(int(rule.figure)) if whole else f"{rule.figure:.3f}"
+            failures.append(
+                Failure(
+                    kind="gate",
+                    figure=None if whole else rule.figure,
+                    threshold=rule.threshold,
+                    text=f"Gate rule {rule.rule} is not met: {rule.meaning}, {figure}, "
+                    f"{rule.bound} {rule.threshold:g} wanted.",
+                )
+            )
+    return failures
+
+
+def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
+    """The card of an answered query's student."""
+    e, card, params, second = query.evaluation, query.card, outputs.params, query.phases.phase2
+    site = outputs.site(e.hospital)
+    figures = _student_figures(query)
+    relevant = [t for t in query.plan.teachers if t.relevant]
+    return ModelCard(
+        name=f"student.{e.hospital}.{e.query}",
+        kind="student",
+        site=e.hospital,
+        query=e.query,
+        intended_use=INTENDED.format(what=f"to recognise {', '.join(e.classes)} too", site=e.hospital),
+        not_intended=NOT_INTENDED,
+        answers_for=e.relevant,
+        asked=e.classes,
+        data=_data(None if site is None else site.manifest),
+        tested=Tested(
+            on="test images of patients that no model was trained on. Where they are another hospital's, "
+            "stain or scanner may help to tell the query apart: read the figures as an upper bound",
+            sites=e.test_sites,
+            images={c: shown_count(n) for c, n in e.test_images.items()},
+            confidence=params.evaluate.confidence,
+        ),
+        method=MethodFacts(
+            name=e.method,
+            words=METHODS[e.method],
+            network=card.network,
+            settings=_settings({**params.transfer.model_dump(mode="json"), **card.training}),
+            teachers=tuple(
+                Source(site=t.site, digest=t.digest, teaches=t.teaches, reason=t.reason) for t in relevant
+            ),
+            input=card.input,
+            bytes=card.weights.bytes,
+            passes_per_prediction=e.passes_per_prediction,
+        ),
+        figures=tuple(figures),
+        gain_p=e.gain_p,
+        calibration=Calibration(
+            ece_before=e.before.ece,
+            ece=e.after.ece,
+            budget=second.budget,
+            given_away=second.given_away,
+            calibration_images=shown_count(second.calibration_images),
+            offsets=second.offsets,
+        ),
+        gate="not judged" if query.verdict is None else "passed" if query.verdict.passed else "failed",
+        known_failures=tuple(_student_failures(query, params, figures)),
+        privacy=_student_privacy(query),
+        provenance=Provenance(
+            bundle=query.card_digest,
+            weights=card.weights.sha256,
+            data=None if site is None else site.data_digest,
+            teachers={t.site: t.digest for t in relevant},
+            parameters=outputs.params_digest,
+            evaluation=digest_file(query.evaluation_file),
+            trained_with=_trained_with(card),
+            described_with=__version__,
+        ),
+    )
+
+
+# --- for people -------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    """Names from elsewhere, so that they are text in Markdown and in the HTML that is made of it."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{c}" if c in r"\`*_[]|#" else c for c in escaped)
+
+
+def _shown(estimate: Estimate | None, *, change: bool = False) -> str:
+    from qkt_clinical.report.charts import percent, percents, points
+
+    if estimate is None:
+        return "–"
+    if change:
+        text = points(estimate.value)
+        spread = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
+        return text if spread is None else f"{text} ({points(spread[0])} to {points(spread[1])})"
+    text = percent(estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({percents(estimate.low, estimate.high)})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _figure_table(figures: Sequence[Figure]) -> list[str]:
+    rows = [
+        [
+            _plain(f.name if f.class_name is None else f"{f.name}, {f.class_name}"),
+            _shown(f.before),
+            _shown(f.after),
+            _shown(f.change, change=True),
+        ]
+        for f in figures
+    ]
+    return _table(("figure", "before", "after", "change in points"), rows)
+
+
+def _items(texts: Sequence[str], none: str) -> list[str]:
+    return [*(f"- {_plain(text)}" for text in texts or (none,)), ""]
+
+
+def to_summary(card: ModelCard) -> str:
+    """The card in a few lines of Markdown, for the description of a registered version."""
+    head = [figure for figure in card.figures if figure.class_name is None]
+    recall = [
+        f for f in card.figures if f.name == "recall" and (f.class_name in card.asked or not card.asked)
+    ]
+    asked = f" Asked for: {', '.join(card.asked)}." if card.asked else ""
+    teachers = ", ".join(t.site for t in card.method.teachers)
+    lines = [
+        f"**{_plain(card.name)}**: {_plain(card.method.name)} of {_plain(card.site)}."
+        f"{_plain(asked)} Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
+        + (f" Teachers: {_plain(teachers)}." if teachers else ""),
+        "",
+        "Not for diagnosis. Gate: " + card.gate + ".",
+        "",
+        *_figure_table([*head, *recall][:20]),
+        "Known failures:",
+        "",
+        *_items([f.text for f in card.known_failures[:12]], "none found by rule"),
+    ]
+    if card.calibration is not None:
+        c = card.calibration
+        lines += [
+            f"Calibration error {c.ece:.3f} (before {c.ece_before:.3f}); given away "
+            f"{100 * c.given_away:.1f}% of a budget of {100 * c.budget:.1f}%.",
+            "",
+        ]
+    lines.append(f"Bundle `{card.provenance.bundle}`, data `{card.provenance.data or 'not here'}`.")
+    return "\n".join(lines) + "\n"
+
+
+def _data_lines(card: ModelCard) -> list[str]:
+    lines = []
+    if card.data is None:
+        lines += [f"The data of {_plain(card.site)} is not here.", ""]
+    else:
+        d = card.data
+        lines += [
+            f"{_plain(d.site)}, source {d.source_kind}. Images, in brackets patients:",
+            "",
+        ]
+        names = sorted({c for found in d.images.values() for c in found})
+        rows = [
+            [f"{s} ({d.patients.get(s, '0')})", *(d.images[s].get(c, "0") for c in names)] for s in d.images
+        ]
+        lines += _table(["split", *map(_plain, names)], rows)
+    if card.tested is not None:
+        t = card.tested
+        lines += [f"Tested on {t.on}. Hospitals: {_plain(', '.join(t.sites)) or 'not known'}.", ""]
+        lines += _table(("class", "images"), [[_plain(c), n] for c, n in t.images.items()])
+    return lines
+
+
+def to_markdown(card: ModelCard) -> str:
+    """The whole card, readable."""
+    from qkt_clinical.report.charts import size
+
+    m, p = card.method, card.provenance
+    kind = "Teacher" if card.kind == "teacher" else "Student"
+    lines = [
+        f"# {kind} {_plain(card.name)}",
+        "",
+        "## Use",
+        "",
+        _plain(card.intended_use),
+        "",
+        f"**{_plain(card.not_intended)}**",
+        "",
+        f"Answers for: {_plain(', '.join(card.answers_for)) or 'no class'}.",
+        "",
+        "## Known failures",
+        "",
+        *_items([f.text for f in card.known_failures], "none found by rule"),
+        "## Figures",
+        "",
+    ]
+    if card.tested is not None and card.tested.confidence is not None:
+        lines += [f"In brackets {100 * card.tested.confidence:g}% intervals over patients.", ""]
+    lines += _figure_table(card.figures)
+    if card.gain_p is not None:
+        lines += [f"Paired test of the gain in balanced accuracy: p = {card.gain_p:.3g}.", ""]
+    lines += [f"Gate: {card.gate}.", ""]
+    if card.calibration is not None:
+        c = card.calibration
+        lines += [
+            "## Calibration and operating point",
+            "",
+            f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. On {c.calibration_images} "
+            f"calibration images {100 * c.given_away:.1f}% were given away to the query, of a budget of "
+            f"{100 * c.budget:.1f}%.",
+            "",
+            *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
+        ]
+    lines += ["## Data", "", *_data_lines(card)]
+    shape = "x".join(map(str, m.input.shape))
+    lines += [
+        "## Method",
+        "",
+        f"{_plain(m.words)} Network {m.network.name}, {size(m.bytes)}, input {shape} "
+        f"({m.input.normalisation}), {m.passes_per_prediction} passes per prediction. "
+        f"Request: {m.request}. Answer: {m.response}.",
+        "",
+        *_table(("teacher", "why"), [[_plain(t.site), _plain(t.reason)] for t in m.teachers]),
+        *_table(("setting", "value"), [[_plain(k), _plain(str(v))] for k, v in sorted(m.settings.items())]),
+        "## Privacy",
+        "",
+        *_items(card.privacy, "nothing is known"),
+        "## Provenance",
+        "",
+    ]
+    digests = {
+        "bundle": p.bundle,
+        "weights": p.weights,
+        "data": p.data or "not here",
+        **{f"teacher {name}": digest for name, digest in p.teachers.items()},
+        "parameters": p.parameters,
+        "evaluation": p.evaluation or "none",
+        "trained with qkt-clinical": p.trained_with or "not known",
+        "described with qkt-clinical": p.described_with,
+    }
+    lines += _table(("what", "SHA-256 or version"), [[_plain(k), _plain(v)] for k, v in digests.items()])
+    return "\n".join(lines).rstrip("\n") + "\n"

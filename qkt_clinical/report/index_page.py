@@ -1,0 +1,146 @@
+"""``reports/index.html``: the federation, its hospitals and queries, what was gained and what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qkt_clinical import __version__
+from qkt_clinical.catalog import SPLITS
+from qkt_clinical.model_card import teacher_model_card
+from qkt_clinical.report import charts
+from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs, SiteOutputs
+from qkt_clinical.report.page import environment, gain_bars
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A teacher's mask for one class. ``truth`` is None where the site's data is not here."""
+
+    score: str
+    known: bool
+    truth: bool | None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One query in the map of gains, in the column of a class that it asked for."""
+
+    query: QueryOutputs
+    recall: float | None
+    """Of that class, after less before; None where it has no test image."""
+    balanced: Interval
+    """Gain in balanced accuracy of the whole query."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether either figure fell."""
+        return self.balanced.value < 0 or (self.recall is not None and self.recall < 0)
+
+    @property
+    def shade(self) -> int:
+        """Strength of the cell's colour, 0 to 100: of the larger gain or, where one was lost, of the loss."""
+        figures = [self.balanced.value, *([] if self.recall is None else [self.recall])]
+        return round(100 * min(1.0, abs(min(figures) if self.lost else max(figures))))
+
+
+def _cells(site: SiteOutputs) -> list[Cell] | None:
+    """One cell per class; None where the site has no mask."""
+    if site.mask is None:
+        return None
+    train = site.manifest.counts["train"] if site.manifest else None
+    return [
+        Cell(
+            score=f"{score:.2f}" if score >= 0.005 else "0.00",
+            known=known,
+            truth=None if train is None else train.get(name, 0) > 0,
+        )
+        for name, score, known in zip(site.mask.classes, site.mask.scores, site.mask.known, strict=True)
+    ]
+
+
+def gain_map(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[list[Answered]]]]]:
+    """Asked classes, and per asking hospital the answers to each of them, in the order of their names."""
+    asked = {name for q in outputs.queries for name in q.evaluation.classes}
+    columns = [name for name in outputs.params.classes if name in asked]
+
+    def answered(query: QueryOutputs, name: str) -> Answered:
+        before, after = (s.recall.get(name) for s in (query.evaluation.before, query.evaluation.after))
+        change = None if before is None or after is None else after.value - before.value
+        return Answered(query, change, query.evaluation.gain)
+
+    rows = [
+        (
+            hospital,
+            [
+                [
+                    answered(q, name)
+                    for q in outputs.queries
+                    if q.evaluation.hospital == hospital and name in q.evaluation.classes
+                ]
+                for name in columns
+            ],
+        )
+        for hospital in sorted({q.evaluation.hospital for q in outputs.queries})
+    ]
+    return columns, rows
+
+
+def _summary(outputs: Outputs) -> dict[str, Any]:
+    evaluations = [q.evaluation for q in outputs.queries]
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {
+        "answered": len(evaluations),
+        "asked": len(evaluations) + len(outputs.unanswered),
+        "gain": mean([e.gain.value for e in evaluations]),
+        "before": mean([e.before.balanced_accuracy.value for e in evaluations]),
+        "after": mean([e.after.balanced_accuracy.value for e in evaluations]),
+        "query_before": mean([e.before.query_accuracy.value for e in evaluations]),
+        "query_after": mean([e.after.query_accuracy.value for e in evaluations]),
+        "query_gain": mean([e.query_gain.value for e in evaluations]),
+        "forgetting": mean([e.forgetting.value for e in evaluations]),
+        "worse": sum(e.gain.value < 0 for e in evaluations),
+        "unsure": sum(e.gain.low <= 0 <= e.gain.high for e in evaluations),
+        "passed": sum(q.verdict is not None and q.verdict.passed for q in outputs.queries),
+        "bytes": sum(e.bytes_moved for e in evaluations),
+    }
+
+
+def _site_view(site: SiteOutputs, outputs: Outputs) -> dict[str, Any]:
+    curves = (
+        charts.line_chart("Training loss", site.curves, ["loss"]),
+        charts.line_chart("Score on validation images", site.curves, ["score"]),
+    )
+    return {
+        "site": site,
+        "cells": _cells(site),
+        "charts": [c for c in curves if c],
+        "card": None if site.card is None else teacher_model_card(site, outputs.params),
+        "rows": []
+        if site.manifest is None
+        else [(c, [site.manifest.counts[s].get(c, 0) for s in SPLITS]) for c in site.manifest.classes],
+    }
+
+
+def render_index(outputs: Outputs) -> str:
+    """The whole page. Same outputs, same text."""
+    columns, rows = gain_map(outputs)
+    return (
+        environment()
+        .get_template("index.html")
+        .render(
+            version=__version__,
+            outputs=outputs,
+            params=outputs.params,
+            confidence=f"{100 * outputs.params.evaluate.confidence:g}%",
+            splits=SPLITS,
+            summary=_summary(outputs),
+            gains=gain_bars(outputs),
+            map_columns=columns,
+            map_rows=rows,
+            sites=[_site_view(site, outputs) for site in outputs.sites],
+        )
+    )

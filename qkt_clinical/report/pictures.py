@@ -1,0 +1,103 @@
+"""Pictures of test images on which two models differ, of hospitals that consent. Reads prepared arrays."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.config import Workspace
+from qkt_clinical.data import load_prepared
+from qkt_clinical.errors import OutputsError
+from qkt_clinical.report.outputs import Flip, Outputs, QueryOutputs
+
+MOST = 12
+"""Pictures of one direction at most."""
+SIDE = 96
+"""Pixels of a picture's longer side at most."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image as PNG in base64, its class, and what both models said."""
+
+    png: str
+    site: str
+    actual: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """All cases of one direction, as a number, and the pictures of some."""
+
+    cases: int
+    pictures: tuple[Picture, ...]
+
+
+def choose(flips: Sequence[Flip], most: int = MOST) -> list[Flip]:
+    """At most so many, of every class and site in turn, in the order given within these."""
+    kinds = sorted({(flip.actual, flip.site) for flip in flips})
+    rows = [[flip for flip in flips if (flip.actual, flip.site) == kind] for kind in kinds]
+    turns = chain.from_iterable(zip_longest(*rows))
+    return [flip for flip in turns if flip is not None][:most]
+
+
+def png(image: NDArray[Any]) -> str:
+    """A prepared image (C, H, W) as PNG in base64, the middle slice of a volume (C, D, H, W).
+
+    Bytes are shown as they are, other values from the image's least to its greatest. The longer side is
+    brought to ``SIDE`` at most.
+    """
+    from PIL import Image
+
+    plane = image if image.ndim == 3 else image[:, image.shape[1] // 2]
+    if plane.dtype != np.uint8:
+        low, high = float(plane.min()), float(plane.max())
+        plane = np.round(255 * (plane.astype(np.float64) - low) / ((high - low) or 1.0)).astype(np.uint8)
+    pixels = np.ascontiguousarray(np.moveaxis(plane, 0, -1) if len(plane) == 3 else plane[0])
+    drawn = Image.fromarray(pixels)
+    if max(drawn.size) > SIDE:
+        drawn.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    drawn.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[bool, Flipped]:
+    """Cases that the answer gained (True) and lost (False), with pictures of hospitals that consent.
+
+    Raises:
+        OutputsError: the evaluation names an image that is not there.
+        PreparedError: a prepared site cannot be read.
+    """
+    consent = {site.name for site in outputs.sites if site.pictures and site.manifest is not None}
+    found = {}
+    for gained in (True, False):
+        flips = [flip for flip in query.evaluation.flips if flip.gained == gained]
+        shown = choose([flip for flip in flips if flip.site in consent])
+        sites = {s: load_prepared(Workspace(root).prepared(s)) for s in sorted({f.site for f in shown})}
+        for flip in shown:
+            if not 0 <= flip.index < len(sites[flip.site].images):
+                raise OutputsError(
+                    f"image {flip.index} of {flip.site}, which has {len(sites[flip.site].images)}",
+                    remedy="Run 'dvc repro' to make it again.",
+                    file=query.evaluation_file,
+                    site=query.evaluation.hospital,
+                )
+        found[gained] = Flipped(
+            len(flips),
+            tuple(
+                Picture(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
+                for f in shown
+            ),
+        )
+    return found

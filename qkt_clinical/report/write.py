@@ -1,0 +1,33 @@
+"""Writes the report's pages into a workspace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.files import new_folder, write_text
+from qkt_clinical.report.index_page import render_index
+from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.report.pictures import flipped_cases
+from qkt_clinical.report.query_page import render_query
+
+
+def write_report(root: Path, params: Params) -> Path:
+    """Write ``reports/index.html`` and ``reports/queries/<hospital>/<query>.html``; return the first's path.
+
+    Pages of queries that are no longer answered are gone afterwards.
+
+    Raises:
+        OutputsError, BundleError, PreparedError: see :func:`qkt_clinical.report.outputs.read_outputs` and
+            :func:`qkt_clinical.report.pictures.flipped_cases`.
+    """
+    reports = Workspace(root).reports
+    outputs = read_outputs(root, params)
+    index = render_index(outputs)
+    with new_folder(reports / "queries") as folder:
+        for query in outputs.queries:
+            page = folder / query.evaluation.hospital / f"{query.evaluation.query}.html"
+            write_text(page, render_query(outputs, query, flipped_cases(root, outputs, query)))
+    path = reports / "index.html"
+    write_text(path, index)
+    return path

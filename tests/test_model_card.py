@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.files import digest_file, to_json, write_json
+from qkt_clinical.model_card import (
+    METHODS,
+    Estimate,
+    ModelCard,
+    _confused,
+    _plain,
+    student_model_card,
+    teacher_model_card,
+    to_markdown,
+    to_summary,
+)
+from qkt_clinical.report.outputs import Outputs, read_outputs
+from tests.sample_run import asked_class, sample_params, write_sample_run
+
+PARAMS = sample_params()
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+    """Three hospitals; the second one's answer ends worse than its own model."""
+    root = tmp_path_factory.mktemp("cards")
+    write_sample_run(root, PARAMS, loss_at=1)
+    return read_outputs(root, PARAMS)
+
+
+def student(outputs: Outputs, index: int) -> ModelCard:
+    return student_model_card(outputs.queries[index], outputs)
+
+
+def kinds(card: ModelCard) -> dict[str, list[tuple[str, ...]]]:
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for failure in card.known_failures:
+        found.setdefault(failure.kind, []).append(failure.classes)
+    return found
+
+
+def changed(tmp_path: Path, **evaluation: Any) -> Outputs:
+    write_sample_run(tmp_path, PARAMS)
+    path = Workspace(tmp_path).reports / "evaluation" / "h0" / "q0.json"
+    write_json(path, {**json.loads(path.read_text()), **evaluation})
+    return read_outputs(tmp_path, PARAMS)
+
+
+def test_a_card_is_the_same_each_time_and_reads_back(outputs: Outputs) -> None:
+    cards = [student(outputs, i) for i in range(3)] + [teacher_model_card(s, PARAMS) for s in outputs.sites]
+    for card in cards:
+        text = to_json(card.model_dump(mode="json"))
+        assert ModelCard.model_validate_json(text) == card
+    assert student(outputs, 0) == student(outputs, 0)
+    assert [c.name for c in cards] == [
+        *(f"student.h{i}.q{i}" for i in range(3)),
+        *(f"teacher.h{i}" for i in range(3)),
+    ]
+
+
+def test_few_images_are_not_counted_out(outputs: Outputs) -> None:
+    card = student(outputs, 0)
+    local = PARAMS.classes[:3]
+    assert card.data is not None
+    assert card.data.images["train"] == {local[0]: "135", local[1]: "132", local[2]: "<5"}
+    assert card.data.patients == {"train": "40", "calibration": "11", "val": "<5", "test": "14"}
+    assert card.tested is not None
+    assert card.tested.images == {**dict.fromkeys(local, "50"), asked_class(PARAMS, 0): "<5"}
+    few = [f for f in card.known_failures if f.kind == "few-test-images"]
+    assert [f.text for f in few] == [f"<5 test images of {asked_class(PARAMS, 0)}: its figures say little."]
+    (rule,) = [f for f in card.known_failures if f.kind == "gate" and "query_images" in f.text]
+    assert rule.figure is None
+    assert "query_images is not met: test images of every class asked for, <5, at least 20" in rule.text
+
+
+def test_the_gates_unmet_rules_are_failures(outputs: Outputs) -> None:
+    verdict = outputs.queries[1].verdict
+    assert verdict is not None
+    card = student(outputs, 1)
+    assert card.gate == "failed"
+    unmet = [r.rule for r in verdict.rules if not r.passed]
+    assert len(unmet) >= 2
+    assert len(kinds(card)["gate"]) == len(unmet)
+
+
+def test_a_loss_is_told_as_plainly_as_a_gain(outputs: Outputs) -> None:
+    """Before 0.96 and 0.90 after for the hospital's own classes; the class asked for is recalled at 0.05."""
+    card, asked = student(outputs, 1), asked_class(PARAMS, 1)
+    local = outputs.queries[1].evaluation.local
+    found = kinds(card)
+    assert found["low-recall"] == [(asked,)]
+    assert found["forgotten"] == [(c,) for c in outputs.queries[1].evaluation.relevant if c in local]
+    (low,) = [f for f in card.known_failures if f.kind == "low-recall"]
+    assert low.text == f"95% of the images of {asked} are missed."
+    lost = next(f for f in card.known_failures if f.kind == "forgotten")
+    assert lost.figure == pytest.approx(0.06)
+    assert "by 6.0 points" in lost.text
+    assert "Chance" not in lost.text  # 0.06 with 0.04 to each side
+    recall = next(f for f in card.figures if f.name == "recall" and f.class_name == local[0])
+    assert recall.change == Estimate(value=-0.06, low=-0.1, high=-0.02)
+
+
+def test_a_good_answer_has_no_such_failures(outputs: Outputs) -> None:
+    found = kinds(student(outputs, 0))
+    assert {"low-recall", "forgotten", "no-gain", "not-judged"} & set(found) == set()
+
+
+def test_a_loss_that_chance_can_explain_is_said_to_be_one(tmp_path: Path) -> None:
+    first = PARAMS.classes[0]
+    loss = {first: {"value": 0.08, "low": -0.02, "high": 0.2}}
+    card = student(changed(tmp_path, class_forgetting=loss), 0)
+    (lost,) = [f for f in card.known_failures if f.kind == "forgotten"]
+    assert lost.text.endswith("by 8.0 points. Chance can explain it.")
+
+
+@pytest.mark.parametrize(
+    ("gain", "text"),
+    [
+        ({"value": 0.02, "low": -0.01, "high": 0.05}, "Chance can explain the gain in balanced accuracy."),
+        (
+            {"value": -0.2, "low": -0.3, "high": -0.1},
+            "Balanced accuracy is lower than that of the hospital's own model.",
+        ),
+    ],
+)
+def test_no_gain(tmp_path: Path, gain: dict[str, float], text: str) -> None:
+    card = student(changed(tmp_path, gain=gain), 0)
+    assert [f.text for f in card.known_failures if f.kind == "no-gain"] == [text]
+
+
+def test_the_most_confused_pairs() -> None:
+    found = _confused(["a", "b", "c"], [[80, 15, 5], [10, 40, 0], [2, 2, 0]])
+    assert [(f.classes, f.figure) for f in found] == [
+        (("b", "a"), 0.2),
+        (("a", "b"), 0.15),
+        (("a", "c"), 0.05),
+    ], "of c there are four images: nothing is said"
+    assert found[0].text == "20% of the images of b are taken for a."
+
+
+def test_an_answer_that_was_not_judged_says_so(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, PARAMS)
+    (Workspace(tmp_path).reports / "gate" / "h0" / "q0.json").unlink()
+    card = student(read_outputs(tmp_path, PARAMS), 0)
+    assert card.gate == "not judged"
+    assert kinds(card)["not-judged"] == [()]
+
+
+def test_a_teachers_card(outputs: Outputs) -> None:
+    card = teacher_model_card(outputs.sites[0], PARAMS)
+    recall = {f.class_name: f.after.value for f in card.figures if f.name == "recall" and f.after}
+    assert recall == dict(zip(PARAMS.classes[:3], (0.9, 0.95, 0.9625), strict=True))
+    assert all(f.before is None and f.change is None for f in card.figures)
+    assert card.answers_for == PARAMS.classes[:3]
+    assert card.calibration is None
+    assert "not-tested" in kinds(card)
+    assert kinds(card)["few-test-images"] == [(PARAMS.classes[2],)]
+    assert ", ".join(PARAMS.classes[:3]) in card.privacy[0]
+
+
+def test_digests_of_everything_it_was_made_from(outputs: Outputs) -> None:
+    query = outputs.queries[0]
+    p = student(outputs, 0).provenance
+    assert p.bundle == digest_file(query.student / "bundle.json")
+    assert p.weights == digest_file(query.student / "weights.safetensors")
+    assert p.evaluation == digest_file(query.evaluation_file)
+    assert p.data == outputs.sites[0].data_digest
+    assert p.parameters == outputs.params_digest
+    assert set(p.teachers) == set(query.plan.relevant)
+
+
+def test_a_student_says_whose_networks_it_holds(outputs: Outputs) -> None:
+    assert "whole copies of the teachers of h0, h1" in student(outputs, 2).privacy[0]
+    assert "parts of the teachers of h1" in student(outputs, 0).privacy[0]
+
+
+def test_a_hospital_whose_data_is_not_here(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, PARAMS)
+    (Workspace(tmp_path).prepared("h0") / "manifest.json").unlink()
+    outputs = read_outputs(tmp_path, PARAMS)
+    for card in (student(outputs, 0), teacher_model_card(outputs.sites[0], PARAMS)):
+        assert card.data is None
+        assert card.provenance.data is None
+        assert "The data of h0 is not here." in to_markdown(card)
+
+
+def test_every_method_has_its_words() -> None:
+    from qkt_clinical.catalog import METHODS as NAMES
+
+    assert set(METHODS) == {"teacher", *NAMES}
+
+
+def test_the_readable_card(outputs: Outputs) -> None:
+    for card in (student(outputs, 1), teacher_model_card(outputs.sites[0], PARAMS)):
+        text = to_markdown(card)
+        assert all(f"- {_plain(failure.text)}\n" in text for failure in card.known_failures)
+        for word in ("Not a medical device", "## Privacy", "## Provenance", card.provenance.weights):
+            assert word in text
+        summary = to_summary(card)
+        assert len(summary) < 5000
+        assert "Not for diagnosis" in summary
+        assert card.provenance.bundle in summary
+        for line in text.splitlines():
+            assert not line.startswith("|") or line.endswith(" |")
+    asked = asked_class(PARAMS, 0)
+    assert f"| recall, {asked} | 0.0% (0–4) | 80.0% (76–84) | +80.0 (+76.0 to +84.0) |" in to_markdown(student(outputs, 0))
+
+
+def test_names_from_elsewhere_stay_text(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>|[a](http://b)"
+    params: Params = sample_params(classes=[hostile, *PARAMS.classes[1:]])
+    write_sample_run(tmp_path, params)
+    outputs = read_outputs(tmp_path, params)
+    for text in (to_markdown(student(outputs, 0)), to_summary(student(outputs, 0))):
+        assert "<img" not in text
+        assert "[a](" not in text
