@@ -17,6 +17,9 @@ CARD, WEIGHTS, MASK = "bundle.json", "weights.safetensors", "mask.json"
 MAX_JSON_BYTES = 4_000_000
 REMEDY = "Ask the site that made it to send it again; nothing of it was used."
 
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+"""Axes along which an image is mirrored at prediction: the flips that training has seen."""
+
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, lt=1000)]
 
@@ -111,6 +114,11 @@ class Decision(Strict):
         if len(self.offsets) != len(self.query):
             raise ValueError("offsets do not match query")
         return self
+
+    @property
+    def passes(self) -> int:
+        """Passes of a network that one prediction takes."""
+        return (1 + len(self.experts)) * (len(MIRRORS) if self.flips else 1)
 
     @property
     def relevant(self) -> tuple[int, ...]:

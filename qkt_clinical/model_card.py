@@ -19,7 +19,13 @@ from qkt_clinical.data import SMALLEST_COUNT, Manifest, shown_count
 from qkt_clinical.files import digest_bytes, digest_file, to_json
 
 if TYPE_CHECKING:  # the report shows cards and is imported here only where it is called
-    from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs, SiteOutputs
+    from qkt_clinical.report.outputs import (
+        AnswerOutputs,
+        Interval,
+        Outputs,
+        QueryOutputs,
+        SiteOutputs,
+    )
 
 LOW_RECALL = 0.8
 """A class of which more than one image in five is missed is named among the known failures."""
@@ -121,9 +127,9 @@ class MethodFacts(Strict):
 class Calibration(Strict):
     """How far probabilities can be trusted, and the operating point."""
 
-    ece_before: float
-    ece: float
-    """Expected calibration error."""
+    ece_before: float | None
+    ece: float | None
+    """Expected calibration error; None where nobody has measured."""
     budget: float
     """Share of the hospital's own held-out images that may be given away to the query."""
     given_away: float
@@ -294,9 +300,9 @@ def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
     )
 
 
-def _student_privacy(query: QueryOutputs) -> tuple[str, ...]:
+def _student_privacy(query: AnswerOutputs) -> tuple[str, ...]:
     teachers = query.plan.relevant
-    method = query.evaluation.method
+    method = query.plan.method
     if not teachers:
         holds = "It holds no other hospital's network."
     elif method == "routed":
@@ -491,14 +497,94 @@ def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Fig
     return failures
 
 
+def _student_method(answer: AnswerOutputs, params: Params) -> MethodFacts:
+    card, plan = answer.card, answer.plan
+    return MethodFacts(
+        name=plan.method,
+        words=METHODS[plan.method],
+        network=card.network,
+        settings=_settings({**params.transfer.model_dump(mode="json"), **card.training}),
+        teachers=tuple(
+            Source(site=t.site, digest=t.digest, teaches=t.teaches, reason=t.reason)
+            for t in plan.teachers
+            if t.relevant
+        ),
+        input=card.input,
+        bytes=card.weights.bytes,
+        passes_per_prediction=1 if card.decision is None else card.decision.passes,
+    )
+
+
+def _parameters(params: Params) -> str:
+    """Digest of what bears on an answer; what other hospitals ask does not."""
+    used = params.model_dump(
+        mode="json", include={"seed", "classes", "train", "mask", "transfer", "evaluate"}
+    )
+    return digest_bytes(to_json(used).encode())
+
+
+def _student_provenance(
+    answer: AnswerOutputs, site: SiteOutputs | None, params: Params, evaluation: str | None
+) -> Provenance:
+    return Provenance(
+        bundle=answer.card_digest,
+        weights=answer.card.weights.sha256,
+        data=None if site is None else site.data_digest,
+        teachers={t.site: t.digest for t in answer.plan.teachers if t.relevant},
+        parameters=_parameters(params),
+        evaluation=evaluation,
+        trained_with=_trained_with(answer.card),
+        described_with=__version__,
+    )
+
+
+def unmeasured_model_card(answer: AnswerOutputs, outputs: Outputs) -> ModelCard:
+    """The card of a student that nobody has measured: it says so, and gives no figure but the budget's."""
+    plan, second = answer.plan, answer.phases.phase2
+    site = outputs.site(plan.hospital)
+    return ModelCard(
+        name=answer.model,
+        kind="student",
+        site=plan.hospital,
+        query=plan.query,
+        intended_use=INTENDED.format(what=f"to recognise {', '.join(plan.classes)} too", site=plan.hospital),
+        not_intended=NOT_INTENDED,
+        answers_for=tuple(c for c in answer.card.classes if c in {*plan.local, *plan.classes}),
+        asked=plan.classes,
+        data=_data(None if site is None else site.manifest),
+        tested=None,
+        method=_student_method(answer, outputs.params),
+        figures=(),
+        gain_p=None,
+        calibration=Calibration(
+            ece_before=None,
+            ece=None,
+            budget=second.budget,
+            given_away=second.given_away,
+            calibration_images=shown_count(second.calibration_images),
+            offsets=second.offsets,
+        ),
+        gate="not judged",
+        known_failures=(
+            Failure(
+                kind="not-tested",
+                text=f"The hospital has no test images of {', '.join(plan.classes)}: nobody has measured "
+                "how well they are recognised, nor what was forgotten.",
+            ),
+            Failure(kind="not-judged", text="The gate has not judged this answer."),
+        ),
+        privacy=_student_privacy(answer),
+        provenance=_student_provenance(answer, site, outputs.params, None),
+    )
+
+
 def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
     """The card of an answered query's student."""
-    e, card, params, second = query.evaluation, query.card, outputs.params, query.phases.phase2
+    e, params, second = query.evaluation, outputs.params, query.phases.phase2
     site = outputs.site(e.hospital)
     figures = _student_figures(query)
-    relevant = [t for t in query.plan.teachers if t.relevant]
     return ModelCard(
-        name=f"student.{e.hospital}.{e.query}",
+        name=query.model,
         kind="student",
         site=e.hospital,
         query=e.query,
@@ -514,18 +600,7 @@ def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
             images={c: shown_count(n) for c, n in e.test_images.items()},
             confidence=params.evaluate.confidence,
         ),
-        method=MethodFacts(
-            name=e.method,
-            words=METHODS[e.method],
-            network=card.network,
-            settings=_settings({**params.transfer.model_dump(mode="json"), **card.training}),
-            teachers=tuple(
-                Source(site=t.site, digest=t.digest, teaches=t.teaches, reason=t.reason) for t in relevant
-            ),
-            input=card.input,
-            bytes=card.weights.bytes,
-            passes_per_prediction=e.passes_per_prediction,
-        ),
+        method=_student_method(query, params),
         figures=tuple(figures),
         gain_p=e.gain_p,
         calibration=Calibration(
@@ -539,16 +614,7 @@ def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
         gate="not judged" if query.verdict is None else "passed" if query.verdict.passed else "failed",
         known_failures=tuple(_student_failures(query, params, figures)),
         privacy=_student_privacy(query),
-        provenance=Provenance(
-            bundle=query.card_digest,
-            weights=card.weights.sha256,
-            data=None if site is None else site.data_digest,
-            teachers={t.site: t.digest for t in relevant},
-            parameters=outputs.params_digest,
-            evaluation=digest_file(query.evaluation_file),
-            trained_with=_trained_with(card),
-            described_with=__version__,
-        ),
+        provenance=_student_provenance(query, site, params, digest_file(query.evaluation_file)),
     )
 
 
@@ -622,9 +688,9 @@ def to_summary(card: ModelCard) -> str:
     ]
     if card.calibration is not None:
         c = card.calibration
+        error = "" if c.ece is None else f"Calibration error {c.ece:.3f} (before {c.ece_before:.3f}). "
         lines += [
-            f"Calibration error {c.ece:.3f} (before {c.ece_before:.3f}); given away "
-            f"{100 * c.given_away:.1f}% of a budget of {100 * c.budget:.1f}%.",
+            f"{error}Given away {100 * c.given_away:.1f}% of a budget of {100 * c.budget:.1f}%.",
             "",
         ]
     lines.append(f"Bundle `{card.provenance.bundle}`, data `{card.provenance.data or 'not here'}`.")
@@ -687,8 +753,8 @@ def to_markdown(card: ModelCard) -> str:
         lines += [
             "## Calibration and operating point",
             "",
-            f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. On {c.calibration_images} "
-            f"calibration images {100 * c.given_away:.1f}% were given away to the query, of a budget of "
+            ("" if c.ece is None else f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. ")
+            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to the query, of a budget of "
             f"{100 * c.budget:.1f}%.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),

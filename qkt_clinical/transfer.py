@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from qkt_clinical.amalgam import amalgam, transplant, whole
 from qkt_clinical.augment import augment
 from qkt_clinical.bundle import Bundle
-from qkt_clinical.card import Decision
+from qkt_clinical.card import MIRRORS, Decision
 from qkt_clinical.catalog import Method
 from qkt_clinical.config import DistillationParams, TransferParams
 from qkt_clinical.data import Images, Labels
@@ -75,9 +75,6 @@ LIGHT_OWN_WEIGHT = 2.0
 MOST_TEACHERS = 64
 LAYER = "layer number"
 """Axis of a transplant's curves; no hospital can be called so."""
-MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
-"""Axes along which an image is mirrored at prediction: the flips that training has seen."""
-FLIPS = len(MIRRORS)
 
 
 @dataclass(frozen=True)

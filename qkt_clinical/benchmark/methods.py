@@ -28,6 +28,7 @@ from qkt_clinical.benchmark.settings import (
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.card import Decision
+from qkt_clinical.card import MIRRORS
 from qkt_clinical.networks import Classifier, multiply_adds
 from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
@@ -36,7 +37,6 @@ from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import (
-    FLIPS,
     LocalData,
     Teacher,
     answer_query,
@@ -250,7 +250,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)
     else:
         found = scores(case.inputs)
-    shape, views = case.inputs.shape[1:], FLIPS if answer.decision.flips else 1
+    shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
     own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
     held_out, decision = to_input(own.images), answer.decision
     if decision.rare:

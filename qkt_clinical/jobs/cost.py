@@ -9,12 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from qkt_clinical.amalgam import FEWEST, WORK
-from qkt_clinical.card import Card, NetworkSpec
+from qkt_clinical.card import MIRRORS, Card, NetworkSpec
 from qkt_clinical.catalog import Method
 from qkt_clinical.config import TransferParams
 from qkt_clinical.data import Manifest
 from qkt_clinical.networks import build, convolutions, multiply_adds
-from qkt_clinical.transfer import FLIPS
 
 PROBED = 64
 """Images of the probe."""
@@ -61,7 +60,7 @@ def expected_seconds(
     """
     shape = manifest.shape
     calibration = sum(manifest.counts["calibration"].values())
-    views = calibration * (FLIPS if method == "routed" and params.flips else 1)
+    views = calibration * (len(MIRRORS) if method == "routed" and params.flips else 1)
     rank = params.rank if method == "qkt" else params.light_rank
     total = 0.0
     for card in (own, *teachers):

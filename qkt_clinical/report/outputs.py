@@ -176,23 +176,18 @@ class SiteOutputs:
 
 
 @dataclass(frozen=True)
-class QueryOutputs:
-    """An answered query."""
+class AnswerOutputs:
+    """A student, which nobody need have measured yet."""
 
-    evaluation_file: Path
     student: Path
-    evaluation: Evaluation
     plan: Plan
     phases: Phases
     card: Card
-    verdict: Verdict | None
-    """None where the answer has not been judged."""
-    verdict_file: Path
 
     @property
     def name(self) -> str:
         """``<hospital>-<query>``."""
-        return f"{self.evaluation.hospital}-{self.evaluation.query}"
+        return f"{self.plan.hospital}-{self.plan.query}"
 
     @property
     def card_digest(self) -> str:
@@ -207,7 +202,18 @@ class QueryOutputs:
     @property
     def model(self) -> str:
         """Name in the registry."""
-        return f"student.{self.evaluation.hospital}.{self.evaluation.query}"
+        return f"student.{self.plan.hospital}.{self.plan.query}"
+
+
+@dataclass(frozen=True)
+class QueryOutputs(AnswerOutputs):
+    """An answered query with its figures."""
+
+    evaluation_file: Path
+    evaluation: Evaluation
+    verdict: Verdict | None
+    """None where the answer has not been judged."""
+    verdict_file: Path
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,8 @@ class Outputs:
     queries: tuple[QueryOutputs, ...]
     unanswered: tuple[str, ...]
     """``<hospital>-<query>`` of the queries in ``params.yaml`` that have no evaluation."""
+    unmeasured: tuple[AnswerOutputs, ...] = ()
+    """Students among them: who asked has no test images of the class, and nobody else has measured yet."""
 
     @property
     def params_digest(self) -> str:
@@ -272,6 +280,18 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
     )
 
 
+def _answer(workspace: Workspace, hospital: str, query: str) -> AnswerOutputs | None:
+    student = workspace.student(hospital, query)
+    if not (student / CARD).is_file():
+        return None
+    return AnswerOutputs(
+        student=student,
+        plan=_read(Plan, student / "plan.json", site=hospital),
+        phases=_read(Phases, student / "phases.json", site=hospital),
+        card=read_card(student),
+    )
+
+
 def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | None:
     path = workspace.reports / "evaluation" / hospital / f"{query}.json"
     if not path.is_file():
@@ -313,9 +333,10 @@ def read_outputs(root: Path, params: Params) -> Outputs:
     pairs = sorted({(ref.hospital, ref.query) for ref in params.queries.values()})
     found: Mapping[tuple[str, str], QueryOutputs | None] = {p: _query(workspace, *p) for p in pairs}
     queries = tuple(q for q in found.values() if q is not None)
-    if not queries and all(site.teacher is None for site in sites):
+    unmeasured = tuple(a for p, q in found.items() if q is None and (a := _answer(workspace, *p)) is not None)
+    if not queries and not unmeasured and all(site.teacher is None for site in sites):
         raise OutputsError(
             "neither a teacher nor an answered query", remedy="Run 'dvc repro' first.", file=workspace.reports
         )
     unanswered = tuple(f"{h}-{q}" for (h, q), value in found.items() if value is None)
-    return Outputs(params, sites, queries, unanswered)
+    return Outputs(params, sites, queries, unanswered, unmeasured)

@@ -28,7 +28,7 @@ from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
 from qkt_clinical.stages.transfer import read_plan
 from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import FLIPS, predict_scores
+from qkt_clinical.transfer import predict_scores
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
@@ -152,7 +152,7 @@ def evaluate_query(
         "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
         "test_sites": list(held.sites),
         "test_data": held.digest,
-        "passes_per_prediction": (1 + len(decision.experts)) * (FLIPS if decision.flips else 1),
+        "passes_per_prediction": decision.passes,
         "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,
     }
