@@ -27,8 +27,7 @@ from qkt_clinical.benchmark.settings import (
 )
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
-from qkt_clinical.card import Decision
-from qkt_clinical.card import MIRRORS
+from qkt_clinical.card import MIRRORS, Decision
 from qkt_clinical.networks import Classifier, multiply_adds
 from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from qkt_clinical.config import QueryRef, Workspace, load_params, load_query
+from qkt_clinical.errors import ConfigError, QktError, QueryError
+from qkt_clinical.files import sweep, write_json
+from qkt_clinical.jobs.new import new_query, tell_pipeline
+from qkt_clinical.jobs.state import Board, Busy, Job, asked
+from tests.four_hospitals import PARAMS, SITES, ask
+
+PIPELINE = """# The federation.
+seed: 0
+classes: [a, b, c, d] # in this order
+sites: [aster, birch, cedar, dahlia]
+
+# hospitals/<hospital>/queries/<query>.yaml
+queries:
+  aster-q: {hospital: aster, query: q}
+
+mask: # which classes
+  probes: 8
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for site in SITES:
+        folder = tmp_path / "hospitals" / site
+        folder.mkdir(parents=True)
+        (folder / "site.yaml").write_text("{}", encoding="utf-8")
+    ask(tmp_path, classes=["c"])
+    (tmp_path / "params.yaml").write_text(PIPELINE, encoding="utf-8")
+    return tmp_path
+
+
+# --- asking ---------------------------------------------------------------------------------------
+
+
+def test_a_new_query_is_a_file_that_reads_back(root: Path) -> None:
+    path = new_query(root, "birch", "cd", ["c", "d"], PARAMS, budget=0.02, exclude_teachers=["cedar"])
+    assert path == root / "hospitals" / "birch" / "queries" / "cd.yaml"
+    query = load_query(root, "birch", "cd")
+    assert (query.classes, query.method, query.budget) == (("c", "d"), "qkt", 0.02)
+    assert (query.max_teachers, query.exclude_teachers) == (None, ("cedar",))
+    assert "give away at most 2 % of what we classify today" in path.read_text(encoding="utf-8")
+
+
+def test_class_names_that_yaml_would_read_otherwise_stay_words(root: Path) -> None:
+    odd = ("no", "a: b", "1", "[x]", "näher, y", "#")
+    params = PARAMS.model_copy(update={"classes": odd})
+    new_query(root, "birch", "odd", odd, params)
+    assert load_query(root, "birch", "odd").classes == odd
+
+
+@pytest.mark.parametrize(
+    ("hospital", "name", "classes", "options", "what"),
+    [
+        ("aster", "q", ["c"], {}, "has a query 'q' already"),
+        ("astor", "x", ["c"], {}, "no hospital 'astor'"),
+        ("aster", "../x", ["c"], {}, "no query name"),
+        ("aster", "x", ["e"], {}, "e is no class of the federation"),
+        ("aster", "x", [], {}, "classes"),
+        ("aster", "x", ["c"], {"budget": 0.9}, "budget"),
+        ("aster", "x", ["c"], {"method": "magic"}, "method"),
+    ],
+)
+def test_what_cannot_be_asked(
+    root: Path, hospital: str, name: str, classes: list[str], options: dict[str, object], what: str
+) -> None:
+    with pytest.raises(QktError, match=what):
+        new_query(root, hospital, name, classes, PARAMS, **options)  # type: ignore[arg-type]
+    assert [p.name for p in (root / "hospitals").rglob("*.yaml") if p.parent.name == "queries"] == ["q.yaml"]
+
+
+def test_the_pipeline_is_told_once_and_by_one_line(root: Path) -> None:
+    assert not tell_pipeline(root, "aster", "q"), "it knows"
+    assert tell_pipeline(root, "birch", "new")
+    wanted = PIPELINE.replace("query: q}\n", "query: q}\n  birch-new: {hospital: birch, query: new}\n")
+    assert (root / "params.yaml").read_text(encoding="utf-8") == wanted
+    assert not tell_pipeline(root, "birch", "new")
+    assert sorted(p.name for p in root.iterdir()) == [".qkt", "hospitals", "params.yaml"]
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [
+        "queries: {}\n",
+        "queries: # none\n  aster-q: {hospital: aster, query: q}\n",
+        "queries:\n\n  aster-q:\n    hospital: aster\n    query: q\n",
+    ],
+)
+def test_the_pipeline_is_told_whatever_the_layout(root: Path, queries: str) -> None:
+    block = "queries:\n  aster-q: {hospital: aster, query: q}\n"
+    (root / "params.yaml").write_text(PIPELINE.replace(block, queries), encoding="utf-8")
+    before = load_params(root)
+    assert tell_pipeline(root, "birch", "new")
+    after = load_params(root)
+    assert after.queries == {**before.queries, "birch-new": QueryRef(hospital="birch", query="new")}
+    assert after.model_copy(update={"queries": before.queries}) == before
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    assert all(comment in text for comment in ("# The federation.", "# in this order", "# which classes"))
+
+
+def test_names_that_meet_get_keys_of_their_own(root: Path) -> None:
+    (root / "params.yaml").write_text(
+        PIPELINE.replace("sites: [aster,", "sites: [aster, a-b, a,"), encoding="utf-8"
+    )
+    assert tell_pipeline(root, "a-b", "c")
+    assert tell_pipeline(root, "a", "b-c")
+    assert set(load_params(root).queries) == {"aster-q", "a-b-c", "a-b-c-2"}
+
+
+def test_a_layout_that_cannot_take_a_line_is_left_alone(root: Path) -> None:
+    odd = PIPELINE.replace(
+        "queries:\n  aster-q: {hospital: aster, query: q}\n",
+        "queries: {aster-q: {hospital: aster, query: q}}\n",
+    )
+    (root / "params.yaml").write_text(odd, encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be added by itself"):
+        tell_pipeline(root, "birch", "new")
+    assert (root / "params.yaml").read_text(encoding="utf-8") == odd
+
+
+# --- what is known of jobs ------------------------------------------------------------------------
+
+
+def job(root: Path) -> Job:
+    return Board(root).read("aster", "q")
+
+
+def keep(root: Path, **changes: object) -> None:
+    board = Board(root)
+    known = Job(hospital="aster", query="q", asked=asked(load_query(root, "aster", "q")))
+    board.write(known.model_copy(update=changes))
+
+
+def test_a_query_waits_until_somebody_works_on_it(root: Path) -> None:
+    ask(root, "birch", "z", classes=["d"])
+    (root / "hospitals" / "birch" / "queries" / "Not A Name.yaml").write_text("{}", encoding="utf-8")
+    assert [(j.name, j.state) for j in Board(root).jobs()] == [("aster/q", "waiting"), ("birch/z", "waiting")]
+    assert [j.name for j in Board(root).jobs("birch")] == ["birch/z"]
+
+
+def test_what_the_pipeline_has_answered_is_answered(root: Path) -> None:
+    student = Workspace(root).student("aster", "q")
+    student.mkdir(parents=True)
+    said = load_query(root, "aster", "q").model_dump(mode="json")
+    write_json(student / "query.json", {"hospital": "aster", "query": "q", **said})
+    assert job(root).state == "answered"
+    ask(root, classes=["d"])
+    assert job(root).state == "waiting", "another question"
+    (student / "query.json").write_text("{", encoding="utf-8")
+    assert job(root).state == "waiting"
+
+
+def test_a_changed_file_is_another_question(root: Path) -> None:
+    keep(root, state="answered", version="3")
+    assert job(root).version == "3"
+    ask(root, classes=["c"], budget=0.1)
+    assert (job(root).state, job(root).version) == ("waiting", None)
+
+
+def test_one_process_at_a_time(root: Path) -> None:
+    board = Board(root)
+    busy = pytest.raises(Busy, match="another process works on this query")
+    with board.hold("aster", "q"), busy, Board(root).hold("aster", "q"):
+        pytest.fail("two of them")
+    with board.hold("aster", "q") as held:
+        assert held.state == "waiting"
+
+
+def _hold(root: Path, held: multiprocessing.synchronize.Event) -> None:
+    with Board(root).hold("aster", "q") as held_job:
+        Board(root).write(held_job.model_copy(update={"state": "running", "step": "transfer"}))
+        held.set()
+        time.sleep(60)
+
+
+@pytest.fixture
+def holder(root: Path) -> Iterator[int]:
+    """Another process that works on the job; its number."""
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(root, held))
+    process.start()
+    assert held.wait(60)
+    yield int(process.pid or 0)
+    process.kill()
+    process.join()
+
+
+def test_running_is_whose_process_lives_and_interrupted_whose_does_not(root: Path, holder: int) -> None:
+    assert (job(root).state, job(root).step) == ("running", "transfer")
+    os.kill(holder, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while job(root).state == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert job(root).state == "interrupted"
+    with Board(root).hold("aster", "q") as taken:
+        assert taken.state == "interrupted"
+
+
+def test_cancelling_a_running_job_asks_its_process(root: Path, holder: int) -> None:
+    board = Board(root)
+    assert board.cancel("aster", "q").state == "running"
+    assert board.is_cancelled("aster", "q")
+    board.clear_cancel("aster", "q")
+    assert not board.is_cancelled("aster", "q")
+
+
+def test_cancelling_what_waits_and_what_is_answered(root: Path) -> None:
+    assert Board(root).cancel("aster", "q").state == "cancelled"
+    assert job(root).state == "cancelled"
+    keep(root, state="answered")
+    with pytest.raises(QueryError, match="answered already"):
+        Board(root).cancel("aster", "q")
+
+
+def test_a_damaged_record_is_one_error(root: Path) -> None:
+    keep(root)
+    path = root / ".qkt" / "jobs" / "aster.q.json"
+    path.write_bytes(b"\xff{")
+    with pytest.raises(QueryError, match="the job's record cannot be read") as caught:
+        job(root)
+    assert caught.value.code == "job-damaged"
+
+
+def test_sweeping_takes_what_ended_processes_left(tmp_path: Path) -> None:
+    ended = multiprocessing.get_context("spawn").Process(target=print)
+    ended.start()
+    ended.join()
+    for name in (
+        f".q.{ended.pid}.part",
+        f".q.{ended.pid}.old",
+        f".q.{os.getpid()}.part",
+        ".q.x.part",
+        ".qq.1.part",
+    ):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path / "q")
+    assert {p.name for p in tmp_path.iterdir()} >= {f".q.{os.getpid()}.part", ".q.x.part", ".qq.1.part"}
+    assert not list(tmp_path.glob(f".q.{ended.pid}.*"))
