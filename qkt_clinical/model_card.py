@@ -754,8 +754,8 @@ def to_markdown(card: ModelCard) -> str:
             "## Calibration and operating point",
             "",
             ("" if c.ece is None else f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. ")
-            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to the query, of a budget of "
-            f"{100 * c.budget:.1f}%.",
+            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to the "
+            f"query, of a budget of {100 * c.budget:.1f}%.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from qkt_clinical.config import QueryRef, Workspace, load_params, load_query
 from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.files import sweep, write_json

@@ -1,0 +1,429 @@
+"""Query jobs with the real programs: a walk by commands alone, kills, two workers, damaged teachers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qkt_clinical.card import CARD, WEIGHTS
+from qkt_clinical.config import Params, Workspace, load_params
+from qkt_clinical.files import digest_file, digest_folder, write_json
+from qkt_clinical.ingest import ingest_site
+from qkt_clinical.phantom import phantom_params, write_federation
+from qkt_clinical.stages.mask import mask_site
+from qkt_clinical.stages.train import train_site
+from qkt_clinical.tracking import registry_client, track
+from qkt_clinical.workspace import write_workspace
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
+
+QKT = Path(sys.executable).parent / "qkt"
+QUICK = {
+    "train": {"epochs": 4, "batch_size": 16},
+    "transfer": {"images": 40},
+    "mask": {"probes": 48},
+    "evaluate": {"bootstrap": 20},
+    "queries": {},
+}
+
+
+def qkt(root: Path, *words: str, code: int = 0) -> str:
+    """Run a command; its standard output, or with an exit code of 1 its standard error."""
+    done = subprocess.run([str(QKT), *words], cwd=root, text=True, capture_output=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if code else done.stdout
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six hospitals with teachers in the registry; nobody has asked anything yet."""
+    root = tmp_path_factory.mktemp("federation")
+    write_federation(root, dims=2, images_per_site=60)
+    write_workspace(root, phantom_params(2) | QUICK)
+    params = load_params(root)
+    for site in params.sites:
+        shutil.rmtree(root / "hospitals" / site / "queries", ignore_errors=True)
+        ingest_site(root, site, params)
+        train_site(root, site, params)
+        mask_site(root, site, params)
+    track(root, params)
+    return root
+
+
+@pytest.fixture
+def root(federation: Path, tmp_path: Path) -> Path:
+    """A copy of its own; MLflow's artifacts stay where they were made."""
+    target = tmp_path / "copy"
+    shutil.copytree(
+        federation, target, symlinks=True, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db")
+    )
+    track(target, load_params(target))
+    return target
+
+
+def absent(root: Path, hospital: str) -> str:
+    """A class that the hospital lacks and another's mask says it knows."""
+    params = load_params(root)
+    manifest = json.loads((Workspace(root).prepared(hospital) / "manifest.json").read_text())
+    held = set(manifest["counts"]["train"])
+    for other in params.sites:
+        mask = json.loads((Workspace(root).teacher(other) / "mask.json").read_text())
+        known = [c for c, k in zip(mask["classes"], mask["known"], strict=True) if k and c not in held]
+        if other != hospital and known:
+            return str(known[0])
+    raise AssertionError("everybody knows the same")
+
+
+def runs(root: Path) -> list[tuple[str, str]]:
+    """(kind, status) of every run in MLflow."""
+    params = load_params(root)
+    with registry_client(root, params) as client:
+        experiment = client.get_experiment_by_name(params.track.experiment)
+        assert experiment is not None
+        found = client.search_runs([experiment.experiment_id], max_results=1000)
+        return [(r.data.tags["qkt.kind"], r.info.status) for r in found]
+
+
+def versions(root: Path, model: str) -> list[int]:
+    """Numbers of a model's versions."""
+    listed = json.loads(qkt(root, "registry", "list", "--json"))
+    return next((m["versions"] for m in listed if m["name"] == model), [])
+
+
+def test_a_walk_by_commands_alone(root: Path) -> None:
+    params = load_params(root)
+    hospital = params.sites[0]
+    asked = absent(root, hospital)
+    qkt(root, "query", "new", hospital, "first", "--classes", asked, "--budget", "0.1")
+    seen = json.loads(qkt(root, "query", "plan", hospital, "first", "--json"))
+    assert seen["classes"] == [asked]
+    assert seen["bytes_moved"] == sum(t["bytes"] for t in seen["teachers"] if t["relevant"]) > 0
+    assert seen["fetched_bytes"] == seen["bytes_moved"], "nothing is here yet"
+    assert seen["expected_seconds"] > 0
+    assert set(seen["versions"]) == {t["site"] for t in seen["teachers"] if t["relevant"]}
+    assert not Workspace(root).fetched(hospital, "first").exists(), "nothing was spent"
+    assert "mask" in qkt(root, "query", "plan", hospital, "first")
+    model = f"student.{hospital}.first"
+    assert versions(root, model) == []
+
+    # No other hospital's images are opened: they are not here.
+    elsewhere = root.with_name("elsewhere")
+    for site in params.sites[1:]:
+        for folder in (root / "hospitals" / site, Workspace(root).prepared(site)):
+            (elsewhere / folder.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(elsewhere / folder.relative_to(root))
+    for site in params.sites[1:]:
+        Workspace(root).teacher(site).rename(elsewhere / site)
+    job = json.loads(qkt(root, "query", "run", hospital, "first", "--json"))
+    assert (job["state"], job["version"], job["error"]) == ("answered", "1", None)
+    assert f"no test images of {asked}" in job["note"]
+    assert versions(root, model) == [1]
+    shown = json.loads(qkt(root, "registry", "show", model, "--json"))
+    assert (shown["tags"]["qkt.gate"], shown["aliases"]) == ("not judged", ["candidate"])
+    assert "is not promoted" in qkt(root, "registry", "promote", model, code=1)
+    for path in sorted(elsewhere.rglob("*"), key=lambda p: len(p.parts)):
+        target = root / path.relative_to(elsewhere)
+        if path.parent == elsewhere and path.name in params.sites:
+            path.rename(Workspace(root).teacher(path.name))
+        elif path.exists() and not target.exists():
+            path.rename(target)
+
+    # The same bytes by the pipeline's stages, which now know the query.
+    student = digest_folder(Workspace(root).student(hospital, "first"))
+    qkt(root, "plan", hospital, "first")
+    qkt(root, "transfer", hospital, "first")
+    assert digest_folder(Workspace(root).student(hospital, "first")) == student
+    qkt(root, "evaluate")
+    subprocess.run([str(QKT), "gate"], cwd=root, check=False, capture_output=True)
+    qkt(root, "track")
+    assert versions(root, model) == [1], "the same student, now measured"
+    judged = json.loads(qkt(root, "registry", "show", model, "--json"))
+    assert judged["tags"]["qkt.gate"] in ("passed", "failed")
+    qkt(root, "registry", "promote", model, "--reviewer", "R. Viewer", "--reason", "a test")
+
+    # Another question by the same name: a second version, promoted and taken back.
+    path = root / "hospitals" / hospital / "queries" / "first.yaml"
+    path.write_text(path.read_text().replace("method: qkt ", "method: qkt-light "))
+    assert json.loads(qkt(root, "query", "status", hospital, "first", "--json"))["state"] == "waiting"
+    assert json.loads(qkt(root, "query", "run", hospital, "first", "--json"))["version"] == "2"
+    qkt(root, "registry", "promote", model, "--reviewer", "R. Viewer", "--reason", "a test")
+    qkt(root, "registry", "rollback", model, "--reviewer", "R. Viewer", "--reason", "the first was better")
+    listed = next(m for m in json.loads(qkt(root, "registry", "list", "--json")) if m["name"] == model)
+    assert (listed["versions"], listed["aliases"]) == ([1, 2], {"candidate": 2, "champion": 1})
+    with registry_client(root, params) as client:
+        assert client.get_model_version_by_alias(model, "champion").version in (1, "1")
+    assert all(status == "FINISHED" for _, status in runs(root))
+    assert qkt(root, "query", "show", hospital, "first").startswith(f"asks for {asked} by qkt-light")
+    assert [j["state"] for j in json.loads(qkt(root, "query", "list", "--json"))] == ["answered"]
+    # Asked again, nothing has changed: nothing is transferred, fetched or registered anew.
+    assert json.loads(qkt(root, "query", "run", hospital, "first", "--json"))["version"] == "2"
+    assert versions(root, model) == [1, 2]
+
+
+def test_killed_at_ten_random_moments_the_answer_is_the_same(root: Path) -> None:
+    hospital = load_params(root).sites[1]
+    asked = absent(root, hospital)
+    for name in ("calm", "killed"):
+        qkt(root, "query", "new", hospital, name, "--classes", asked)
+    begun = time.monotonic()
+    qkt(root, "query", "run", hospital, "calm")
+    long = time.monotonic() - begun
+    draw = random.Random(0)
+    seen = set()
+    for _ in range(10):
+        process = subprocess.Popen(
+            [str(QKT), "query", "run", hospital, "killed"],
+            cwd=root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(draw.uniform(0.3, 1.0) * long)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        job = json.loads(qkt(root, "query", "status", hospital, "killed", "--json"))
+        assert job["state"] in ("waiting", "interrupted", "answered")
+        seen.add(job["step"])
+    assert len(seen) > 1, "it was killed within several steps"
+    if job["state"] == "waiting":
+        qkt(root, "query", "run", hospital, "killed")
+    job = json.loads(qkt(root, "query", "resume", hospital, "killed", "--json"))
+    assert job["state"] == "answered"
+    space = Workspace(root)
+    calm, killed = (space.student(hospital, name) for name in ("calm", "killed"))
+    # All but the name of the query; it is what the seed depends on, too.
+    qkt(root, "query", "new", hospital, "again", "--classes", asked)
+    assert sorted(p.name for p in calm.iterdir()) == sorted(p.name for p in killed.iterdir())
+    expected = digest_folder(killed)
+    shutil.rmtree(killed)
+    shutil.rmtree(space.fetched(hospital, "killed"))
+    (space.scratch / "jobs" / f"{hospital}.killed.json").unlink()
+    qkt(root, "query", "run", hospital, "killed")
+    assert digest_folder(killed) == expected, "uninterrupted, the same bytes"
+    assert versions(root, f"student.{hospital}.killed") == [1]
+    found = runs(root)
+    assert {status for _, status in found} == {"FINISHED"}, "no orphan"
+    assert [kind for kind, _ in found].count("query") == 2
+    assert not [p for p in space.root.rglob(".*.part") if ".qkt" not in p.parts]
+
+
+def test_two_workers_answer_twenty_queries_once(root: Path) -> None:
+    params = load_params(root)
+    number = 0
+    while number < 20:
+        for hospital in params.sites[:5]:
+            words = ("--classes", absent(root, hospital), "--method", "qkt-light")
+            qkt_in_process(root, "query", "new", hospital, f"n{number}", *words)
+            number += 1
+    workers = [
+        subprocess.Popen(
+            [str(QKT), "query", "work", "--json"],
+            cwd=root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    taken: list[str] = []
+    for worker in workers:
+        out, err = worker.communicate(timeout=600)
+        assert worker.returncode == 0, err
+        taken += [f"{j['hospital']}/{j['query']}" for j in json.loads(out)]
+    assert len(taken) == len(set(taken)) == 20, "each once"
+    jobs = json.loads(qkt(root, "query", "status", "--json"))
+    assert {j["state"] for j in jobs} == {"answered"}
+    assert len(load_params(root).queries) == 20, "the pipeline was told of all"
+    listed = json.loads(qkt(root, "registry", "list", "--json"))
+    students = [m for m in listed if m["name"].startswith("student.")]
+    assert [m["versions"] for m in students] == [[1]] * 20
+    assert {status for _, status in runs(root)} == {"FINISHED"}
+
+
+def qkt_in_process(root: Path, *words: str) -> None:
+    """A light command without a new process."""
+    from qkt_clinical.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--root", str(root), "--json"])
+    assert ended.value.code in (0, None)
+
+
+# --- what must be refused -------------------------------------------------------------------------
+
+
+def registered(root: Path, site: str) -> Path:
+    """The folder in which MLflow keeps a teacher's bundle."""
+    params = load_params(root)
+    with registry_client(root, params) as client:
+        version = client.get_model_version_by_alias(f"teacher.{site}", "candidate")
+        model = client.get_logged_model(version.model_id)
+    return Path(model.artifact_location.removeprefix("file://")) / "data" / site
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def rewrite(folder: Path, **tensors: Any) -> None:
+    """Other weights with a card that fits them."""
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
+    fit(folder)
+
+
+def fit(folder: Path) -> None:
+    card = json.loads((folder / CARD).read_text())
+    card["weights"] = {
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "sha256": digest_file(folder / WEIGHTS),
+    }
+    write_json(folder / CARD, card)
+
+
+def not_a_number(folder: Path) -> None:
+    weight = load_file(folder / WEIGHTS)["head.weight"]
+    weight[0, 0] = np.nan
+    rewrite(folder, **{"head.weight": weight})
+
+
+def fewer_classes(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    rewrite(folder, **{k: weights[k][:-1] for k in ("head.weight", "head.bias")})
+
+
+def huge_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    fit(folder)
+
+
+def a_pickle(folder: Path) -> None:
+    # As pickle writes os.system("touch ran"), spelt out: nothing here may import the module.
+    (folder / WEIGHTS).write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
+    fit(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (flip, "bundle-digest"),
+        (not_a_number, "bundle-values"),
+        (fewer_classes, "bundle-size"),
+        (huge_header, "bundle-size"),
+        (a_pickle, "bundle-size"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_damaged_teacher_is_refused_in_one_line(
+    root: Path, damage: Callable[[Path], None], code: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from qkt_clinical.cli import main
+
+    params = load_params(root)
+    hospital, site = params.sites[2], None
+    asked = absent(root, hospital)
+    qkt_in_process(root, "query", "new", hospital, "x", "--classes", asked)
+    for other in params.sites:
+        mask = json.loads((Workspace(root).teacher(other) / "mask.json").read_text())
+        if other != hospital and mask["known"][mask["classes"].index(asked)]:
+            site = other
+    assert site is not None
+    damage(registered(root, site))
+    refuse(root, main, ("query", "run", hospital, "x"), code, capfd)
+    assert not (root / "ran").exists()
+
+
+def refuse(
+    root: Path, main: Any, words: tuple[str, ...], code: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line with a remedy, exit code 1, and a registry as before."""
+    before = versions_of_all(root)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--root", str(root), "--json"])
+    assert ended.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith(f"error [{code}]: ")
+    assert versions_of_all(root) == before
+    assert {status for _, status in runs(root)} == {"FINISHED"}
+
+
+def versions_of_all(root: Path) -> dict[str, int]:
+    params = load_params(root)
+    with registry_client(root, params) as client:
+        return {
+            m.name: len(client.search_model_versions(f"name = '{m.name}'"))
+            for m in client.search_registered_models()
+        }
+
+
+def test_what_nobody_can_teach_and_what_cannot_be_calibrated(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from qkt_clinical.cli import main
+
+    params: Params = load_params(root)
+    hospital = params.sites[3]
+    asked = absent(root, hospital)
+    others = ",".join(s for s in params.sites if s != hospital)
+    qkt_in_process(root, "query", "new", hospital, "nobody", "--classes", asked, "--exclude", others)
+    for verb in ("plan", "run"):
+        refuse(root, main, ("query", verb, hospital, "nobody"), "uncovered", capfd)
+    failed = json.loads(qkt(root, "query", "status", hospital, "nobody", "--json"))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "uncovered")
+    assert asked in failed["error"]["message"]
+
+    prepared = Workspace(root).prepared(hospital)
+    splits = json.loads((prepared / "splits.json").read_text())
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    write_json(prepared / "splits.json", splits | {"calibration": []})
+    manifest["counts"]["calibration"], manifest["patients"]["calibration"] = {}, 0
+    manifest["digests"]["splits.json"] = digest_file(prepared / "splits.json")
+    write_json(prepared / "manifest.json", manifest)
+    qkt_in_process(root, "query", "new", hospital, "blind", "--classes", asked)
+    for verb in ("plan", "run"):
+        refuse(root, main, ("query", verb, hospital, "blind"), "no-calibration", capfd)
+
+
+def test_a_query_taken_back_while_it_runs(root: Path) -> None:
+    hospital = load_params(root).sites[4]
+    qkt(root, "query", "new", hospital, "back", "--classes", absent(root, hospital))
+    environment = {**os.environ}
+    process = subprocess.Popen(
+        [str(QKT), "query", "run", hospital, "back"],
+        cwd=root,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        job = json.loads(qkt(root, "query", "status", hospital, "back", "--json"))
+        if job["state"] == "running":
+            break
+    assert "will stop soon" in qkt(root, "query", "cancel", hospital, "back")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error [job-cancelled]" in said
+    assert json.loads(qkt(root, "query", "status", hospital, "back", "--json"))["state"] == "cancelled"
+    assert json.loads(qkt(root, "query", "work", "--json")) == [], "workers leave it alone"
+    assert json.loads(qkt(root, "query", "run", hospital, "back", "--json"))["state"] == "answered"
