@@ -80,6 +80,31 @@ class Column(Strict):
         return self
 
 
+AGE = re.compile(r"(?:^|[ _-])(?:patient)?[ _-]?age(?:$|[ _-])", re.IGNORECASE)
+OLDEST_BAND = 90
+"""Years; no band begins later, so that nobody's age over 89 shows."""
+
+
+class Subgroup(Column):
+    """A column by which figures are shown apart, such as sex or scanner.
+
+    ``bands`` are rising whole edges that turn numbers, or DICOM ages, into ``<40``, ``40-59``, ``60+``; a
+    column of ages needs them.
+    """
+
+    bands: tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...] | None = Field(
+        default=None, min_length=1, max_length=19
+    )
+
+    @model_validator(mode="after")
+    def _coarse(self) -> Subgroup:
+        if self.source in ("npz", "none"):
+            raise ValueError("comes from csv, tag or folder")
+        if self.bands is not None and list(self.bands) != sorted(set(self.bands)):
+            raise ValueError("bands must rise")
+        return self
+
+
 class Window(Strict):
     """Intensity window in the modality's units (CT: Hounsfield)."""
 
@@ -131,10 +156,22 @@ class SiteConfig(Strict):
     burned_in: Literal["quarantine", "accept"] = "quarantine"
     """What becomes of DICOM files whose header lets one suspect writing in the pixels. ``accept`` only after
     somebody has looked."""
+    subgroups: dict[Name, Subgroup] = Field(default_factory=dict, max_length=8)
+    """Columns by which figures are shown apart, by name: sex, age, scanner."""
     splits: Literal["patient", "given"] = "patient"
     """``given`` (npz only): keep the file's train/val/test; calibration is carved out of train."""
     pictures: bool = False
     """Consent that reports show test images of this hospital; other hospitals may read these reports."""
+
+    @model_validator(mode="after")
+    def _no_exact_age(self) -> SiteConfig:
+        for name, column in self.subgroups.items():
+            if any(AGE.search(word) for word in (name, column.column or "", column.tag or "")):
+                if column.bands is None:
+                    raise ValueError(f"subgroups.{name}: ages need bands, such as [40, 60, 80]")
+                if max(column.bands) > OLDEST_BAND:
+                    raise ValueError(f"subgroups.{name}: no band of ages may begin after {OLDEST_BAND}")
+        return self
 
     @field_validator("label_map", mode="before")
     @classmethod

@@ -10,6 +10,7 @@
 - ``integrity.json``: every input file, accepted or rejected with its reason code;
 - ``integrity.html``: the same and more for people, with pictures. It stays at the site;
 - ``hashes.npy``: (N, 2) uint64, of pixels and of looks, to find copies;
+- ``subgroups.json``, where site.yaml names columns: per column its groups, and each image's place among them;
 - ``headers.json``, of DICOM files: per image what is kept of the header, de-identified, in the DICOM JSON
   model. It stays at the site.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -37,6 +38,7 @@ Labels = NDArray[np.int64]
 
 FORMAT = "qkt-prepared/1"
 ARRAYS = ("images.npy", "labels.npy", "groups.npy")
+SUBGROUPS = "subgroups.json"
 
 
 SMALLEST_COUNT = 5
@@ -126,6 +128,8 @@ class PreparedSite:
     labels: Labels
     groups: NDArray[np.str_]
     splits: Mapping[str, NDArray[np.int64]]
+    subgroups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    """Column (sex, age, scanner) to each image's group."""
 
     @property
     def name(self) -> str:
@@ -159,12 +163,13 @@ def write_prepared(
     headers: Iterable[Mapping[str, Any] | None] | None = None,
     risks: Mapping[str, int] = MappingProxyType({}),
     hashes: NDArray[np.uint64] | None = None,
+    subgroups: Mapping[str, NDArray[np.str_]] = MappingProxyType({}),
     page: Callable[[Manifest], str] | None = None,
 ) -> Manifest:
     """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
 
-    Images are taken and written one by one. ``headers`` (one per image), ``hashes`` and what ``page`` says
-    of the manifest are written if given.
+    Images are taken and written one by one. ``headers`` (one per image), ``hashes``, ``subgroups`` (column to
+    one group per image) and what ``page`` says of the manifest are written if given.
 
     Raises:
         PreparedError: lengths differ, an index stands in two splits, or a patient does.
@@ -187,6 +192,9 @@ def write_prepared(
         np.save(temporary / "labels.npy", labels.astype(np.int64), allow_pickle=False)
         np.save(temporary / "groups.npy", groups.astype(np.str_), allow_pickle=False)
         write_json(temporary / "splits.json", {s: np.sort(splits[s]).tolist() for s in SPLITS})
+        named = (*ARRAYS, "splits.json", *((SUBGROUPS,) if subgroups else ()))
+        if subgroups:
+            write_json(temporary / SUBGROUPS, {c: _as_places(values) for c, values in subgroups.items()})
         rejected: dict[str, int] = {}
         for row in integrity:
             if not row["accepted"]:
@@ -212,7 +220,7 @@ def write_prepared(
             patients={s: len(owners[i]) for i, s in enumerate(SPLITS)},
             rejected=rejected,
             risks=dict(risks),
-            digests={name: digest_file(temporary / name) for name in (*ARRAYS, "splits.json")},
+            digests={name: digest_file(temporary / name) for name in named},
         )
         write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
         write_json(temporary / "integrity.json", integrity)
@@ -223,6 +231,28 @@ def write_prepared(
         if page is not None:
             write_text(temporary / "integrity.html", page(manifest))
     return manifest
+
+
+def _as_places(groups: NDArray[np.str_]) -> dict[str, Any]:
+    names, places = np.unique(groups, return_inverse=True)
+    return {"groups": names.tolist(), "images": places.tolist()}
+
+
+def _read_subgroups(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.str_]]:
+    """Column to groups (N,).
+
+    Raises:
+        ValueError, TypeError, KeyError, IndexError, AttributeError: not what :func:`write_prepared` writes.
+    """
+    if SUBGROUPS not in manifest.digests:
+        return {}
+    found = {}
+    for column, held in json.loads((folder / SUBGROUPS).read_text(encoding="utf-8")).items():
+        places = np.asarray(held["images"], dtype=np.int64)
+        if places.shape != (manifest.count,) or places.min(initial=0) < 0:
+            raise ValueError(column)
+        found[str(column)] = np.array(held["groups"], dtype=np.str_)[places]
+    return found
 
 
 def _save(path: Path, images: ImageStack) -> None:
@@ -268,7 +298,8 @@ def load_prepared(folder: Path) -> PreparedSite:
             s: np.asarray(v, dtype=np.int64)
             for s, v in json.loads((folder / "splits.json").read_text()).items()
         }
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        subgroups = _read_subgroups(folder, manifest)
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
         raise PreparedError(
             f"cannot be read: {type(error).__name__}",
             remedy="Run 'qkt ingest' for this site again.",
@@ -295,4 +326,4 @@ def load_prepared(folder: Path) -> PreparedSite:
             remedy="Run 'qkt ingest' for this site again.",
             site=manifest.site,
         )
-    return PreparedSite(folder, manifest, images, labels, groups, splits)
+    return PreparedSite(folder, manifest, images, labels, groups, splits, subgroups)

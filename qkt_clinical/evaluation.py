@@ -6,7 +6,7 @@ Predictions are the argmax over the relevant classes R. *Query accuracy* is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 DIGITS = 6
+FEWEST = 5
+"""Patients behind a figure of a group at the least: of fewer, it would speak of persons."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,14 @@ def precisions(
     return recalls(predicted == labels, predicted, classes, weights)
 
 
-def reliability(
-    probabilities: Floats, labels: NDArray[np.int64], bins: int = 10
-) -> list[dict[str, float | int]]:
-    """Reliability curve of the top class.
+def _binned(confidence: Floats, bins: int) -> NDArray[np.int64]:
+    """Which equal-width bin of [0, 1] each confidence falls into."""
+    return np.minimum((confidence * bins).astype(np.int64), bins - 1)
 
-    Returns:
-        Per equal-width bin of confidence that holds an image: mean confidence, accuracy, number of images.
-    """
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
+
+def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> list[dict[str, float | int]]:
+    """Per bin that holds an answer: mean confidence, accuracy, number of images."""
+    which = _binned(confidence, bins)
     return [
         {
             "confidence": round(float(confidence[which == b].mean()), DIGITS),
@@ -110,6 +110,17 @@ def reliability(
         }
         for b in sorted(set(which.tolist()))
     ]
+
+
+def reliability(
+    probabilities: Floats, labels: NDArray[np.int64], bins: int = 10
+) -> list[dict[str, float | int]]:
+    """Reliability curve of the top class.
+
+    Returns:
+        Per equal-width bin of confidence that holds an image: mean confidence, accuracy, number of images.
+    """
+    return _curve(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
 
 
 def paired_p(
@@ -144,14 +155,29 @@ def paired_p(
     return round(float(tested.pvalue), DIGITS)
 
 
+def _gap(confidence: Floats, right: NDArray[np.bool_], bins: int) -> float:
+    which = _binned(confidence, bins)
+    gaps = [
+        abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).sum()
+        for b in sorted(set(which.tolist()))
+    ]
+    return float(sum(gaps) / len(right))
+
+
 def expected_calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = 15) -> float:
     """Mean gap between confidence and accuracy of the top class over equal-width bins, weighted by size."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).sum() for b in set(which)
-    ]
-    return float(sum(gaps) / len(labels))
+    return _gap(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
+
+
+def class_calibration(
+    probability: Floats, member: NDArray[np.bool_], bins: int = 15
+) -> tuple[float, list[dict[str, float | int]]]:
+    """How far one class's probability (N,) is its frequency among those images; ``member`` (N,) are of it.
+
+    Returns:
+        Calibration error over equal-width bins, weighted by size, and the reliability curve.
+    """
+    return _gap(probability, member, bins), _curve(probability, member, 10)
 
 
 def _interval(value: float, draws: Floats, confidence: float) -> dict[str, float]:
@@ -176,6 +202,14 @@ def _mean(recall: Floats, which: Sequence[int]) -> Floats:
     return out
 
 
+def _accuracies(recall: Floats, test: TestSet) -> dict[str, Floats]:
+    return {
+        "query_accuracy": _mean(recall, test.query),
+        "retained_accuracy": _mean(recall, test.local),
+        "balanced_accuracy": _mean(recall, range(test.classes)),
+    }
+
+
 def softmax(scores: Floats) -> Floats:
     """Softmax over the last axis."""
     exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -193,10 +227,12 @@ def assess(
 
     Returns:
         ``before`` and ``after`` with query_accuracy, retained_accuracy, balanced_accuracy, auroc (the query
-        against the rest), per class recall, precision, class_auroc and class_auprc (one against the rest),
-        ece, reliability and confusion; ``gain`` (balanced accuracy) and ``gain_p`` (:func:`paired_p`),
-        ``query_gain``, ``forgetting`` (retained accuracy lost) and ``class_forgetting`` (recall lost, per
-        class). Figures as value, low, high; None where there is none.
+        against the rest), per class recall, precision, class_auroc, class_auprc, class_ece and
+        class_reliability (one against the rest), their means over classes macro_precision, macro_auroc and
+        macro_auprc, ece and reliability of the answer, and confusion; ``gain`` (balanced accuracy) and
+        ``gain_p`` (:func:`paired_p`), ``query_gain``, ``forgetting`` (retained accuracy lost) and
+        ``class_forgetting`` (recall lost, per class). Figures as value, low, high; None where there is none.
+        A class that is never predicted has no precision and does not count in their mean.
     """
     ones = np.ones((1, len(test.labels)))
     weights = np.concatenate([ones, patient_weights(test.patients, draws, seed).astype(np.float64)])
@@ -220,11 +256,14 @@ def assess(
         probabilities = softmax(scores)
         # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
         one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
-        means = {
-            "query_accuracy": _mean(recall, test.query),
-            "retained_accuracy": _mean(recall, test.local),
-            "balanced_accuracy": _mean(recall, range(test.classes)),
+        means = _accuracies(recall, test)
+        per_label = {
+            "precision": precisions(predicted, test.labels, test.classes, weights),
+            "auroc": np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1),
+            "auprc": np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1),
         }
+        calibrated = [class_calibration(*pair) for pair in one_to_rest]
+        macro = {name: _mean(figures, range(test.classes)) for name, figures in per_label.items()}
         with np.errstate(invalid="ignore"):
             best = scores[:, list(test.query)].max(axis=1) - scores[:, list(test.local)].max(axis=1)
         curves[name] = means
@@ -233,11 +272,14 @@ def assess(
         result[name] = {
             **{k: _interval(float(v[0]), v[1:], confidence) for k, v in means.items()},
             "recall": per_class(recall),
-            "precision": per_class(precisions(predicted, test.labels, test.classes, weights)),
-            "class_auroc": per_class(np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1)),
-            "class_auprc": per_class(
-                np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1)
-            ),
+            "precision": per_class(per_label["precision"]),
+            "class_auroc": per_class(per_label["auroc"]),
+            "class_auprc": per_class(per_label["auprc"]),
+            "class_ece": [round(error, DIGITS) for error, _ in calibrated],
+            "class_reliability": [curve for _, curve in calibrated],
+            "macro_precision": per_class(macro["precision"][:, None])[0],
+            "macro_auroc": per_class(macro["auroc"][:, None])[0],
+            "macro_auprc": per_class(macro["auprc"][:, None])[0],
             "auroc": None,
             "ece": round(expected_calibration_error(probabilities, test.labels), DIGITS),
             "reliability": reliability(probabilities, test.labels),
@@ -256,3 +298,83 @@ def assess(
     result["class_forgetting"] = per_class(recalled["before"] - recalled["after"])
     result["gain_p"] = paired_p(test, right["before"], right["after"], draws=draws, seed=seed)
     return result
+
+
+def share_given_away(
+    test: TestSet, own: NDArray[np.bool_], after: Floats, *, draws: int, confidence: float, seed: int
+) -> dict[str, float] | None:
+    """Share of a hospital's own images of its own classes that the answer gives to the query.
+
+    Args:
+        test: labels and patients.
+        own: (N,) which images are the hospital's.
+        after: scores (N, classes) of the answer.
+        draws, confidence, seed: of the interval, by patient.
+
+    Returns:
+        value, low, high; None where the hospital has no such image.
+    """
+    held = own & np.isin(test.labels, test.local)
+    if not held.any():
+        return None
+    given = np.isin(after[held].argmax(axis=1), test.query).astype(np.float64)
+    weights = patient_weights(test.patients[held], draws, seed).astype(np.float64)
+    return _interval(float(given.mean()), weights @ given / weights.sum(axis=1), confidence)
+
+
+def by_subgroup(
+    test: TestSet,
+    before: Floats,
+    after: Floats,
+    columns: Mapping[str, NDArray[np.str_]],
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures of the groups of patients.
+
+    Args:
+        test: labels and patients.
+        before, after: scores (N, classes).
+        columns: column to the group of each image (N,), empty where its hospital has no such column.
+        draws, confidence, seed: of the intervals, by patient.
+
+    Returns:
+        Column to group to the numbers of ``images`` and ``patients``, and ``before`` and ``after`` with
+        query_accuracy, retained_accuracy and balanced_accuracy: means over those classes that the group has,
+        None where fewer than :data:`FEWEST` patients have an image of them.
+    """
+    sides = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
+    return {
+        column: {
+            str(group): _group(test, sides, groups == group, draws=draws, confidence=confidence, seed=seed)
+            for group in np.unique(groups[groups != ""])
+        }
+        for column, groups in sorted(columns.items())
+    }
+
+
+def _group(
+    test: TestSet,
+    predicted: Mapping[str, NDArray[np.int64]],
+    member: NDArray[np.bool_],
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    labels, patients = test.labels[member], test.patients[member]
+    of = {"query_accuracy": test.query, "retained_accuracy": test.local}
+    people = {name: len(np.unique(patients[np.isin(labels, classes)])) for name, classes in of.items()}
+    people["balanced_accuracy"] = len(np.unique(patients))
+    ones = np.ones((1, len(labels)))
+    weights = np.concatenate([ones, patient_weights(patients, draws, seed).astype(np.float64)])
+    found: dict[str, Any] = {"images": len(labels), "patients": people["balanced_accuracy"]}
+    for side, answers in predicted.items():
+        recall = recalls(answers[member] == labels, labels, test.classes, weights)
+        found[side] = {
+            name: _interval(float(mean[0]), mean[1:], confidence) if people[name] >= FEWEST else None
+            for name, mean in _accuracies(recall, test).items()
+        }
+    return found

@@ -14,12 +14,14 @@ from qkt_clinical.evaluation import (
     assess,
     auroc,
     average_precision,
+    by_subgroup,
     expected_calibration_error,
     paired_p,
     patient_weights,
     precisions,
     recalls,
     reliability,
+    share_given_away,
     softmax,
 )
 
@@ -247,3 +249,77 @@ def test_several_query_classes_and_a_class_without_images() -> None:
     result = run(part, BEFORE[:6], AFTER[:6])
     assert result["after"]["recall"][2] is None
     assert result["after"]["auroc"] is None
+
+
+def test_means_over_classes_and_calibration_of_one_class_by_hand() -> None:
+    after = run(held(), BEFORE, AFTER)["after"]
+    assert after["macro_precision"]["value"] == pytest.approx((3 / 4 + 1 + 2 / 3) / 3, abs=1e-6)
+    for name in ("auroc", "auprc"):
+        mean = np.mean([c["value"] for c in after[f"class_{name}"]])
+        assert after[f"macro_{name}"]["value"] == pytest.approx(mean, abs=1e-6)
+        assert after[f"macro_{name}"]["low"] < after[f"macro_{name}"]["high"]
+    # Of class 1 two images score high, both rightly; of the seven others none is of it.
+    high, low = np.exp(5) / (np.exp(5) + 2), 1 / (np.exp(5) + 2)
+    assert after["class_ece"][1] == pytest.approx((2 * (1 - high) + 7 * low) / 9, abs=1e-6)
+    assert [(b["accuracy"], b["images"]) for b in after["class_reliability"][1]] == [(0.0, 7), (1.0, 2)]
+    before = run(held(), BEFORE, BEFORE)["before"]
+    assert before["precision"][2] is None, "never predicted"
+    assert before["macro_precision"]["value"] == pytest.approx((4 / 6 + 1 / 3) / 2)
+
+
+# --- groups and the operating point -----------------------------------------------------------------
+
+HOW: dict[str, Any] = {"draws": 100, "confidence": 0.95, "seed": 0}
+
+
+def test_groups_by_hand() -> None:
+    """Twelve patients, one image each: women are always right afterwards, of men a third."""
+    labels = np.array([0, 0, 1, 1, 2, 2] * 2)
+    sex = np.array(["F"] * 6 + ["M"] * 6)
+    after = [0, 0, 1, 1, 2, 2, 0, 1, 0, 2, 2, 0]
+    before = [0, 0, 1, 1, 0, 0] * 2
+    patients = np.array([f"p{i}" for i in range(12)])
+    test = Held(labels=labels, patients=patients, classes=3, query=(2,))
+    found = by_subgroup(test, one_hot(before, 3), one_hot(after, 3), {"sex": sex}, **HOW)
+    assert set(found) == {"sex"}
+    women, men = found["sex"]["F"], found["sex"]["M"]
+    assert (women["images"], women["patients"]) == (6, 6)
+    assert women["after"]["balanced_accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert women["before"]["balanced_accuracy"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert men["after"]["balanced_accuracy"]["value"] == pytest.approx((1 / 2 + 0 + 1 / 2) / 3, abs=1e-6)
+    assert men["after"]["balanced_accuracy"]["low"] < men["after"]["balanced_accuracy"]["high"]
+    assert women["after"]["query_accuracy"] is None, "two patients stand behind it"
+    assert women["after"]["retained_accuracy"] is None, "four patients do"
+
+
+def test_groups_of_few_patients_have_no_figures_and_others_none_at_all() -> None:
+    labels = np.array([0, 1, 2] * 4)
+    column = np.array(["a"] * 6 + ["b"] * 3 + [""] * 3)
+    patients = np.array(["p", "q"] * 3 + ["r", "s", "t"] * 2)
+    test = Held(labels=labels, patients=patients, classes=3, query=(2,))
+    scores = one_hot(labels.tolist(), 3)
+    found = by_subgroup(test, scores, scores, {"scanner": column}, **HOW)["scanner"]
+    assert {g: (v["images"], v["patients"]) for g, v in found.items()} == {"a": (6, 2), "b": (3, 3)}
+    assert all(
+        figure is None for g in found.values() for s in ("before", "after") for figure in g[s].values()
+    )
+
+
+def test_a_group_without_a_class_is_judged_by_the_others() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    test = Held(labels=labels, patients=np.arange(8).astype(str), classes=3, query=(2,))
+    after = one_hot([0, 0, 0, 1, 1, 0, 2, 2], 3)
+    group = by_subgroup(test, after, after, {"x": np.array(["g"] * 6 + [""] * 2)}, **HOW)["x"]["g"]
+    assert group["after"]["query_accuracy"] is None
+    assert group["after"]["retained_accuracy"]["value"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
+    assert group["after"]["balanced_accuracy"] == group["after"]["retained_accuracy"]
+
+
+def test_what_is_given_away_of_own_images() -> None:
+    """Of six images of own classes, four are the hospital's; one of them goes to the query."""
+    own = np.array([True] * 4 + [False] * 2 + [True] * 3)
+    found = share_given_away(held(), own, one_hot(AFTER, 3), **HOW)
+    assert found is not None
+    assert found["value"] == 0.25
+    assert 0.0 <= found["low"] < 0.25 < found["high"] <= 1.0
+    assert share_given_away(held(), np.zeros(9, bool), one_hot(AFTER, 3), **HOW) is None

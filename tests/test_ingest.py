@@ -17,8 +17,8 @@ from PIL import Image
 
 from qkt_clinical.catalog import BLOOD_CELLS
 from qkt_clinical.config import ImageSpec, Params, Workspace
-from qkt_clinical.data import load_prepared
-from qkt_clinical.errors import ConfigError, FileRejected, SourceError
+from qkt_clinical.data import load_prepared, read_consent
+from qkt_clinical.errors import ConfigError, FileRejected, PreparedError, SourceError
 from qkt_clinical.files import digest_folder
 from qkt_clinical.ingest import check_file, check_folder, ingest_site, locate, reasons
 from qkt_clinical.ingest.arrays import Picture, prepare
@@ -219,6 +219,22 @@ def test_linked_source_folder_is_fine(tmp_path: Path) -> None:
     folder.symlink_to(tmp_path / "archive")
     manifest, _ = ingest(tmp_path)
     assert (manifest.count, manifest.rejected) == (1, {})
+
+
+def test_consent_lies_beside_the_prepared_site(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    png(hospital(tmp_path, "images") / "solid" / "a.png", noise(0, 8, 8))
+    ingest(tmp_path)
+    assert not read_consent(space.consent(SITE), SITE).pictures, "off where nobody said anything"
+    before = digest_folder(space.prepared(SITE))
+    hospital(tmp_path, "images", pictures=True)
+    ingest(tmp_path)
+    assert read_consent(space.consent(SITE), SITE).pictures
+    assert digest_folder(space.prepared(SITE)) == before, "teachers need not be trained again"
+    assert not read_consent(space.consent("elsewhere"), "elsewhere").pictures
+    space.consent(SITE).write_text('{"pictures": "perhaps"}')
+    with pytest.raises(PreparedError, match="no readable consent"):
+        read_consent(space.consent(SITE), SITE)
 
 
 def test_same_pixels_twice_and_under_two_labels(tmp_path: Path) -> None:

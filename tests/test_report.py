@@ -484,18 +484,18 @@ def test_subgroups_are_tables(tmp_path: Path) -> None:
     params = sample_params()
     write_sample_run(tmp_path, params)
     figures = {k: {"value": 0.5, "low": 0.4, "high": 0.6} for k in ("query_accuracy", "balanced_accuracy")}
+    figures["retained_accuracy"] = {"value": 0.8, "low": 0.7, "high": 0.9}
     lower = {k: {"value": 0.3, "low": 0.2, "high": 0.4} for k in figures} | {"retained_accuracy": None}
+    nothing = dict.fromkeys(lower)
     groups = {
         "F": {"images": 30, "patients": 9, "before": figures, "after": lower},
-        "M": {"images": "<5", "patients": "<5", "before": None, "after": None},
-        "X": {"images": 3, "patients": 2, "before": {}, "after": {}},
+        "M": {"images": "<5", "patients": "<5", "before": nothing, "after": nothing},
     }
     change(tmp_path, "h0-q0", subgroups={"sex": groups})
     write_report(tmp_path, params)
     text = query_page(tmp_path, "h0-q0").text("subgroups")
-    assert "F 30 9 ▼ 50.0% → 30.0% 40–60 → 20–40 none ▼ 50.0% → 30.0%" in text
+    assert "F 30 9 ▼ 50.0% → 30.0% 40–60 → 20–40 80.0% none after ▼ 50.0% → 30.0%" in text
     assert "M <5 <5 none none none" in text
-    assert "X <5 <5 none none none" in text
     assert "subgroups" not in query_page(tmp_path, "h1-q1").ids
 
 

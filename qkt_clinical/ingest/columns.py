@@ -7,11 +7,12 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from qkt_clinical.config import Column, SiteConfig
+from qkt_clinical.config import Column, SiteConfig, Subgroup
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import reject
 from qkt_clinical.ingest.deidentify import salted
 from qkt_clinical.ingest.source import Ready, stem
+from qkt_clinical.ingest.subgroups import TAGS, UNKNOWN, group_of
 
 MAX_TABLE_BYTES = 256_000_000
 
@@ -38,6 +39,14 @@ def check_columns(config: SiteConfig, classes: Sequence[str], file: Path) -> Non
             )
         if column.source == "tag" and column.tag is not None and not _is_keyword(column.tag):
             problems.append(f"{name}: {column.tag!r} is no DICOM keyword")
+    for name, column in config.subgroups.items():
+        where = f"subgroups.{name}"
+        if arrays:
+            problems.append(f"{where}: a source of kind {kind} has no such columns")
+        elif column.source == "tag" and kind != "dicom":
+            problems.append(f"{where} comes from a DICOM tag, but the source is {kind}")
+        elif column.source == "tag" and column.tag not in TAGS:
+            problems.append(f"{where}: {column.tag!r} is none of {', '.join(sorted(TAGS))}")
     if config.label.source == "none":
         problems.append("label needs a source")
     if config.splits == "given" and kind != "npz":
@@ -129,14 +138,15 @@ class Lookup:
         Raises:
             FileRejected: ``label-missing``, ``label-conflict``, ``patient-missing``, ``patient-conflict``.
         """
-        values = self._values(sample)
+        values = self.values(sample)
         if len(values) > 1:
             raise reject(f"{self.what}-conflict")
         if not values:
             raise reject(f"{self.what}-missing")
         return next(iter(values))
 
-    def _values(self, sample: Ready) -> set[str]:
+    def values(self, sample: Ready) -> set[str]:
+        """All values that the column gives to an image."""
         source, column = self.column.source, self.column
         if source == "csv":
             by_name = next((found for keys in _keys(sample) if (found := _among(self.table, keys))), set())
@@ -151,6 +161,28 @@ class Lookup:
             return {value} if value else set()
         # none: every image is a patient of its own
         return {"\0".join((sample.files[0].name if sample.files else "", sample.item or ""))}
+
+
+class GroupLookup:
+    """Finds the group of an image in one column of site.yaml's ``subgroups``.
+
+    Args:
+        name, column: of site.yaml.
+        root: the source folder.
+        site: for errors.
+        salt: the site's secret.
+    """
+
+    def __init__(self, name: str, column: Subgroup, root: Path, *, site: str, salt: bytes) -> None:
+        self.name, self.bands = name, column.bands
+        self._lookup = None if column.source == "tag" else Lookup(column, "group", root, site=site, salt=salt)
+
+    def __call__(self, sample: Ready) -> str:
+        """The group; ``unknown`` where there is none, or two."""
+        if self._lookup is None:
+            return sample.subgroups.get(self.name, UNKNOWN)
+        found = {group_of(value, self.bands) for value in self._lookup.values(sample)}
+        return found.pop() if len(found) == 1 else UNKNOWN
 
 
 def _among(table: Mapping[str, set[str]], keys: Sequence[str]) -> set[str]:

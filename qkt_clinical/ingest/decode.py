@@ -50,6 +50,7 @@ def finished(outcome: Outcome, request: Request, unit: Sequence[SourceFile]) -> 
         split=outcome.split,
         item=outcome.item,
         face=outcome.header is not None and outcome.header.face,
+        subgroups=outcome.subgroups,
     )
     return ready, as_text(ready, unit, outcome.header)
 

@@ -34,6 +34,7 @@ from qkt_clinical.ingest.source import (
     bounded_pixels,
     bounded_size,
 )
+from qkt_clinical.ingest.subgroups import header_groups
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
@@ -484,11 +485,12 @@ def read(file: SourceFile, request: Request) -> Sample:
         stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
         picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
         tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
+        groups = header_groups(data, request)
         spacing = _pixel_spacing(data)
         uid = _uid(data, "SOPInstanceUID")
     picture = replace(picture, spacing_mm=spacing)
     keys = (salted(request.salt, "value", uid),) if uid else ()
-    return Sample((file,), picture, tags=_as_sets([tags]), keys=keys, header=header)
+    return Sample((file,), picture, tags=_as_sets([tags]), keys=keys, header=header, subgroups=groups)
 
 
 # --- series ---------------------------------------------------------------------------------------
@@ -721,7 +723,8 @@ def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
         placed, affine = sort_slices(slices)
         picture = _volume(placed, affine, request)
         with _reading("header-unreadable"):
-            kept = _kept(_open(placed[0].file.path, request.max_bytes, pixels=False), request)
+            first = _open(placed[0].file.path, request.max_bytes, pixels=False)
+            kept, groups = _kept(first, request), header_groups(first, request)
     except FileRejected as rejected:
         culprit = tuple(f for f in files if f.name == rejected.where.file)
         if culprit:
@@ -731,7 +734,7 @@ def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
             yield Refusal(files, rejected.code)
         return
     tags = _as_sets([s.tags for s in scans])
-    yield Sample(files, picture, tags=tags, keys=(scans[0].series,), header=kept)
+    yield Sample(files, picture, tags=tags, keys=(scans[0].series,), header=kept, subgroups=groups)
 
 
 def series(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:

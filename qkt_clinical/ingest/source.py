@@ -75,6 +75,8 @@ class Request:
     """The site's secret: of a header only what it has made unrecognisable is handed over."""
     burned_in: bool
     """Whether images that may show writing are taken."""
+    subgroups: tuple[tuple[str, str, tuple[int, ...] | None], ...] = ()
+    """Columns of groups that stand in the header: name, DICOM keyword, edges of bands."""
 
     @property
     def volumes(self) -> bool:
@@ -108,6 +110,8 @@ class Sample:
     item: str | None = None
     """Which image of its file, for files that hold many."""
     header: Header | None = None
+    subgroups: Mapping[str, str] = field(default_factory=dict)
+    """Column to group, of those that stand in the header."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class Ready:
     item: str | None = None
     face: bool = False
     """See :class:`Header`."""
+    subgroups: Mapping[str, str] = field(default_factory=dict)
+    """As those of :class:`Sample`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qkt_clinical.errors import FileRejected, PreparedError, SourceError
 from qkt_clinical.files import write_json
 from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
-from qkt_clinical.ingest.columns import Lookup, check_columns
+from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
 from qkt_clinical.ingest.decode import Numbered, decoded, finished
 from qkt_clinical.ingest.deidentify import salted
 from qkt_clinical.ingest.integrity import render_integrity
@@ -39,6 +39,7 @@ from qkt_clinical.ingest.source import (
 )
 from qkt_clinical.ingest.splits import assign, keep_given
 from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
+from qkt_clinical.ingest.subgroups import pooled
 from qkt_clinical.seeding import derive
 
 MEGABYTE = 1_000_000
@@ -193,6 +194,8 @@ class _Gathered:
     files: list[tuple[SourceFile, ...]] = field(default_factory=list)
     hashes: list[tuple[int, int]] = field(default_factory=list)
     faces: list[bool] = field(default_factory=list)
+    subgroups: list[list[str]] = field(default_factory=list)
+    """A group for every column."""
     eight_bit: bool = True
     """Whether every image is."""
     spacings: list[tuple[float, ...] | None] = field(default_factory=list)
@@ -248,6 +251,9 @@ def ingest_site(
         seed=params.seed,
         salt=salt,
         burned_in=config.burned_in == "accept",
+        subgroups=tuple(
+            (n, c.tag, c.bands) for n, c in sorted(config.subgroups.items()) if c.tag is not None
+        ),
     )
     if config.source.kind == "phantom":
         source, listing = folder, Listing([], [])
@@ -256,6 +262,10 @@ def ingest_site(
         source, listing = path if path.is_dir() else path.parent, _list(config, path)
     label = Lookup(config.label, "label", source, site=site, salt=salt)
     patient = Lookup(config.patient, "patient", source, site=site, salt=salt)
+    columns = [
+        GroupLookup(name, column, source, site=site, salt=salt)
+        for name, column in sorted(config.subgroups.items())
+    ]
     classes = _words(config, params, salt)
     step = progress or (lambda done, total: None)
     scratch = workspace.scratch / f"ingest-{site}.sqlite"
@@ -263,7 +273,7 @@ def ingest_site(
     with quiet(), Store(scratch, site=site, salt=salt, recipe=made_by) as store:
         gathered = _Gathered(refusals=list(listing.refused))
         for number, found in _results(config, listing.files, request, store, workers, step):
-            _take(number, found, classes, label, patient, gathered)
+            _take(number, found, classes, label, patient, columns, gathered)
         store.tidy()
         kept = [i for i in range(len(gathered.numbers)) if i not in gathered.withdrawn]
         integrity = _integrity(config, listing.files, gathered, kept, salt)
@@ -281,6 +291,16 @@ def ingest_site(
         groups = np.array([salted(salt, p) for p in patients], dtype=np.str_)
         hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
         _refuse_copies(hashes, groups, splits, site)
+        subgroups = {
+            column.name: pooled(
+                column.name,
+                [gathered.subgroups[i][place] for i in kept],
+                patients,
+                banded=column.bands is not None,
+                site=site,
+            )
+            for place, column in enumerate(columns)
+        }
         consent = Consent(pictures=config.pictures)
         write_json(workspace.consent(site), consent.model_dump(mode="json"))
         return write_prepared(
@@ -299,6 +319,7 @@ def ingest_site(
             headers=map(store.header, numbers) if config.source.kind == "dicom" else None,
             risks={FACE: faces} if faces else {},
             hashes=hashes,
+            subgroups=subgroups,
             page=lambda manifest: render_integrity(
                 manifest,
                 images,
@@ -318,6 +339,7 @@ def _take(
     classes: dict[str, int],
     label: Lookup,
     patient: Lookup,
+    columns: Sequence[GroupLookup],
     gathered: _Gathered,
 ) -> None:
     """Accept one image, or note why not."""
@@ -341,6 +363,7 @@ def _take(
     gathered.prints.append(found.fingerprint)
     gathered.hashes.append(found.hashes)
     gathered.faces.append(found.face)
+    gathered.subgroups.append([column(found) for column in columns])
     gathered.eight_bit &= found.image.dtype == np.uint8
     gathered.spacings.append(found.spacing_mm)
 

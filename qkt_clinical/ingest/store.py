@@ -54,7 +54,7 @@ def recipe(request: Request, kind: str) -> bytes:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         total.update(path.read_bytes())
     words = [kind, request.spec.model_dump_json(), *request.tags, request.max_bytes, request.burned_in]
-    total.update(repr((words, [_version(name) for name in LIBRARIES])).encode())
+    total.update(repr((words, request.subgroups, [_version(name) for name in LIBRARIES])).encode())
     total.update(request.salt)
     return total.digest()
 
@@ -76,6 +76,7 @@ def as_text(result: Result, files: Sequence[SourceFile], header: Header | None =
             "tags": {name: sorted(values) for name, values in result.tags.items()},
             "keys": result.keys,
             "face": result.face,
+            "subgroups": dict(result.subgroups),
             "header": None if header is None else header.kept,
         }
     return json.dumps(held, separators=(",", ":"))
@@ -103,6 +104,7 @@ def _from_text(text: str, data: bytes | None, files: Sequence[SourceFile]) -> Re
         tags={name: frozenset(values) for name, values in held["tags"].items()},
         keys=tuple(held["keys"]),
         face=held["face"],
+        subgroups=held["subgroups"],
     )
 
 

@@ -53,6 +53,10 @@ class Scores(View):
     precision: dict[str, Interval | None]
     class_auroc: dict[str, Interval | None]
     class_auprc: dict[str, Interval | None]
+    class_ece: dict[str, float] = {}
+    macro_precision: Interval | None = None
+    macro_auroc: Interval | None = None
+    macro_auprc: Interval | None = None
     confusion: tuple[tuple[int, ...], ...]
     reliability: tuple[Bin, ...] = ()
 
@@ -72,13 +76,32 @@ class Flip(View):
         return self.after == self.actual
 
 
-class Subgroup(View):
-    """Figures of the test images that share a value of a column; numbers from 1 to 4 come as ``<5``."""
+class GroupScores(View):
+    """Figures of a group of patients; None where too few stand behind one."""
+
+    query_accuracy: Interval | None
+    retained_accuracy: Interval | None
+    balanced_accuracy: Interval | None
+
+
+class Group(View):
+    """One group of a column such as sex or scanner; counts as they may be shown."""
 
     images: int | str
     patients: int | str
-    before: dict[str, Interval | None] | None = None
-    after: dict[str, Interval | None] | None = None
+    before: GroupScores
+    after: GroupScores
+
+
+class OperatingPoint(View):
+    """The query's offsets, and what they give away of the hospital's own images of its own classes."""
+
+    offsets: dict[str, float]
+    budget: float
+    given_away_calibration: float
+    calibration_images: int | str
+    given_away_test: Interval | None
+    test_images: int | str
 
 
 class Evaluation(View):
@@ -104,8 +127,9 @@ class Evaluation(View):
     gain_p: float | None = None
     class_forgetting: dict[str, Interval | None]
     flips: tuple[Flip, ...] = ()
-    subgroups: dict[str, dict[str, Subgroup]] = {}
-    """Column to value to figures."""
+    operating_point: OperatingPoint | None = None
+    subgroups: dict[str, dict[str, Group]] = {}
+    """Column to group, of hospitals whose site.yaml names the column."""
 
 
 class Phase1(View):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 
 from qkt_clinical.bundle import load_bundle
 from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.data import SMALLEST_COUNT, PreparedSite, load_prepared, shown_count
 from qkt_clinical.errors import QueryError
-from qkt_clinical.evaluation import TestSet, assess
+from qkt_clinical.evaluation import TestSet, assess, by_subgroup, share_given_away
 from qkt_clinical.files import digest_bytes, write_json, write_text
 from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
@@ -30,8 +31,16 @@ from qkt_clinical.stages.transfer import read_plan
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import predict_scores
 
-PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc")
+PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
+
+class _Drawn(TypedDict):
+    """How intervals are drawn."""
+
+    draws: int
+    confidence: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class _Held:
     sites: tuple[str, ...]
     places: list[tuple[str, int]]
     """Of each image, its site and its index in the prepared arrays."""
+    subgroups: Mapping[str, NDArray[np.str_]]
+    """Column to group (N,), empty for images of hospitals without the column."""
     digest: str
     """Of images, labels and patients: figures of one test set can be compared."""
 
@@ -54,6 +65,8 @@ def _test_images(
 ) -> _Held:
     """The hospital's own test images of R, and every other hospital's of the query."""
     images, labels, patients, own, used, places, digests = [], [], [], [], [], [], []
+    columns = sorted(set().union(*(site.subgroups for site in sites.values())))
+    groups: dict[str, list[NDArray[np.str_]]] = {column: [] for column in columns}
     for name, site in sorted(sites.items()):
         wanted = (*local, *query) if name == hospital else query
         index = site.splits["test"][np.isin(site.labels[site.splits["test"]], wanted)]
@@ -65,6 +78,9 @@ def _test_images(
             labels.append(site.labels[index])
             patients.append(np.char.add(f"{name}/", site.groups[index]))
             own.append(np.full(len(index), name == hospital))
+            for column, parts_of in groups.items():
+                held = site.subgroups.get(column)
+                parts_of.append(np.full(len(index), "") if held is None else held[index])
             parts = (pixels.tobytes(), labels[-1].tobytes(), "\n".join(patients[-1].tolist()).encode())
             digests += [digest_bytes(part) for part in parts]
     return _Held(
@@ -74,6 +90,7 @@ def _test_images(
         own=np.concatenate(own),
         sites=tuple(used),
         places=places,
+        subgroups={column: np.concatenate(parts_of) for column, parts_of in groups.items()},
         digest=digest_bytes("".join(digests).encode()),
     )
 
@@ -87,6 +104,30 @@ def _flips(
         for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
         if (first == truth) != (second == truth)
     ]
+
+
+def _shown(number: int) -> int | str:
+    """A count as it may be shown."""
+    return shown_count(number) if number < SMALLEST_COUNT else number
+
+
+def _calibrated(student: Path) -> dict[str, Any]:
+    """What was given away on the calibration images by which the offsets were set, of ``phases.json``."""
+    path = student / "phases.json"
+    try:
+        phase = json.loads(path.read_text(encoding="utf-8"))["phase2"]
+        return {
+            "given_away_calibration": float(phase["given_away"]),
+            "calibration_images": _shown(int(phase["calibration_images"])),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        raise QueryError(
+            "no readable record of the phases",
+            remedy="Run 'qkt transfer' for this query again.",
+            file=path,
+            code="no-phases",
+            stage="evaluate",
+        ) from None
 
 
 def evaluate_query(
@@ -124,20 +165,20 @@ def evaluate_query(
         classes=len(relevant),
         query=tuple(relevant.index(q) for q in decision.query),
     )
-    figures = assess(
-        test,
-        before,
-        after,
+    scores = before, after
+    drawn = _Drawn(
         draws=params.evaluate.bootstrap,
         confidence=params.evaluate.confidence,
         seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
     )
+    figures = assess(test, *scores, **drawn)
+    groups = by_subgroup(test, *scores, held.subgroups, **drawn)
     names = [classes[c] for c in relevant]
     for side in ("before", "after"):
         for figure in PER_CLASS:
             figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
     figures["class_forgetting"] = dict(zip(names, figures["class_forgetting"], strict=True))
-    said = [[names[i] for i in scores.argmax(axis=1)] for scores in (before, after)]
+    said = [[names[i] for i in one.argmax(axis=1)] for one in scores]
     return {
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,
@@ -152,6 +193,20 @@ def evaluate_query(
         "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
         "test_sites": list(held.sites),
         "test_data": held.digest,
+        "operating_point": {
+            "offsets": {classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
+            "budget": decision.budget,
+            **_calibrated(space.student(ref.hospital, ref.query)),
+            "given_away_test": share_given_away(test, held.own, scores[1], **drawn),
+            "test_images": _shown(int((held.own & np.isin(labels, decision.local)).sum())),
+        },
+        "subgroups": {
+            column: {
+                group: found | {"images": _shown(found["images"]), "patients": _shown(found["patients"])}
+                for group, found in rows.items()
+            }
+            for column, rows in groups.items()
+        },
         "passes_per_prediction": decision.passes,
         "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,

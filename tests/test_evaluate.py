@@ -1,0 +1,141 @@
+"""Two hospitals with random networks: what stands in an evaluation, and where it is from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.data import load_prepared, write_prepared
+from qkt_clinical.errors import QueryError
+from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.stages.evaluate import evaluate_queries
+from tests.sample_run import SHAPE, sample_params, write_sample_run
+
+TEST = 24
+"""Test images of each class; every other patient has two."""
+
+
+def prepare(root: Path, params: Params, index: int, groups: dict[str, Any], seed: int = 0) -> None:
+    """A hospital's prepared images, all of them test images but one of every class."""
+    classes = [(index + k) % len(params.classes) for k in range(3)]
+    labels = np.repeat(classes, TEST + 1)
+    count = len(labels)
+    test = np.array([i for i in range(count) if i % (TEST + 1)])
+    patients = np.array([f"p{i}" for i in range(count)])
+    patients[2::4] = patients[1::4][: len(patients[2::4])]
+    rest = np.array([i for i in range(count) if i % (TEST + 1) == 0])
+    patients[rest] = [f"train{i}" for i in rest]
+    empty = np.array([], dtype=np.int64)
+    write_prepared(
+        Workspace(root).prepared(params.sites[index]),
+        site=params.sites[index],
+        source_kind="images",
+        classes=params.classes,
+        images=np.random.default_rng(10 * seed + index).integers(0, 256, (count, *SHAPE), dtype=np.uint8),
+        labels=labels,
+        groups=patients,
+        splits={"train": rest, "calibration": empty, "val": empty, "test": test},
+        spacing_mm=None,
+        normalisation="unit",
+        transforms=(),
+        integrity=[],
+        subgroups={
+            name: np.array([value[i % len(value)] for i in range(count)]) for name, value in groups.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("evaluated")
+    params = sample_params(sites=2, evaluate={"bootstrap": 50}, device="cpu")
+    write_sample_run(root, params, weights=True)
+    prepare(root, params, 0, {"sex": ["F", "M"], "scanner": ["A"] * (3 * (TEST + 1) - 3) + ["B"] * 3})
+    prepare(root, params, 1, {"sex": ["F", "M", "unknown"]})
+    evaluate_queries(root, params)
+    return root, params, read(root)
+
+
+def read(root: Path) -> dict[str, Any]:
+    path = Workspace(root).reports / "evaluation" / "h0" / "q0.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_the_operating_point_says_what_is_given_away(
+    evaluated: tuple[Path, Params, dict[str, Any]],
+) -> None:
+    _, _, found = evaluated
+    point = found["operating_point"]
+    assert point["offsets"] == dict.fromkeys(found["classes"], -1.25)
+    assert (point["budget"], point["given_away_calibration"], point["calibration_images"]) == (
+        0.05,
+        0.043478,
+        69,
+    )
+    assert point["test_images"] == 3 * TEST
+    rows = dict(zip(found["relevant"], found["after"]["confusion"], strict=True))
+    asked = [found["relevant"].index(c) for c in found["classes"]]
+    given = sum(rows[c][k] for c in found["local"] for k in asked)
+    assert point["given_away_test"]["value"] == pytest.approx(given / (3 * TEST), abs=1e-6)
+
+
+def test_groups_are_those_of_hospitals_that_have_the_column(
+    evaluated: tuple[Path, Params, dict[str, Any]],
+) -> None:
+    root, params, found = evaluated
+    groups = found["subgroups"]
+    assert set(groups) == {"sex", "scanner"}
+    assert set(groups["sex"]) == {"F", "M", "unknown"}
+    images = sum(g["images"] for g in groups["sex"].values())
+    assert images == sum(found["test_images"].values())
+    assert groups["scanner"]["A"]["images"] == 3 * TEST - 3, "the other hospital has no such column"
+    few = groups["scanner"]["B"]
+    assert few["images"] == few["patients"] == "<5"
+    assert set(few["after"].values()) == {None}
+    for side in ("before", "after"):
+        figure = groups["sex"]["F"][side]["balanced_accuracy"]
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    view = next(q for q in read_outputs(root, params).queries if q.evaluation.hospital == "h0").evaluation
+    assert view.subgroups["scanner"]["B"].images == "<5"
+    assert view.operating_point is not None
+    assert view.operating_point.budget == 0.05
+    assert set(view.after.class_ece) == set(found["relevant"])
+
+
+def test_flips_are_the_images_that_one_model_has_right(
+    evaluated: tuple[Path, Params, dict[str, Any]],
+) -> None:
+    root, params, found = evaluated
+    sites = {s: load_prepared(Workspace(root).prepared(s)) for s in params.sites}
+    places = [(f["site"], f["index"]) for f in found["flips"]]
+    assert places == sorted(set(places))
+    for flip in found["flips"]:
+        site = sites[flip["site"]]
+        assert flip["index"] in site.splits["test"]
+        assert flip["actual"] == params.classes[site.labels[flip["index"]]]
+        assert (flip["before"] == flip["actual"]) != (flip["after"] == flip["actual"])
+    right = [sum(rows[i] for i, rows in enumerate(found[s]["confusion"])) for s in ("before", "after")]
+    gained = sum(f["after"] == f["actual"] for f in found["flips"])
+    assert found["flips"], "random networks differ"
+    assert gained - (len(found["flips"]) - gained) == right[1] - right[0]
+
+
+def test_the_digest_is_of_the_test_images(evaluated: tuple[Path, Params, dict[str, Any]]) -> None:
+    root, params, found = evaluated
+    evaluate_queries(root, params)
+    assert read(root) == found, "the same again"
+    prepare(root, params, 1, {"sex": ["F"]})
+    evaluate_queries(root, params)
+    assert read(root)["test_data"] == found["test_data"], "groups are no images"
+    prepare(root, params, 1, {}, seed=1)
+    evaluate_queries(root, params)
+    assert read(root)["test_data"] != found["test_data"]
+    (Workspace(root).student("h0", "q0") / "phases.json").write_text("{}")
+    with pytest.raises(QueryError, match="no readable record"):
+        evaluate_queries(root, params)
