@@ -606,11 +606,11 @@ def to_summary(card: ModelCard) -> str:
     recall = [
         f for f in card.figures if f.name == "recall" and (f.class_name in card.asked or not card.asked)
     ]
-    asked = f" Asked for: {', '.join(card.asked)}." if card.asked else ""
     teachers = ", ".join(t.site for t in card.method.teachers)
     lines = [
         f"**{_plain(card.name)}**: {_plain(card.method.name)} of {_plain(card.site)}."
-        f"{_plain(asked)} Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
+        + (f" Asked for: {_plain(', '.join(card.asked))}." if card.asked else "")
+        + f" Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
         + (f" Teachers: {_plain(teachers)}." if teachers else ""),
         "",
         "Not for diagnosis. Gate: " + card.gate + ".",

@@ -17,7 +17,7 @@ from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import to_json, write_json, write_text
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.outputs import read_outputs
-from qkt_clinical.report.page import gain_bars, render_chart
+from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from tests.sample_run import LAYERS, sample_params, write_sample_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -362,3 +362,11 @@ def test_a_browser_shows_it_without_a_complaint(root: Path, tmp_path: Path, widt
     assert int(drawn) > 10
     assert tall == "true"
     assert "CONSOLE" not in done.stderr
+
+
+def test_reliability_is_a_picture_of_its_own(root: Path) -> None:
+    query = read_outputs(root, sample_params()).queries[0]
+    text = render_reliability(query)
+    Page(text.replace("<?xml", ""))
+    assert text.count('points="90.00,15.00"') == 2, "sure of 90 percent, right in 85, before and after"
+    assert "own model: sure of 90%, right in 85%; after the query: sure of 90%, right in 85%" in text

@@ -101,3 +101,26 @@ def line_chart(
         for name, pairs in columns.items()
     )
     return LineChart(title, lines, figure(top), figure(bottom), f"{axis} {left:.0f}", f"{axis} {right:.0f}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model's reliability; points (x, y) in a square of 100 by 100, y downwards."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    words: str
+
+    @property
+    def path(self) -> str:
+        """The points as SVG has them."""
+        return " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
+
+
+def reliability_curve(name: str, bins: Sequence[tuple[float, float]]) -> Curve:
+    """Of (confidence, accuracy) per bin."""
+    return Curve(
+        name,
+        tuple((100 * confidence, 100 - 100 * accuracy) for confidence, accuracy in bins),
+        f"{name}: " + ", ".join(f"sure of {percent(c, 0)}, right in {percent(a, 0)}" for c, a in bins),
+    )

@@ -32,6 +32,14 @@ class Interval(View):
     high: float
 
 
+class Bin(View):
+    """Images of like confidence: how sure the model was of them, and how often it was right."""
+
+    confidence: float
+    accuracy: float
+    images: int
+
+
 class Scores(View):
     """Figures of one model on held-out images; ``confusion`` has truth in rows, ordered as ``relevant``."""
 
@@ -45,6 +53,7 @@ class Scores(View):
     class_auroc: dict[str, Interval | None]
     class_auprc: dict[str, Interval | None]
     confusion: tuple[tuple[int, ...], ...]
+    reliability: tuple[Bin, ...] = ()
 
 
 class Evaluation(View):

@@ -228,6 +228,20 @@ def render_chart(kind: str, title: str, bars: list[Bar]) -> str:
     return _environment().get_template("chart.svg").render(kind=kind, title=title, bars=bars)
 
 
+def render_reliability(query: QueryOutputs) -> str:
+    """Reliability before and after as an SVG file of its own."""
+    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
+    curves = [
+        charts.reliability_curve(name, [(b.confidence, b.accuracy) for b in scores.reliability])
+        for name, scores in sides
+    ]
+    return (
+        _environment()
+        .get_template("reliability.svg")
+        .render(title=f"Reliability: {query.name}", curves=curves)
+    )
+
+
 def write_report(root: Path, params: Params) -> Path:
     """Write ``reports/index.html`` of a workspace and return its path.
 
