@@ -113,7 +113,10 @@ class MethodFacts(Strict):
     teachers: tuple[Source, ...] = ()
     input: InputSpec
     request: str = "float32 images as prepared; 8-bit images divided by 255"
-    response: str = "label and one probability per class, 0 for classes it does not answer for"
+    response: str = (
+        "label and one probability per class, 0 for classes it does not answer for; the operating point; "
+        "whether the image is unlike the training images, by coarse looks, where the bundle has a reference"
+    )
     bytes: int
     passes_per_prediction: int
 
@@ -281,6 +284,11 @@ OWN_NUMBERS = (
     "may be reckoned: it belongs to the hospital's registry. It is not among the files that go to other "
     "hospitals (bundle.json, weights.safetensors, mask.json)."
 )
+OWN_REFERENCE = (
+    "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "
+    "the spread, over the training images, of what the network's first layer makes of an image, so their "
+    "overall colour and contrast. It lies in the model's folder, which whoever may read the registry may read."
+)
 
 
 def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
@@ -291,6 +299,7 @@ def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
         "how many images there were, nor how good the teacher is.",
         NO_DIFFERENTIAL_PRIVACY,
         OWN_NUMBERS,
+        OWN_REFERENCE,
     )
 
 
@@ -309,6 +318,7 @@ def _student_privacy(query: QueryOutputs) -> tuple[str, ...]:
         "bundle.json names the classes that the hospital has, and those that it asked for.",
         NO_DIFFERENTIAL_PRIVACY,
         OWN_NUMBERS,
+        OWN_REFERENCE,
     )
 
 

@@ -507,8 +507,14 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
 
     shape = model.card.input.shape
     answers: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "label")]
-    # The names are serving.probability_column's, which is not imported here: it would load torch.
+    # The names are those of serving, which is not imported here: it would load torch.
     answers += [ColSpec(DataType.double, f"probability_{c}") for c in model.card.classes]
+    if (decision := model.card.decision) is not None:
+        answers.append(ColSpec(DataType.double, "budget"))
+        answers += [ColSpec(DataType.double, f"offset_{model.card.classes[q]}") for q in decision.query]
+    answers.append(ColSpec(DataType.boolean, "unlike_training", required=False))
+    for name in ("unlike_training_score", "unlike_training_threshold"):
+        answers.append(ColSpec(DataType.double, name, required=False))
     signature = mlflow.models.ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]), outputs=Schema(answers)
     )
