@@ -4,8 +4,8 @@ A bundle is another organisation's file: nothing in it is run, and sizes, names,
 finiteness are checked before a tensor is used.
 
 A bundle is a folder with ``bundle.json`` (:class:`Card`), ``weights.safetensors`` and, beside them, what
-later stages add: ``mask.json`` and ``metrics.json`` for a teacher; ``query.json``, ``plan.json``,
-``phases.json`` and, for method ``routed``, ``experts/<site>/`` for a student.
+stages add: ``mask.json`` and ``metrics.json`` for a teacher; ``query.json``, ``plan.json``, ``phases.json``
+and, for method ``routed``, ``experts/<site>/`` for a student; ``reference.json``, which stays there.
 """
 
 from __future__ import annotations

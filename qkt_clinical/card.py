@@ -13,7 +13,7 @@ from qkt_clinical.config import Name, Strict
 from qkt_clinical.errors import BundleError
 from qkt_clinical.files import to_json
 
-CARD, WEIGHTS, MASK = "bundle.json", "weights.safetensors", "mask.json"
+CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
 MAX_JSON_BYTES = 4_000_000
 REMEDY = "Ask the site that made it to send it again; nothing of it was used."
 
@@ -67,6 +67,29 @@ class Mask(Strict):
     def knows(self, class_name: str) -> bool:
         """Whether the teacher knows the class."""
         return class_name in self.classes and self.known[self.classes.index(class_name)]
+
+
+class Reference(Strict):
+    """``reference.json``: what the first layer makes of the training images. It stays at the hospital.
+
+    Per filter the mean of its responses over an image and their spread, the means of all filters first.
+    """
+
+    format: Literal["qkt-reference/1"] = "qkt-reference/1"
+    weights: Sha256
+    """Of the network that it belongs to."""
+    mean: tuple[float, ...] = Field(min_length=2, max_length=4096)
+    """Over the training images."""
+    spread: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=2, max_length=4096)
+    """Standard deviation over the training images."""
+    threshold: Annotated[float, Field(ge=0.0)] | None
+    """An image with a higher score is unlike them. None where there was no calibration image."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Reference:
+        if len(self.mean) != len(self.spread) or len(self.mean) % 2:
+            raise ValueError("mean and spread do not match")
+        return self
 
 
 class InputSpec(Strict):
@@ -226,3 +249,26 @@ def read_mask(folder: Path, card: Card) -> Mask | None:
             code="bundle-mask",
         )
     return mask
+
+
+def read_reference(folder: Path, card: Card) -> Reference | None:
+    """The reference beside a card, or None.
+
+    Raises:
+        BundleError: not a reference, or that of other weights.
+    """
+    path = folder / REFERENCE
+    if not path.exists():
+        return None
+    remedy = "Run 'qkt train' or 'qkt transfer' again, or remove the file; answers then carry no flag."
+    try:
+        reference = Reference.model_validate(_read_json(path, card.site))
+    except ValidationError:
+        raise BundleError(
+            "not a reference", remedy=remedy, file=path, site=card.site, code="bundle-reference"
+        ) from None
+    if reference.weights != card.weights.sha256:
+        raise BundleError(
+            "a reference of other weights", remedy=remedy, file=path, site=card.site, code="bundle-reference"
+        )
+    return reference

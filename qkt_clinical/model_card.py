@@ -119,7 +119,10 @@ class MethodFacts(Strict):
     teachers: tuple[Source, ...] = ()
     input: InputSpec
     request: str = "float32 images as prepared; 8-bit images divided by 255"
-    response: str = "label and one probability per class, 0 for classes it does not answer for"
+    response: str = (
+        "label and one probability per class, 0 for classes it does not answer for; the operating point; "
+        "whether the image is unlike the training images, by coarse looks, where the bundle has a reference"
+    )
     bytes: int
     passes_per_prediction: int
 
@@ -287,6 +290,12 @@ OWN_NUMBERS = (
     "may be reckoned: it belongs to the hospital's registry. It is not among the files that go to other "
     "hospitals (bundle.json, weights.safetensors, mask.json)."
 )
+OWN_REFERENCE = (
+    "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "
+    "the spread, over the training images, of what the network's first layer makes of an image, so their "
+    "overall colour and contrast. It lies in the model's folder, which whoever may read the registry can "
+    "read."
+)
 
 
 def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
@@ -297,6 +306,7 @@ def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
         "how many images there were, nor how good the teacher is.",
         NO_DIFFERENTIAL_PRIVACY,
         OWN_NUMBERS,
+        OWN_REFERENCE,
     )
 
 
@@ -315,6 +325,7 @@ def _student_privacy(query: AnswerOutputs) -> tuple[str, ...]:
         "bundle.json names the classes that the hospital has, and those that it asked for.",
         NO_DIFFERENTIAL_PRIVACY,
         OWN_NUMBERS,
+        OWN_REFERENCE,
     )
 
 
@@ -672,11 +683,11 @@ def to_summary(card: ModelCard) -> str:
     recall = [
         f for f in card.figures if f.name == "recall" and (f.class_name in card.asked or not card.asked)
     ]
-    asked = f" Asked for: {', '.join(card.asked)}." if card.asked else ""
     teachers = ", ".join(t.site for t in card.method.teachers)
     lines = [
         f"**{_plain(card.name)}**: {_plain(card.method.name)} of {_plain(card.site)}."
-        f"{_plain(asked)} Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
+        + (f" Asked for: {_plain(', '.join(card.asked))}." if card.asked else "")
+        + f" Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
         + (f" Teachers: {_plain(teachers)}." if teachers else ""),
         "",
         "Not for diagnosis. Gate: " + card.gate + ".",
@@ -754,8 +765,8 @@ def to_markdown(card: ModelCard) -> str:
             "## Calibration and operating point",
             "",
             ("" if c.ece is None else f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. ")
-            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to the "
-            f"query, of a budget of {100 * c.budget:.1f}%.",
+            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to "
+            f"the query, of a budget of {100 * c.budget:.1f}%.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

@@ -3,6 +3,9 @@
 A request holds images as they stand in a prepared site: float32 of the card's input shape (C, H, W) or
 (C, D, H, W), uint8 images divided by 255. With normalisation ``unit`` values lie in [0, 1]; ``zscore``
 images are used as they are.
+
+An answer also holds the operating point that it rests on, and whether the image is unlike those that the
+model was trained on, see :mod:`qkt_clinical.unlike`.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qkt_clinical.bundle import Bundle, load_bundle
+from qkt_clinical.card import Card, Reference
 from qkt_clinical.errors import InputError
 from qkt_clinical.training import to_input
+from qkt_clinical.unlike import load_reference, responses, scores
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
 BATCH = 256
+UNLIKE_COLUMNS = ("unlike_training", "unlike_training_score", "unlike_training_threshold")
 TOLERANCE = 1e-4
 """Resampling in single precision may leave [0, 1] by this much."""
 
@@ -30,6 +36,18 @@ TOLERANCE = 1e-4
 def probability_column(class_name: str) -> str:
     """Column of the answer that holds a class's probability."""
     return f"probability_{class_name}"
+
+
+def operating_point(card: Card) -> dict[str, float]:
+    """Columns of the answer that say how a student's query classes are weighed; a teacher's has none.
+
+    ``budget`` is the share of the hospital's own held-out images that may be given away to the query,
+    ``offset_<class>`` what was added to the class's logit to keep to it.
+    """
+    if card.decision is None:
+        return {}
+    pairs = zip(card.decision.query, card.decision.offsets, strict=True)
+    return {"budget": card.decision.budget} | {f"offset_{card.classes[q]}": offset for q, offset in pairs}
 
 
 def check_images(data: Any, bundle: Bundle) -> NDArray[np.float32]:
@@ -80,11 +98,16 @@ def answer_scores(bundle: Bundle, inputs: Tensor) -> Tensor:
 class Answerer:
     """A bundle that answers for batches of images."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, reference: Reference | None = None) -> None:
         self.bundle = bundle
+        self.reference = reference
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One row per image: ``label``, and ``probability_<class>`` for every class of the label space.
+        """One row per image.
+
+        ``label``, and ``probability_<class>`` for every class of the label space; the operating point of a
+        student, see :func:`operating_point`; ``unlike_training`` with its ``unlike_training_score`` and
+        ``unlike_training_threshold``, all None where the bundle has no reference.
 
         Probabilities are the softmax of the scores, 0 for classes that the bundle does not answer for; for
         a student they follow its operating point.
@@ -104,16 +127,24 @@ class Answerer:
             )
         card = self.bundle.card
         images = check_images(data, self.bundle)
+        answers: list[Tensor] = []
+        unlike: list[float] = []
         with torch.inference_mode():
-            scores = torch.cat(
-                [
-                    answer_scores(self.bundle, to_input(part, card.input.normalisation))
-                    for part in np.array_split(images, range(BATCH, len(images), BATCH))
-                ]
-            )
-        probabilities = torch.softmax(scores.double(), dim=1).numpy()
-        columns: dict[str, Any] = {"label": [card.classes[i] for i in scores.argmax(1).tolist()]}
+            for part in np.array_split(images, range(BATCH, len(images), BATCH)):
+                inputs = to_input(part, card.input.normalisation)
+                answers.append(answer_scores(self.bundle, inputs))
+                if self.reference is not None:
+                    unlike += scores(self.reference, responses(self.bundle.network, inputs)).tolist()
+        said = torch.cat(answers)
+        probabilities = torch.softmax(said.double(), dim=1).numpy()
+        columns: dict[str, Any] = {"label": [card.classes[i] for i in said.argmax(1).tolist()]}
         columns |= {probability_column(c): probabilities[:, i] for i, c in enumerate(card.classes)}
+        columns |= {name: np.full(len(images), value) for name, value in operating_point(card).items()}
+        threshold = None if self.reference is None else self.reference.threshold
+        flags = [None if threshold is None else score > threshold for score in unlike]
+        nothing = [None] * len(images)  # objects, so that JSON has null and not NaN
+        for name, values in zip(UNLIKE_COLUMNS, (flags, unlike, [threshold] * len(images)), strict=True):
+            columns[name] = pd.Series(values or nothing, dtype=object)
         return pd.DataFrame(columns)
 
 
@@ -123,4 +154,5 @@ def _load_pyfunc(data_path: str) -> Answerer:
     Raises:
         BundleError: the bundle fails a check.
     """
-    return Answerer(load_bundle(Path(data_path)))
+    bundle = load_bundle(Path(data_path))
+    return Answerer(bundle, load_reference(bundle))

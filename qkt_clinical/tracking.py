@@ -2,8 +2,8 @@
 
 Everything is keyed by a digest of what it mirrors, so that a second call changes nothing, a changed output
 makes a new run and a new model version, and an empty MLflow is rebuilt from the workspace. A run of the
-pipeline holds the runs made for it; results that did not change stay where they were made, and the
-pipeline's ``contents.json`` names the digests of all.
+pipeline holds the runs of its sites, and those the runs of their queries; results that did not change stay
+where they were made, and the pipeline's ``contents.json`` names the digests of all.
 
 Models are logged through MLflow's client rather than ``log_model``: the same files, but no active run, no
 absolute path in ``MLmodel`` and no name of a user or script.
@@ -11,6 +11,7 @@ absolute path in ``MLmodel`` and no name of a user or script.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -26,13 +27,28 @@ from urllib.parse import unquote, urlsplit
 
 from qkt_clinical import __version__
 from qkt_clinical.card import Card
-from qkt_clinical.config import Params, Workspace
+from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
 from qkt_clinical.errors import BundleError, OutputsError, QktError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.model_card import (
+    ModelCard,
+    student_model_card,
+    teacher_model_card,
+    to_markdown,
+    to_summary,
+    unmeasured_model_card,
+)
 from qkt_clinical.report.charts import points, size, words
-from qkt_clinical.report.outputs import Outputs, QueryOutputs, Scores, SiteOutputs, read_outputs
-from qkt_clinical.report.page import gain_bars, recall_bars, render_chart
+from qkt_clinical.report.outputs import (
+    AnswerOutputs,
+    Outputs,
+    QueryOutputs,
+    Scores,
+    SiteOutputs,
+    read_outputs,
+)
+from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
@@ -60,7 +76,7 @@ hold another project of its name."""
 LARGEST_EXAMPLE = 200_000
 """Input examples are JSON; one with more numbers would outweigh the network."""
 
-MAX_PARAM, MAX_TAG = 6000, 5000
+MAX_PARAM, MAX_TAG, MAX_NOTE = 6000, 5000, 5000
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,8 @@ class Item:
     files: Mapping[str, Path] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     dataset: Mapping[str, Any] | None = None
+    below: str | None = None
+    """The site below whose run this one hangs, where there is one; else it hangs below the pipeline's."""
     model: Model | None = None
 
 
@@ -89,9 +107,13 @@ class Model:
     folder: Path
     card: Card
     digest: str
-    note: str
-    model_card: Mapping[str, Any]
+    model_card: ModelCard
     tags: Mapping[str, str]
+
+    @property
+    def note(self) -> str:
+        """Description of a version."""
+        return to_summary(self.model_card)[:MAX_NOTE]
 
 
 def key(name: str) -> str:
@@ -131,24 +153,19 @@ def _digest(value: Any) -> str:
     return digest_bytes(to_json(value).encode())
 
 
-def _model_card(card: Card, *, digest: str, data: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset(site: SiteOutputs | None) -> dict[str, Any] | None:
+    """A hospital's data by digest; counts stay with the site, shape and type are on the card anyway."""
+    if site is None or site.manifest is None:
+        return None
     return {
-        "format": "qkt-model-card/1",
-        "kind": card.kind,
-        "site": card.site,
-        "query": card.query,
-        "network": card.network.model_dump(mode="json"),
-        "classes": list(card.classes),
-        "input": card.input.model_dump(mode="json"),
-        "request": "float32 images as prepared; 8-bit images divided by 255",
-        "response": "label and one probability per class, 0 for classes it does not answer for",
-        "bytes": card.weights.bytes,
-        "digests": {"bundle": digest, "weights": card.weights.sha256, "data": data},
-        "version": __version__,
-        "intended_use": "research on knowledge transfer between hospitals",
-        "not_intended": "not a medical device; no diagnosis and no treatment decision",
-        **facts,
+        "name": site.name,
+        "digest": site.data_digest,
+        "profile": {"shape": site.manifest.shape, "dtype": site.manifest.dtype},
     }
+
+
+def _texts(card: ModelCard) -> dict[str, str]:
+    return {"model_card.json": to_json(card.model_dump(mode="json")), "model_card.md": to_markdown(card)}
 
 
 def site_item(site: SiteOutputs, params: Params) -> Item | None:
@@ -171,32 +188,88 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     note = f"Teacher of {site.name}: {site.card.network.name}, knows {words(known) or 'nothing by its mask'}."
     bundle = str(site.card_digest)
     tags = {"qkt.site": site.name, "qkt.bundle": bundle, "qkt.data": site.data_digest or "not here"}
-    facts = {
-        "knows": known,
-        "validation": None if site.metrics is None else site.metrics.model_dump(mode="json"),
-    }
-    card = _model_card(site.card, digest=bundle, data=site.data_digest, facts=facts)
-    dataset = None
-    if site.manifest is not None:
-        # Counts stay with the site; shape and type are on the card anyway.
-        dataset = {
-            "name": site.name,
-            "digest": site.data_digest,
-            "profile": {"shape": site.manifest.shape, "dtype": site.manifest.dtype},
-        }
+    card = teacher_model_card(site, params)
     return Item(
         kind="site",
         name=site.name,
-        digest=_digest({"folder": folder, "data": site.data_digest, "params": used}),
+        digest=_digest({"folder": folder, "card": card.model_dump(mode="json"), "params": used}),
         note=note,
         params=used | {"network_bytes": site.card.weights.bytes},
         metrics=metrics,
         curves=curves_of("curve", site.curves),
         tags=tags,
         files={p.name: p for p in (site.teacher / n for n in ("bundle.json", "mask.json")) if p.is_file()},
-        texts={"model_card.json": to_json(card)},
-        dataset=dataset,
-        model=Model(f"teacher.{site.name}", site.teacher, site.card, folder, note, card, tags),
+        texts=_texts(card),
+        dataset=_dataset(site),
+        model=Model(card.name, site.teacher, site.card, folder, card, tags),
+    )
+
+
+def _answer_params(answer: AnswerOutputs, params: Params) -> dict[str, Any]:
+    plan = answer.plan
+    return {
+        "seed": params.seed,
+        "hospital": plan.hospital,
+        "query": plan.query,
+        "classes": ", ".join(plan.classes),
+        "method": plan.method,
+        "budget": plan.budget,
+        "teachers": ", ".join(plan.relevant),
+        **flat("transfer", params.transfer.model_dump(mode="json")),
+    }
+
+
+def _answer_metrics(answer: AnswerOutputs) -> dict[str, float]:
+    second, decision = answer.phases.phase2, answer.card.decision
+    return {
+        "bytes_moved": answer.plan.bytes_moved,
+        "passes_per_prediction": 1 if decision is None else decision.passes,
+        "given_away": second.given_away,
+        **{f"offset/{key(c)}": v for c, v in second.offsets.items()},
+    }
+
+
+def _answer_curves(answer: AnswerOutputs) -> dict[str, list[tuple[int, float]]]:
+    first, second = answer.phases.phase1, answer.phases.phase2
+    return curves_of("phase2", second.curves) | ({} if first is None else curves_of("phase1", first.curves))
+
+
+def _answer_tags(answer: AnswerOutputs, site: SiteOutputs | None) -> dict[str, str]:
+    return {
+        "qkt.site": answer.plan.hospital,
+        "qkt.query": answer.plan.query,
+        "qkt.method": answer.plan.method,
+        "qkt.bundle": answer.card_digest,
+        "qkt.data": (site.data_digest if site else None) or "not here",
+    }
+
+
+def _answer_files(answer: AnswerOutputs) -> dict[str, Path]:
+    return {name: answer.student / name for name in ("plan.json", "phases.json")}
+
+
+def answer_item(answer: AnswerOutputs, outputs: Outputs) -> Item:
+    """The run of a student that nobody has measured."""
+    plan, site = answer.plan, outputs.site(answer.plan.hospital)
+    used, tags = _answer_params(answer, outputs.params), _answer_tags(answer, site)
+    tags |= {GATE: "not judged", f"{GATE}_unmet": NONE, VERDICT: NONE}
+    card = unmeasured_model_card(answer, outputs)
+    folder = answer.folder_digest
+    return Item(
+        kind="query",
+        name=answer.name,
+        digest=_digest({"folder": folder, "card": card.model_dump(mode="json"), "params": used}),
+        note=f"{plan.hospital} asks for {words(plan.classes)}; method {plan.method}, teachers "
+        f"{words(plan.relevant) or 'none'}, {size(plan.bytes_moved)} moved. Not measured.",
+        params=used,
+        metrics=_answer_metrics(answer),
+        curves=_answer_curves(answer),
+        tags=tags,
+        files=_answer_files(answer),
+        texts=_texts(card),
+        dataset=_dataset(site),
+        below=plan.hospital,
+        model=Model(card.name, answer.student, answer.card, folder, card, tags),
     )
 
 
@@ -218,90 +291,56 @@ def _unmet(query: QueryOutputs) -> str:
 
 def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
     """The run of an answered query and its student."""
-    e, phases, params = query.evaluation, query.phases, outputs.params
+    e, params, verdict = query.evaluation, outputs.params, query.verdict
     site = outputs.site(e.hospital)
-    data = site.data_digest if site else None
-    used = {
-        "seed": params.seed,
-        "hospital": e.hospital,
-        "query": e.query,
-        "classes": ", ".join(e.classes),
-        "method": e.method,
-        "budget": e.budget,
-        "teachers": ", ".join(e.teachers),
-        **flat("transfer", params.transfer.model_dump(mode="json")),
-        **flat("evaluate", params.evaluate.model_dump(mode="json")),
-    }
-    metrics = _score_metrics("before", e.before) | _score_metrics("after", e.after)
+    used = _answer_params(query, params) | flat("evaluate", params.evaluate.model_dump(mode="json"))
+    metrics = _answer_metrics(query) | _score_metrics("before", e.before) | _score_metrics("after", e.after)
     for name, interval in (("gain", e.gain), ("forgetting", e.forgetting), ("query_gain", e.query_gain)):
         metrics |= {name: interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
-    metrics |= {
-        "bytes_moved": e.bytes_moved,
-        "passes_per_prediction": e.passes_per_prediction,
-        "given_away": phases.phase2.given_away,
-    }
-    metrics |= {f"offset/{key(c)}": v for c, v in phases.phase2.offsets.items()}
-    curves = curves_of("phase2", phases.phase2.curves)
-    if phases.phase1 is not None:
-        curves |= curves_of("phase1", phases.phase1.curves)
     note = (
         f"{e.hospital} asks for {words(e.classes)}; method {e.method}, teachers "
         f"{words(e.teachers) or 'none'}, {size(e.bytes_moved)} moved. "
         f"Balanced accuracy {points(e.gain.value)} points "
         f"({points(e.gain.low)} to {points(e.gain.high)}), forgetting {points(e.forgetting.value)} points."
     )
-    bundle = query.card_digest
-    tags = {
-        "qkt.site": e.hospital,
-        "qkt.query": e.query,
-        "qkt.method": e.method,
-        "qkt.bundle": bundle,
-        "qkt.data": data or "not here",
-        GATE: "not judged" if query.verdict is None else ("passed" if query.verdict.passed else "failed"),
+    tags = _answer_tags(query, site) | {
+        GATE: "not judged" if verdict is None else ("passed" if verdict.passed else "failed"),
         f"{GATE}_unmet": _unmet(query),
-        VERDICT: NONE if query.verdict is None else query.verdict.model_dump_json(),
+        VERDICT: NONE if verdict is None else verdict.model_dump_json(),
         "qkt.balanced_accuracy": f"{e.after.balanced_accuracy.value:.6f}",
         "qkt.forgetting": f"{e.forgetting.value:.6f}",
     }
-    shown = {"value", "low", "high"}
-    facts = {
-        "asked": list(e.classes),
-        "local": list(e.local),
-        "teachers": {t.site: t.digest for t in query.plan.teachers if t.relevant},
-        "gain": e.gain.model_dump(mode="json", include=shown),
-        "forgetting": e.forgetting.model_dump(mode="json", include=shown),
-        "balanced_accuracy": e.after.balanced_accuracy.model_dump(mode="json", include=shown),
-        "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
-    }
-    card = _model_card(query.card, digest=bundle, data=data, facts=facts)
-    folder = digest_folder(query.student)
+    card = student_model_card(query, outputs)
+    folder = query.folder_digest
     return Item(
         kind="query",
         name=query.name,
         digest=_digest(
             {
                 "folder": folder,
-                "evaluation": digest_file(query.evaluation_file),
-                "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
+                "card": card.model_dump(mode="json"),
+                "gate": None if verdict is None else verdict.model_dump(mode="json"),
                 "params": used,
             }
         ),
         note=note,
         params=used,
         metrics=metrics,
-        curves=curves,
+        curves=_answer_curves(query),
         tags=tags,
         files={
+            **_answer_files(query),
             "evaluation.json": query.evaluation_file,
-            "plan.json": query.student / "plan.json",
-            "phases.json": query.student / "phases.json",
-            **({} if query.verdict is None else {"gate.json": query.verdict_file}),
+            **({} if verdict is None else {"gate.json": query.verdict_file}),
         },
         texts={
-            "model_card.json": to_json(card),
+            **_texts(card),
+            "reliability.svg": render_reliability(query),
             "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
         },
-        model=Model(f"student.{e.hospital}.{e.query}", query.student, query.card, folder, note, card, tags),
+        dataset=_dataset(site),
+        below=e.hospital,
+        model=Model(card.name, query.student, query.card, folder, card, tags),
     )
 
 
@@ -451,20 +490,38 @@ def _experiment(client: MlflowClient, root: Path, params: Params, uri: str) -> s
     return str(found.experiment_id)
 
 
-def _existing(client: MlflowClient, experiment: str) -> dict[tuple[str, str], str]:
-    """(kind, digest) to id of every finished run. Runs that an interrupted call left behind end as failed."""
-    found: dict[tuple[str, str], str] = {}
+@dataclass(frozen=True)
+class _Runs:
+    """Ids of runs by (kind, digest): those that are complete, and those whose process ended too early."""
+
+    finished: dict[tuple[str, str], str]
+    begun: dict[tuple[str, str], str]
+
+
+def _existing(client: MlflowClient, experiment: str, uri: str, params: Params, wanted: set[str]) -> _Runs:
+    """Every run of this experiment.
+
+    What an interrupted call left behind is gone on with if its digest is ``wanted``, else it ends as failed.
+    On a server only this workspace's own: another hospital's process may be at work on the rest.
+    """
+    runs = _Runs({}, {})
     token: str | None = None
     while True:
         page = client.search_runs([experiment], filter_string=f"tags.`{KIND}` != ''", page_token=token)
         for run in page:
+            tags, number = run.data.tags, str(run.info.run_id)
+            known = tags[KIND], tags[DIGEST]
             if run.info.status == "FINISHED":
-                found[run.data.tags[KIND], run.data.tags[DIGEST]] = str(run.info.run_id)
-            elif run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, "FAILED")
+                runs.finished[known] = number
+            elif tags[DIGEST] in wanted:
+                runs.begun[known] = number
+            elif run.info.status == "RUNNING" and (
+                uri.startswith("sqlite:") or tags.get("qkt.site") in params.sites
+            ):
+                client.set_terminated(number, "FAILED")
         token = page.token
         if not token:
-            return found
+            return runs
 
 
 def _log(client: MlflowClient, run: str, item: Item) -> None:
@@ -519,8 +576,14 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
 
     shape = model.card.input.shape
     answers: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "label")]
-    # The names are serving.probability_column's, which is not imported here: it would load torch.
+    # The names are those of serving, which is not imported here: it would load torch.
     answers += [ColSpec(DataType.double, f"probability_{c}") for c in model.card.classes]
+    if (decision := model.card.decision) is not None:
+        answers.append(ColSpec(DataType.double, "budget"))
+        answers += [ColSpec(DataType.double, f"offset_{model.card.classes[q]}") for q in decision.query]
+    answers.append(ColSpec(DataType.boolean, "unlike_training", required=False))
+    for name in ("unlike_training_score", "unlike_training_threshold"):
+        answers.append(ColSpec(DataType.double, name, required=False))
     signature = mlflow.models.ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]), outputs=Schema(answers)
     )
@@ -533,7 +596,7 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
         signature=signature,
         input_example=example if example.size <= LARGEST_EXAMPLE else None,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
-        metadata={"model_card": model.model_card},
+        metadata={"model_card": model.model_card.model_dump(mode="json")},
     )
 
 
@@ -599,17 +662,20 @@ def _run(
     experiment: str,
     item: Item,
     parent: str | None,
-    runs: Mapping[tuple[str, str], str],
+    runs: _Runs,
     state: Mapping[str, str],
 ) -> Iterator[str]:
-    """The run of an item, made and ended where it does not exist yet."""
-    if (known := runs.get((item.kind, item.digest))) is not None:
+    """The run of an item, made and ended where it does not exist yet, gone on with where it was begun."""
+    if (known := runs.finished.get((item.kind, item.digest))) is not None:
         yield known
         return
     tags = {**NEUTRAL, **state, KIND: item.kind, DIGEST: item.digest, "mlflow.note.content": item.note}
     if parent is not None:
         tags["mlflow.parentRunId"] = parent
-    run = str(client.create_run(experiment, tags=tags, run_name=item.name).info.run_id)
+    if site := item.tags.get("qkt.site"):
+        tags["qkt.site"] = site  # from the first moment, so that one can tell whose it is
+    begun = runs.begun.get((item.kind, item.digest))
+    run = begun or str(client.create_run(experiment, tags=tags, run_name=item.name).info.run_id)
     status = "FAILED"
     try:
         _log(client, run, item)
@@ -628,10 +694,13 @@ def _mirror_model(
     if number is None:
         number = _register(client, experiment, run, model, state)
     else:
-        known = client.get_model_version(model.name, number).tags
+        # Judged by other rules, or on other images, than before.
+        known = client.get_model_version(model.name, number)
         for name, value in model.tags.items():
-            if known.get(name) != value:  # judged by other rules, or on other images, than before
+            if known.tags.get(name) != value:
                 client.set_model_version_tag(model.name, number, name, value)
+        if known.description != model.note:
+            client.update_model_version(model.name, number, model.note)
     set_alias(client, model.name, ALIAS, number)
     return number
 
@@ -664,6 +733,16 @@ def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
         set_alias(client, name, CHAMPION, number)
 
 
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process of this workspace at a time: each takes what has not ended for what another left behind."""
+    scratch = Workspace(root).scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, however this process ends
+        yield
+
+
 def track(root: Path, params: Params) -> dict[str, Any]:
     """Mirror a workspace's outputs to MLflow and write ``reports/track.json``.
 
@@ -680,17 +759,23 @@ def track(root: Path, params: Params) -> dict[str, Any]:
     """
     outputs = read_outputs(root, params)
     teachers = [item for site in outputs.sites if (item := site_item(site, params))]
-    items = [*teachers, *(query_item(query, outputs) for query in outputs.queries)]
+    measured = [query_item(query, outputs) for query in outputs.queries]
+    items = [*teachers, *measured, *(answer_item(answer, outputs) for answer in outputs.unmeasured)]
     whole = pipeline_item(outputs, items)
     uri = tracking_uri(root, params)
     _check_database(uri)
     models: dict[str, dict[str, str]] = {}
-    with _unsynced(), _client(uri) as client:
+    with _alone(root), _unsynced(), _client(uri) as client:
         experiment = _experiment(client, root, params, uri)
-        runs, state = _existing(client, experiment), _state(root)
+        runs = _existing(client, experiment, uri, params, {i.digest for i in (whole, *items)})
+        state = _state(root)
+        made: dict[str, str] = {}
         with _run(client, experiment, whole, None, runs, state) as parent:
             for item in items:
-                with _run(client, experiment, item, parent, runs, state) as run:
+                above = made.get(item.below or "", parent)
+                with _run(client, experiment, item, above, runs, state) as run:
+                    if item.kind == "site":
+                        made[item.name] = run
                     if item.model is not None:
                         number = _mirror_model(client, experiment, run, item.model, state)
                         models[item.model.name] = {"version": number, "digest": item.model.digest}
@@ -704,6 +789,42 @@ def track(root: Path, params: Params) -> dict[str, Any]:
         },
     )
     return {"runs": len(items) + 1, "models": models}
+
+
+def track_answer(root: Path, params: Params, hospital: str, query: str) -> str:
+    """Register the student of one query, and return the number of its version.
+
+    Its run hangs below that of the hospital's teacher, where MLflow holds it.
+
+    Raises:
+        OutputsError: there is no such student, or a file of it is malformed.
+        QktError: MLflow cannot be reached or refuses, code ``mlflow``.
+    """
+    ref = QueryRef(hospital=hospital, query=query)
+    narrow = params.model_copy(update={"sites": (hospital,), "queries": {f"{hospital}-{query}": ref}})
+    outputs = read_outputs(root, narrow)
+    items = [query_item(q, outputs) for q in outputs.queries]
+    items += [answer_item(a, outputs) for a in outputs.unmeasured]
+    if not items or items[0].model is None:
+        raise OutputsError(
+            "no student",
+            remedy=f"Run 'qkt query run {hospital} {query}'.",
+            file=Workspace(root).student(hospital, query),
+            site=hospital,
+        )
+    item, model = items[0], items[0].model
+    above = [teacher for site in outputs.sites if (teacher := site_item(site, params))]
+    uri = tracking_uri(root, params)
+    _check_database(uri)
+    with _alone(root), _unsynced(), _client(uri) as client:
+        experiment = _experiment(client, root, params, uri)
+        runs = _existing(client, experiment, uri, narrow, {item.digest})
+        parent = next((runs.finished.get((a.kind, a.digest)) for a in above), None)
+        state = _state(root)
+        with _run(client, experiment, item, parent, runs, state) as run:
+            number = _mirror_model(client, experiment, run, model, state)
+            _restore_champion(client, root, model.name)
+    return number
 
 
 # --- what a query job takes from the registry ------------------------------------------------------
@@ -761,7 +882,7 @@ def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> None:
         raise refuse(f"has {listed[place]} bytes, more than {most}", "bundle-size")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        got = Path(store.download_artifacts(place, folder))
+        got = Path(store.download_artifacts(place, folder))  # type: ignore[no-untyped-call]
         if got.stat().st_size > most:
             raise refuse("is larger than the registry says", "bundle-size")
         got.replace(target)

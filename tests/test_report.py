@@ -24,7 +24,7 @@ from qkt_clinical.gate import Rule
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.index_page import gain_map
 from qkt_clinical.report.outputs import Flip, read_outputs
-from qkt_clinical.report.page import gain_bars, render_chart
+from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from qkt_clinical.report.pictures import MOST, choose, png
 from qkt_clinical.report.query_page import at_risk, rule_figure, rule_threshold, voices
 from tests.sample_run import LAYERS, sample_params, write_pictures, write_sample_run
@@ -584,3 +584,11 @@ def test_a_picture_of_a_volume_is_its_middle_slice() -> None:
     assert image.getpixel((10, 40)) == 255
     assert image.getpixel((40, 40)) == 0
     assert png(volume) == png(volume.copy())
+
+
+def test_reliability_is_a_picture_of_its_own(root: Path) -> None:
+    query = read_outputs(root, sample_params()).queries[0]
+    text = render_reliability(query)
+    Page(text.replace("<?xml", ""))
+    assert text.count('points="75.00,20.00 95.00,10.00"') == 1
+    assert "own model: sure of 75%, right in 80%, sure of 95%, right in 90%; after the query: " in text

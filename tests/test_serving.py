@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from qkt_clinical.bundle import load_bundle
+from qkt_clinical.card import REFERENCE, read_card
 from qkt_clinical.config import Workspace
 from qkt_clinical.errors import BundleError, InputError
-from qkt_clinical.serving import BATCH, Answerer, _load_pyfunc
+from qkt_clinical.files import write_json
+from qkt_clinical.serving import BATCH, UNLIKE_COLUMNS, Answerer, _load_pyfunc, operating_point
 from qkt_clinical.training import to_input
 from qkt_clinical.transfer import predict_scores
+from qkt_clinical.unlike import make_reference
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()
@@ -35,6 +40,10 @@ def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((count, *SHAPE), dtype=np.float32)
 
 
+def chances(table: pd.DataFrame) -> np.ndarray:
+    return table[[f"probability_{c}" for c in PARAMS.classes]].to_numpy(dtype=float)
+
+
 def test_importing_it_loads_no_mlflow() -> None:
     code = "import sys, qkt_clinical.serving; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -43,11 +52,11 @@ def test_importing_it_loads_no_mlflow() -> None:
 def test_a_teacher_answers_among_the_classes_it_knows(teacher: Answerer) -> None:
     data = images(6)
     table = teacher.predict(data)
-    assert list(table.columns) == ["label", *(f"probability_{c}" for c in PARAMS.classes)]
+    assert list(table.columns) == ["label", *(f"probability_{c}" for c in PARAMS.classes), *UNLIKE_COLUMNS]
     with torch.no_grad():
         logits = teacher.bundle.network((torch.from_numpy(data) - 0.5) / 0.5)[:, :3].double()
     expected = torch.softmax(logits, dim=1).numpy()
-    found = table.iloc[:, 1:].to_numpy(dtype=float)
+    found = chances(table)
     np.testing.assert_allclose(found[:, :3], expected, rtol=1e-6)
     assert (found[:, 3:] == 0).all()
     assert list(table["label"]) == [PARAMS.classes[i] for i in expected.argmax(1)]
@@ -58,7 +67,7 @@ def test_a_teacher_without_a_mask_answers_among_all_classes(root: Path, tmp_path
     for name in ("bundle.json", "weights.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     table = _load_pyfunc(str(tmp_path)).predict(images(2))
-    assert (table.iloc[:, 1:].to_numpy(dtype=float) > 0).all()
+    assert (chances(table) > 0).all()
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["qkt", "qkt-light"])
@@ -69,7 +78,7 @@ def test_a_student_answers_by_its_decision(root: Path, index: int) -> None:
     bundle = load_bundle(folder)
     scores = predict_scores(bundle, to_input(data))
     assert list(table["label"]) == [PARAMS.classes[i] for i in scores.argmax(1).tolist()]
-    probabilities = table.iloc[:, 1:].to_numpy(dtype=float)
+    probabilities = chances(table)
     np.testing.assert_allclose(probabilities.sum(1), 1.0, rtol=1e-9)
     relevant = [*PARAMS.classes[index : index + 3], asked_class(PARAMS, index)]
     assert {c for c in PARAMS.classes if (table[f"probability_{c}"] > 0).any()} == set(relevant)
@@ -86,8 +95,8 @@ def test_a_routed_student_asks_its_experts(root: Path) -> None:
 
 def test_many_images_are_answered_as_few(teacher: Answerer) -> None:
     data = images(BATCH + 2)
-    whole = teacher.predict(data).iloc[:, 1:].to_numpy(dtype=float)
-    tail = teacher.predict(data[-3:]).iloc[:, 1:].to_numpy(dtype=float)
+    whole = chances(teacher.predict(data))
+    tail = chances(teacher.predict(data[-3:]))
     assert len(whole) == BATCH + 2
     np.testing.assert_allclose(whole[-3:], tail, atol=1e-6)
 
@@ -127,3 +136,50 @@ def test_a_changed_bundle_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         _load_pyfunc(str(tmp_path))
     assert caught.value.code == "bundle-digest"
+
+
+def test_a_student_answers_with_its_operating_point(root: Path) -> None:
+    asked = asked_class(PARAMS, 0)
+    folder = Workspace(root).student("h0", "q0")
+    table = _load_pyfunc(str(folder)).predict(images(3))
+    assert operating_point(read_card(folder)) == {"budget": 0.05, f"offset_{asked}": -1.25}
+    assert table["budget"].tolist() == [0.05] * 3
+    assert table[f"offset_{asked}"].tolist() == [-1.25] * 3
+    assert operating_point(read_card(Workspace(root).teacher("h0"))) == {}
+
+
+def test_without_a_reference_nothing_is_said_of_the_image(teacher: Answerer) -> None:
+    table = teacher.predict(images(2))
+    assert (
+        json.loads(table[list(UNLIKE_COLUMNS)].to_json(orient="records"))
+        == [dict.fromkeys(UNLIKE_COLUMNS)] * 2
+    )
+    assert [table[c].tolist() for c in UNLIKE_COLUMNS] == [[None] * 2] * 3
+
+
+def test_an_image_unlike_those_of_the_training_is_flagged(root: Path, tmp_path: Path) -> None:
+    folder = Workspace(root).teacher("h0")
+    for name in ("bundle.json", "weights.safetensors", "mask.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    bundle = load_bundle(tmp_path)
+    dim = (images(80) * 40 + 100).astype(np.uint8)
+    reference = make_reference(bundle.network, bundle.card, dim[:50], dim[50:], "unit")
+    write_json(tmp_path / REFERENCE, reference.model_dump(mode="json"))
+    own = (images(BATCH + 2, seed=1) * 40 + 100).astype(np.uint8).astype(np.float32) / 255
+    table = _load_pyfunc(str(tmp_path)).predict(np.concatenate([own, np.zeros((1, *SHAPE), np.float32)]))
+    flags = table["unlike_training"].tolist()
+    assert set(map(type, flags)) == {bool}
+    assert flags[-1] is True
+    assert sum(flags[:-1]) <= 0.1 * len(own)
+    assert table["unlike_training_threshold"].tolist() == [reference.threshold] * len(table)
+    assert [s > reference.threshold for s in table["unlike_training_score"]] == flags
+    assert json.loads(table.to_json(orient="records"))[-1]["unlike_training"] is True
+
+
+def test_a_reference_without_threshold_scores_and_does_not_flag(root: Path) -> None:
+    bundle = load_bundle(Workspace(root).teacher("h0"))
+    none = np.zeros((0, *SHAPE), np.uint8)
+    reference = make_reference(bundle.network, bundle.card, (images(9) * 255).astype(np.uint8), none, "unit")
+    table = Answerer(bundle, reference).predict(images(2))
+    assert table["unlike_training"].tolist() == [None, None]
+    assert all(score > 0 for score in table["unlike_training_score"])

@@ -83,3 +83,17 @@ def environment() -> Environment:
 def render_chart(kind: str, title: str, bars: list[Bar]) -> str:
     """One chart as an SVG file of its own; ``kind`` is ``dumbbells`` or ``bars``."""
     return environment().get_template("chart.svg").render(kind=kind, title=title, bars=bars)
+
+
+def render_reliability(query: QueryOutputs) -> str:
+    """Reliability before and after as an SVG file of its own."""
+    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
+    curves = [
+        charts.reliability_curve(name, [(b.confidence, b.accuracy) for b in scores.reliability])
+        for name, scores in sides
+    ]
+    return (
+        environment()
+        .get_template("reliability.svg")
+        .render(title=f"Reliability: {query.name}", curves=curves)
+    )

@@ -10,13 +10,14 @@ import torch
 
 from qkt_clinical import __version__
 from qkt_clinical.bundle import write_bundle
-from qkt_clinical.card import CARD, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
 from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.files import digest_bytes, to_json, write_json
 from qkt_clinical.networks import check_size, pick_device
 from qkt_clinical.training import Checkpoint, History, predict, to_input, train_teacher
+from qkt_clinical.unlike import make_reference
 
 METRICS, CURVES = "metrics.json", "curves.json"
 
@@ -105,7 +106,7 @@ def train_site(
     folder = space.teacher(site)
     part = folder.with_name(f".{site}.part")
     part.mkdir(parents=True, exist_ok=True)
-    write_bundle(
+    card = write_bundle(
         part,
         network,
         {
@@ -125,11 +126,13 @@ def train_site(
             },
         },
     )
+    reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
+    write_json(part / REFERENCE, reference.model_dump(mode="json"))
     write_json(part / METRICS, metrics)
     write_json(part / CURVES, history.curves)
     folder.mkdir(parents=True, exist_ok=True)
     # File by file, since mask.json in the same folder is another stage's; the card last, it names the rest.
-    for name in (METRICS, CURVES, WEIGHTS, CARD):
+    for name in (METRICS, CURVES, REFERENCE, WEIGHTS, CARD):
         (part / name).replace(folder / name)
     part.rmdir()
     return metrics

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from qkt_clinical import __version__
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.card import REFERENCE
 from qkt_clinical.config import Params, Workspace, load_query
 from qkt_clinical.data import load_prepared
 from qkt_clinical.errors import QueryError
@@ -20,6 +21,7 @@ from qkt_clinical.query import Plan
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint
 from qkt_clinical.transfer import LocalData, Teacher, answer_query
+from qkt_clinical.unlike import make_reference
 
 
 def read_plan(folder: Path) -> Plan:
@@ -103,10 +105,11 @@ def transfer_query(
     }
     key = f"{hospital}-{name}-{digest_bytes(to_json(parts).encode())[:16]}"
     classes = own.card.classes
+    data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
     answer = answer_query(
         own.network,
         [Teacher.of(b) for b in bundles],
-        LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation),
+        data,
         [classes.index(c) for c in query.classes],
         method=query.method,
         budget=query.budget,
@@ -121,7 +124,7 @@ def transfer_query(
     for field in ("offsets", "rare"):
         second[field] = {classes[int(c)]: v for c, v in second[field].items()}
     with new_folder(space.student(hospital, name)) as folder:
-        write_bundle(
+        card = write_bundle(
             folder,
             answer.network,
             {
@@ -138,6 +141,10 @@ def transfer_query(
                 "decision": answer.decision,
             },
         )
+        reference = make_reference(
+            answer.network, card, data.train[0], data.calibration[0], data.normalisation
+        )
+        write_json(folder / REFERENCE, reference.model_dump(mode="json"))
         for expert in answer.decision.experts:
             shutil.copytree(fetched / "teachers" / expert, folder / "experts" / expert)
         write_json(

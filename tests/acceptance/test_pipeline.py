@@ -106,6 +106,11 @@ def test_three_dimensions_end_to_end(volumes: tuple[Path, str]) -> None:
         student = read(root / "models" / "students" / row["hospital"] / row["query"] / "bundle.json")
         assert student["network"]["spatial_dims"] == 3
         assert len(student["input"]["shape"]) == 4
+    holders = {p.parent.relative_to(root / "models") for p in root.glob("models/**/reference.json")}
+    assert holders == {
+        *(Path("teachers") / s for s in params["sites"]),
+        *(Path("students") / r["hospital"] / r["query"] for r in rows),
+    }, "beside every own model, and with none that was fetched"
     kinds = {read(root / "data" / "prepared" / s / "manifest.json")["source_kind"] for s in params["sites"]}
     assert kinds == {"dicom", "nifti"}
     page = (root / "reports" / "index.html").read_text(encoding="utf-8")
