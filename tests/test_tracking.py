@@ -300,16 +300,31 @@ def test_a_changed_evaluation_makes_a_run_but_no_version(root: Path, client: Any
         path.write_bytes(original)
 
 
-def test_what_an_interrupted_call_left_ends_as_failed_and_is_made_again(root: Path, client: Any) -> None:
+def test_what_an_interrupted_call_left_is_gone_on_with_or_ends_as_failed(root: Path, client: Any) -> None:
     track(root, PARAMS)
     digest = json.loads((root / "reports" / "track.json").read_text())["runs"]["pipeline pipeline"]
     (whole,) = (r for r in runs_of(client) if r.data.tags[DIGEST] == digest and r.info.status == "FINISHED")
-    left = client.create_run(whole.info.experiment_id, tags=dict(whole.data.tags)).info.run_id
+    tags = dict(whole.data.tags)
+    left = client.create_run(whole.info.experiment_id, tags=tags).info.run_id
+    other = client.create_run(whole.info.experiment_id, tags=tags | {DIGEST: "0" * 64}).info.run_id
     client.delete_run(whole.info.run_id)
     track(root, PARAMS)
-    assert client.get_run(left).info.status == "FAILED"
-    finished = [r for r in runs_of(client) if r.data.tags[DIGEST] == digest]
-    assert [r.info.status for r in finished if r.info.run_id != left] == ["FINISHED"]
+    assert client.get_run(left).info.status == "FINISHED"
+    assert client.get_run(left).data.metrics == whole.data.metrics
+    assert client.get_run(other).info.status == "FAILED", "nobody wants that any more"
+    assert [r.info.run_id for r in runs_of(client) if r.data.tags[DIGEST] == digest] == [left]
+
+
+def test_the_run_of_another_site_on_a_server_is_left_alone(root: Path, client: Any) -> None:
+    track(root, PARAMS)
+    experiment = client.get_experiment_by_name(PARAMS.track.experiment).experiment_id
+    tags = {KIND: "query", DIGEST: "0" * 64}
+    theirs = client.create_run(experiment, tags=tags | {"qkt.site": "elsewhere"}).info.run_id
+    ours = client.create_run(experiment, tags=tags | {"qkt.site": PARAMS.sites[0]}).info.run_id
+    _existing(client, experiment, "http://server", PARAMS, set())
+    assert client.get_run(theirs).info.status == "RUNNING"
+    assert client.get_run(ours).info.status == "FAILED"
+    client.set_terminated(theirs, "FINISHED")
 
 
 def test_a_removed_artifact_is_made_again(root: Path, client: Any) -> None:
@@ -350,7 +365,7 @@ def test_a_run_that_breaks_off_ends_as_failed(root: Path, client: Any) -> None:
     before = {r.info.run_id for r in runs_of(client)}
     experiment = client.get_experiment_by_name(PARAMS.track.experiment).experiment_id
     item = Item("site", "broken", "0" * 64, "note", params={}, metrics={})
-    with pytest.raises(KeyboardInterrupt), _run(client, experiment, item, None, {}, {}):
+    with pytest.raises(KeyboardInterrupt), _run(client, experiment, item, None, _Runs({}, {}), {}):
         raise KeyboardInterrupt
     (run,) = (r for r in runs_of(client) if r.info.run_id not in before)
     assert run.info.status == "FAILED"
