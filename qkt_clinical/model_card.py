@@ -476,7 +476,7 @@ def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Fig
     for rule in query.verdict.rules:
         if not rule.passed:
             whole = rule.rule == "query_images"
-            figure = "none"
+            figure = rule.note or "none"
             if rule.figure is not None:
                 figure = shown_count(int(rule.figure)) if whole else f"{rule.figure:.3f}"
             failures.append(
@@ -606,11 +606,11 @@ def to_summary(card: ModelCard) -> str:
     recall = [
         f for f in card.figures if f.name == "recall" and (f.class_name in card.asked or not card.asked)
     ]
-    asked = f" Asked for: {', '.join(card.asked)}." if card.asked else ""
     teachers = ", ".join(t.site for t in card.method.teachers)
     lines = [
         f"**{_plain(card.name)}**: {_plain(card.method.name)} of {_plain(card.site)}."
-        f"{_plain(asked)} Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
+        + (f" Asked for: {_plain(', '.join(card.asked))}." if card.asked else "")
+        + f" Answers for {_plain(', '.join(card.answers_for)) or 'no class'}."
         + (f" Teachers: {_plain(teachers)}." if teachers else ""),
         "",
         "Not for diagnosis. Gate: " + card.gate + ".",

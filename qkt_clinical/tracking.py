@@ -2,8 +2,8 @@
 
 Everything is keyed by a digest of what it mirrors, so that a second call changes nothing, a changed output
 makes a new run and a new model version, and an empty MLflow is rebuilt from the workspace. A run of the
-pipeline holds the runs made for it; results that did not change stay where they were made, and the
-pipeline's ``contents.json`` names the digests of all.
+pipeline holds the runs of its sites, and those the runs of their queries; results that did not change stay
+where they were made, and the pipeline's ``contents.json`` names the digests of all.
 
 Models are logged through MLflow's client rather than ``log_model``: the same files, but no active run, no
 absolute path in ``MLmodel`` and no name of a user or script.
@@ -30,9 +30,16 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.model_card import (
+    ModelCard,
+    student_model_card,
+    teacher_model_card,
+    to_markdown,
+    to_summary,
+)
 from qkt_clinical.report.charts import points, size, words
 from qkt_clinical.report.outputs import Outputs, QueryOutputs, Scores, SiteOutputs, read_outputs
-from qkt_clinical.report.page import gain_bars, recall_bars, render_chart
+from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
@@ -60,7 +67,7 @@ hold another project of its name."""
 LARGEST_EXAMPLE = 200_000
 """Input examples are JSON; one with more numbers would outweigh the network."""
 
-MAX_PARAM, MAX_TAG = 6000, 5000
+MAX_PARAM, MAX_TAG, MAX_NOTE = 6000, 5000, 5000
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Item:
     files: Mapping[str, Path] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     dataset: Mapping[str, Any] | None = None
+    below: str | None = None
+    """The site below whose run this one hangs, where there is one; else it hangs below the pipeline's."""
     model: Model | None = None
 
 
@@ -89,9 +98,13 @@ class Model:
     folder: Path
     card: Card
     digest: str
-    note: str
-    model_card: Mapping[str, Any]
+    model_card: ModelCard
     tags: Mapping[str, str]
+
+    @property
+    def note(self) -> str:
+        """Description of a version."""
+        return to_summary(self.model_card)[:MAX_NOTE]
 
 
 def key(name: str) -> str:
@@ -131,24 +144,19 @@ def _digest(value: Any) -> str:
     return digest_bytes(to_json(value).encode())
 
 
-def _model_card(card: Card, *, digest: str, data: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset(site: SiteOutputs | None) -> dict[str, Any] | None:
+    """A hospital's data by digest; counts stay with the site, shape and type are on the card anyway."""
+    if site is None or site.manifest is None:
+        return None
     return {
-        "format": "qkt-model-card/1",
-        "kind": card.kind,
-        "site": card.site,
-        "query": card.query,
-        "network": card.network.model_dump(mode="json"),
-        "classes": list(card.classes),
-        "input": card.input.model_dump(mode="json"),
-        "request": "float32 images as prepared; 8-bit images divided by 255",
-        "response": "label and one probability per class, 0 for classes it does not answer for",
-        "bytes": card.weights.bytes,
-        "digests": {"bundle": digest, "weights": card.weights.sha256, "data": data},
-        "version": __version__,
-        "intended_use": "research on knowledge transfer between hospitals",
-        "not_intended": "not a medical device; no diagnosis and no treatment decision",
-        **facts,
+        "name": site.name,
+        "digest": site.data_digest,
+        "profile": {"shape": site.manifest.shape, "dtype": site.manifest.dtype},
     }
+
+
+def _texts(card: ModelCard) -> dict[str, str]:
+    return {"model_card.json": to_json(card.model_dump(mode="json")), "model_card.md": to_markdown(card)}
 
 
 def site_item(site: SiteOutputs, params: Params) -> Item | None:
@@ -171,32 +179,20 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     note = f"Teacher of {site.name}: {site.card.network.name}, knows {words(known) or 'nothing by its mask'}."
     bundle = str(site.card_digest)
     tags = {"qkt.site": site.name, "qkt.bundle": bundle, "qkt.data": site.data_digest or "not here"}
-    facts = {
-        "knows": known,
-        "validation": None if site.metrics is None else site.metrics.model_dump(mode="json"),
-    }
-    card = _model_card(site.card, digest=bundle, data=site.data_digest, facts=facts)
-    dataset = None
-    if site.manifest is not None:
-        # Counts stay with the site; shape and type are on the card anyway.
-        dataset = {
-            "name": site.name,
-            "digest": site.data_digest,
-            "profile": {"shape": site.manifest.shape, "dtype": site.manifest.dtype},
-        }
+    card = teacher_model_card(site, params)
     return Item(
         kind="site",
         name=site.name,
-        digest=_digest({"folder": folder, "data": site.data_digest, "params": used}),
+        digest=_digest({"folder": folder, "card": card.model_dump(mode="json"), "params": used}),
         note=note,
         params=used | {"network_bytes": site.card.weights.bytes},
         metrics=metrics,
         curves=curves_of("curve", site.curves),
         tags=tags,
         files={p.name: p for p in (site.teacher / n for n in ("bundle.json", "mask.json")) if p.is_file()},
-        texts={"model_card.json": to_json(card)},
-        dataset=dataset,
-        model=Model(f"teacher.{site.name}", site.teacher, site.card, folder, note, card, tags),
+        texts=_texts(card),
+        dataset=_dataset(site),
+        model=Model(card.name, site.teacher, site.card, folder, card, tags),
     )
 
 
@@ -263,17 +259,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         "qkt.balanced_accuracy": f"{e.after.balanced_accuracy.value:.6f}",
         "qkt.forgetting": f"{e.forgetting.value:.6f}",
     }
-    shown = {"value", "low", "high"}
-    facts = {
-        "asked": list(e.classes),
-        "local": list(e.local),
-        "teachers": {t.site: t.digest for t in query.plan.teachers if t.relevant},
-        "gain": e.gain.model_dump(mode="json", include=shown),
-        "forgetting": e.forgetting.model_dump(mode="json", include=shown),
-        "balanced_accuracy": e.after.balanced_accuracy.model_dump(mode="json", include=shown),
-        "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
-    }
-    card = _model_card(query.card, digest=bundle, data=data, facts=facts)
+    card = student_model_card(query, outputs)
     folder = digest_folder(query.student)
     return Item(
         kind="query",
@@ -281,7 +267,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         digest=_digest(
             {
                 "folder": folder,
-                "evaluation": digest_file(query.evaluation_file),
+                "card": card.model_dump(mode="json"),
                 "gate": None if query.verdict is None else query.verdict.model_dump(mode="json"),
                 "params": used,
             }
@@ -298,10 +284,13 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
             **({} if query.verdict is None else {"gate.json": query.verdict_file}),
         },
         texts={
-            "model_card.json": to_json(card),
+            **_texts(card),
+            "reliability.svg": render_reliability(query),
             "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
         },
-        model=Model(f"student.{e.hospital}.{e.query}", query.student, query.card, folder, note, card, tags),
+        dataset=_dataset(site),
+        below=e.hospital,
+        model=Model(card.name, query.student, query.card, folder, card, tags),
     )
 
 
@@ -533,7 +522,7 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
         signature=signature,
         input_example=example if example.size <= LARGEST_EXAMPLE else None,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
-        metadata={"model_card": model.model_card},
+        metadata={"model_card": model.model_card.model_dump(mode="json")},
     )
 
 
@@ -628,10 +617,13 @@ def _mirror_model(
     if number is None:
         number = _register(client, experiment, run, model, state)
     else:
-        known = client.get_model_version(model.name, number).tags
+        # Judged by other rules, or on other images, than before.
+        known = client.get_model_version(model.name, number)
         for name, value in model.tags.items():
-            if known.get(name) != value:  # judged by other rules, or on other images, than before
+            if known.tags.get(name) != value:
                 client.set_model_version_tag(model.name, number, name, value)
+        if known.description != model.note:
+            client.update_model_version(model.name, number, model.note)
     set_alias(client, model.name, ALIAS, number)
     return number
 
@@ -688,9 +680,13 @@ def track(root: Path, params: Params) -> dict[str, Any]:
     with _unsynced(), _client(uri) as client:
         experiment = _experiment(client, root, params, uri)
         runs, state = _existing(client, experiment), _state(root)
+        made: dict[str, str] = {}
         with _run(client, experiment, whole, None, runs, state) as parent:
             for item in items:
-                with _run(client, experiment, item, parent, runs, state) as run:
+                above = made.get(item.below or "", parent)
+                with _run(client, experiment, item, above, runs, state) as run:
+                    if item.kind == "site":
+                        made[item.name] = run
                     if item.model is not None:
                         number = _mirror_model(client, experiment, run, item.model, state)
                         models[item.model.name] = {"version": number, "digest": item.model.digest}

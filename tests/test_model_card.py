@@ -208,7 +208,9 @@ def test_the_readable_card(outputs: Outputs) -> None:
         for line in text.splitlines():
             assert not line.startswith("|") or line.endswith(" |")
     asked = asked_class(PARAMS, 0)
-    assert f"| recall, {asked} | 0.0% (0–4) | 80.0% (76–84) | +80.0 (+76.0 to +84.0) |" in to_markdown(student(outputs, 0))
+    assert f"| recall, {asked} | 0.0% (0–4) | 80.0% (76–84) | +80.0 (+76.0 to +84.0) |" in to_markdown(
+        student(outputs, 0)
+    )
 
 
 def test_names_from_elsewhere_stay_text(tmp_path: Path) -> None:

@@ -17,6 +17,14 @@ import yaml
 from qkt_clinical.config import GateParams, Params, Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
+from qkt_clinical.model_card import (
+    ModelCard,
+    student_model_card,
+    teacher_model_card,
+    to_markdown,
+    to_summary,
+)
+from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking import ALIAS, DIGEST, KIND, Item, _run, curves_of, flat, key, track, tracking_uri
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
@@ -84,17 +92,32 @@ def test_flat_and_curves() -> None:
     }
 
 
-def test_one_run_per_site_and_query_below_the_pipeline(client: Any) -> None:
+def test_runs_of_sites_hang_below_the_pipeline_and_those_of_queries_below_their_site(client: Any) -> None:
     runs = runs_of(client)
     assert {r.info.status for r in runs} <= {"FINISHED", "FAILED"}
     pipeline = one(runs, "pipeline", "pipeline")
     assert pipeline.data.metrics["queries"] == 3
-    everything = {r.info.run_id for r in runs}
-    for kind, names in (("site", ["h0", "h1", "h2"]), ("query", ["h0-q0", "h1-q1", "h2-q2"])):
-        for name in names:
-            run = one(runs, kind, name)
-            assert run.info.status == "FINISHED"
-            assert run.data.tags["mlflow.parentRunId"] in everything
+    named = {r.info.run_id: (r.data.tags[KIND], r.info.run_name) for r in runs}
+    for i in range(3):
+        site, query = one(runs, "site", f"h{i}"), one(runs, "query", f"h{i}-q{i}")
+        assert site.info.status == query.info.status == "FINISHED"
+        assert named[site.data.tags["mlflow.parentRunId"]] == ("pipeline", "pipeline")
+        assert named[query.data.tags["mlflow.parentRunId"]] == ("site", f"h{i}")
+
+
+def test_a_query_of_a_hospital_without_a_teacher_here_hangs_below_the_pipeline(tmp_path: Path) -> None:
+    params = sample_params(sites=2)
+    write_sample_run(tmp_path, params, weights=True)
+    shutil.rmtree(Workspace(tmp_path).teacher("h0"))
+    track(tmp_path, params)
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(tmp_path, params)
+    runs = runs_of(MlflowClient(uri, uri), params)
+    pipeline = one(runs, "pipeline", "pipeline").info.run_id
+    assert one(runs, "query", "h0-q0").data.tags["mlflow.parentRunId"] == pipeline
+    site = one(runs, "site", "h1").info.run_id
+    assert one(runs, "query", "h1-q1").data.tags["mlflow.parentRunId"] == site
 
 
 def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> None:
@@ -126,8 +149,29 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     assert [(m.step, m.value) for m in curve] == [(i, round(0.01 * i, 6)) for i in range(1, LAYERS + 1)]
     names = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert names == {
-        *("evaluation.json", "plan.json", "phases.json", "gate.json", "model_card.json", "recall.svg"),
+        *("evaluation.json", "plan.json", "phases.json", "gate.json"),
+        *("model_card.json", "model_card.md", "recall.svg", "reliability.svg"),
     }
+    site = one(runs_of(client), "site", "h1")
+    data = [[d.dataset.source for d in r.inputs.dataset_inputs] for r in (site, run)]
+    assert data[0] == data[1] != []
+
+
+def test_the_model_card_is_artifact_metadata_and_description(root: Path, client: Any) -> None:
+    outputs = read_outputs(root, PARAMS)
+    cards = [teacher_model_card(outputs.sites[0], PARAMS), student_model_card(outputs.queries[0], outputs)]
+    for card, kind, name in zip(cards, ("site", "query"), ("h0", "h0-q0"), strict=True):
+        folder = Path(one(runs_of(client), kind, name).info.artifact_uri.removeprefix("file://"))
+        text = (folder / "model_card.json").read_text(encoding="utf-8")
+        assert ModelCard.model_validate_json(text) == card
+        assert (folder / "model_card.md").read_text(encoding="utf-8") == to_markdown(card)
+        version = client.get_model_version_by_alias(card.name, ALIAS)
+        assert version.description == to_summary(card)
+        saved = Path(
+            client.get_model_version_download_uri(card.name, version.version).removeprefix("file://")
+        )
+        found = yaml.safe_load((saved / "MLmodel").read_text())["metadata"]["model_card"]
+        assert ModelCard.model_validate(found) == card
 
 
 def test_models_are_registered_with_digest_alias_and_card(root: Path, client: Any) -> None:
@@ -157,6 +201,7 @@ def test_other_rules_change_the_verdict_on_the_same_version(tmp_path: Path) -> N
     uri = tracking_uri(tmp_path, params)
     version = MlflowClient(uri, uri).get_model_version_by_alias("student.h0.q0", ALIAS)
     assert version.tags["qkt.gate"] == "passed"
+    assert "Gate: passed" in version.description
 
 
 def test_model_files_hold_no_pickle_no_path_and_no_user(root: Path, client: Any) -> None:
