@@ -290,7 +290,7 @@ def gate(root: Root = HERE, as_json: Json = False) -> None:
 
 @app.command(epilog=EPILOG)
 def report(root: Root = HERE, as_json: Json = False) -> None:
-    """Write the HTML report, reports/index.html."""
+    """Write the HTML report, reports/index.html and a page per query."""
     from qkt_clinical.report import write_figure, write_report
 
     params = load_params(root)

@@ -88,7 +88,7 @@ def query_plan(
             plan.model_dump(mode="json")
             | {
                 "versions": seen.versions,
-                "risks": {asked: list(names) for asked, names in seen.risks.items()},
+                "risks": {asked: list(names) for asked, names in seen.risks},
                 "fetched_bytes": seen.fetched_bytes,
                 "expected_seconds": round(seen.seconds, 1),
             }
@@ -103,9 +103,8 @@ def query_plan(
             f"(known from {teacher.threshold:.2f}), {size(teacher.bytes)}"
         )
     print(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
-    for asked, names in seen.risks.items():
-        if names:
-            print(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
+    for asked, names in seen.risks:
+        print(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
 
 
 @contextmanager

@@ -493,7 +493,7 @@ def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Fig
     for rule in query.verdict.rules:
         if not rule.passed:
             whole = rule.rule == "query_images"
-            figure = "none"
+            figure = rule.note or "none"
             if rule.figure is not None:
                 figure = shown_count(int(rule.figure)) if whole else f"{rule.figure:.3f}"
             failures.append(

@@ -238,16 +238,17 @@ def make_plan(
     )
 
 
-def unseen_pairs(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Per class asked for the hospital's own classes that no fetched teacher knows along with it.
+def at_risk(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+    """Per class asked for, the hospital's own classes that no fetched teacher learned to tell it from.
 
-    Nobody was ever taught to tell the two apart, so they are the ones at risk of confusion.
+    Such a teacher would know both: nobody has ever seen images of the two side by side.
     """
-    taught = [t for t in plan.teachers if t.relevant]
-    return {
-        asked: tuple(c for c in plan.local if not any(asked in t.teaches and c in t.known for t in taught))
-        for asked in plan.classes
-    }
+    found = []
+    for asked in plan.classes:
+        told = {c for t in plan.teachers if t.relevant and asked in t.known for c in t.known}
+        if apart := tuple(c for c in plan.local if c not in told):
+            found.append((asked, apart))
+    return found
 
 
 def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:

@@ -13,7 +13,7 @@ from qkt_clinical.config import QueryConfig, Workspace
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import BundleError, ConfigError, PreparedError, QktError, QueryError
 from qkt_clinical.files import digest_file, digest_folder, write_json
-from qkt_clinical.query import SHARED, Offer, Plan, make_plan, plan_query, read_offer, unseen_pairs
+from qkt_clinical.query import SHARED, Offer, Plan, at_risk, make_plan, plan_query, read_offer
 from qkt_clinical.stages.transfer import read_plan
 from tests.four_hospitals import PARAMS, SHAPE, SITES, ask, write_hospitals, write_teacher
 
@@ -100,8 +100,8 @@ def test_several_classes_may_come_from_several_teachers(root: Path) -> None:
 
 def test_own_classes_that_no_fetched_teacher_knows_beside_the_query_are_at_risk(root: Path) -> None:
     # birch knows b and c together; of d and b nobody was taught the difference.
-    assert unseen_pairs(plan(root, classes=("c", "d"))) == {"c": (), "d": ("b",)}
-    assert unseen_pairs(plan(root, classes=("c",), exclude_teachers=("birch",))) == {"c": ("b",)}
+    assert at_risk(plan(root, classes=("c", "d"))) == [("d", ("b",))]
+    assert at_risk(plan(root, classes=("c",), exclude_teachers=("birch",))) == [("c", ("b",))]
 
 
 def test_the_asking_hospital_teaches_itself_nothing(root: Path) -> None:

@@ -21,12 +21,13 @@ from qkt_clinical.decisions import Decision, keep_decision
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_folder, to_json, write_json, write_text
 from qkt_clinical.gate import Rule
+from qkt_clinical.query import at_risk
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.index_page import gain_map
 from qkt_clinical.report.outputs import Flip, read_outputs
 from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from qkt_clinical.report.pictures import MOST, choose, png
-from qkt_clinical.report.query_page import at_risk, rule_figure, rule_threshold, voices
+from qkt_clinical.report.query_page import rule_figure, rule_threshold, voices
 from tests.sample_run import LAYERS, sample_params, write_pictures, write_sample_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -476,6 +477,11 @@ def test_the_reliability_curve_leaves_small_bins_out(root: Path) -> None:
     words = page.text("reliability-d")
     # The bin of 4 images, sure of 55 %, is not there.
     assert words.startswith("own model: sure of 75%, right in 80%, sure of 95%, right in 90%. after the")
+    text = render_reliability(read_outputs(root, sample_params()).queries[0])
+    Page(text)
+    assert "sure of 75%, right in 80%, sure of 95%, right in 90%. after the query: sure of 75%" in text
+    # 40 + 2.8 x 75, 36 + 2.4 x 20; 40 + 2.8 x 95, 36 + 2.4 x 10: before and after.
+    assert text.count('points="250.0,84.0 306.0,60.0 "') == 2
     curve = charts.reliability_curve("x", [(0.75, 0.8), (1.0, 1.0)])
     assert curve.points == ((75.0, pytest.approx(20.0)), (100.0, 0.0))
 
@@ -584,11 +590,3 @@ def test_a_picture_of_a_volume_is_its_middle_slice() -> None:
     assert image.getpixel((10, 40)) == 255
     assert image.getpixel((40, 40)) == 0
     assert png(volume) == png(volume.copy())
-
-
-def test_reliability_is_a_picture_of_its_own(root: Path) -> None:
-    query = read_outputs(root, sample_params()).queries[0]
-    text = render_reliability(query)
-    Page(text.replace("<?xml", ""))
-    assert text.count('points="75.00,20.00 95.00,10.00"') == 1
-    assert "own model: sure of 75%, right in 80%, sure of 95%, right in 90%; after the query: " in text

@@ -32,7 +32,7 @@ from qkt_clinical.jobs.state import (
     Job,
     asked,
 )
-from qkt_clinical.query import Plan, local_classes, make_plan, unseen_pairs, write_fetched
+from qkt_clinical.query import Plan, at_risk, local_classes, make_plan, write_fetched
 
 Report = Callable[[Job], None]
 """Called whenever a job's record changes."""
@@ -44,8 +44,8 @@ class Preview(NamedTuple):
     plan: Plan
     versions: dict[str, str]
     """Site to version of its registered teacher."""
-    risks: dict[str, tuple[str, ...]]
-    """See :func:`qkt_clinical.query.unseen_pairs`."""
+    risks: list[tuple[str, tuple[str, ...]]]
+    """See :func:`qkt_clinical.query.at_risk`."""
     seconds: float
     """What the transfer takes on this machine, about."""
     fetched_bytes: int
@@ -92,7 +92,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
         return Preview(
             plan,
             {site: shelf.versions[site].version for site in plan.relevant},
-            unseen_pairs(plan),
+            at_risk(plan),
             expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
             sum(shelf.offers[s].bytes for s in plan.relevant if not shelf.holds(s)),
         )

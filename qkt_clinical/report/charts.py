@@ -111,11 +111,6 @@ class Curve:
     points: tuple[tuple[float, float], ...]
     words: str
 
-    @property
-    def path(self) -> str:
-        """The points as SVG has them."""
-        return " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
-
 
 def reliability_curve(name: str, bins: Sequence[tuple[float, float]]) -> Curve:
     """Of (confidence, accuracy) per bin."""

@@ -12,7 +12,7 @@ from functools import cache
 
 from jinja2 import Environment
 
-from qkt_clinical.data import shown_count
+from qkt_clinical.data import SMALLEST_COUNT, shown_count
 from qkt_clinical.html import page_environment
 from qkt_clinical.report import charts
 from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs
@@ -69,6 +69,17 @@ def recall_bars(query: QueryOutputs) -> list[Bar]:
     ]
 
 
+def reliability_curves(query: QueryOutputs) -> list[charts.Curve]:
+    """Before and after, without the bins of which images may not be counted."""
+    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
+    return [
+        charts.reliability_curve(
+            name, [(b.confidence, b.accuracy) for b in scores.reliability if b.images >= SMALLEST_COUNT]
+        )
+        for name, scores in sides
+    ]
+
+
 @cache
 def environment() -> Environment:
     """The pages' templates and filters."""
@@ -82,18 +93,12 @@ def environment() -> Environment:
 
 def render_chart(kind: str, title: str, bars: list[Bar]) -> str:
     """One chart as an SVG file of its own; ``kind`` is ``dumbbells`` or ``bars``."""
-    return environment().get_template("chart.svg").render(kind=kind, title=title, bars=bars)
+    return environment().get_template("chart.svg").render(kind=kind, title=title, drawn=bars)
 
 
 def render_reliability(query: QueryOutputs) -> str:
     """Reliability before and after as an SVG file of its own."""
-    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
-    curves = [
-        charts.reliability_curve(name, [(b.confidence, b.accuracy) for b in scores.reliability])
-        for name, scores in sides
-    ]
-    return (
-        environment()
-        .get_template("reliability.svg")
-        .render(title=f"Reliability: {query.name}", curves=curves)
+    chart = environment().get_template("chart.svg")
+    return chart.render(
+        kind="reliability", title=f"Reliability: {query.name}", drawn=reliability_curves(query)
     )

@@ -8,14 +8,13 @@ from importlib import metadata
 from typing import Any
 
 from qkt_clinical import __version__
-from qkt_clinical.data import SMALLEST_COUNT
 from qkt_clinical.decisions import Decision, champions
 from qkt_clinical.gate import Rule
 from qkt_clinical.model_card import student_model_card
-from qkt_clinical.query import Plan
+from qkt_clinical.query import at_risk
 from qkt_clinical.report import charts
 from qkt_clinical.report.outputs import Outputs, Phase1, QueryOutputs, Scores
-from qkt_clinical.report.page import environment, recall_bars
+from qkt_clinical.report.page import environment, recall_bars, reliability_curves
 from qkt_clinical.report.pictures import MOST, Flipped
 
 LIBRARIES = ("torch", "monai", "numpy", "scipy", "safetensors")
@@ -45,33 +44,9 @@ def voices(query: QueryOutputs) -> list[Voice]:
     ]
 
 
-def at_risk(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
-    """Per class asked for, the hospital's own classes that no fetched teacher learned to tell it from.
-
-    Such a teacher would know both: nobody has ever seen images of the two side by side.
-    """
-    found = []
-    for asked in plan.classes:
-        told = {c for t in plan.teachers if t.relevant and asked in t.known for c in t.known}
-        if apart := tuple(c for c in plan.local if c not in told):
-            found.append((asked, apart))
-    return found
-
-
 def confusion_shares(scores: Scores) -> list[list[int | None]]:
     """Rows in whole percent of their images; None where a class has no image. Counts stay out of the page."""
     return [[round(100 * n / sum(row)) if sum(row) else None for n in row] for row in scores.confusion]
-
-
-def reliability(query: QueryOutputs) -> list[charts.Curve]:
-    """Both models' curves, without the bins of which images may not be counted."""
-    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
-    return [
-        charts.reliability_curve(
-            name, [(b.confidence, b.accuracy) for b in scores.reliability if b.images >= SMALLEST_COUNT]
-        )
-        for name, scores in sides
-    ]
 
 
 def rule_figure(rule: Rule) -> str:
@@ -169,7 +144,7 @@ def render_query(outputs: Outputs, query: QueryOutputs, flipped: Mapping[bool, F
                 ("Before", confusion_shares(evaluation.before)),
                 ("After", confusion_shares(evaluation.after)),
             ],
-            curves=reliability(query),
+            curves=reliability_curves(query),
             rules=[]
             if query.verdict is None
             else [(r, rule_figure(r), rule_threshold(r)) for r in query.verdict.rules],
