@@ -26,7 +26,20 @@ from qkt_clinical.model_card import (
 )
 from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.tracking import ALIAS, DIGEST, KIND, Item, _run, curves_of, flat, key, track, tracking_uri
+from qkt_clinical.tracking import (
+    ALIAS,
+    DIGEST,
+    KIND,
+    Item,
+    _existing,
+    _run,
+    _Runs,
+    curves_of,
+    flat,
+    key,
+    track,
+    tracking_uri,
+)
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()
