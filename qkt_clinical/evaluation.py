@@ -343,7 +343,7 @@ def by_subgroup(
     Returns:
         Column to group to the numbers of ``images`` and ``patients``, and ``before`` and ``after`` with
         query_accuracy, retained_accuracy and balanced_accuracy: means over those classes that the group has,
-        None where fewer than :data:`FEWEST` patients have an image of them.
+        None where it has none, or fewer than :data:`FEWEST` patients stand behind it.
     """
     sides = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
     return {
@@ -367,10 +367,12 @@ def _group(
     labels, patients = test.labels[member], test.patients[member]
     of = {"query_accuracy": test.query, "retained_accuracy": test.local}
     people = {name: len(np.unique(patients[np.isin(labels, classes)])) for name, classes in of.items()}
-    people["balanced_accuracy"] = len(np.unique(patients))
+    # Of the balanced accuracy and one part the other could be told: it is shown where both could be.
+    parts = [number for number in people.values() if number]
+    people["balanced_accuracy"] = min(parts)
     ones = np.ones((1, len(labels)))
     weights = np.concatenate([ones, patient_weights(patients, draws, seed).astype(np.float64)])
-    found: dict[str, Any] = {"images": len(labels), "patients": people["balanced_accuracy"]}
+    found: dict[str, Any] = {"images": len(labels), "patients": len(np.unique(patients))}
     for side, answers in predicted.items():
         recall = recalls(answers[member] == labels, labels, test.classes, weights)
         found[side] = {

@@ -69,8 +69,11 @@ class Rule(Record):
     @property
     def said(self) -> str:
         """The rule with its figure, in words."""
-        figure = "no figure" if self.figure is None else f"{self.figure:.3g}"
-        return f"{self.rule}: {self.note or figure}, must be {self.bound} {self.threshold:g}"
+        if self.figure is None:
+            words = self.note or "no figure"
+        else:
+            words = f"{self.figure:.3g}{f' ({self.note})' if self.note else ''}"
+        return f"{self.rule}: {words}, must be {self.bound} {self.threshold:g}"
 
 
 class Verdict(Record):

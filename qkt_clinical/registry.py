@@ -133,9 +133,9 @@ class Registry(NamedTuple):
             overridden=unmet,
             measured=None if verdict is None else verdict.measured,
         )
-        if REFUSED in version.tags:  # what was refused once stands in the decision now, if it still holds
-            self.client.delete_model_version_tag(name, str(version.version), REFUSED)
         self._decide(decision, str(version.version))
+        if REFUSED in version.tags:  # what still spoke against it stands in the decision
+            self.client.delete_model_version_tag(name, str(version.version), REFUSED)
         return decision
 
     def rollback(self, name: str, *, by: str, reason: str) -> Decision:

@@ -273,23 +273,37 @@ HOW: dict[str, Any] = {"draws": 100, "confidence": 0.95, "seed": 0}
 
 
 def test_groups_by_hand() -> None:
-    """Twelve patients, one image each: women are always right afterwards, of men a third."""
-    labels = np.array([0, 0, 1, 1, 2, 2] * 2)
-    sex = np.array(["F"] * 6 + ["M"] * 6)
-    after = [0, 0, 1, 1, 2, 2, 0, 1, 0, 2, 2, 0]
-    before = [0, 0, 1, 1, 0, 0] * 2
-    patients = np.array([f"p{i}" for i in range(12)])
+    """Eighteen women, always right afterwards, and eighteen men, a third of them: one image each."""
+    labels = np.array([0, 0, 1, 1, 2, 2] * 6)
+    sex = np.array(["F"] * 18 + ["M"] * 18)
+    after = [0, 0, 1, 1, 2, 2] * 3 + [0, 1, 0, 2, 2, 0] * 3
+    before = [0, 0, 1, 1, 0, 0] * 6
+    patients = np.array([f"p{i}" for i in range(36)])
     test = Held(labels=labels, patients=patients, classes=3, query=(2,))
     found = by_subgroup(test, one_hot(before, 3), one_hot(after, 3), {"sex": sex}, **HOW)
     assert set(found) == {"sex"}
     women, men = found["sex"]["F"], found["sex"]["M"]
-    assert (women["images"], women["patients"]) == (6, 6)
-    assert women["after"]["balanced_accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert (women["images"], women["patients"]) == (18, 18)
+    for figure in women["after"].values():
+        assert figure == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert women["before"]["balanced_accuracy"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert women["before"]["query_accuracy"]["value"] == 0.0
+    assert men["after"]["query_accuracy"]["value"] == 0.5
+    assert men["after"]["retained_accuracy"]["value"] == 0.25
     assert men["after"]["balanced_accuracy"]["value"] == pytest.approx((1 / 2 + 0 + 1 / 2) / 3, abs=1e-6)
     assert men["after"]["balanced_accuracy"]["low"] < men["after"]["balanced_accuracy"]["high"]
-    assert women["after"]["query_accuracy"] is None, "two patients stand behind it"
-    assert women["after"]["retained_accuracy"] is None, "four patients do"
+
+
+def test_no_figure_lets_one_of_few_patients_be_told() -> None:
+    """Six patients with images of own classes, four with one of the query."""
+    labels = np.array([0, 1, 0, 1, 0, 1, 2, 2, 2, 2])
+    test = Held(labels=labels, patients=np.arange(10).astype(str), classes=3, query=(2,))
+    scores = one_hot(labels.tolist(), 3)
+    group = by_subgroup(test, scores, scores, {"x": np.array(["g"] * 10)}, **HOW)["x"]["g"]
+    assert group["patients"] == 10
+    assert group["after"]["retained_accuracy"]["value"] == 1.0
+    assert group["after"]["query_accuracy"] is None
+    assert group["after"]["balanced_accuracy"] is None
 
 
 def test_groups_of_few_patients_have_no_figures_and_others_none_at_all() -> None:

@@ -122,7 +122,7 @@ def test_promoted_replaced_overridden_and_rolled_back(
     assert code == 1
     assert "gate-not-passed" in said
     reason = (
-        f"worse_than_champion: balanced accuracy {before - 0.1:.3f}, the champion's is {before:.3f}, "
+        f"worse_than_champion: 0.1 (balanced accuracy {before - 0.1:.3f}, the champion's is {before:.3f}), "
         "must be at most 0"
     )
     assert reason in said

@@ -55,6 +55,10 @@ def _query(comment: str, classes: str, method: str) -> str:
     return f"# {comment}\nclasses: [{classes}]\nmethod: {method}\nbudget: 0.05\n"
 
 
+SMEAR_GROUPS = """subgroups:
+  sex: {from: tag, tag: PatientSex}
+  scanner: {from: tag, tag: ManufacturerModelName}
+"""
 SMEAR_SPEC = """image:
   size: [32, 32]
   channels: 3
@@ -83,7 +87,7 @@ name: aster
 source: {{kind: dicom, path: data}}
 label: {{from: tag, tag: AdmittingDiagnosesDescription}}
 patient: {{from: tag, tag: PatientID}}
-{SMEAR_SPEC}""",
+{SMEAR_GROUPS}{SMEAR_SPEC}""",
         queries={
             "basophil": _query(
                 "Aster has never seen a basophil and asks to tell one from the cells it knows.",
@@ -110,7 +114,7 @@ source: {{kind: dicom, path: data}}
 label: {{from: csv, file: labels.csv, key: file, column: diagnosis}}
 patient: {{from: tag, tag: PatientID}}
 label_map: {{BAS: basophil, EOS: eosinophil, NEU: neutrophil, PLT: platelet}}
-{SMEAR_SPEC}""",
+{SMEAR_GROUPS}{SMEAR_SPEC}""",
         queries={},
     ),
     "cedar": Hospital(
