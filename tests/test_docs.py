@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
+from qkt_clinical.catalog import STAGES
+from qkt_clinical.cli_query import query_app
+from qkt_clinical.config import QueryConfig
 from qkt_clinical.ingest import reasons
+from qkt_clinical.jobs.state import State
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -11,3 +17,26 @@ def test_every_reason_code_is_explained() -> None:
     text = (DOCS / "ingest.md").read_text()
     rows = [f"| `{code}` | {meaning} | {remedy} |" for code, (meaning, remedy) in reasons.items()]
     assert text[text.index("| --- | --- | --- |\n| `unreadable`") :].splitlines()[1:] == rows
+
+
+def test_every_command_key_and_state_of_a_query_is_explained() -> None:
+    text = (DOCS / "query.md").read_text()
+    first = " ".join(re.findall(r"^\| (.+?) \|", text, re.MULTILINE))
+    for command in query_app.registered_commands:
+        assert f"`{command.name} " in first, command.name
+    for state in get_args(State):
+        assert f"| `{state}` |" in text, state
+    for key in QueryConfig.model_fields:
+        assert f"\n{key}: " in text, key
+
+
+def test_every_stage_is_explained() -> None:
+    text = (DOCS / "pipeline.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(STAGES)
+
+
+def test_links_lead_somewhere() -> None:
+    root = DOCS.parent
+    for page in [*root.glob("*.md"), *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
