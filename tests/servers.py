@@ -152,7 +152,7 @@ def postgres() -> Iterator[str]:
         environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
         options: dict[str, Any] = {"cwd": folder, "env": environment, **who}
         done = subprocess.run(
-            [programs / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=trust", "--no-sync"],
+            [programs / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=trust", "--encoding=UTF8"],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -71,7 +71,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             bundle = load_bundle(folder)
             reference = make_reference(bundle.network, bundle.card, dim(60, 0), dim(40, 1), "unit")
             write_json(folder / REFERENCE, reference.model_dump(mode="json"))
-        yield Served(root, params, uri, place / "artifacts", track(root, params)["models"])
+        yield Served(root, params, uri, place / "artifacts", qkt(root, "track")["models"])
 
 
 def qkt(root: Path, *words: str) -> Any:
