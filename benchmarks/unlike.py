@@ -9,13 +9,14 @@ hospitals' patients, and of images that no hospital would send on purpose.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.covariance import ledoit_wolf
 from torch.nn import functional
 
 from benchmarks.tables import Row, markdown
@@ -24,8 +25,8 @@ from qkt_clinical.config import Workspace, load_params
 from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.phantom.ct import Scanner, render_chests
 from qkt_clinical.seeding import derive
-from qkt_clinical.training import to_input
-from qkt_clinical.unlike import load_reference, responses, scores
+from qkt_clinical.training import predict, to_input
+from qkt_clinical.unlike import load_reference, responses, scores, threshold_of
 
 Floats = NDArray[np.float32]
 COUNT, TILES = 200, 4
@@ -109,6 +110,29 @@ def measure(
     return {name: flagged(bundle, images) for name, images in sets.items() if len(images)}
 
 
+def by_features(bundle: Bundle, own: PreparedSite, sets: Sequence[Floats]) -> list[float]:
+    """Share flagged per set by what was not chosen: Mahalanobis distance on the network's features."""
+    cpu, kind = torch.device("cpu"), bundle.card.input.normalisation
+
+    def features(images: Any) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = (
+            predict(bundle.network, to_input(images, kind), cpu, features=True).double().numpy()
+        )
+        return found
+
+    with torch.inference_mode():
+        training = features(own.part("train")[0])
+        centre = training.mean(axis=0)
+        inverse = np.linalg.inv(ledoit_wolf(training - centre, assume_centered=True)[0])
+
+        def distance(images: Any) -> NDArray[np.float64]:
+            away = features(images) - centre
+            return np.asarray(np.einsum("nd,de,ne->n", away, inverse, away))
+
+        threshold = threshold_of(distance(own.part("calibration")[0]))
+        return [float((distance(images) > threshold).mean()) for images in sets]
+
+
 def _table(found: list[dict[str, float]]) -> list[Row]:
     rows: list[Row] = []
     for name in max(found, key=len):
@@ -134,6 +158,11 @@ def main() -> None:
         bundle = load_bundle(space.student(ref.hospital, ref.query))
         decision: Any = bundle.card.decision
         students.append(found := measure(bundle, sites, decision.query, params.seed))
+        own = sites[ref.hospital]
+        asked = [
+            part(s, decision.query) for s in (own, *(s for n, s in sorted(sites.items()) if s is not own))
+        ]
+        other_way = by_features(bundle, own, [part(own, decision.local), np.concatenate(asked)])
         answers.append(
             {
                 "hospital": ref.hospital,
@@ -141,6 +170,8 @@ def main() -> None:
                 "method": decision.method,
                 "own test patients": found["own test patients"],
                 "classes asked for": found["classes asked for"],
+                "own, by features": other_way[0],
+                "asked, by features": other_way[1],
             }
         )
     print(f"The same, {len(students)} students\n\n{markdown(_table(students))}\n")

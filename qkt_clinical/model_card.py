@@ -293,8 +293,7 @@ OWN_NUMBERS = (
 OWN_REFERENCE = (
     "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "
     "the spread, over the training images, of what the network's first layer makes of an image, so their "
-    "overall colour and contrast. It lies in the model's folder, which whoever may read the registry can "
-    "read."
+    "overall colour and contrast. Whoever may read the registry may read it."
 )
 
 

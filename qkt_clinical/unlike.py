@@ -121,7 +121,9 @@ def make_reference(
     if len(calibration) == 0:
         return draft
     threshold = threshold_of(scores(draft, _of_images(network, calibration, normalisation)))
-    return draft.model_copy(update={"threshold": None if threshold is None else _rounded(threshold)})
+    # A hair above, so that rounding does not flag the image that it comes from.
+    above = None if threshold is None else _rounded(threshold * (1 + 1e-5))
+    return draft.model_copy(update={"threshold": above})
 
 
 def _rounded(value: float) -> float:

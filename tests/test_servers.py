@@ -1,0 +1,154 @@
+"""Tracking, registry and serving with real servers on this machine: SQLite behind MLflow, and PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from qkt_clinical.bundle import load_bundle
+from qkt_clinical.card import REFERENCE
+from qkt_clinical.config import Params, Workspace
+from qkt_clinical.files import to_json, write_json, write_text
+from qkt_clinical.model_card import ModelCard, to_summary
+from qkt_clinical.registry import open_registry
+from qkt_clinical.serving import Answerer, _load_pyfunc
+from qkt_clinical.tracking import ALIAS, DIGEST, track
+from qkt_clinical.unlike import make_reference
+from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
+from tests.servers import mlflow_server, post, postgres, postgres_programs, served_model
+
+pytestmark = pytest.mark.slow
+
+STUDENT = "student.h0.q0"
+
+
+class Served(NamedTuple):
+    """A workspace that has been tracked by a server."""
+
+    root: Path
+    params: Params
+    uri: str
+    artifacts: Path
+    models: dict[str, dict[str, str]]
+
+
+def dim(count: int, seed: int) -> np.ndarray:
+    """Images as the hospital's own are, uint8."""
+    return np.random.default_rng(seed).integers(80, 160, (count, *SHAPE), dtype=np.uint8)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "sqlite",
+        pytest.param(
+            "postgresql",
+            marks=pytest.mark.skipif(
+                postgres_programs() is None, reason="PostgreSQL's initdb and postgres are not installed"
+            ),
+        ),
+    ],
+)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root, place = tmp_path_factory.mktemp("workspace"), tmp_path_factory.mktemp("server")
+    with ExitStack() as stack:
+        store = f"sqlite:///{place}/server.db"
+        if request.param == "postgresql":
+            store = stack.enter_context(postgres())
+        uri = stack.enter_context(mlflow_server(store, place))
+        params = sample_params(sites=2, track={"uri": uri})
+        write_sample_run(root, params, weights=True)
+        write_text(root / "params.yaml", to_json(params.model_dump(mode="json")))
+        for folder in (Workspace(root).student("h0", "q0"), Workspace(root).teacher("h0")):
+            bundle = load_bundle(folder)
+            reference = make_reference(bundle.network, bundle.card, dim(60, 0), dim(40, 1), "unit")
+            write_json(folder / REFERENCE, reference.model_dump(mode="json"))
+        yield Served(root, params, uri, place / "artifacts", qkt(root, "track")["models"])
+
+
+def qkt(root: Path, *words: str) -> Any:
+    code = "from qkt_clinical.cli import main; main()"
+    command = [sys.executable, "-c", code, *words, "--root", str(root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_everything_lies_with_the_server_and_nothing_beside_it(served: Served) -> None:
+    assert not (served.root / "mlartifacts").exists()
+    assert not (served.root / "mlflow.db").exists()
+    weights = sorted(served.artifacts.rglob("weights.safetensors"))
+    assert len(weights) == 4
+    assert track(served.root, served.params)["models"] == served.models
+    assert sorted(served.artifacts.rglob("weights.safetensors")) == weights
+
+
+def test_registry_commands_and_client_agree(served: Served) -> None:
+    from mlflow import MlflowClient
+
+    with open_registry(served.root, served.params) as registry:
+        listed = {m["name"]: m for m in registry.models()}
+    assert set(listed) == {"student.h0.q0", "student.h1.q1", "teacher.h0", "teacher.h1"}
+    assert listed[STUDENT]["aliases"] == {ALIAS: 1}
+    qkt(served.root, "registry", "promote", STUDENT, "--reviewer", "A. Name", "--reason", "a rehearsal")
+    client = MlflowClient(served.uri, served.uri)
+    version = client.get_model_version_by_alias(STUDENT, "champion")
+    assert version.tags[DIGEST] == served.models[STUDENT]["digest"]
+    assert version.tags["qkt.reason"] == "a rehearsal"
+    with open_registry(served.root, served.params) as registry:
+        shown = registry.show(STUDENT, "champion")
+    assert shown["description"] == version.description
+    assert sorted(shown["aliases"]) == [ALIAS, "champion"]
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    path = client.download_artifacts(version.run_id, "model_card.json")
+    assert to_summary(ModelCard.model_validate_json(Path(path).read_bytes())) == version.description
+
+
+def test_a_model_comes_back_through_the_client(served: Served) -> None:
+    import mlflow
+
+    data = dim(4, 2).astype(np.float32) / 255
+    mlflow.set_tracking_uri(served.uri)
+    try:
+        model = mlflow.pyfunc.load_model(f"models:/{STUDENT}@{ALIAS}")
+        found = model.predict(data)
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    expected: Answerer = _load_pyfunc(str(Workspace(served.root).student("h0", "q0")))
+    assert found.equals(expected.predict(data))
+
+
+def test_it_answers_over_http(served: Served, tmp_path: Path) -> None:
+    own, strange = dim(40, 1)[:2].astype(np.float32) / 255, np.zeros((1, *SHAPE), np.float32)
+    classes, asked = served.params.classes, asked_class(served.params, 0)
+    with served_model(f"models:/{STUDENT}@{ALIAS}", served.uri, tmp_path) as address:
+        status, answer = post(address, {"inputs": np.concatenate([own, strange]).tolist()})
+        wrong, refused = post(address, {"inputs": own[:, :, :8].tolist()})
+    assert status == 200
+    rows = answer["predictions"]
+    for row in rows:
+        assert row["label"] in classes
+        assert sum(row[f"probability_{c}"] for c in classes) == pytest.approx(1.0)
+        assert (row["budget"], row[f"offset_{asked}"]) == (0.05, -1.25)
+        assert (row["unlike_training_score"] > row["unlike_training_threshold"]) is row["unlike_training"]
+    assert [row["unlike_training"] for row in rows] == [False, False, True]
+    assert wrong == 400
+    assert "shape" in json.dumps(refused)
+
+
+def test_a_model_without_a_reference_answers_null(served: Served, tmp_path: Path) -> None:
+    with served_model(f"models:/teacher.h1@{ALIAS}", served.uri, tmp_path) as address:
+        status, answer = post(address, {"inputs": np.zeros((1, *SHAPE)).tolist()})
+    assert status == 200
+    (row,) = answer["predictions"]
+    assert row["unlike_training"] is row["unlike_training_score"] is None
+    assert "budget" not in row
