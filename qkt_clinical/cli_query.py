@@ -197,20 +197,28 @@ def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) 
     """Name all queries: what is asked, how, and how far the answer is."""
     from qkt_clinical.jobs import Board
 
-    board = Board(root)
-    rows = []
-    for job in board.jobs(hospital):
-        asked = load_query(root, job.hospital, job.query).model_dump(mode="json")
-        rows.append({"hospital": job.hospital, "query": job.query, "state": job.state, **asked})
+    jobs = Board(root).jobs(hospital)
     if as_json:
-        print_json(rows)
-        return
-    for row in rows:
-        print(
-            f"{row['hospital']}/{row['query']}: {row['state']}; {', '.join(row['classes'])} "
-            f"by {row['method']}, budget {row['budget']:g}"
+        print_json(
+            [
+                {"hospital": j.hospital, "query": j.query, "state": j.state}
+                | (load_query(root, j.hospital, j.query).model_dump(mode="json") if _readable(j) else {})
+                for j in jobs
+            ]
         )
-    print(f"{len(rows)} queries")
+        return
+    for job in jobs:
+        words = ""
+        if _readable(job):
+            asked = load_query(root, job.hospital, job.query)
+            words = f"; {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}"
+        print(f"{job.name}: {job.state}{words}")
+    print(f"{len(jobs)} queries")
+
+
+def _readable(job: Job) -> bool:
+    """Whether the query's file says what is asked."""
+    return job.error is None or job.error.code != "config"
 
 
 @query_app.command("status", epilog=EPILOG)

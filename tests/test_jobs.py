@@ -149,6 +149,16 @@ def test_a_query_waits_until_somebody_works_on_it(root: Path) -> None:
     assert [j.name for j in Board(root).jobs("birch")] == ["birch/z"]
 
 
+def test_one_bad_file_does_not_hold_up_the_others(root: Path) -> None:
+    ask(root, "birch", "z", clases=["d"])
+    found = {j.name: j for j in Board(root).jobs()}
+    assert found["aster/q"].state == "waiting"
+    assert found["birch/z"].state == "failed"
+    error = found["birch/z"].error
+    assert error is not None
+    assert "did you mean 'classes'?" in error.message
+
+
 def test_what_the_pipeline_has_answered_is_answered(root: Path) -> None:
     student = Workspace(root).student("aster", "q")
     student.mkdir(parents=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
-from qkt_clinical.config import Params, Workspace
+from qkt_clinical.config import Params, QueryConfig, Workspace
 from qkt_clinical.errors import BundleError, QueryError
 from qkt_clinical.files import digest_file
 from qkt_clinical.query import SHARED, Offer, check_teacher
@@ -51,13 +51,24 @@ class Shelf(NamedTuple):
         shutil.copyfile(stored, folder / WEIGHTS)
 
 
+def _offer(teacher: Registered, place: Path) -> Offer:
+    for name in (CARD, MASK):
+        fetch_file(teacher, name, place / name, MAX_JSON_BYTES)
+    card = read_card(place)
+    check_teacher(card, teacher.site, place)
+    mask = read_mask(place, card)
+    assert mask is not None, "it was fetched"
+    size = card.weights.bytes + sum((place / n).stat().st_size for n in SHARED if n != WEIGHTS)
+    return Offer(card, mask, size, digest_file(place / CARD))
+
+
 @contextmanager
-def open_shelf(root: Path, params: Params, hospital: str) -> Iterator[Shelf]:
+def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) -> Iterator[Shelf]:
     """Every other hospital's teacher in the registry, by its card and mask; their weights stay there.
 
     Raises:
         QueryError: the registry holds no teacher of another hospital, code ``no-teachers``.
-        BundleError: a card or mask is not valid.
+        BundleError: a card or mask is not valid; of a hospital that the query excludes that does not matter.
         QktError: the registry cannot be reached, code ``mlflow``.
     """
     with registry_client(root, params) as client, tempfile.TemporaryDirectory() as temporary:
@@ -65,15 +76,13 @@ def open_shelf(root: Path, params: Params, hospital: str) -> Iterator[Shelf]:
         for teacher in registered_teachers(client):
             if teacher.site == hospital:
                 continue
-            place = folder / teacher.site
-            for name in (CARD, MASK):
-                fetch_file(teacher, name, place / name, MAX_JSON_BYTES)
-            card = read_card(place)
-            check_teacher(card, teacher.site, place)
-            mask = read_mask(place, card)
-            assert mask is not None, "it was fetched"
-            size = card.weights.bytes + sum((place / n).stat().st_size for n in SHARED if n != WEIGHTS)
-            offers[teacher.site] = Offer(card, mask, size, digest_file(place / CARD))
+            try:
+                offers[teacher.site] = _offer(teacher, folder / teacher.site)
+            except BundleError as error:
+                if teacher.site in query.exclude_teachers:
+                    continue
+                error.remedy += f" Or leave it out: exclude_teachers: [{teacher.site}] in the query's file."
+                raise
             versions[teacher.site] = teacher
         if not offers:
             raise QueryError(

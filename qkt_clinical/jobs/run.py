@@ -65,9 +65,7 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
         )
 
 
-def _plan(shelf: Shelf, root: Path, hospital: str, name: str) -> Plan:
-    query = load_query(root, hospital, name)
-    manifest = read_manifest(Workspace(root).prepared(hospital))
+def _plan(shelf: Shelf, hospital: str, name: str, query: QueryConfig, manifest: Manifest) -> Plan:
     plan = make_plan(hospital, name, query, manifest, shelf.offers.values())
     _calibrated(manifest, query)
     return plan
@@ -86,8 +84,9 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     where = pick_device(device or params.device)
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).teacher(hospital))
-    with open_shelf(root, params, hospital) as shelf:
-        plan = _plan(shelf, root, hospital, name)
+    query = load_query(root, hospital, name)
+    with open_shelf(root, params, hospital, query) as shelf:
+        plan = _plan(shelf, hospital, name, query, manifest)
         cards = [shelf.offers[site].card for site in plan.relevant]
         return Preview(
             plan,
@@ -176,8 +175,11 @@ class _Worker:
         self._begin("plan")
         sweep(self._fetched)
         sweep(self._student)
-        with open_shelf(self.board.root, self.params, self.job.hospital) as shelf:
-            plan = _plan(shelf, self.board.root, self.job.hospital, self.job.query)
+        hospital, name = self.job.hospital, self.job.query
+        query = load_query(self.board.root, hospital, name)
+        manifest = read_manifest(self.space.prepared(hospital))
+        with open_shelf(self.board.root, self.params, hospital, query) as shelf:
+            plan = _plan(shelf, hospital, name, query, manifest)
             count = 0
 
             def provide(site: str, folder: Path) -> None:

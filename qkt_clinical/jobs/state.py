@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query
-from qkt_clinical.errors import QueryError
+from qkt_clinical.errors import QktError, QueryError
 from qkt_clinical.files import digest_bytes, to_json, write_json
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
@@ -144,8 +144,18 @@ class Board:
         return "answered" if same else "waiting"
 
     def jobs(self, hospital: str | None = None) -> list[Job]:
-        """Every query of the workspace, or of one hospital, with its state."""
-        return [self.read(*pair) for pair in self.queries(hospital)]
+        """Every query of the workspace, or of one hospital, with its state.
+
+        One whose file or record cannot be used has failed; the others are not held up by it.
+        """
+        found = []
+        for pair in self.queries(hospital):
+            try:
+                found.append(self.read(*pair))
+            except QktError as error:
+                failure = Failure.model_validate(error.at(site=pair[0]).as_dict())
+                found.append(Job(hospital=pair[0], query=pair[1], state="failed", error=failure))
+        return found
 
     def write(self, job: Job) -> None:
         """Keep a job's record; only who holds its lock may."""
