@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from qkt_clinical.catalog import Method
 from qkt_clinical.config import QueryRef, Workspace, load_params, load_query
 from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.files import sweep, write_json
 from qkt_clinical.jobs.new import new_query, tell_pipeline
 from qkt_clinical.jobs.state import Board, Busy, Job, asked
-from tests.four_hospitals import PARAMS, SITES, ask
+from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals
 
 PIPELINE = """# The federation.
 seed: 0
@@ -258,3 +259,33 @@ def test_sweeping_takes_what_ended_processes_left(tmp_path: Path) -> None:
     sweep(tmp_path / "q")
     assert {p.name for p in tmp_path.iterdir()} >= {f".q.{os.getpid()}.part", ".q.x.part", ".qq.1.part"}
     assert not list(tmp_path.glob(f".q.{ended.pid}.*"))
+
+
+# --- what it will take ----------------------------------------------------------------------------
+
+
+def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qkt_clinical.card import read_card
+    from qkt_clinical.config import TransferParams
+    from qkt_clinical.data import read_manifest
+    from qkt_clinical.jobs import cost
+
+    write_hospitals(root)
+    space, cpu = Workspace(root), torch.device("cpu")
+    card, manifest = read_card(space.teacher("birch")), read_manifest(space.prepared("aster"))
+    assert cost.speed(card, cpu) > 1e6
+    monkeypatch.setattr(cost, "speed", lambda card, device: 1e6)
+    params = TransferParams(flips=True)
+
+    def seconds(method: Method, teachers: int) -> float:
+        return cost.expected_seconds(method, card, [card] * teachers, manifest, params, cpu)
+
+    # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every transplant.
+    work, layers = cost._work(card.network, manifest.shape, params.rank)
+    assert work > 1e5
+    assert seconds("routed", 2) == pytest.approx(4 * 3 * work / 1e6)
+    assert seconds("qkt", 2) == pytest.approx((3 + 2 * 3.5 * 16 * (layers + 1) / 2) * work / 1e6)
+    monkeypatch.setattr(cost, "speed", lambda card, device: 2e6)
+    assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)

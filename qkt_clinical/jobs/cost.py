@@ -17,7 +17,7 @@ from qkt_clinical.networks import build, convolutions, multiply_adds
 
 PROBED = 64
 """Images of the probe."""
-BESIDE = 2.5
+BESIDE = 3.5
 """Times the passes: patches are gathered, layers solved and checked."""
 
 
@@ -63,10 +63,10 @@ def expected_seconds(
     views = calibration * (len(MIRRORS) if method == "routed" and params.flips else 1)
     rank = params.rank if method == "qkt" else params.light_rank
     total = 0.0
-    for card in (own, *teachers):
+    for number, card in enumerate((own, *teachers)):
         work, layers = _work(card.network, shape, rank)
         total += views * work
-        if method != "routed" and card is not own:
+        if number and method != "routed":  # the own network stays as it is
             prefixes = work * (layers + 1) / 2
             images = min(params.images, sum(manifest.counts["train"].values()), int(WORK / prefixes))
             total += BESIDE * prefixes * max(FEWEST, images)
