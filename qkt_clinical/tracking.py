@@ -46,6 +46,7 @@ from qkt_clinical.report.outputs import (
     QueryOutputs,
     Scores,
     SiteOutputs,
+    published,
     read_outputs,
 )
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
@@ -331,11 +332,11 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         tags=tags,
         files={
             **_answer_files(query),
-            "evaluation.json": query.evaluation_file,
             **({} if verdict is None else {"gate.json": query.verdict_file}),
         },
         texts={
             **_texts(card),
+            "evaluation.json": to_json(published(json.loads(query.evaluation_file.read_bytes()))),
             "reliability.svg": render_reliability(query),
             "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
         },

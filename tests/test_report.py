@@ -24,7 +24,7 @@ from qkt_clinical.gate import Rule
 from qkt_clinical.query import at_risk
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.index_page import gain_map
-from qkt_clinical.report.outputs import Flip, read_outputs
+from qkt_clinical.report.outputs import Flip, published, read_outputs
 from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from qkt_clinical.report.pictures import MOST, choose, png
 from qkt_clinical.report.query_page import rule_figure, rule_threshold, voices
@@ -357,6 +357,22 @@ def test_the_figure_is_drawn_twice_alike(root: Path) -> None:
     assert abs(height - 160 * (1.4 + 0.42 * 3)) < 1
     assert b"Software" not in first
     assert not list((root / "reports").glob(".*"))
+
+
+def test_what_is_published_holds_no_small_count(root: Path) -> None:
+    path = root / "reports" / "evaluation" / "h0" / "q0.json"
+    held = json.loads(path.read_text())
+    out = published(held)
+    assert held["test_images"]["ig"] == 3
+    assert (out["test_images"]["ig"], out["test_images"]["basophil"]) == ("<5", "50")
+    assert "flips" not in out
+    assert out["gain"] == held["gain"]
+    held["before"]["confusion"][0] = [3, 1, 0, 0]
+    held["before"]["confusion"][1] = [5, 15, 0, 0]
+    rows = published(held)["before"]["confusion"]
+    assert rows[:2] == [None, [25, 75, 0, 0]]
+    assert next(b["images"] for b in held["after"]["reliability"]) == 4
+    assert all(b["images"] >= 5 for b in out["after"]["reliability"])
 
 
 # --- the map of gains -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from qkt_clinical.card import CARD, Card, Mask, read_card, read_mask
 from qkt_clinical.config import Params, Workspace
-from qkt_clinical.data import Manifest, read_consent, read_manifest
+from qkt_clinical.data import SMALLEST_COUNT, Manifest, read_consent, read_manifest, shown_count
 from qkt_clinical.decisions import Decision, read_decisions
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json
@@ -149,7 +149,8 @@ class Phase2(View):
     given_away: float
     calibration_images: int
     own_weight: float
-    rare: dict[str, int] = {}
+    rare: dict[str, str] = {}
+    """Rare class to number of training images, as it may be shown."""
     curves: tuple[dict[str, float], ...] = ()
 
 
@@ -302,6 +303,31 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
         pictures=pictures,
         decisions=decisions,
     )
+
+
+def published(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an evaluation's JSON may leave the hospital: figures, and counts only as they may be shown.
+
+    Confusion comes in whole percent (null for a class with too few images); which images flipped stays.
+    """
+    out = {k: v for k, v in evaluation.items() if k != "flips"}
+    out["test_images"] = {c: shown_count(n) for c, n in evaluation["test_images"].items()}
+
+    def bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [dict(row) for row in rows if row["images"] >= SMALLEST_COUNT]
+
+    for side in ("before", "after"):
+        scores = dict(evaluation[side])
+        scores["confusion"] = [
+            [round(100 * n / sum(row)) for n in row] if sum(row) >= SMALLEST_COUNT else None
+            for row in scores["confusion"]
+        ]
+        scores["reliability"] = bins(scores.get("reliability", []))
+        scores["class_reliability"] = {
+            c: bins(rows) for c, rows in scores.get("class_reliability", {}).items()
+        }
+        out[side] = scores
+    return out
 
 
 def _answer(workspace: Workspace, hospital: str, query: str) -> AnswerOutputs | None:

@@ -13,7 +13,7 @@ from qkt_clinical import __version__
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.card import REFERENCE
 from qkt_clinical.config import Params, Workspace, load_query
-from qkt_clinical.data import load_prepared
+from qkt_clinical.data import load_prepared, shown_count
 from qkt_clinical.errors import QueryError
 from qkt_clinical.files import digest_bytes, digest_file, new_folder, to_json, write_json
 from qkt_clinical.networks import pick_device
@@ -121,8 +121,9 @@ def transfer_query(
     )
     phases = {"format": "qkt-phases/1", **answer.phases}
     second = phases["phase2"]
-    for field in ("offsets", "rare"):
-        second[field] = {classes[int(c)]: v for c, v in second[field].items()}
+    second["offsets"] = {classes[int(c)]: v for c, v in second["offsets"].items()}
+    # A student goes to the registry: how few images there are is nobody's business but the hospital's.
+    second["rare"] = {classes[int(c)]: shown_count(n) for c, n in second["rare"].items()}
     with new_folder(space.student(hospital, name)) as folder:
         card = write_bundle(
             folder,
