@@ -479,7 +479,9 @@ def _experiment(client: MlflowClient, root: Path, params: Params, uri: str) -> s
     wanted = (root.resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
     found = client.get_experiment_by_name(params.track.experiment)
     if found is None:
-        return str(client.create_experiment(params.track.experiment, artifact_location=wanted))
+        # Without this tag the pages begin with chats and prompts, and hide the runs.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(params.track.experiment, artifact_location=wanted, tags=tags))
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     if wanted is not None and found.artifact_location != wanted:

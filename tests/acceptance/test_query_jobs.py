@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from qkt_clinical.card import CARD, WEIGHTS
@@ -27,6 +30,8 @@ from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.tracking import registry_client, track
 from qkt_clinical.workspace import write_workspace
+from tests.chromium import chromium, needs_chromium
+from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
@@ -104,7 +109,28 @@ def versions(root: Path, model: str) -> list[int]:
     return next((m["versions"] for m in listed if m["name"] == model), [])
 
 
-def test_a_walk_by_commands_alone(root: Path) -> None:
+def assert_shown(root: Path, model: str, folder: Path) -> None:
+    """MLflow's own pages say what the client says: two versions, each with its alias."""
+    wanted = {"1": "champion", "2": "candidate"}
+    store = f"sqlite:///{root}/mlflow.db"
+    with mlflow_server(store, folder / "server") as address, chromium(folder / "profile") as browser:
+        browser.get(f"{address}/#/models/{model}")
+        deadline = time.monotonic() + 60
+        rows: dict[str, str] = {}
+        while len(rows) < 2 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            texts = browser.execute_script(
+                "return [...document.querySelectorAll('[role=row]')].map(r => r.innerText)"
+            )
+            rows = {m[1]: text for text in texts if (m := re.search(r"Version (\d+)", text))}
+        shown = {number: [a for a in wanted.values() if f"@ {a}" in text] for number, text in rows.items()}
+        assert shown == {number: [alias] for number, alias in wanted.items()}
+        assert "rolled back by R. Viewer" in rows["1"]
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+        assert len(set(picture.resize((128, 90)).getdata())) > 20, "something is to be seen"
+
+
+def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
     params = load_params(root)
     hospital = params.sites[0]
     asked = absent(root, hospital)
@@ -167,6 +193,8 @@ def test_a_walk_by_commands_alone(root: Path) -> None:
     with registry_client(root, params) as client:
         assert client.get_model_version_by_alias(model, "champion").version in (1, "1")
     assert all(status == "FINISHED" for _, status in runs(root))
+    if needs_chromium.args[0] is False:
+        assert_shown(root, model, tmp_path)
     assert qkt(root, "query", "show", hospital, "first").startswith(f"asks for {asked} by qkt-light")
     assert [j["state"] for j in json.loads(qkt(root, "query", "list", "--json"))] == ["answered"]
     # Asked again, nothing has changed: nothing is transferred, fetched or registered anew.
