@@ -24,7 +24,7 @@ from qkt_clinical.catalog import (
 )
 from qkt_clinical.cli_options import EPILOG, HERE, Json, OnDevice, Root, print_json
 from qkt_clinical.cli_query import query_app
-from qkt_clinical.config import Params, Workspace, load_params
+from qkt_clinical.config import Params, QueryRef, Workspace, load_params
 from qkt_clinical.console import errors_as_lines, progress
 from qkt_clinical.errors import ConfigError, QktError
 
@@ -63,6 +63,10 @@ def _named_queries(params: Params, hospital: str | None, query: str | None) -> l
             remedy="Name hospital and query, or add the query to params.yaml.",
         )
     return chosen
+
+
+def _named_refs(params: Params, hospital: str | None, query: str | None) -> list[QueryRef]:
+    return [QueryRef(hospital=h, query=q) for h, q in _named_queries(params, hospital, query)]
 
 
 class _SiteOrCommand(TyperGroup):
@@ -260,11 +264,22 @@ def transfer(
 
 
 @app.command(epilog=EPILOG)
-def evaluate(root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
-    """Measure every answer on held-out patients, before and after."""
-    from qkt_clinical.stages.evaluate import evaluate_queries
+def evaluate(
+    hospital: Hospital = None,
+    query: Query = None,
+    root: Root = HERE,
+    device: OnDevice = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every answer on held-out patients, before and after; one query alone where it is named."""
+    from qkt_clinical.stages.evaluate import evaluate_one, evaluate_queries
 
-    rows = evaluate_queries(root, load_params(root), device=device)
+    params = load_params(root)
+    if hospital or query:
+        refs = _named_refs(params, hospital, query)
+        rows = [evaluate_one(root, ref, params, sites=params.sites, device=device) for ref in refs]
+    else:
+        rows = evaluate_queries(root, params, device=device)
     if as_json:
         print_json(rows)
     else:
@@ -272,11 +287,12 @@ def evaluate(root: Root = HERE, device: OnDevice = None, as_json: Json = False) 
 
 
 @app.command(epilog=EPILOG)
-def gate(root: Root = HERE, as_json: Json = False) -> None:
-    """Judge every answer by the rules of params.yaml; exit code 1 if one does not pass."""
-    from qkt_clinical.stages.gate import gate_queries
+def gate(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Judge every answer by the rules of params.yaml, or one; exit code 1 if one does not pass."""
+    from qkt_clinical.stages.gate import gate_one
 
-    verdicts = gate_queries(root, load_params(root))
+    params = load_params(root)
+    verdicts = [gate_one(root, ref, params) for ref in _named_refs(params, hospital, query)]
     if as_json:
         print_json([v.model_dump(mode="json") for v in verdicts])
     else:

@@ -230,18 +230,34 @@ def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
     write_text(path, text.getvalue())
 
 
+def prepared_sites(space: Workspace, sites: Sequence[str]) -> dict[str, PreparedSite]:
+    """Those of the sites whose prepared data are here."""
+    return {s: load_prepared(space.prepared(s)) for s in sites if space.prepared(s).is_dir()}
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``reports/queries.json`` says of an evaluation."""
+    keys = ("hospital", "query", "classes", "method", "teachers", "bytes_moved")
+    sides = {s: {h: result[s][h]["value"] for h in HEADLINE} for s in ("before", "after")}
+    return {k: result[k] for k in keys} | sides
+
+
 def evaluate_one(
     root: Path, ref: QueryRef, params: Params, *, sites: Sequence[str], device: str | None = None
-) -> None:
+) -> dict[str, Any]:
     """Evaluate one answer on the test images of ``sites`` alone and write its JSON.
+
+    Returns:
+        Its entry as in ``reports/queries.json``, which is left to :func:`evaluate_queries`.
 
     Raises:
         QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
-    held = {s: load_prepared(space.prepared(s)) for s in sites}
-    result = evaluate_query(space, ref, held, params, pick_device(device or params.device))
+    where = pick_device(device or params.device)
+    result = evaluate_query(space, ref, prepared_sites(space, sites), params, where)
     write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
+    return headline(result)
 
 
 def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -> list[dict[str, Any]]:
@@ -255,7 +271,7 @@ def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -
     """
     space = Workspace(root)
     where = pick_device(device or params.device)
-    sites = {s: load_prepared(space.prepared(s)) for s in params.sites if space.prepared(s).is_dir()}
+    sites = prepared_sites(space, params.sites)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, dict[str, float]] = {}
     accuracy: list[list[str]] = []
@@ -263,10 +279,7 @@ def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -
     for key, ref in sorted(params.queries.items()):
         result = evaluate_query(space, ref, sites, params, where)
         write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
-        rows.append(
-            {k: result[k] for k in ("hospital", "query", "classes", "method", "teachers", "bytes_moved")}
-            | {s: {h: result[s][h]["value"] for h in HEADLINE} for s in ("before", "after")}
-        )
+        rows.append(headline(result))
         metrics[key] = {h: result["after"][h]["value"] for h in HEADLINE} | {
             "gain": result["gain"]["value"],
             "forgetting": result["forgetting"]["value"],

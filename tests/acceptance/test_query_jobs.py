@@ -173,12 +173,17 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
     qkt(root, "plan", hospital, "first")
     qkt(root, "transfer", hospital, "first")
     assert digest_folder(Workspace(root).student(hospital, "first")) == student
-    qkt(root, "evaluate")
-    subprocess.run([str(QKT), "gate"], cwd=root, check=False, capture_output=True)
+    measured = json.loads(qkt(root, "evaluate", hospital, "first", "--json"))
+    assert measured[0]["after"]["balanced_accuracy"] > 0
+    judged = subprocess.run(
+        [str(QKT), "gate", hospital, "first", "--json"], cwd=root, check=False, capture_output=True
+    )
+    passed = json.loads(judged.stdout)[0]["passed"]
+    assert judged.returncode == (0 if passed else 1)
     qkt(root, "track")
     assert versions(root, model) == [1], "the same student, now measured"
-    judged = json.loads(qkt(root, "registry", "show", model, "--json"))
-    assert judged["tags"]["qkt.gate"] in ("passed", "failed")
+    shown = json.loads(qkt(root, "registry", "show", model, "--json"))
+    assert shown["tags"]["qkt.gate"] == ("passed" if passed else "failed")
     qkt(root, "registry", "promote", model, "--reviewer", "R. Viewer", "--reason", "a test")
 
     # Another question by the same name: a second version, promoted and taken back.
