@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from qkt_clinical.config import Params
 from qkt_clinical.decisions import (
     CHAMPION,
+    FOLDER,
     NONE,
     Decision,
     RegistryError,
@@ -103,7 +104,15 @@ class Registry(NamedTuple):
             RegistryError: something speaks against it, and no reviewer gives name and reason.
         """
         version = self.version(name, which)
+        if DIGEST not in version.tags:
+            raise RegistryError(
+                f"{name} version {version.version} was not registered by 'qkt track' or 'qkt query'",
+                remedy="Promote one that was.",
+                code="no-version",
+                site=site_of(name),
+            )
         champion = champion_of(self.root, name)
+        self._known_here(name, None if champion is None else champion.digest)
         if champion is not None and champion.digest == version.tags.get(DIGEST):
             raise RegistryError(
                 f"{name} version {version.version} is the champion already",
@@ -137,6 +146,18 @@ class Registry(NamedTuple):
         if REFUSED in version.tags:  # what still spoke against it stands in the decision
             self.client.delete_model_version_tag(name, str(version.version), REFUSED)
         return decision
+
+    def _known_here(self, name: str, champion: str | None) -> None:
+        """Refuse where the champion of the registry is none that the decisions kept here tell of."""
+        if CHAMPION not in self.client.get_registered_model(name).aliases:
+            return
+        if self.version(name, CHAMPION).tags.get(DIGEST) != champion:
+            raise RegistryError(
+                f"the champion of {name} was decided on elsewhere",
+                remedy=f"Bring {FOLDER}/{site_of(name)}.json up to date: it does not know the champion.",
+                code="decisions-behind",
+                site=site_of(name),
+            )
 
     def rollback(self, name: str, *, by: str, reason: str) -> Decision:
         """Take the champion back; the one before it is the champion again.

@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 from qkt_clinical import __version__
 from qkt_clinical.card import Card
-from qkt_clinical.config import Params, QueryRef, Workspace
+from qkt_clinical.config import NAME, Params, QueryRef, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
 from qkt_clinical.errors import BundleError, OutputsError, QktError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
@@ -730,10 +730,18 @@ def set_alias(client: MlflowClient, name: str, alias: str, number: str) -> None:
 
 
 def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
-    """The champion that was decided on, where the registry does not know it, such as after a rebuild."""
-    standing = champions(read_decisions(root, site_of(name)), name)
+    """The champion that was decided on, where the registry does not know it, such as after a rebuild.
+
+    One that somebody decided on elsewhere stays: the decisions here are behind.
+    """
+    decisions = [d for d in read_decisions(root, site_of(name)) if d.model == name]
+    standing = champions(decisions, name)
     number = find_version(client, name, standing[-1]) if standing else None
-    if number is not None:
+    if number is None:
+        return
+    present = client.get_registered_model(name).aliases.get(CHAMPION)
+    known = {d.digest for d in decisions}
+    if present is None or client.get_model_version(name, present).tags.get(DIGEST) in known:
         set_alias(client, name, CHAMPION, number)
 
 
@@ -851,8 +859,9 @@ def registered_teachers(client: MlflowClient) -> list[Registered]:
     found = []
     for model in client.search_registered_models("name LIKE 'teacher.%'", max_results=1000):
         number = model.aliases.get(CHAMPION, model.aliases.get(ALIAS))
-        if number is not None:
-            found.append(Registered(site_of(model.name), str(number)))
+        site = model.name.removeprefix("teacher.")
+        if number is not None and NAME.fullmatch(site):  # a shared registry holds other people's models, too
+            found.append(Registered(site, str(number)))
     return sorted(found)
 
 

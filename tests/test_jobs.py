@@ -110,6 +110,23 @@ def test_the_pipeline_is_told_whatever_the_layout(root: Path, queries: str) -> N
     assert all(comment in text for comment in ("# The federation.", "# in this order", "# which classes"))
 
 
+def test_names_that_yaml_reads_as_numbers_or_truth_stay_names(root: Path) -> None:
+    text = PIPELINE.replace("sites: [aster,", 'sites: [aster, "no",')
+    (root / "params.yaml").write_text(text, encoding="utf-8")
+    assert tell_pipeline(root, "no", "2024")
+    assert load_params(root).queries["no-2024"] == QueryRef(hospital="no", query="2024")
+    new_query(root, "birch", "x", ["c"], PARAMS, exclude_teachers=["no", "12"], budget=0.123456789)
+    query = load_query(root, "birch", "x")
+    assert (query.exclude_teachers, query.budget) == (("no", "12"), 0.123456789)
+
+
+def test_names_that_lead_elsewhere_leave_nothing_behind(root: Path) -> None:
+    for name in ("../../../x", "nobody"):
+        with pytest.raises(ConfigError), Board(root).hold(name, "q"):
+            pytest.fail("held")
+    assert not (root / ".qkt").exists()
+
+
 def test_names_that_meet_get_keys_of_their_own(root: Path) -> None:
     (root / "params.yaml").write_text(
         PIPELINE.replace("sites: [aster,", "sites: [aster, a-b, a,"), encoding="utf-8"

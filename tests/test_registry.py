@@ -176,6 +176,27 @@ def test_what_is_in_use_now_counts_not_what_was_when_the_gate_judged(space: tupl
         registry.promote(NAME, "candidate")
 
 
+def test_a_champion_decided_on_elsewhere_is_neither_replaced_nor_taken_back(
+    space: tuple[Path, Params], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, params = space
+    assert run(root, capsys, "promote", NAME)[0] == 0
+    rewrite(root, params, worse)
+    kept = decisions_file(root, "h0")
+    there = kept.read_text()
+    kept.unlink()  # another workspace, which nobody told
+    code, said = run(root, capsys, "promote", NAME)
+    assert code == 1
+    assert "decisions-behind" in said
+    stranger = decided("f" * 64).model_dump(mode="json")
+    kept.write_text(json.dumps([stranger]))
+    track(root, params)
+    assert run(root, capsys, "show", NAME, "champion")[1]["version"] == 1
+    kept.write_text(there)
+    track(root, params)
+    assert run(root, capsys, "show", NAME, "champion")[1]["version"] == 1
+
+
 def test_a_teacher_needs_a_reviewer(space: tuple[Path, Params]) -> None:
     root, params = space
     with open_registry(root, params) as registry:

@@ -69,12 +69,12 @@ def new_query(
     lines = {
         "classes": f"[{', '.join(_word(c) for c in query.classes)}]",
         "method": f"{query.method} # qkt | qkt-light | routed",
-        "budget": f"{query.budget:g} # give away at most {100 * query.budget:g} % of what we classify today",
+        "budget": f"{query.budget!r} # give away at most {100 * query.budget:g} % of what we classify today",
     }
     if query.max_teachers is not None:
         lines["max_teachers"] = str(query.max_teachers)
     if query.exclude_teachers:
-        lines["exclude_teachers"] = f"[{', '.join(query.exclude_teachers)}]"
+        lines["exclude_teachers"] = f"[{', '.join(_word(s) for s in query.exclude_teachers)}]"
     write_text(path, "".join(f"{key}: {value}\n" for key, value in lines.items()))
     return path
 
@@ -106,7 +106,7 @@ def tell_pipeline(root: Path, hospital: str, name: str) -> bool:
         while key in params.queries:  # 'a-b' asks 'c', and 'a' asks 'b-c'
             key, number = f"{hospital}-{name}"[:60] + f"-{number}", number + 1
         text = path.read_text(encoding="utf-8")
-        changed = _with_line(text, f"  {key}: {{hospital: {hospital}, query: {name}}}\n")
+        changed = _with_line(text, f"  {_word(key)}: {{hospital: {_word(hospital)}, query: {_word(name)}}}\n")
         wanted = params.model_copy(update={"queries": {**params.queries, key: ref}})
         temporary = path.with_name(".params.yaml.part")
         write_text(temporary, changed)

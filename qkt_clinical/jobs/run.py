@@ -18,7 +18,7 @@ from qkt_clinical import __version__
 from qkt_clinical.card import read_card
 from qkt_clinical.config import Params, QueryConfig, QueryRef, Workspace, load_query
 from qkt_clinical.data import Manifest, read_manifest
-from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, sweep, to_json
 from qkt_clinical.jobs.fetch import Shelf, open_shelf
 from qkt_clinical.jobs.new import tell_pipeline
@@ -26,7 +26,6 @@ from qkt_clinical.jobs.state import (
     MOST_INTERRUPTIONS,
     PAUSE_S,
     Board,
-    Busy,
     Cancelled,
     Failure,
     Job,
@@ -81,10 +80,10 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     from qkt_clinical.jobs.cost import expected_seconds
     from qkt_clinical.networks import pick_device
 
+    query = load_query(root, hospital, name)
     where = pick_device(device or params.device)
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).teacher(hospital))
-    query = load_query(root, hospital, name)
     with open_shelf(root, params, hospital, query) as shelf:
         plan = _plan(shelf, hospital, name, query, manifest)
         cards = [shelf.offers[site].card for site in plan.relevant]
@@ -178,6 +177,7 @@ class _Worker:
         hospital, name = self.job.hospital, self.job.query
         query = load_query(self.board.root, hospital, name)
         manifest = read_manifest(self.space.prepared(hospital))
+        read_card(self.space.teacher(hospital))  # needed later: missing, nothing need be fetched
         with open_shelf(self.board.root, self.params, hospital, query) as shelf:
             plan = _plan(shelf, hospital, name, query, manifest)
             count = 0
@@ -208,27 +208,31 @@ class _Worker:
             return
         from qkt_clinical.stages.transfer import transfer_query
 
+        # Before there is another student: killed in between, nothing may stand beside it that is not its own.
+        for kind in ("evaluation", "gate"):
+            (space.reports / kind / hospital / f"{name}.json").unlink(missing_ok=True)
         transfer_query(
             self.board.root, hospital, name, self.params, device=self.device, progress=self._progress
         )
-        after = digest_folder(self._student)
-        if after != before:  # figures of another student
-            for kind in ("evaluation", "gate"):
-                (space.reports / kind / hospital / f"{name}.json").unlink(missing_ok=True)
-        self._say(transferred=(key, after))
+        self._say(transferred=(key, digest_folder(self._student)))
 
     def _evaluate(self) -> None:
         """On the hospital's own test images; what it has none of, only the federation can measure."""
         self._begin("evaluate")
         hospital, name = self.job.hospital, self.job.query
         path = self.space.reports / "evaluation" / hospital / f"{name}.json"
+        from qkt_clinical.stages.gate import gate_one
+
+        ref = QueryRef(hospital=hospital, query=name)
         if path.is_file():
+            gate_one(self.board.root, ref, self.params)
             return
         manifest, query = (
             read_manifest(self.space.prepared(hospital)),
             load_query(self.board.root, hospital, name),
         )
-        without = [c for c in query.classes if not manifest.counts["test"].get(c)]
+        relevant = (*query.classes, *local_classes(manifest, query))
+        without = [c for c in relevant if not manifest.counts["test"].get(c)]
         if without:
             self._say(
                 note=f"not measured: no test images of {', '.join(without)} here; "
@@ -236,9 +240,7 @@ class _Worker:
             )
             return
         from qkt_clinical.stages.evaluate import evaluate_one
-        from qkt_clinical.stages.gate import gate_one
 
-        ref = QueryRef(hospital=hospital, query=name)
         evaluate_one(self.board.root, ref, self.params, sites=(hospital,), device=self.device)
         gate_one(self.board.root, ref, self.params)
 
@@ -247,8 +249,11 @@ class _Worker:
         from qkt_clinical.tracking import track_answer
 
         version = track_answer(self.board.root, self.params, self.job.hospital, self.job.query)
-        tell_pipeline(self.board.root, self.job.hospital, self.job.query)
         self._say(version=version)
+        try:
+            tell_pipeline(self.board.root, self.job.hospital, self.job.query)
+        except ConfigError as error:  # the answer is there and registered all the same
+            self._say(note=f"{self.job.note or 'registered'}. The pipeline does not know of it: {error}")
 
 
 def run(
@@ -302,7 +307,8 @@ def resume(
 
 def _open(job: Job) -> bool:
     """Whether a worker may take a job up by itself."""
-    return job.state == "waiting" or (job.state == "interrupted" and job.interruptions < MOST_INTERRUPTIONS)
+    ended = job.interruptions + 1  # the last one is counted when somebody takes the job up
+    return job.state == "waiting" or (job.state == "interrupted" and ended < MOST_INTERRUPTIONS)
 
 
 def work(
@@ -326,7 +332,8 @@ def work(
             return list(taken.values())
         begun = False
         for seen in filter(_open, jobs):
-            with suppress(Busy), board.hold(seen.hospital, seen.query) as job:
+            # Busy, or a file that broke since: the next look at the board says which.
+            with suppress(QktError), board.hold(seen.hospital, seen.query) as job:
                 if not _open(job):  # another worker was faster
                     continue
                 begun = True

@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query
+from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query, query_file
 from qkt_clinical.errors import QktError, QueryError
 from qkt_clinical.files import digest_bytes, to_json, write_json
 
@@ -170,6 +170,7 @@ class Board:
 
     @contextmanager
     def _lock(self, hospital: str, query: str, *, patience_s: float) -> Iterator[None]:
+        query_file(self.root, hospital, query)  # names that are none leave the folder of locks
         path = self._path(hospital, query, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

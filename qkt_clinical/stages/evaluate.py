@@ -145,6 +145,14 @@ def evaluate_query(
     if decision is None:
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
     classes = student.card.classes
+    if not sites:
+        raise QueryError(
+            "no hospital's prepared data are here",
+            remedy="Evaluate where test images of the class are prepared.",
+            site=ref.hospital,
+            code="no-test-images",
+            stage="evaluate",
+        )
     held = _test_images(sites, ref.hospital, decision.local, decision.query)
     labels = held.labels
     relevant = list(decision.relevant)
