@@ -359,6 +359,15 @@ def test_the_figure_is_drawn_twice_alike(root: Path) -> None:
     assert not list((root / "reports").glob(".*"))
 
 
+def test_an_evaluation_of_another_query_is_refused(tmp_path: Path) -> None:
+    params = sample_params()
+    write_sample_run(tmp_path, params)
+    change(tmp_path, "h0-q0", hospital="../../../escaped")
+    with pytest.raises(OutputsError, match="an evaluation of another query"):
+        write_report(tmp_path, params)
+    assert not (tmp_path / "reports" / "index.html").exists()
+
+
 def test_what_is_published_holds_no_small_count(root: Path) -> None:
     path = root / "reports" / "evaluation" / "h0" / "q0.json"
     held = json.loads(path.read_text())

@@ -348,6 +348,13 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
         return None
     student = workspace.student(hospital, query)
     evaluation: Evaluation = _read(Evaluation, path, site=hospital)
+    if (evaluation.hospital, evaluation.query) != (hospital, query):
+        raise OutputsError(
+            "an evaluation of another query",
+            remedy="Run 'dvc repro' to make it again.",
+            file=path,
+            site=hospital,
+        )
     size = len(evaluation.relevant)
     for scores in (evaluation.before, evaluation.after):
         if [len(row) for row in scores.confusion] != [size] * size:

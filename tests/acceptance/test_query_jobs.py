@@ -310,9 +310,10 @@ def registered(root: Path, site: str) -> Path:
     """The folder in which MLflow keeps a teacher's bundle."""
     params = load_params(root)
     with registry_client(root, params) as client:
-        version = client.get_model_version_by_alias(f"teacher.{site}", "candidate")
-        model = client.get_logged_model(version.model_id)
-    return Path(model.artifact_location.removeprefix("file://")) / "data" / site
+        name = f"teacher.{site}"
+        version = client.get_model_version_by_alias(name, "candidate").version
+        place = client.get_model_version_download_uri(name, str(version))
+    return Path(place.removeprefix("file://")) / "data" / site
 
 
 def flip(folder: Path) -> None:
