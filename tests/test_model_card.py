@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,10 @@ def test_digests_of_everything_it_was_made_from(outputs: Outputs) -> None:
     assert p.weights == digest_file(query.student / "weights.safetensors")
     assert p.evaluation == digest_file(query.evaluation_file)
     assert p.data == outputs.sites[0].data_digest
-    assert p.parameters == outputs.params_digest
+    # What other hospitals ask does not change a card; another seed does.
+    for changed, same in (({"queries": {}}, True), ({"seed": PARAMS.seed + 1}, False)):
+        other = replace(outputs, params=PARAMS.model_copy(update=changed))
+        assert (student_model_card(query, other).provenance.parameters == p.parameters) is same
     assert set(p.teachers) == set(query.plan.relevant)
 
 

@@ -114,17 +114,18 @@ def assert_shown(root: Path, model: str, folder: Path) -> None:
     wanted = {"1": "champion", "2": "candidate"}
     store = f"sqlite:///{root}/mlflow.db"
     with mlflow_server(store, folder / "server") as address, chromium(folder / "profile") as browser:
+        browser.set_window_size(1800, 1200)
         browser.get(f"{address}/#/models/{model}")
         deadline = time.monotonic() + 60
-        rows: dict[str, str] = {}
-        while len(rows) < 2 and time.monotonic() < deadline:
+        shown: dict[str, list[str]] = {}
+        while shown != {n: [alias] for n, alias in wanted.items()} and time.monotonic() < deadline:
             time.sleep(0.5)
             texts = browser.execute_script(
                 "return [...document.querySelectorAll('[role=row]')].map(r => r.innerText)"
             )
             rows = {m[1]: text for text in texts if (m := re.search(r"Version (\d+)", text))}
-        shown = {number: [a for a in wanted.values() if f"@ {a}" in text] for number, text in rows.items()}
-        assert shown == {number: [alias] for number, alias in wanted.items()}
+            shown = {n: re.findall(r"@\s*(champion|candidate)", text) for n, text in rows.items()}
+        assert shown == {n: [alias] for n, alias in wanted.items()}, texts
         assert "rolled back by R. Viewer" in rows["1"]
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
         assert len(set(picture.resize((128, 90)).getdata())) > 20, "something is to be seen"
