@@ -258,7 +258,8 @@ def transfer(
         done.append({"hospital": site, "query": name, **phases})
         if not as_json:
             given = phases["phase2"]["given_away"]
-            print(f"{site}/{name}: answered by {phases['method']}; {given:.1%} of own images given away")
+            share = "a share" if given is None else f"{given:.1%}"
+            print(f"{site}/{name}: answered by {phases['method']}; {share} of own images given away")
     if as_json:
         print_json(done)
 

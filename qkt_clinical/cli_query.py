@@ -271,9 +271,8 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
             print(f"  {teacher['site']}: {teacher['reason']}")
     if found["phases"]:
         second = found["phases"]["phase2"]
-        print(
-            f"given away: {second['given_away']:.1%} of own calibration images, budget {second['budget']:.1%}"
-        )
+        given = "a share" if second["given_away"] is None else f"{second['given_away']:.1%}"
+        print(f"given away: {given} of own calibration images, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]

@@ -46,6 +46,7 @@ from qkt_clinical.report.outputs import (
     QueryOutputs,
     Scores,
     SiteOutputs,
+    flat,
     published,
     read_outputs,
 )
@@ -127,16 +128,6 @@ def key(name: str) -> str:
     return text if len(text) <= 200 else f"{text[:180]}_{digest_bytes(name.encode())[:16]}"
 
 
-def flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested mappings as ``a.b`` keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for name, inner in value.items():
-        out |= flat(f"{prefix}.{name}", inner)
-    return out
-
-
 def curves_of(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
     """Rows per epoch, or per layer, as series of (epoch or layer, value)."""
     series: dict[str, list[tuple[int, float]]] = {}
@@ -183,7 +174,7 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
     metrics: dict[str, float] = {}
     if site.metrics is not None:
-        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items()}
+        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items() if v is not None}
         metrics |= {"epochs": site.metrics.epochs, "best_epoch": site.metrics.best_epoch}
         if site.metrics.balanced_accuracy is not None:
             metrics["balanced_accuracy"] = site.metrics.balanced_accuracy
@@ -226,7 +217,7 @@ def _answer_metrics(answer: AnswerOutputs) -> dict[str, float]:
     return {
         "bytes_moved": answer.plan.bytes_moved,
         "passes_per_prediction": 1 if decision is None else decision.passes,
-        "given_away": second.given_away,
+        **({} if second.given_away is None else {"given_away": second.given_away}),
         **{f"offset/{key(c)}": v for c, v in second.offsets.items()},
     }
 
@@ -276,13 +267,10 @@ def answer_item(answer: AnswerOutputs, outputs: Outputs) -> Item:
 
 
 def _score_metrics(prefix: str, scores: Scores) -> dict[str, float]:
-    named = {
-        n: getattr(scores, n) for n in ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc")
-    }
+    names = ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc", "ece")
+    named = {n: getattr(scores, n) for n in names}
     named |= {f"recall/{key(c)}": interval for c, interval in scores.recall.items()}
-    return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None} | {
-        f"{prefix}/ece": scores.ece
-    }
+    return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None}
 
 
 def _unmet(query: QueryOutputs) -> str:
@@ -336,7 +324,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         },
         texts={
             **_texts(card),
-            "evaluation.json": to_json(published(json.loads(query.evaluation_file.read_bytes()))),
+            "evaluation.json": to_json(published(query.evaluation)),
             "reliability.svg": render_reliability(query),
             "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
         },

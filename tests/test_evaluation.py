@@ -15,6 +15,7 @@ from qkt_clinical.evaluation import (
     auroc,
     average_precision,
     by_subgroup,
+    calibration_errors,
     expected_calibration_error,
     paired_p,
     patient_weights,
@@ -92,6 +93,35 @@ def test_calibration_error_by_hand() -> None:
     perfect = np.eye(3)[[0, 1, 2]]
     assert expected_calibration_error(perfect, np.array([0, 1, 2])) == 0.0
     assert expected_calibration_error(perfect, np.array([1, 2, 0])) == 1.0
+
+
+def test_calibration_errors_of_draws_are_those_of_the_images_drawn() -> None:
+    random = np.random.default_rng(3)
+    scores, labels = random.normal(size=(60, 3)), random.integers(0, 3, 60)
+    probabilities = softmax(2 * scores)
+    weights = random.integers(0, 4, (5, 60))
+    right = probabilities.argmax(axis=1) == labels
+    found = calibration_errors(probabilities.max(axis=1), right, weights.astype(float))
+    for row, error in zip(weights, found, strict=True):
+        drawn = np.repeat(np.arange(60), row)
+        assert error == pytest.approx(expected_calibration_error(probabilities[drawn], labels[drawn]))
+
+
+def test_the_interval_of_the_calibration_error_is_by_patient_and_holds_the_figure() -> None:
+    random = np.random.default_rng(4)
+    labels = np.repeat([0, 1, 2], 40)
+    scores = 3 * random.normal(size=(120, 3)) + 2 * np.eye(3)[labels]
+    many, few = np.arange(120).astype(str), np.repeat(np.arange(12), 10).astype(str)
+    spread = []
+    for patients in (many, few):
+        test = held(patients, labels)
+        ece = assess(test, scores, scores, draws=300, confidence=0.95, seed=0)["after"]["ece"]
+        assert ece["value"] == pytest.approx(expected_calibration_error(softmax(scores), labels), abs=1e-6)
+        assert 0.0 <= ece["low"] <= ece["value"] < ece["high"] <= 1.0
+        spread.append(ece["high"] - ece["low"])
+    assert spread[0] != spread[1]
+    exact = assess(held(many, labels), scores, scores, draws=0, confidence=0.95, seed=0)["after"]["ece"]
+    assert exact["low"] == exact["value"] == exact["high"]
 
 
 def test_softmax_of_large_scores() -> None:
@@ -191,8 +221,8 @@ def test_assess_by_hand() -> None:
     assert 0 < result["gain_p"] <= 1
     assert sum(b["images"] for b in after["reliability"]) == 9
     confidence = np.exp(5) / (np.exp(5) + 2)
-    assert before["ece"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
-    assert after["ece"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)
+    assert before["ece"]["value"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
+    assert after["ece"]["value"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)
 
 
 def test_intervals_hold_the_value_and_shrink_with_confidence() -> None:

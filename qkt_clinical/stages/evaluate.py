@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from qkt_clinical.bundle import load_bundle
 from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.data import SMALLEST_COUNT, PreparedSite, load_prepared, shown_count
+from qkt_clinical.counts import shown_parts, shown_total, too_few
+from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.evaluation import TestSet, assess, by_subgroup, share_given_away
 from qkt_clinical.files import digest_bytes, write_json, write_text
@@ -106,19 +107,15 @@ def _flips(
     ]
 
 
-def _shown(number: int) -> int | str:
-    """A count as it may be shown."""
-    return shown_count(number) if number < SMALLEST_COUNT else number
-
-
 def _calibrated(student: Path) -> dict[str, Any]:
     """What was given away on the calibration images by which the offsets were set, of ``phases.json``."""
     path = student / "phases.json"
     try:
         phase = json.loads(path.read_text(encoding="utf-8"))["phase2"]
+        given, images = phase["given_away"], phase["calibration_images"]
         return {
-            "given_away_calibration": float(phase["given_away"]),
-            "calibration_images": _shown(int(phase["calibration_images"])),
+            "given_away_calibration": None if given is None else float(given),
+            "calibration_images": images if isinstance(images, str) else shown_total(int(images), ()),
         }
     except (OSError, ValueError, KeyError, TypeError):
         raise QueryError(
@@ -128,6 +125,12 @@ def _calibrated(student: Path) -> dict[str, Any]:
             code="no-phases",
             stage="evaluate",
         ) from None
+
+
+def _shown_groups(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Groups of one column with counts as they may be told: their total is that of the test images."""
+    images, patients = (shown_parts({g: row[of] for g, row in rows.items()}) for of in ("images", "patients"))
+    return {g: row | {"images": images[g], "patients": patients[g]} for g, row in rows.items()}
 
 
 def evaluate_query(
@@ -182,6 +185,8 @@ def evaluate_query(
     figures = assess(test, *scores, **drawn)
     groups = by_subgroup(test, *scores, held.subgroups, **drawn)
     names = [classes[c] for c in relevant]
+    test_images = {classes[c]: int((labels == c).sum()) for c in relevant}
+    own_images = int((held.own & np.isin(labels, decision.local)).sum())
     for side in ("before", "after"):
         for figure in PER_CLASS:
             figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
@@ -198,23 +203,19 @@ def evaluate_query(
         "budget": decision.budget,
         "relevant": names,
         "local": [classes[c] for c in decision.local],
-        "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
+        "test_images": test_images,
         "test_sites": list(held.sites),
         "test_data": held.digest,
         "operating_point": {
             "offsets": {classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
             "budget": decision.budget,
             **_calibrated(space.student(ref.hospital, ref.query)),
-            "given_away_test": share_given_away(test, held.own, scores[1], **drawn),
-            "test_images": _shown(int((held.own & np.isin(labels, decision.local)).sum())),
+            "given_away_test": None
+            if too_few(own_images)
+            else share_given_away(test, held.own, scores[1], **drawn),
+            "test_images": shown_total(own_images, [test_images[classes[c]] for c in decision.local]),
         },
-        "subgroups": {
-            column: {
-                group: found | {"images": _shown(found["images"]), "patients": _shown(found["patients"])}
-                for group, found in rows.items()
-            }
-            for column, rows in groups.items()
-        },
+        "subgroups": {column: _shown_groups(rows) for column, rows in groups.items()},
         "passes_per_prediction": decision.passes,
         "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,
