@@ -306,9 +306,10 @@ NO_DIFFERENTIAL_PRIVACY = (
     "was among the training images, or that try to bring one back, were not tried: nothing rules them out."
 )
 OWN_NUMBERS = (
-    "This card gives numbers of images and patients, those below five as '<5', and figures from which more "
-    "may be reckoned: it belongs to the hospital's registry. It is not among the files that go to other "
-    "hospitals (bundle.json, weights.safetensors, mask.json)."
+    "This card gives numbers of images and patients, those below five as '<5', and no figure that rests on "
+    "fewer than five images of a class; from figures over several classes more may be reckoned. It belongs "
+    "to the hospital's registry. It is not among the files that go to other hospitals (bundle.json, "
+    "weights.safetensors, mask.json)."
 )
 OWN_REFERENCE = (
     "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "

@@ -114,7 +114,7 @@ def test_the_summary_counts_losses_as_plainly_as_gains(page: Page) -> None:
     assert "Queries answered 3 of 3" in text
     assert "+3.3 points" in text  # mean forgetting of 2, 6 and 2
     assert "Calibration error, mean 0.050 0.050 before" in text
-    assert "Images that left a site to teach 0" in text
+    assert "Images that left a site 0 to teach, by construction" in text
     assert "6.2 MB" in text  # 2 + 1 + 2 teachers of 1,234,567 bytes
 
 

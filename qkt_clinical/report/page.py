@@ -36,6 +36,8 @@ class Bar:
 
 
 def _before_after(before: Interval | None, after: Interval | None) -> str:
+    if before is None and after is None:
+        return "too few images"
     one, two = ("too few images" if v is None else charts.percent(v.value) for v in (before, after))
     return f"{one} → {two}"
 
