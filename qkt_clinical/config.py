@@ -296,7 +296,7 @@ class GateParams(Strict):
     forgetting: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Retained accuracy lost, at the upper end of its interval, at most."""
     calibration: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Expected calibration error at most."""
+    """Expected calibration error, at the upper end of its interval, at most."""
     query_images: Annotated[int, Field(ge=0)] = 20
     """Test images of every class asked for at least: of fewer, nobody can say how good an answer is."""
     worse_than_champion: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0

@@ -13,7 +13,7 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.data import load_prepared, write_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.report.outputs import read_outputs
-from qkt_clinical.stages.evaluate import evaluate_queries
+from qkt_clinical.stages.evaluate import _calibrated, evaluate_queries
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 TEST = 24
@@ -83,6 +83,19 @@ def test_the_operating_point_says_what_is_given_away(
     asked = [found["relevant"].index(c) for c in found["classes"]]
     given = sum(rows[c][k] for c in found["local"] for k in asked)
     assert point["given_away_test"]["value"] == pytest.approx(given / (3 * TEST), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "told"),
+    [(0.25, 12, (0.25, 12)), (0.25, 3, (0.25, "<5")), (None, "<5", (None, "<5")), (0.1, "≥5", (0.1, "≥5"))],
+)
+def test_calibration_images_are_told_as_they_may_be(
+    tmp_path: Path, given: float | None, images: int | str, told: tuple[float | None, int | str]
+) -> None:
+    phases = {"phase2": {"given_away": given, "calibration_images": images}}
+    (tmp_path / "phases.json").write_text(json.dumps(phases))
+    found = _calibrated(tmp_path)
+    assert (found["given_away_calibration"], found["calibration_images"]) == told
 
 
 def test_groups_are_those_of_hospitals_that_have_the_column(
