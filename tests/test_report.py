@@ -550,6 +550,11 @@ def test_a_precision_of_few_answers_is_not_told(root: Path) -> None:
     assert all(others)
     assert all(scores.recall.values()), "of every class there are fifty images"
     assert scores.confusion[0] == (3, 47, 0, 0)
+    held["after"]["confusion"][3] = [3, 0, 0, 0]
+    held["test_images"]["ig"] = 3
+    once = told(Evaluation.model_validate(held))
+    assert once.after.precision["basophil"] is not None, "answered six times"
+    assert told(once) == once
 
 
 # --- the map of gains -------------------------------------------------------------------------------

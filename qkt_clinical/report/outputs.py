@@ -348,8 +348,10 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
 def _told(scores: Scores, evaluation: Evaluation) -> Scores:
     """Figures without those that rest on too few images."""
     images = evaluation.test_images
-    answered = [sum(column) for column in zip(*(row for row in scores.confusion if row), strict=True)]
-    answers = dict(zip(evaluation.relevant, answered, strict=False))
+    answers: dict[str, int] = {}
+    if None not in scores.confusion:  # else told before, and the columns are no longer whole
+        columns = zip(*(row or () for row in scores.confusion), strict=True)
+        answers = dict(zip(evaluation.relevant, map(sum, columns), strict=True))
 
     def bins(rows: Sequence[Bin] | None) -> tuple[Bin, ...] | None:
         return None if rows is None else tuple(b for b in rows if b.images >= SMALLEST_COUNT)
