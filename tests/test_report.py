@@ -624,6 +624,7 @@ def test_absent_and_rare_classes_are_both_named(tmp_path: Path) -> None:
     phases = json.loads(path.read_text())
     phases["phase2"]["rare"] = {"platelet": "<5"}
     write_json(path, phases)
+    change(tmp_path, "h0-q0", student=digest_folder(path.parent))
     write_report(tmp_path, params)
     text = query_page(tmp_path, "h0-q0").text("page")
     assert "and erythroblast and only a handful of platelet (<5) and none of ig." in text
