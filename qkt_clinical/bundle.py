@@ -5,7 +5,8 @@ finiteness are checked before a tensor is used.
 
 A bundle is a folder with ``bundle.json`` (:class:`Card`), ``weights.safetensors`` and, beside them, what
 stages add: ``mask.json`` and ``metrics.json`` for a teacher; ``query.json``, ``plan.json``, ``phases.json``
-and, for method ``routed``, ``experts/<site>/`` for a student; ``reference.json``, which stays there.
+and, for method ``routed``, ``experts/<site>/`` for a student; ``reference.json``, which serving reads and
+other hospitals do not fetch.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Mask(Strict):
 
 
 class Reference(Strict):
-    """``reference.json``: what the first layer makes of the training images. It stays at the hospital.
+    """``reference.json``: what the first layer makes of the training images. Other hospitals do not fetch it.
 
     Per filter the mean of its responses over an image and their spread, the means of all filters first.
     """

@@ -28,10 +28,11 @@ def digest_file(path: Path) -> str:
     return total.hexdigest()
 
 
-def digest_folder(folder: Path) -> str:
-    """SHA-256 over relative names and contents of every file below ``folder``, in sorted order."""
+def digest_folder(folder: Path, names: Iterable[str] | None = None) -> str:
+    """SHA-256 over relative names and contents of every file below ``folder``, or of those named, sorted."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    paths = folder.rglob("*") if names is None else (folder / name for name in names)
+    for path in sorted(p for p in paths if p.is_file()):
         total.update(f"{path.relative_to(folder).as_posix()}\0{digest_file(path)}\n".encode())
     return total.hexdigest()
 

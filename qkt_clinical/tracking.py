@@ -15,18 +15,19 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from qkt_clinical import __version__
-from qkt_clinical.card import Card
+from qkt_clinical.card import CARD, MASK, REFERENCE, Card
 from qkt_clinical.config import NAME, Params, QueryRef, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
 from qkt_clinical.errors import BundleError, OutputsError, QktError
@@ -39,6 +40,7 @@ from qkt_clinical.model_card import (
     to_summary,
     unmeasured_model_card,
 )
+from qkt_clinical.query import SHARED
 from qkt_clinical.report.charts import points, size, words
 from qkt_clinical.report.outputs import (
     AnswerOutputs,
@@ -51,6 +53,7 @@ from qkt_clinical.report.outputs import (
     read_outputs,
 )
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
+from qkt_clinical.usage import read_usage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
@@ -112,6 +115,8 @@ class Model:
     digest: str
     model_card: ModelCard
     tags: Mapping[str, str]
+    files: tuple[str, ...] | None = None
+    """Those of the folder's files that go to the registry; None for all."""
 
     @property
     def note(self) -> str:
@@ -170,7 +175,9 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
         **flat("train", params.train.model_dump(mode="json")),
         **flat("mask", params.mask.model_dump(mode="json")),
     }
-    folder = digest_folder(site.teacher)
+    files = {n: site.teacher / n for n in (*SHARED, REFERENCE) if (site.teacher / n).is_file()}
+    # The figures of training are the run's; whoever fetches the teacher has no use for them.
+    registered = digest_folder(site.teacher, files)
     known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
     metrics: dict[str, float] = {}
     if site.metrics is not None:
@@ -185,16 +192,22 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     return Item(
         kind="site",
         name=site.name,
-        digest=_digest({"folder": folder, "card": card.model_dump(mode="json"), "params": used}),
+        digest=_digest(
+            {
+                "folder": digest_folder(site.teacher),
+                "card": card.model_dump(mode="json"),
+                "params": used,
+            }
+        ),
         note=note,
         params=used | {"network_bytes": site.card.weights.bytes},
         metrics=metrics,
         curves=curves_of("curve", site.curves),
         tags=tags,
-        files={p.name: p for p in (site.teacher / n for n in ("bundle.json", "mask.json")) if p.is_file()},
+        files={name: path for name, path in files.items() if name in (CARD, MASK)},
         texts=_texts(card),
         dataset=_dataset(site),
-        model=Model(card.name, site.teacher, site.card, folder, card, tags),
+        model=Model(card.name, site.teacher, site.card, registered, card, tags, tuple(sorted(files))),
     )
 
 
@@ -332,6 +345,15 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         below=e.hospital,
         model=Model(card.name, query.student, query.card, folder, card, tags),
     )
+
+
+def with_usage(item: Item, scratch: Path) -> Item:
+    """With what making the model took of the machine, where somebody asked: MLflow's "system metrics"."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for step, sample in enumerate(read_usage(scratch, item.tags.get("qkt.bundle", ""))):
+        for name, value in sample.items():
+            series.setdefault(f"system/{name}", []).append((step, value))
+    return replace(item, curves={**item.curves, **series})
 
 
 def pipeline_item(outputs: Outputs, items: Sequence[Item]) -> Item:
@@ -566,6 +588,12 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
     import numpy as np
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
+    bundle = model.folder
+    if model.files is not None:
+        bundle = folder.parent / model.folder.name  # the name is part of the place within the version
+        bundle.mkdir()
+        for name in model.files:
+            shutil.copyfile(model.folder / name, bundle / name)
     shape = model.card.input.shape
     answers: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "label")]
     # The names are those of serving, which is not imported here: it would load torch.
@@ -583,7 +611,7 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
     mlflow.pyfunc.save_model(
         path=str(folder),
         loader_module="qkt_clinical.serving",
-        data_path=str(model.folder),
+        data_path=str(bundle),
         mlflow_model=mlflow.models.Model(run_id=run, model_id=model_id, model_uuid=model_id),
         signature=signature,
         input_example=example if example.size <= LARGEST_EXAMPLE else None,
@@ -761,6 +789,7 @@ def track(root: Path, params: Params) -> dict[str, Any]:
     teachers = [item for site in outputs.sites if (item := site_item(site, params))]
     measured = [query_item(query, outputs) for query in outputs.queries]
     items = [*teachers, *measured, *(answer_item(answer, outputs) for answer in outputs.unmeasured)]
+    items = [with_usage(item, Workspace(root).scratch) for item in items]
     whole = pipeline_item(outputs, items)
     uri = tracking_uri(root, params)
     _check_database(uri)
@@ -812,7 +841,7 @@ def track_answer(root: Path, params: Params, hospital: str, query: str) -> str:
             file=Workspace(root).student(hospital, query),
             site=hospital,
         )
-    item, model = items[0], items[0].model
+    item, model = with_usage(items[0], Workspace(root).scratch), items[0].model
     above = [teacher for site in outputs.sites if (teacher := site_item(site, params))]
     uri = tracking_uri(root, params)
     _check_database(uri)

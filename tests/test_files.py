@@ -25,6 +25,14 @@ def test_digests_by_hand(tmp_path: Path) -> None:
     assert digest_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
+def test_digest_of_named_files_is_that_of_a_folder_with_them_alone(tmp_path: Path) -> None:
+    for folder, names in (("whole", "abc"), ("part", "ab")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text(name)
+    assert digest_folder(tmp_path / "whole", ("b", "a", "absent")) == digest_folder(tmp_path / "part")
+
+
 def test_digest_of_a_folder_sees_names_and_contents_not_order(tmp_path: Path) -> None:
     def folder(name: str, files: dict[str, str]) -> str:
         for file, text in files.items():

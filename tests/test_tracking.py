@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from qkt_clinical.card import CARD, MASK, REFERENCE, WEIGHTS
 from qkt_clinical.config import GateParams, Params, Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
@@ -210,7 +211,8 @@ def test_models_are_registered_with_digest_alias_and_card(root: Path, client: An
     assert {m.name for m in client.search_registered_models()} == set(folders)
     for name, folder in folders.items():
         version = client.get_model_version_by_alias(name, ALIAS)
-        assert version.tags[DIGEST] == digest_folder(folder)
+        names = (CARD, MASK, REFERENCE, WEIGHTS) if name.startswith("teacher.") else None
+        assert version.tags[DIGEST] == digest_folder(folder, names)
         assert version.tags["qkt.site"] == name.split(".")[1]
         assert version.description
     routed = client.get_model_version_by_alias("student.h2.q2", ALIAS).tags
@@ -243,6 +245,8 @@ def test_model_files_hold_no_pickle_no_path_and_no_user(root: Path, client: Any)
         assert flavor["loader_module"] == "qkt_clinical.serving"
         assert flavor["code"] is None
         assert (path.parent / flavor["data"] / "weights.safetensors").is_file()
+    for teacher in {p.parent for p in files if p.name == "mask.json" and p.parent.parent.name == "data"}:
+        assert {p.name for p in teacher.iterdir()} <= {CARD, MASK, WEIGHTS, REFERENCE}, "and no figures"
     for path in files:
         if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")

@@ -15,10 +15,11 @@ from qkt_clinical.config import Params, Workspace
 from qkt_clinical.counts import withhold
 from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
-from qkt_clinical.files import digest_bytes, to_json, write_json
+from qkt_clinical.files import digest_bytes, digest_file, to_json, write_json
 from qkt_clinical.networks import check_size, pick_device
 from qkt_clinical.training import Checkpoint, History, predict, to_input, train_teacher
 from qkt_clinical.unlike import make_reference
+from qkt_clinical.usage import keep_usage, watched
 
 METRICS, CURVES = "metrics.json", "curves.json"
 
@@ -89,18 +90,19 @@ def train_site(
     check_size(spec, tuple(spatial))
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
-    network, history = train_teacher(
-        spec,
-        (images, labels),
-        prepared.part("val"),
-        params.train,
-        seed=params.seed,
-        site=site,
-        normalisation=normalisation,
-        device=where,
-        checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
-        progress=progress,
-    )
+    with watched() as samples:
+        network, history = train_teacher(
+            spec,
+            (images, labels),
+            prepared.part("val"),
+            params.train,
+            seed=params.seed,
+            site=site,
+            normalisation=normalisation,
+            device=where,
+            checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
+            progress=progress,
+        )
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history)
@@ -136,4 +138,5 @@ def train_site(
     for name in (METRICS, CURVES, REFERENCE, WEIGHTS, CARD):
         (part / name).replace(folder / name)
     part.rmdir()
+    keep_usage(space.scratch, digest_file(folder / CARD), samples)
     return metrics

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qkt_clinical import __version__
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
-from qkt_clinical.card import REFERENCE
+from qkt_clinical.card import CARD, REFERENCE
 from qkt_clinical.config import Params, Workspace, load_query
 from qkt_clinical.counts import shown_count, shown_total, too_few
 from qkt_clinical.data import load_prepared
@@ -24,6 +24,7 @@ from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint
 from qkt_clinical.transfer import LocalData, Teacher, answer_query
 from qkt_clinical.unlike import make_reference
+from qkt_clinical.usage import keep_usage, watched
 
 
 def read_plan(folder: Path) -> Plan:
@@ -108,19 +109,20 @@ def transfer_query(
     key = f"{hospital}-{name}-{digest_bytes(to_json(parts).encode())[:16]}"
     classes = own.card.classes
     data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
-    answer = answer_query(
-        own.network,
-        [Teacher.of(b) for b in bundles],
-        data,
-        [classes.index(c) for c in query.classes],
-        method=query.method,
-        budget=query.budget,
-        params=params.transfer,
-        seed=derive(params.seed, "transfer", hospital, name),
-        device=where,
-        checkpoint=Checkpoint(space.scratch / "transfer", key),
-        progress=progress,
-    )
+    with watched() as samples:
+        answer = answer_query(
+            own.network,
+            [Teacher.of(b) for b in bundles],
+            data,
+            [classes.index(c) for c in query.classes],
+            method=query.method,
+            budget=query.budget,
+            params=params.transfer,
+            seed=derive(params.seed, "transfer", hospital, name),
+            device=where,
+            checkpoint=Checkpoint(space.scratch / "transfer", key),
+            progress=progress,
+        )
     phases = {"format": "qkt-phases/1", **answer.phases}
     second = phases["phase2"]
     second["offsets"] = {classes[int(c)]: v for c, v in second["offsets"].items()}
@@ -159,4 +161,5 @@ def transfer_query(
         )
         write_json(folder / "plan.json", plan.model_dump(mode="json"))
         write_json(folder / "phases.json", phases)
+    keep_usage(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
     return phases
