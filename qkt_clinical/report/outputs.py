@@ -130,6 +130,8 @@ class Evaluation(View):
     format: str = "qkt-evaluation/1"
     hospital: str
     query: str
+    student: str | None = None
+    """Digest of the folder of the student that was measured."""
     classes: tuple[str, ...]
     method: str
     teachers: tuple[str, ...]
@@ -266,7 +268,7 @@ class QueryOutputs(AnswerOutputs):
     evaluation_file: Path
     evaluation: Evaluation
     verdict: Verdict | None
-    """None where the answer has not been judged."""
+    """None where the answer has not been judged, or another student was."""
     verdict_file: Path
 
 
@@ -460,9 +462,13 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
             what = "a confusion matrix of other images than were tested"
         if what:
             raise OutputsError(what, remedy="Run 'dvc repro' to make it again.", file=path, site=hospital)
+    digest = digest_folder(student)
+    if evaluation.student != digest:
+        return None  # of another student: nobody has measured this one
     gate = workspace.reports / "gate" / hospital / f"{query}.json"
+    verdict: Verdict | None = _read(Verdict, gate, site=hospital) if gate.is_file() else None
     return QueryOutputs(
-        verdict=_read(Verdict, gate, site=hospital) if gate.is_file() else None,
+        verdict=verdict if verdict is not None and verdict.digest == digest else None,
         verdict_file=gate,
         evaluation_file=path,
         student=student,
