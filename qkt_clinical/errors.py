@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,3 +132,20 @@ class OutputsError(QktError):
     """An output of an earlier stage that report or track reads is missing or malformed."""
 
     code = "outputs"
+
+
+def refused_by_system(error: OSError) -> QktError:
+    """What the operating system refused, such as to write to a full disk; no file is named.
+
+    Codes ``disk-full`` and ``system``.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QktError(
+            "the disk is full", remedy="Make room on it, then run the same command again.", code="disk-full"
+        )
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    return QktError(
+        f"the operating system refused: {reason}",
+        remedy="Check disk and permissions of the workspace, then run the same command again.",
+        code="system",
+    )

@@ -29,7 +29,7 @@ from qkt_clinical import __version__
 from qkt_clinical.card import Card
 from qkt_clinical.config import NAME, Params, QueryRef, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
-from qkt_clinical.errors import BundleError, OutputsError, QktError
+from qkt_clinical.errors import BundleError, OutputsError, QktError, refused_by_system
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
 from qkt_clinical.model_card import (
     ModelCard,
@@ -434,6 +434,15 @@ def _unsynced() -> Iterator[None]:
         event.remove(Engine, "connect", relax)
 
 
+def _refused(error: Exception) -> QktError:
+    return QktError(
+        f"MLflow: {str(error).strip().splitlines()[0][:200]}",
+        remedy="Check track.uri in params.yaml and that the server or database is there.",
+        code="mlflow",
+        stage="track",
+    )
+
+
 @contextmanager
 def _client(uri: str) -> Iterator[MlflowClient]:
     """A client of ``uri``; the process's own MLflow settings are as before afterwards.
@@ -441,11 +450,13 @@ def _client(uri: str) -> Iterator[MlflowClient]:
     The registry of an SQL store looks models up through the process-wide address, so that is set too.
 
     Raises:
-        QktError: MLflow could not do what was asked, code ``mlflow``.
+        QktError: MLflow could not do what was asked, code ``mlflow``, or the disk did not, as
+            :func:`qkt_clinical.errors.refused_by_system`.
     """
     with _environ(ENVIRONMENT):
         import mlflow
         from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
         loggers = [logging.getLogger(n) for n in ("mlflow", "alembic")]
@@ -456,14 +467,16 @@ def _client(uri: str) -> Iterator[MlflowClient]:
             for one in loggers:
                 one.setLevel(logging.WARNING)
             mlflow.set_tracking_uri(uri)
-            yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise QktError(
-                f"MLflow: {str(error).strip().splitlines()[0][:200]}",
-                remedy="Check track.uri in params.yaml and that the server or database is there.",
-                code="mlflow",
-                stage="track",
-            ) from error
+            try:
+                client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+                client.search_experiments(max_results=1)  # a store may be opened by its first use alone
+            except OSError as error:
+                raise _refused(error) from error
+            yield client
+        except (MlflowException, SQLAlchemyError, RequestException, ConnectionError, TimeoutError) as error:
+            raise _refused(error) from error
+        except OSError as error:
+            raise refused_by_system(error) from error
         finally:
             mlflow.set_tracking_uri(before)
             for one, level in zip(loggers, levels, strict=True):

@@ -13,7 +13,7 @@ from qkt_clinical.card import CARD, MASK, WEIGHTS, Card
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
 from qkt_clinical.config import Params, Workspace, parse
 from qkt_clinical.data import read_manifest
-from qkt_clinical.files import digest_bytes, digest_file, write_json
+from qkt_clinical.files import digest_bytes, digest_file, digest_folder, write_json
 from qkt_clinical.stages.gate import gate_queries
 
 SHAPE = (3, 16, 16)
@@ -275,6 +275,7 @@ def _write_query(
         workspace.reports / "evaluation" / site / f"{query}.json",
         {
             "format": "qkt-evaluation/1",
+            "student": digest_folder(student),
             **ask,
             "teachers": teachers,
             "bytes_moved": moved,

@@ -223,6 +223,7 @@ def test_phase_1_is_drawn_as_what_it_was(root: Path, tmp_path: Path) -> None:
     phases = json.loads(path.read_text())
     phases["phase1"] |= {"kind": "distill", "curves": [{"epoch": e, "loss": 1 / e} for e in (1.0, 2.0)]}
     write_json(path, phases)
+    change(tmp_path, "h0-q0", student=digest_folder(path.parent))
     write_report(tmp_path, sample_params())
     text = query_page(tmp_path, "h0-q0").text("learned")
     assert "Phase 1: losses" in text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import yaml
 
 from qkt_clinical.config import GateParams, Params, Workspace
@@ -37,6 +39,7 @@ from qkt_clinical.tracking import (
     curves_of,
     flat,
     key,
+    registry_client,
     track,
     tracking_uri,
 )
@@ -371,6 +374,24 @@ def test_a_store_that_cannot_be_reached_is_one_typed_error(root: Path, tmp_path:
     with pytest.raises(QktError) as caught:
         track(root, sample_params(track={"uri": f"sqlite:///{tmp_path}/file/mlflow.db"}))
     assert caught.value.code == "mlflow"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/somewhere"), "disk-full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/somewhere"), "system"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "mlflow"),
+        (requests.exceptions.ChunkedEncodingError("Connection broken"), "mlflow"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_what_the_own_disk_refuses_is_not_laid_to_mlflow(root: Path, error: OSError, code: str) -> None:
+    with pytest.raises(QktError) as caught, registry_client(root, PARAMS):
+        raise error
+    assert caught.value.code == code
+    assert ("MLflow" in caught.value.message) == (code == "mlflow")
+    assert "/somewhere" not in str(caught.value)
 
 
 def test_a_run_that_breaks_off_ends_as_failed(root: Path, client: Any) -> None:

@@ -109,6 +109,8 @@ class Evaluation(View):
 
     hospital: str
     query: str
+    student: str | None = None
+    """Digest of the folder of the student that was measured."""
     classes: tuple[str, ...]
     method: str
     teachers: tuple[str, ...]
@@ -237,7 +239,7 @@ class QueryOutputs(AnswerOutputs):
     evaluation_file: Path
     evaluation: Evaluation
     verdict: Verdict | None
-    """None where the answer has not been judged."""
+    """None where the answer has not been judged, or another student was."""
     verdict_file: Path
 
 
@@ -249,7 +251,7 @@ class Outputs:
     sites: tuple[SiteOutputs, ...]
     queries: tuple[QueryOutputs, ...]
     unanswered: tuple[str, ...]
-    """``<hospital>-<query>`` of the queries in ``params.yaml`` that have no evaluation."""
+    """``<hospital>-<query>`` of the queries in ``params.yaml`` without an evaluation of their student."""
     unmeasured: tuple[AnswerOutputs, ...] = ()
     """Students among them: who asked has no test images of the class, and nobody else has measured yet."""
 
@@ -364,9 +366,13 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
                 file=path,
                 site=hospital,
             )
+    digest = digest_folder(student)
+    if evaluation.student != digest:
+        return None  # of another student: nobody has measured this one
     gate = workspace.reports / "gate" / hospital / f"{query}.json"
+    verdict: Verdict | None = _read(Verdict, gate, site=hospital) if gate.is_file() else None
     return QueryOutputs(
-        verdict=_read(Verdict, gate, site=hospital) if gate.is_file() else None,
+        verdict=verdict if verdict is not None and verdict.digest == digest else None,
         verdict_file=gate,
         evaluation_file=path,
         student=student,

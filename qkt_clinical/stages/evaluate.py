@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from qkt_clinical.bundle import load_bundle
 from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.data import SMALLEST_COUNT, PreparedSite, load_prepared, shown_count
-from qkt_clinical.errors import QueryError
+from qkt_clinical.errors import QktError, QueryError
 from qkt_clinical.evaluation import TestSet, assess, by_subgroup, share_given_away
-from qkt_clinical.files import digest_bytes, write_json, write_text
+from qkt_clinical.files import digest_bytes, digest_folder, write_json, write_text
+from qkt_clinical.locks import hold_query
 from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
 from qkt_clinical.stages.transfer import read_plan
@@ -33,6 +34,12 @@ from qkt_clinical.transfer import predict_scores
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
+
+class NoTestImages(QueryError):
+    """A query cannot be measured here."""
+
+    code = "no-test-images"
 
 
 class _Drawn(TypedDict):
@@ -136,7 +143,8 @@ def evaluate_query(
     """Figures of one answer, as in ``reports/evaluation/<hospital>/<query>.json``.
 
     Raises:
-        QueryError: no hospital has a test image of a query class.
+        NoTestImages: no hospital has a test image of a class that counts.
+        QueryError: there is no student, or it has no record of its phases.
     """
     student = load_bundle(space.student(ref.hospital, ref.query))
     own = load_bundle(space.teacher(ref.hospital))
@@ -146,11 +154,10 @@ def evaluate_query(
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
     classes = student.card.classes
     if not sites:
-        raise QueryError(
+        raise NoTestImages(
             "no hospital's prepared data are here",
             remedy="Evaluate where test images of the class are prepared.",
             site=ref.hospital,
-            code="no-test-images",
             stage="evaluate",
         )
     held = _test_images(sites, ref.hospital, decision.local, decision.query)
@@ -158,11 +165,10 @@ def evaluate_query(
     relevant = list(decision.relevant)
     missing = [classes[c] for c in relevant if not (labels == c).any()]
     if missing:
-        raise QueryError(
+        raise NoTestImages(
             f"no hospital here has a test image of {', '.join(missing)}",
             remedy="Evaluate where test images of the class are prepared.",
             site=ref.hospital,
-            code="no-test-images",
             stage="evaluate",
         )
     before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
@@ -191,6 +197,7 @@ def evaluate_query(
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,
         "query": ref.query,
+        "student": digest_folder(space.student(ref.hospital, ref.query)),
         "classes": [classes[c] for c in decision.query],
         "method": decision.method,
         "teachers": list(plan.relevant),
@@ -255,11 +262,13 @@ def evaluate_one(
 ) -> dict[str, Any]:
     """Evaluate one answer on the test images of ``sites`` alone and write its JSON.
 
+    The caller holds the query's lock.
+
     Returns:
         Its entry as in ``reports/queries.json``, which is left to :func:`evaluate_queries`.
 
     Raises:
-        QueryError: as :func:`evaluate_query`.
+        NoTestImages, QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
     where = pick_device(device or params.device)
@@ -268,25 +277,48 @@ def evaluate_one(
     return headline(result)
 
 
-def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -> list[dict[str, Any]]:
-    """Evaluate every query of ``params.yaml``.
+def evaluate_queries(
+    root: Path,
+    params: Params,
+    *,
+    device: str | None = None,
+    skipped: Callable[[QueryRef, QktError], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate every query of ``params.yaml`` that can be measured here.
 
     Writes ``reports/evaluation/<hospital>/<query>.json``, ``reports/queries.json``,
     ``reports/metrics.json`` and ``reports/plots/``.
 
+    Args:
+        skipped: told of each that cannot; its answer stays unmeasured, and an older evaluation is removed.
+
     Returns:
         The list in ``reports/queries.json``.
+
+    Raises:
+        Busy: another process works on one of them.
+        QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
     where = pick_device(device or params.device)
     sites = prepared_sites(space, params.sites)
+    folder = space.reports / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, dict[str, float]] = {}
     accuracy: list[list[str]] = []
     confusion: list[list[str]] = []
     for key, ref in sorted(params.queries.items()):
-        result = evaluate_query(space, ref, sites, params, where)
-        write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
+        path = folder / ref.hospital / f"{ref.query}.json"
+        with hold_query(root, ref.hospital, ref.query):
+            try:
+                result = evaluate_query(space, ref, sites, params, where)
+            except NoTestImages as error:
+                path.unlink(missing_ok=True)
+                if skipped:
+                    skipped(ref, error)
+                continue
+            write_json(path, result)
         rows.append(headline(result))
         metrics[key] = {h: result["after"][h]["value"] for h in HEADLINE} | {
             "gain": result["gain"]["value"],

@@ -158,6 +158,8 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
     job = json.loads(qkt(root, "query", "run", hospital, "first", "--json"))
     assert (job["state"], job["version"], job["error"]) == ("answered", "1", None)
     assert f"no test images of {asked}" in job["note"]
+    assert "The pipeline does not know of it: no teacher of " in job["note"]
+    assert load_params(root).queries == {}, "dvc repro could not plan it here"
     assert versions(root, model) == [1]
     shown = json.loads(qkt(root, "registry", "show", model, "--json"))
     assert (shown["tags"]["qkt.gate"], shown["aliases"]) == ("not judged", ["candidate"])
@@ -169,8 +171,11 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
         elif path.exists() and not target.exists():
             path.rename(target)
 
-    # The same bytes by the pipeline's stages, which now know the query.
+    # The same bytes by the pipeline's stages, which know the query when the teachers are here.
     student = digest_folder(Workspace(root).student(hospital, "first"))
+    job = json.loads(qkt(root, "query", "run", hospital, "first", "--json"))
+    assert (job["state"], job["version"]) == ("answered", "1")
+    assert [(r.hospital, r.query) for r in load_params(root).queries.values()] == [(hospital, "first")]
     qkt(root, "plan", hospital, "first")
     qkt(root, "transfer", hospital, "first")
     assert digest_folder(Workspace(root).student(hospital, "first")) == student
