@@ -74,7 +74,7 @@ def write_federation(root: Path) -> None:
         sites=3,
         device="cpu",
         evaluate={"bootstrap": 20},
-        transfer={"images": 16},
+        transfer={"phase1": "none", "images": 16},
         gate={"query_recall": 0.0, "forgetting": 1.0, "query_images": 0},
     ).model_copy(update={"queries": {}})
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")
@@ -176,7 +176,10 @@ def test_a_rare_class_is_measured_at_home_and_however_it_ends_the_bytes_are_the_
     assert outputs_of(other) == wanted
 
 
-def test_an_evaluation_of_another_student_counts_for_nothing(root: Path) -> None:
+@pytest.mark.slow
+def test_an_evaluation_of_another_student_counts_for_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     params = load_params(root)
     run(root, "h0", "rare", params)
     first = outputs_of(root)
@@ -191,6 +194,11 @@ def test_an_evaluation_of_another_student_counts_for_nothing(root: Path) -> None
     known = load_params(root)
     outputs = read_outputs(root, known)
     assert ([q.name for q in outputs.queries], [a.name for a in outputs.unmeasured]) == ([], ["h0-rare"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["query", "show", "h0", "rare", "--root", str(root), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["plan"]["method"], shown["evaluation"], shown["gate"]) == ("qkt-light", None, None)
     with pytest.raises(gate.NotMeasured, match="has not been measured"):
         gate.gate_one(root, QueryRef(hospital="h0", query="rare"), params)
     assert not (space.reports / VERDICT).exists(), "a verdict on another student"
@@ -332,8 +340,8 @@ def test_a_disk_that_takes_no_record_ends_neither_worker_nor_queue(
 
 
 def test_a_lock_that_cannot_be_made_is_a_failure_that_is_told(queue: Path) -> None:
-    (queue / ".qkt").mkdir()
-    (queue / ".qkt" / "jobs").write_text("where the folder should be")
+    for name in ("a", "b"):
+        (queue / ".qkt" / "jobs" / f"h0.{name}.lock").mkdir(parents=True)
     taken = work(queue, load_params(queue))
     assert [(j.query, j.state, j.error and j.error.code) for j in taken] == [
         ("a", "failed", "system"),

@@ -76,7 +76,7 @@ def gate_queries(
     """
     (Workspace(root).reports / "gate").mkdir(parents=True, exist_ok=True)
     verdicts = []
-    for ref in refs or [ref for _, ref in sorted(params.queries.items())]:
+    for ref in [r for _, r in sorted(params.queries.items())] if refs is None else refs:
         with hold_query(root, ref.hospital, ref.query):
             try:
                 verdicts.append(gate_one(root, ref, params))
