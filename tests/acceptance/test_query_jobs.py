@@ -109,11 +109,10 @@ def versions(root: Path, model: str) -> list[int]:
     return next((m["versions"] for m in listed if m["name"] == model), [])
 
 
-def assert_shown(root: Path, model: str, folder: Path) -> None:
+def assert_shown(address: str, model: str, folder: Path) -> None:
     """MLflow's own pages say what the client says: two versions, each with its alias."""
     wanted = {"1": "champion", "2": "candidate"}
-    store = f"sqlite:///{root}/mlflow.db"
-    with mlflow_server(store, folder / "server") as address, chromium(folder / "profile") as browser:
+    with chromium(folder / "profile") as browser:
         browser.set_window_size(1800, 1200)
         browser.get(f"{address}/#/models/{model}")
         deadline = time.monotonic() + 60
@@ -205,7 +204,8 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
         assert client.get_model_version_by_alias(model, "champion").version in (1, "1")
     assert all(status == "FINISHED" for _, status in runs(root))
     if needs_chromium.args[0] is False:
-        assert_shown(root, model, tmp_path)
+        with mlflow_server(f"sqlite:///{root}/mlflow.db", tmp_path / "server") as address:
+            assert_shown(address, model, tmp_path)
     assert qkt(root, "query", "show", hospital, "first").startswith(f"asks for {asked} by qkt-light")
     assert [j["state"] for j in json.loads(qkt(root, "query", "list", "--json"))] == ["answered"]
     # Asked again, nothing has changed: nothing is transferred, fetched or registered anew.
