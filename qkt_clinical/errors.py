@@ -130,3 +130,9 @@ class OutputsError(QktError):
     """An output of an earlier stage that report or track reads is missing or malformed."""
 
     code = "outputs"
+
+
+class PolicyError(QktError):
+    """A site's policy does not let something leave, or cannot be read, which is the same."""
+
+    code = "policy"

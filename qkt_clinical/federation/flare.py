@@ -1,0 +1,258 @@
+"""Site and server as NVIDIA FLARE's executor, filter and controller. Thin: FLARE moves, the rest decides.
+
+A site's machine names its own workspace in ``local/qkt.json`` of its startup kit. What a job says cannot
+point anywhere else, since none of these classes takes a path.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, Task
+from nvflare.apis.executor import Executor
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from qkt_clinical.config import parse
+from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.federation.messages import (
+    ANSWER,
+    ASK,
+    CONTRIBUTE,
+    OFFER,
+    TASKS,
+    Answered,
+    Asked,
+    Contributed,
+    Declined,
+    Offered,
+    Question,
+    Refused,
+    Reply,
+    read_reply,
+)
+from qkt_clinical.federation.policy import check_outbound, load_policy
+from qkt_clinical.federation.server import Outcome, Server
+from qkt_clinical.federation.settings import FILE, Settings
+from qkt_clinical.federation.site import Site
+
+SAID = "qkt"
+"""Where in a FLARE message ours stands."""
+
+
+def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
+    """This machine's qkt workspace and name, from ``local/qkt.json``.
+
+    Raises:
+        ConfigError: absent or not such a file.
+    """
+    name = str(fl_ctx.get_identity_name()).removeprefix(
+        "simulator_"
+    )  # FLARE's simulator says so of its server
+    place = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir()) / FILE
+    try:
+        settings = parse(Settings, json.loads(place.read_bytes()), file=FILE)
+    except (OSError, ValueError):
+        raise ConfigError(
+            "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
+        ) from None
+    return Path(settings.workspace.format(site=name)), name
+
+
+class SiteExecutor(Executor):  # type: ignore[misc]
+    """A site's end: does a task and replies, whatever happens."""
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        """Reply to a task of the server's."""
+        try:
+            root, name = workspace_of(fl_ctx)
+        except QktError as error:
+            said = Refused.of(error).model_dump(mode="python")
+        else:
+            said = Site(root, name).reply(task_name, shareable.get(SAID, {}))
+        reply = make_reply(ReturnCode.OK)
+        reply[SAID] = said
+        return reply
+
+
+class OutboundPolicy(Filter):  # type: ignore[misc]
+    """The site's own last look at what a job sends, named in its ``local/privacy.json``.
+
+    It stands whatever the job is: one that is not ours may send nothing.
+    """
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """The same message, or FLARE's error that it was filtered out.
+
+        Raises:
+            QktError: the policy does not let it pass; FLARE sends nothing of it then.
+        """
+        root, name = workspace_of(fl_ctx)
+        task = str(
+            shareable.get_header(ReservedHeaderKey.TASK_NAME) or fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        )
+        said = shareable.get(SAID)
+        clean = make_reply(str(shareable.get_return_code() or ReturnCode.OK))
+        for key, value in dict(shareable.get(ReservedHeaderKey.HEADERS, {})).items():
+            clean.set_header(key, value)
+        if said is None:
+            return clean  # FLARE's own errors: a return code and nothing else
+        check_outbound(load_policy(root, name), task, said, name)
+        clean[SAID] = said
+        return clean
+
+
+class QueryController(Controller):  # type: ignore[misc]
+    """The server's end: collects teachers, then has queries answered, those of one hospital in turn.
+
+    Args:
+        sites: whose teachers are collected, and who is asked whether it helps.
+        queries: ``<hospital>/<query>``.
+        contribute: whether teachers are collected first; else those that the server keeps are used.
+        patience_s: seconds after which a site that has not replied is missing.
+    """
+
+    def __init__(
+        self, sites: list[str], queries: list[str], contribute: bool = True, patience_s: int = 3600
+    ) -> None:
+        super().__init__()
+        self.sites, self.queries = sites, queries
+        self.contribute, self.patience_s = contribute, patience_s
+        self._lock = threading.Lock()
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Find the server's workspace."""
+        self._server = Server(workspace_of(fl_ctx)[0])
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing is held."""
+
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """A reply that came too late; the site keeps what it made for the next time it is asked."""
+        self.log_warning(fl_ctx, f"{client.name} replied to {task_name} too late")
+
+    def _tell(
+        self, task: str, data: Mapping[str, Any], sites: Iterable[str], abort_signal: Signal
+    ) -> dict[str, Reply | None]:
+        """Give a task to sites, and what each replied; None where it did not in time."""
+        replies: dict[str, Reply | None] = dict.fromkeys(sites)
+
+        def received(client_task: ClientTask, fl_ctx: FLContext) -> None:
+            site, result = client_task.client.name, client_task.result
+            try:
+                if result.get_return_code() != ReturnCode.OK:
+                    code = str(result.get_return_code())[:100]
+                    replies[site] = Refused(
+                        code="flare", message=f"FLARE says {code}", remedy="See the site's log.", site=site
+                    )
+                else:
+                    replies[site] = read_reply(result.get(SAID), task, site)
+            except QktError as error:
+                replies[site] = Refused.of(error)
+            client_task.result = None  # bundles need not stay in memory
+
+        present = [s for s in replies if s in self._present()]
+        if present:
+            message = Shareable()
+            message[SAID] = dict(data)
+            with self._engine.new_context() as fl_ctx:
+                self.broadcast_and_wait(
+                    Task(task, message, timeout=self.patience_s, result_received_cb=received),
+                    fl_ctx,
+                    targets=present,
+                    min_responses=len(present),
+                    abort_signal=abort_signal,
+                )
+        return replies
+
+    def _present(self) -> set[str]:
+        return {client.name for client in self._engine.get_clients()}
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Everything in turn; what one site cannot do does not end the job."""
+        if self.contribute:
+            for site in self.sites:
+                self._server.note(Outcome(state="running"), "teachers", site)
+            for site, said in self._tell(CONTRIBUTE, {}, self.sites, abort_signal).items():
+                if isinstance(said, Contributed | Refused):
+                    self._server.accept_teacher(site, said)
+                else:
+                    self._server.note(self._missing(), "teachers", site)
+        by_hospital: dict[str, list[str]] = {}
+        for one in self.queries:
+            hospital, _, query = one.partition("/")
+            by_hospital.setdefault(hospital, []).append(query)
+        with ThreadPoolExecutor(max_workers=max(1, len(by_hospital))) as pool:
+            list(pool.map(lambda item: self._answer_all(*item, abort_signal), by_hospital.items()))
+
+    def _missing(self) -> Outcome:
+        return Outcome(
+            state="missing", code="no-reply", reason=f"the site did not reply within {self.patience_s} s"
+        )
+
+    def _answer_all(self, hospital: str, queries: list[str], abort_signal: Signal) -> None:
+        for query in queries:
+            if abort_signal.triggered:
+                return
+            try:
+                outcome = self._answer(hospital, query, abort_signal)
+            except QktError as error:
+                outcome = Outcome(state="refused", code=error.code, reason=error.message)
+            self._server.note(outcome, "queries", hospital, query)
+
+    def _answer(self, hospital: str, query: str, abort_signal: Signal) -> Outcome:
+        self._server.note(Outcome(state="running"), "queries", hospital, query)
+        asked = self._tell(ASK, {"query": query}, [hospital], abort_signal)[hospital]
+        if not isinstance(asked, Asked):
+            return self._refused(asked)
+        question = Question(
+            hospital=hospital,
+            query=query,
+            classes=asked.query.classes,
+            held=asked.asking.held,
+        )
+        others = [s for s in self.sites if s != hospital]
+        data = {"question": question.model_dump(mode="json"), "hospital": hospital, "query": query}
+        offers, shown, declined = {}, {}, {}
+        for site, said in self._tell(OFFER, data, others, abort_signal).items():
+            try:
+                if isinstance(said, Offered):
+                    offers[site], shown[site] = self._server.offer(site, said), said
+                elif isinstance(said, Declined):
+                    declined[site] = said.reason
+                else:
+                    declined[site] = said.message if isinstance(said, Refused) else "did not reply"
+            except QktError as error:
+                declined[site] = error.message
+        plan = self._server.plan(hospital, query, asked, offers)
+        data = {
+            "plan": plan.model_dump(mode="json"),
+            "teachers": self._server.bundles(plan, shown),
+            "query": query,
+        }
+        answered = self._tell(ANSWER, data, [hospital], abort_signal)[hospital]
+        if not isinstance(answered, Answered):
+            return self._refused(answered)
+        return self._server.accept_answer(plan, answered, declined)
+
+    def _refused(self, said: Reply | None) -> Outcome:
+        if isinstance(said, Refused):
+            return Outcome(state="refused", code=said.code, reason=said.message)
+        return self._missing()
+
+
+__all__ = ["TASKS", "OutboundPolicy", "QueryController", "ReservedKey", "SiteExecutor"]
