@@ -197,7 +197,8 @@ class QueryController(Controller):  # type: ignore[misc]
             hospital, _, query = one.partition("/")
             by_hospital.setdefault(hospital, []).append(query)
         with ThreadPoolExecutor(max_workers=max(1, len(by_hospital))) as pool:
-            list(pool.map(lambda item: self._answer_all(*item, abort_signal), by_hospital.items()))
+            for hospital, named in by_hospital.items():
+                pool.submit(self._answer_all, hospital, named, abort_signal)
 
     def _missing(self) -> Outcome:
         return Outcome(

@@ -1,11 +1,18 @@
-"""Start jobs: in FLARE's simulator here; against running servers in production."""
+"""Start federations: all in one machine by FLARE's simulator, or machines of their own by FLARE's kits."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,49 +23,82 @@ from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE
 from qkt_clinical.files import write_json, write_text
 
+if TYPE_CHECKING:
+    from nvflare.job_config.api import FedJob
+
 SERVER = "server"
 PATIENCE_S = 3600
-CLASSES = ("qkt_clinical.federation.flare.",)
+OURS = "qkt_clinical.federation.flare."
+"""Prefix of the only classes that a job may name at a site."""
+NOBODY = dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
+"""Rights that a site gives to nobody: custom code and shells would be a way around its policy."""
+
+
+def need_flare() -> None:
+    """Raise ConfigError where NVIDIA FLARE is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise ConfigError(
+            "NVIDIA FLARE is not installed",
+            remedy="pip install 'qkt-clinical[federation]'",
+            code="no-flare",
+        )
 
 
 def make_job(
     sites: Sequence[str], queries: Sequence[str], *, contribute: bool = True, patience_s: int = PATIENCE_S
-):  # type: ignore[no-untyped-def]
-    """A FLARE job that collects teachers and has queries answered."""
+) -> FedJob:
+    """A FLARE job that collects teachers and has queries answered.
+
+    Args:
+        queries: ``<hospital>/<query>``.
+    """
     from nvflare.job_config.api import FedJob
 
     from qkt_clinical.federation.flare import QueryController, SiteExecutor
 
     job = FedJob(name="qkt", min_clients=1)
+    job.set_app_packages(["qkt_clinical"])  # installed everywhere: code that travels would be refused
     job.to_server(QueryController(list(sites), list(queries), contribute, patience_s))
     job.to_clients(SiteExecutor(), tasks=list(TASKS))
     return job
 
 
 def write_local(folder: Path, workspace: str) -> None:
-    """What qkt adds to a FLARE site's ``local/``: its workspace, its policy as a filter, our classes."""
-    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+    """What qkt adds to ``local/`` of a FLARE machine.
 
+    Its workspace; its policy as a filter on everything that leaves it; of classes that a job may name, ours
+    alone; nobody's code and no shells; no log lines to the server.
+    """
     write_json(folder / FILE, {"workspace": workspace})
-    policy = {"path": "qkt_clinical.federation.flare.OutboundPolicy", "direction": "out"}
+    policy = {"path": f"{OURS}OutboundPolicy", "direction": "out"}
     scope = {"name": "qkt", "task_result_filters": [policy]}
     write_json(folder / "privacy.json", {"scopes": [scope], "default_scope": "qkt"})
+    found: dict[str, Any] = {"format_version": 2}
     for name in ("resources.json", "resources.json.default"):
-        path = folder / name
-        if path.is_file():
-            found = json.loads(path.read_text())
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_bytes())
             break
-    else:
-        path, found = folder / "resources.json", {"format_version": 2}
-    found["class_allow_list"] = [*found.get("class_allow_list", DEFAULT_CLASS_ALLOW_LIST), *CLASSES]
-    write_json(path, found)
+    found |= {
+        "class_list_enforcement_mode": "enforce",
+        "class_allow_list": [OURS],
+        "allow_log_streaming": False,
+    }
+    write_json(folder / "resources.json", found)
+    rights = folder / "authorization.json.default"
+    if rights.is_file():
+        known = json.loads(rights.read_bytes())
+        everything = dict.fromkeys(known["permissions"]["lead"], "any")
+        for role, given in known["permissions"].items():
+            known["permissions"][role] = (everything if given == "any" else given) | NOBODY
+        write_json(folder / "authorization.json", known)
 
 
 def lay_out(root: Path, out: Path, params: Params) -> None:
     """A workspace for the server and for every site below ``out/sites``, each with its own data alone."""
     for name in (SERVER, *params.sites):
         place = out / "sites" / name
-        place.mkdir(parents=True, exist_ok=True)
         own = {k: r.model_dump() for k, r in params.queries.items() if r.hospital == name}
         held = params.model_dump(mode="json") | {"queries": own}
         write_text(place / "params.yaml", yaml.safe_dump(held, sort_keys=False, allow_unicode=True))
@@ -71,10 +111,44 @@ def lay_out(root: Path, out: Path, params: Params) -> None:
                 link.symlink_to(source, target_is_directory=True)
 
 
+def named_queries(params: Params) -> list[str]:
+    """``<hospital>/<query>`` of every query of params.yaml.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    queries = [f"{r.hospital}/{r.query}" for _, r in sorted(params.queries.items())]
+    if not queries:
+        raise ConfigError("no query in params.yaml", remedy="Ask one with 'qkt query new'.")
+    return queries
+
+
+def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
+    """What became of each query, and the students of all sites side by side in ``out/students``.
+
+    Only who runs every machine of a federation can do that: a simulation.
+    """
+    server = Server(out / "sites" / SERVER)
+    outcomes = {}
+    for one in queries:
+        hospital, query = one.split("/")
+        outcomes[one] = server.outcome("queries", hospital, query)
+        target = out / "students" / hospital / query
+        shutil.rmtree(target, ignore_errors=True)
+        if outcomes[one].state == "answered":
+            made = out / "sites" / hospital / "models" / "students" / hospital / query
+            shutil.copytree(made, target)
+    return outcomes
+
+
 def simulate(root: Path, out: Path, params: Params, *, threads: int) -> dict[str, Outcome]:
     """The whole federation in FLARE's simulator: teachers of all sites, then every query of params.yaml.
 
-    Students lie below ``out/students/<site>/<query>/`` afterwards.
+    FLARE's logs lie in ``out/flare``, a workspace for every site and the server in ``out/sites``, and the
+    students in ``out/students/<site>/<query>/``.
+
+    Args:
+        threads: sites at work at the same time.
 
     Returns:
         ``<hospital>/<query>`` to what became of it.
@@ -82,25 +156,163 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int) -> dict[str
     Raises:
         QktError: FLARE's simulator ended with an error, code ``flare``.
     """
-    queries = [f"{r.hospital}/{r.query}" for _, r in sorted(params.queries.items())]
-    if not queries:
-        raise ConfigError("no query in params.yaml", remedy="Ask one with 'qkt query new'.")
+    need_flare()
+    queries = named_queries(params)
     lay_out(root, out, params)
     work = out / "flare"
     shutil.rmtree(work, ignore_errors=True)
     write_local(work / "local", str((out / "sites").resolve() / "{site}"))
-    job = make_job(params.sites, queries)
-    done = job.simulator_run(str(work), clients=list(params.sites), threads=threads)
-    if done not in (None, 0):
-        raise QktError(f"the simulator ended with {done}", remedy=f"See the logs below {work}.", code="flare")
-    server = Server(out / "sites" / SERVER)
-    outcomes = {}
-    for one in queries:
-        hospital, query = one.split("/")
-        outcomes[one] = server.outcome("queries", hospital, query)
-        made = out / "sites" / hospital / "models" / "students" / hospital / query
-        target = out / "students" / hospital / query
-        if outcomes[one].state == "answered":
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(made, target)
-    return outcomes
+    write_json(work / "job.json", {"sites": list(params.sites), "queries": queries, "threads": threads})
+    # In a process of its own, which may say what it likes: FLARE writes on both streams and changes folders.
+    with (work / "simulator.log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(work)], stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise QktError(
+            f"the simulator ended with {done.returncode}",
+            remedy=f"See {work / 'simulator.log'}.",
+            code="flare",
+        )
+    return gather(out, queries)
+
+
+def _simulate(work: Path) -> int:
+    """Run the simulator in this process; the process's exit code."""
+    asked = json.loads((work / "job.json").read_bytes())
+    job = make_job(asked["sites"], asked["queries"])
+    done = job.simulator_run(str(work), clients=asked["sites"], threads=asked["threads"])
+    return int(done or 0)
+
+
+# --- machines of their own ---------------------------------------------------------------------------
+
+
+def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin: str) -> Path:
+    """Startup kits of a server, sites and an administrator, as FLARE makes them, each with its certificate.
+
+    Args:
+        server: name by which the sites reach the server.
+        port: of the server for sites; administrators use the next one.
+
+    Returns:
+        The folder with the kits.
+    """
+    need_flare()
+    from nvflare.lighter.impl.cert import CertBuilder
+    from nvflare.lighter.impl.signature import SignatureBuilder
+    from nvflare.lighter.impl.static_file import StaticFileBuilder
+    from nvflare.lighter.impl.workspace import WorkspaceBuilder
+    from nvflare.lighter.provision import prepare_project
+    from nvflare.lighter.provisioner import Provisioner
+
+    project = {
+        "api_version": 3,
+        "name": "qkt",
+        "participants": [
+            {"name": server, "type": "server", "org": "qkt", "fed_learn_port": port, "admin_port": port + 1},
+            *({"name": site, "type": "client", "org": site} for site in sites),
+            {"name": admin, "type": "admin", "org": "qkt", "role": "project_admin"},
+        ],
+    }
+    builders = [
+        WorkspaceBuilder(template_file=["master_template.yml"]),
+        StaticFileBuilder(config_folder="config"),
+        CertBuilder(),
+        SignatureBuilder(),
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        Provisioner(str(out), builders, None).provision(prepare_project(project))
+    return max((out / "qkt").glob("prod_*"))
+
+
+def keep_in(kit: Path, storage: Path) -> None:
+    """Let a server keep jobs and snapshots in ``storage``; FLARE's own choice is the machine's /tmp."""
+    path = kit / "local" / "resources.json"
+    found = json.loads(path.read_bytes())
+    found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
+    for component in found["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(storage / "jobs")
+    write_json(path, found)
+
+
+@contextmanager
+def machine(kit: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server or site as a process of its own; it and whatever it started are ended afterwards."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [str(kit / "startup" / "sub_start.sh"), "--once"],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a machine at once, with every process that it started."""
+    import signal
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def session(kit: Path, *, patience_s: float) -> Iterator[Any]:
+    """An administrator's session with the server.
+
+    Raises:
+        QktError: the server cannot be reached in time, code ``no-server``.
+    """
+    need_flare()
+    from nvflare.fuel.flare_api.api_spec import NoConnection
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            one = new_secure_session(kit.name, str(kit), timeout=patience_s)
+        except (NoConnection, OSError, ValueError, RuntimeError) as error:
+            raise QktError(
+                f"the federation's server cannot be reached: {str(error)[:200]}",
+                remedy="Check that it runs, and that the folder is an administrator's startup kit.",
+                code="no-server",
+                file=kit,
+            ) from None
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+Say = Callable[[str], None]
+
+
+def submit(
+    kit: Path, sites: Sequence[str], queries: Sequence[str], *, contribute: bool, patience_s: int
+) -> str:
+    """Hand a job to a running server; its id."""
+    import tempfile
+
+    job = make_job(sites, queries, contribute=contribute, patience_s=patience_s)
+    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit, patience_s=30.0) as one:
+        with contextlib.redirect_stdout(io.StringIO()):
+            job.export_job(folder)
+        return str(one.submit_job(str(Path(folder) / job.name)))
+
+
+def jobs(kit: Path) -> list[Mapping[str, Any]]:
+    """FLARE's list of jobs, the latest first."""
+    with session(kit, patience_s=30.0) as one:
+        return list(one.list_jobs(reverse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(_simulate(Path(sys.argv[1])))
