@@ -22,6 +22,8 @@ from qkt_clinical.config import Strict
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_bytes
 
+RECORD = Path("federation", "audit.jsonl")
+"""Where in its workspace a site keeps it."""
 FIRST = "0" * 64
 Event = Literal["contributed", "offered", "declined", "asked", "answered", "refused", "withheld"]
 

@@ -7,7 +7,7 @@ point anywhere else, since none of these classes takes a path.
 from __future__ import annotations
 
 import json
-import threading
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +23,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from qkt_clinical.config import parse
+from qkt_clinical.config import load_policy, parse
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import (
     ANSWER,
@@ -41,13 +41,16 @@ from qkt_clinical.federation.messages import (
     Reply,
     read_reply,
 )
-from qkt_clinical.federation.policy import check_outbound, load_policy
+from qkt_clinical.federation.policy import check_outbound
 from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE, Settings
 from qkt_clinical.federation.site import Site
+from qkt_clinical.files import write_json
 
 SAID = "qkt"
-"""Where in a FLARE message ours stands."""
+"""Where in a FLARE message, and among a job's results, ours stands."""
+OUTCOMES = "outcomes"
+"""An administrator's question to a running job, and the file in which a finished one answers it."""
 
 
 def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
@@ -130,14 +133,32 @@ class QueryController(Controller):  # type: ignore[misc]
         super().__init__()
         self.sites, self.queries = sites, queries
         self.contribute, self.patience_s = contribute, patience_s
-        self._lock = threading.Lock()
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Find the server's workspace."""
+        """Find the server's workspace, and forget what an earlier job made of what this one is to do."""
         self._server = Server(workspace_of(fl_ctx)[0])
+        for site in self.sites if self.contribute else ():
+            self._server.note(Outcome(state="waiting"), "teachers", site)
+        for one in self.queries:
+            self._server.note(Outcome(state="waiting"), "queries", *one.split("/"))
+        self._engine.register_app_command(OUTCOMES, self._tell_outcomes)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing is held."""
+        """Leave outcomes, and students that were sent, among the job's results."""
+        results = Path(self._engine.get_workspace().get_run_dir(fl_ctx.get_job_id())) / SAID
+        write_json(results / f"{OUTCOMES}.json", self._outcomes())
+        for one in self.queries:
+            student = self._server.space.student(*one.split("/"))
+            if student.is_dir() and self._server.outcome("queries", *one.split("/")).student_kept:
+                shutil.copytree(student, results / "students" / one)
+
+    def _tell_outcomes(self, *_ignored: Any) -> dict[str, Any]:
+        return self._outcomes()
+
+    def _outcomes(self) -> dict[str, Any]:
+        told = {f"teacher {s}": self._server.outcome("teachers", s) for s in self.sites if self.contribute}
+        told |= {q: self._server.outcome("queries", *q.split("/")) for q in self.queries}
+        return {name: outcome.model_dump(mode="json") for name, outcome in told.items()}
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext

@@ -1,78 +1,19 @@
-"""What may leave a site, and whose questions it hears: ``hospitals/<site>/policy.yaml``.
+"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.Policy`.
 
-Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named here.
+Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from qkt_clinical.card import Mask
-from qkt_clinical.config import Name, Strict, parse, read_yaml, site_folder
-from qkt_clinical.errors import BundleError, ConfigError, PolicyError, QueryError
+from qkt_clinical.config import POLICY, Policy
+from qkt_clinical.errors import BundleError, PolicyError, QueryError
 from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
-
-FILE = "policy.yaml"
-OPEN = """\
-# What may leave this hospital, and whose questions it hears; what is not said is refused.
-share:
-  teacher: true # its network and what it knows, for other hospitals' queries
-  metrics: true # figures of its own students, with intervals, without counts
-  student: false # its own students
-mask: all # all | query: others see whether we know the classes asked for and the asking hospital's own
-refuse_classes: []
-refuse_requesters: []
-queries_per_day: 100
-"""
-"""What generated and simulated hospitals begin with."""
-
-
-class Share(Strict):
-    """What leaves the site at all."""
-
-    teacher: bool = False
-    """Its bundle and mask, to the server and through it to hospitals whose queries it may answer."""
-    metrics: bool = False
-    """Figures of its own students, with intervals and without counts."""
-    student: bool = False
-    """Its own students' bundles."""
-
-
-class Policy(Strict):
-    """``policy.yaml``: what is not said is refused."""
-
-    share: Share = Share()
-    mask: Literal["all", "query"] = "query"
-    """Whether others see the mask of every class, or of those asked for and the asking hospital's own."""
-    refuse_classes: tuple[str, ...] = ()
-    """Classes about which the site answers nobody."""
-    refuse_requesters: tuple[Name, ...] = ()
-    """Hospitals that the site does not answer."""
-    queries_per_day: Annotated[int, Field(ge=0)] = 0
-    """Queries that the site helps to answer at most within any 24 hours."""
-
-
-def load_policy(root: Path, site: str) -> Policy:
-    """Read a site's policy.
-
-    Raises:
-        PolicyError: absent or not a policy; nothing may be sent then.
-    """
-    try:
-        path = site_folder(root, site) / FILE
-        return parse(Policy, read_yaml(path), file=path, site=site)
-    except ConfigError as error:
-        raise PolicyError(
-            f"no valid policy, so nothing is sent: {error.message}",
-            remedy=f"Correct hospitals/{site}/{FILE}; docs/federation.md shows one.",
-            file=error.where.file,
-            site=site,
-        ) from None
 
 
 def refusal(policy: Policy, question: Question, helped: int) -> str | None:
@@ -119,7 +60,7 @@ def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
     def stop(what: str) -> PolicyError:
         return PolicyError(
             f"{what} may not leave, so nothing was sent",
-            remedy=f"Allow it in hospitals/{site}/{FILE}, or leave it as it is.",
+            remedy=f"Allow it in hospitals/{site}/{POLICY}, or leave it as it is.",
             site=site,
         )
 

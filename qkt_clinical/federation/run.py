@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,14 @@ from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import TASKS
 from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE
-from qkt_clinical.files import write_json, write_text
+from qkt_clinical.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from nvflare.job_config.api import FedJob
 
 SERVER = "server"
+HOST, ADMIN = "localhost", "admin@qkt.example"
+"""Names in a federation on one machine."""
 PATIENCE_S = 3600
 OURS = "qkt_clinical.federation.flare."
 """Prefix of the only classes that a job may name at a site."""
@@ -141,7 +145,7 @@ def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
     return outcomes
 
 
-def simulate(root: Path, out: Path, params: Params, *, threads: int) -> dict[str, Outcome]:
+def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -> dict[str, Outcome]:
     """The whole federation in FLARE's simulator: teachers of all sites, then every query of params.yaml.
 
     FLARE's logs lie in ``out/flare``, a workspace for every site and the server in ``out/sites``, and the
@@ -163,14 +167,27 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int) -> dict[str
     shutil.rmtree(work, ignore_errors=True)
     write_local(work / "local", str((out / "sites").resolve() / "{site}"))
     write_json(work / "job.json", {"sites": list(params.sites), "queries": queries, "threads": threads})
+    server, told = Server(out / "sites" / SERVER), dict[str, str]()
     # In a process of its own, which may say what it likes: FLARE writes on both streams and changes folders.
     with (work / "simulator.log").open("wb") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(work)], stdout=log, stderr=subprocess.STDOUT, check=False
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(work)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    if done.returncode:
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                for name, outcome in server.outcomes().items():
+                    if told.get(name) != outcome.state:
+                        told[name] = outcome.state
+                        say(outcome.line(name))
+        finally:
+            kill(process)
+    if process.returncode:
         raise QktError(
-            f"the simulator ended with {done.returncode}",
+            f"the simulator ended with {process.returncode}",
             remedy=f"See {work / 'simulator.log'}.",
             code="flare",
         )
@@ -266,7 +283,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def session(kit: Path, *, patience_s: float) -> Iterator[Any]:
+def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
     """An administrator's session with the server.
 
     Raises:
@@ -293,25 +310,176 @@ def session(kit: Path, *, patience_s: float) -> Iterator[Any]:
 
 
 Say = Callable[[str], None]
+"""Told in words whenever something has changed."""
+POLL_S = 2.0
 
 
 def submit(
     kit: Path, sites: Sequence[str], queries: Sequence[str], *, contribute: bool, patience_s: int
 ) -> str:
-    """Hand a job to a running server; its id."""
-    import tempfile
+    """Hand a job to a running server; its id.
 
+    Args:
+        kit: an administrator's startup kit.
+        patience_s: how long the server waits for a site's reply.
+    """
     job = make_job(sites, queries, contribute=contribute, patience_s=patience_s)
-    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit, patience_s=30.0) as one:
+    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit) as one:
         with contextlib.redirect_stdout(io.StringIO()):
             job.export_job(folder)
         return str(one.submit_job(str(Path(folder) / job.name)))
 
 
-def jobs(kit: Path) -> list[Mapping[str, Any]]:
-    """FLARE's list of jobs, the latest first."""
-    with session(kit, patience_s=30.0) as one:
-        return list(one.list_jobs(reverse=True))
+def _flare_errors() -> tuple[type[Exception], ...]:
+    """What FLARE's administration raises: a dozen kinds without a base of their own."""
+    from nvflare.fuel.flare_api import api_spec
+
+    own = (v for v in vars(api_spec).values() if isinstance(v, type) and issubclass(v, Exception))
+    return (*own, OSError, RuntimeError, ValueError)
+
+
+def list_jobs(kit: Path) -> list[dict[str, str]]:
+    """Every job that the server knows, the latest first: ``job``, ``state``, ``submitted``."""
+    with session(kit) as one:
+        found = one.list_jobs(reverse=True)
+    return [
+        {"job": str(j["job_id"]), "state": str(j["status"]), "submitted": str(j["submit_time"])}
+        for j in found
+    ]
+
+
+def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
+    """What has become of a running job's teachers and queries so far.
+
+    Raises:
+        QktError: the job is not running, code ``no-job``.
+    """
+    from qkt_clinical.federation.flare import OUTCOMES
+
+    with session(kit) as one:
+        try:
+            return _parsed(one.do_app_command(job, OUTCOMES, None))
+        except _flare_errors() as error:
+            raise QktError(
+                f"the job does not answer: {str(error)[:200]}",
+                remedy="'qkt federation status' lists jobs, 'qkt federation fetch' brings a finished one's.",
+                code="no-job",
+            ) from None
+
+
+def _parsed(found: Mapping[str, Any]) -> dict[str, Outcome]:
+    return {str(name): Outcome.model_validate(said) for name, said in found.items()}
+
+
+def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
+    """Fetch a finished job's outcomes, and the students that hospitals sent, into ``out``.
+
+    Raises:
+        QktError: no such job, or it has no results, code ``no-results``.
+    """
+    from qkt_clinical.federation.flare import OUTCOMES, SAID
+
+    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit) as one:
+        try:
+            got = Path(one.download_job_result(job, folder))
+            (found,) = got.rglob(f"{SAID}/{OUTCOMES}.json")
+        except _flare_errors() as error:
+            raise QktError(
+                f"no results of job {job[:50]}: {str(error)[:200]}",
+                remedy="'qkt federation status' lists jobs; one that broke off has none: submit it again.",
+                code="no-results",
+            ) from None
+        outcomes = _parsed(json.loads(found.read_bytes()))
+        with new_folder(out) as target:
+            shutil.copytree(found.parent, target, dirs_exist_ok=True)
+    return outcomes
+
+
+def attend(
+    kit: Path, sites: Sequence[str], queries: Sequence[str], *, contribute: bool, patience_s: int, say: Say
+) -> dict[str, Outcome]:
+    """Submit queries and wait until every one is answered or refused, or the time is over.
+
+    What fails for want of a site or of the server is submitted again: a site that had made something before
+    says so at once, so nothing is done twice.
+
+    Args:
+        patience_s: seconds in all.
+
+    Returns:
+        ``<hospital>/<query>`` and ``teacher <site>`` to what became of it; ``missing`` where time ran out.
+    """
+    start, told = time.monotonic(), dict[str, Outcome]()
+    outcomes = {q: Outcome(state="missing", code="time-out") for q in queries}
+    left = list(queries)
+
+    def remaining() -> int:
+        return int(patience_s - (time.monotonic() - start))
+
+    def watch(job: str) -> dict[str, Outcome] | None:
+        """Outcomes of a job that has ended; None where it broke off."""
+        while remaining() > 0:
+            time.sleep(POLL_S)
+            with contextlib.suppress(QktError):
+                state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
+                if state == "gone" or state.startswith("FINISHED"):
+                    with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
+                        try:
+                            return fetch(kit, job, Path(folder) / "results")
+                        except QktError:
+                            say(f"the job ended without results ({state})")
+                            return None
+                for name, outcome in ask_outcomes(kit, job).items():
+                    if told.get(name) != outcome:
+                        told[name] = outcome
+                        say(outcome.line(name))
+        return None
+
+    while left and remaining() > 0:
+        try:
+            job = submit(kit, sites, left, contribute=contribute, patience_s=max(1, remaining()))
+        except QktError as error:
+            if error.code != "no-server" or remaining() <= 0:
+                raise
+            time.sleep(POLL_S)
+            continue
+        say(f"job {job}: {len(left)} queries")
+        outcomes |= watch(job) or {}
+        left = [q for q in queries if outcomes[q].state not in ("answered", "refused")]
+    return outcomes
+
+
+def play(
+    root: Path, out: Path, params: Params, *, sites: Sequence[str], port: int, patience_s: int, say: Say
+) -> dict[str, Outcome]:
+    """A federation of real processes on this machine: server, sites and an administrator, over TLS.
+
+    As in production, but for the folder in which the machines stand side by side.
+
+    Returns:
+        As :func:`simulate`.
+    """
+    chosen = {k: r for k, r in params.queries.items() if r.hospital in sites}
+    params = params.model_copy(update={"sites": tuple(sites), "queries": chosen})
+    queries = named_queries(params)
+    kits = set_up(root, out, params, port=port)
+    with contextlib.ExitStack() as machines:
+        for name in (HOST, *sites):
+            machines.enter_context(machine(kits / name, out / "logs" / f"{name}.log"))
+        attend(kits / ADMIN, sites, queries, contribute=True, patience_s=patience_s, say=say)
+    return gather(out, queries)
+
+
+def set_up(root: Path, out: Path, params: Params, *, port: int) -> Path:
+    """Kits and workspaces of all machines of a federation on this one; the folder with the kits."""
+    lay_out(root, out, params)
+    (out / "logs").mkdir(exist_ok=True)
+    kits = provision(out / "kits", params.sites, server=HOST, port=port, admin=ADMIN)
+    for name in (HOST, *params.sites):
+        own = SERVER if name == HOST else name
+        write_local(kits / name / "local", str((out / "sites" / own).resolve()))
+    keep_in(kits / HOST, (out / "storage").resolve())
+    return kits
 
 
 if __name__ == "__main__":

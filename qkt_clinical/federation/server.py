@@ -39,6 +39,12 @@ class Outcome(Strict):
     digest: str | None = None
     """Of the card of teacher or student."""
     figures: dict[str, Any] | None = None
+    student_kept: bool = False
+    """Whether the hospital sent its student, and the server keeps it."""
+
+    def line(self, name: str) -> str:
+        """In words, for a terminal."""
+        return f"{name}: {self.state}" + (f", {self.reason}" if self.reason else "")
 
 
 class Server:
@@ -72,6 +78,15 @@ class Server:
             raise OutputsError(
                 "no readable outcome", remedy="Remove the file; the query is answered anew.", file=path
             ) from None
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
+        found = {}
+        for path in sorted((self.root / "federation").rglob("*.json")):
+            kind, *names = path.relative_to(self.root / "federation").with_suffix("").parts
+            name = f"teacher {names[0]}" if kind == "teachers" else "/".join(names)
+            found[name] = self.outcome(kind, *names)
+        return found
 
     # --- teachers ---------------------------------------------------------------------------------
 
@@ -139,6 +154,7 @@ class Server:
                 declined=dict(declined),
                 bytes_moved=plan.bytes_moved,
                 digest=said.digest,
+                student_kept=said.student is not None,
                 figures=None if said.figures is None else Figures.model_dump(said.figures, mode="json"),
             ),
             "queries",

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from qkt_clinical import __version__
 from qkt_clinical.card import CARD, MASK, read_card, read_mask
-from qkt_clinical.config import Params, QueryRef, Workspace, load_params, load_query
+from qkt_clinical.config import Params, Policy, QueryRef, Workspace, load_params, load_policy, load_query
 from qkt_clinical.data import read_manifest
 from qkt_clinical.errors import BundleError, QktError, QueryError
-from qkt_clinical.federation.audit import Event, count_since, record
+from qkt_clinical.federation.audit import RECORD, Event, count_since, record
 from qkt_clinical.federation.messages import (
     ANSWER,
     ASK,
@@ -37,7 +37,7 @@ from qkt_clinical.federation.messages import (
     Reply,
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
-from qkt_clinical.federation.policy import Policy, check_outbound, load_policy, refusal, shown_mask
+from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
 from qkt_clinical.query import SHARED, Asking, Plan, write_fetched
 
@@ -58,7 +58,7 @@ class Site:
     @property
     def audit(self) -> Path:
         """Where its record lies."""
-        return self.root / "federation" / "audit.jsonl"
+        return self.root / RECORD
 
     def reply(self, task: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Do a task of the server's; the reply may leave, or is a refusal.
