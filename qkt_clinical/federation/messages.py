@@ -18,6 +18,7 @@ CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_
 TASKS = (CONTRIBUTE, ASK, OFFER, ANSWER)
 
 Text = Annotated[str, Field(max_length=2000)]
+Content = Annotated[bytes, Field(strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -58,7 +59,7 @@ class Contributed(Message):
     """Site to server: its teacher."""
 
     kind: Literal["contributed"] = "contributed"
-    files: dict[str, bytes]
+    files: dict[str, Content]
 
 
 class Asked(Message):
@@ -73,7 +74,7 @@ class Offered(Message):
     """Site to server: its teacher may help; card and mask as the asking hospital may see them."""
 
     kind: Literal["offered"] = "offered"
-    files: dict[str, bytes]
+    files: dict[str, Content]
 
 
 class Declined(Message):
@@ -109,7 +110,7 @@ class Answered(Message):
     """Of the student's card."""
     figures: Figures | None
     """None where the site has no test images of all the classes, or keeps them to itself."""
-    student: dict[str, bytes] | None
+    student: dict[str, Content] | None
     """None where the site keeps it."""
 
 

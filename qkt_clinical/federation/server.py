@@ -95,16 +95,15 @@ class Server:
         if isinstance(said, Refused):
             return self.note(Outcome(state="refused", reason=said.message, code=said.code), "teachers", site)
         try:
-            if self._kept(site) != digest_bytes(said.files.get(CARD, b"")):
-                with new_folder(self.space.teacher(site)) as folder:
-                    bundle = unpack_teacher(said.files, site, folder)
-                    if bundle.card.classes != load_params(self.root).classes:
-                        raise BundleError(
-                            "has another label space",
-                            remedy="Give server and site the same classes in params.yaml.",
-                            site=site,
-                            code="bundle-card",
-                        )
+            with new_folder(self.space.teacher(site)) as folder:
+                bundle = unpack_teacher(said.files, site, folder)
+                if bundle.card.classes != load_params(self.root).classes:
+                    raise BundleError(
+                        "has another label space",
+                        remedy="Give server and site the same classes in params.yaml.",
+                        site=site,
+                        code="bundle-card",
+                    )
         except BundleError as error:
             outcome = Outcome(state="refused", reason=error.message, code=error.code)
             return self.note(outcome, "teachers", site)

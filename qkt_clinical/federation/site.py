@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qkt_clinical import __version__
 from qkt_clinical.card import CARD, MASK, read_card, read_mask
 from qkt_clinical.config import Params, Policy, QueryRef, Workspace, load_params, load_policy, load_query
 from qkt_clinical.data import read_manifest
-from qkt_clinical.errors import BundleError, QktError, QueryError
+from qkt_clinical.errors import BundleError, OutputsError, QktError, QueryError
 from qkt_clinical.federation.audit import RECORD, Event, count_since, record
 from qkt_clinical.federation.messages import (
     ANSWER,
@@ -74,7 +75,8 @@ class Site:
         except QktError as error:
             said = Refused.of(error.at(site=self.name)).model_dump(mode="python")
             event: Event = "withheld" if error.code == "policy" else "refused"
-            record(self.audit, event, about | {"code": error.code})
+            with suppress(OutputsError):  # the record itself is what is broken, and nothing was done
+                record(self.audit, event, about | {"code": error.code})
         return said
 
     def _note(self, said: Mapping[str, Any], about: dict[str, str]) -> None:
