@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qkt_clinical.config import Name, QueryConfig
 from qkt_clinical.errors import QktError, QueryError
@@ -17,8 +17,15 @@ CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_
 """Names of the tasks that a server gives to sites."""
 TASKS = (CONTRIBUTE, ASK, OFFER, ANSWER)
 
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):  # pydantic would encode text
+        raise ValueError("not bytes")
+    return value
+
+
 Text = Annotated[str, Field(max_length=2000)]
-Content = Annotated[bytes, Field(strict=True)]
+Content = Annotated[bytes, BeforeValidator(_bytes)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
