@@ -100,7 +100,7 @@ def write_local(folder: Path, workspace: str) -> None:
     rights = folder / "authorization.json.default"
     if rights.is_file():
         known = json.loads(rights.read_bytes())
-        everything = dict.fromkeys(known["permissions"]["lead"], "any")
+        everything = dict.fromkeys((*known["permissions"]["lead"], "app_command"), "any")
         for role, given in known["permissions"].items():
             known["permissions"][role] = (everything if given == "any" else given) | NOBODY
         write_json(folder / "authorization.json", known)
@@ -310,8 +310,16 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
             ) from None
     try:
         yield one
+    except _flare_errors() as error:
+        raise QktError(
+            f"the federation's server said or did: {str(error)[:200]}",
+            remedy="Check that it runs, then run the same command again.",
+            code="no-server",
+            file=kit,
+        ) from None
     finally:
-        one.close()
+        with contextlib.suppress(*_flare_errors()):
+            one.close()
 
 
 Say = Callable[[str], None]
@@ -436,21 +444,32 @@ def attend(
 
     def watch(job: str) -> dict[str, Outcome] | None:
         """Outcomes of a job that has ended; None where it broke off."""
+        heard = time.monotonic()
         while remaining() > 0:
             time.sleep(POLL_S)
-            with contextlib.suppress(QktError):
+            try:
                 state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
-                if state == "gone" or state.startswith("FINISHED"):
-                    with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
-                        try:
-                            return fetch(kit, job, Path(folder) / "results")
-                        except QktError:
-                            say(f"the job ended without results ({state})")
-                            return None
-                for name, outcome in ask_outcomes(kit, job).items():
-                    if told.get(name) != outcome:
-                        told[name] = outcome
-                        say(outcome.line(name))
+            except QktError:
+                continue  # the server is not there: it may come back
+            if state == "gone" or state.startswith("FINISHED"):
+                with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
+                    try:
+                        return fetch(kit, job, Path(folder) / "results")
+                    except QktError:
+                        say(f"the job ended without results ({state})")
+                        return None
+            try:
+                found = ask_outcomes(kit, job)
+                heard = time.monotonic()
+            except QktError:
+                if time.monotonic() - heard > silence_s:
+                    say("the job is lost: its server was started again")
+                    return None
+                continue
+            for name, outcome in found.items():
+                if told.get(name) != outcome:
+                    told[name] = outcome
+                    say(outcome.line(name))
         return None
 
     while left and remaining() > 0:
@@ -470,7 +489,13 @@ def attend(
             continue
         say(f"job {job}: {len(left)} queries")
         outcomes |= watch(job) or {}
-        left = [q for q in queries if outcomes[q].state not in ("answered", "refused")]
+        absent = any(o.state == "missing" for name, o in outcomes.items() if name not in queries)
+        left = [
+            q
+            for q in queries
+            if outcomes[q].state not in ("answered", "refused")
+            or (absent and outcomes[q].code == "uncovered")  # who is missing may know the class
+        ]
     return outcomes
 
 
