@@ -22,6 +22,7 @@ from qkt_clinical.catalog import (
     Partition,
     Regime,
 )
+from qkt_clinical.cli_federation import federation_app
 from qkt_clinical.cli_options import EPILOG, HERE, Json, OnDevice, Root, print_json
 from qkt_clinical.cli_query import query_app
 from qkt_clinical.config import Params, QueryRef, Workspace, load_params
@@ -346,6 +347,7 @@ def track(root: Root = HERE, as_json: Json = False) -> None:
         print(f"track: {len(done['models'])} registered models")
 
 
+app.add_typer(federation_app, name="federation")
 app.add_typer(query_app, name="query")
 
 registry_app = typer.Typer(

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qkt_clinical.catalog import Estimator, Method, Network, SourceKind, Split
-from qkt_clinical.errors import ConfigError
+from qkt_clinical.errors import ConfigError, PolicyError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_CONFIG_BYTES = 1_000_000
@@ -197,6 +197,46 @@ class QueryConfig(Strict):
 
 
 # --- params.yaml ---------------------------------------------------------------------------------
+
+
+class Share(Strict):
+    """What leaves a site for the federation."""
+
+    teacher: bool = False
+    """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
+    metrics: bool = False
+    """Figures of its own students, with intervals and without counts."""
+    student: bool = False
+    """Its own students' bundles."""
+
+
+class Policy(Strict):
+    """``policy.yaml``: what a site gives to a federation, and to whom; what is not said is refused."""
+
+    share: Share = Share()
+    mask: Literal["all", "query"] = "query"
+    """Whether others see the mask of every class, or of those asked for and the asking hospital's own."""
+    refuse_classes: tuple[str, ...] = ()
+    """Classes about which the site answers nobody."""
+    refuse_requesters: tuple[Name, ...] = ()
+    """Hospitals that the site does not answer."""
+    queries_per_day: Annotated[int, Field(ge=0)] = 0
+    """Queries that the site helps to answer at most within any 24 hours."""
+
+
+POLICY = "policy.yaml"
+OPEN_POLICY = """\
+# What may leave this hospital for a federation, and whose questions it hears; what is not said is refused.
+share:
+  teacher: true # its network and what it knows, for other hospitals' queries
+  metrics: true # figures of its own students, with intervals, without counts
+  student: false # its own students
+mask: all # all | query: others see only whether we know the classes asked for and the asking hospital's own
+refuse_classes: []
+refuse_requesters: []
+queries_per_day: 1000
+"""
+"""What generated and simulated hospitals begin with."""
 
 
 class SplitFractions(Strict):
@@ -443,6 +483,24 @@ def load_site(root: Path, site: str) -> SiteConfig:
             f"name is {config.name!r} in folder {site!r}", remedy="Give both one name.", file=path, site=site
         )
     return config
+
+
+def load_policy(root: Path, site: str) -> Policy:
+    """Read ``<root>/hospitals/<site>/policy.yaml``.
+
+    Raises:
+        PolicyError: absent or not a policy; nothing may be sent then.
+    """
+    try:
+        path = site_folder(root, site) / POLICY
+        return parse(Policy, read_yaml(path), file=path, site=site)
+    except ConfigError as error:
+        raise PolicyError(
+            f"no valid policy, so nothing is sent: {error.message}",
+            remedy=f"Correct hospitals/{site}/{POLICY}; docs/federation.md shows one.",
+            file=error.where.file,
+            site=site,
+        ) from None
 
 
 def query_file(root: Path, site: str, query: str) -> Path:

@@ -134,6 +134,12 @@ class OutputsError(QktError):
     code = "outputs"
 
 
+class PolicyError(QktError):
+    """A site's policy does not let something leave, or cannot be read, which is the same."""
+
+    code = "policy"
+
+
 def refused_by_system(error: OSError) -> QktError:
     """What the operating system refused, such as to write to a full disk; no file is named.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from qkt_clinical.catalog import Method, Partition
-from qkt_clinical.config import NAME, Name, QueryConfig, SiteConfig, Strict, parse
+from qkt_clinical.config import NAME, OPEN_POLICY, POLICY, Name, QueryConfig, SiteConfig, Strict, parse
 from qkt_clinical.errors import ConfigError, SourceError
 from qkt_clinical.fetch import class_names
 from qkt_clinical.files import new_folder, write_text
@@ -624,6 +624,8 @@ def _write_hospital(
     parse(SiteConfig, dict(config), file=folder / "site.yaml", site=site)
     # The mark comes first, so that a call that was cut short can be repeated.
     write_text(folder / "site.yaml", f"{MARK}\n{_yaml(config)}")
+    if not (folder / POLICY).exists():  # somebody may have changed it
+        write_text(folder / POLICY, OPEN_POLICY)
     with new_folder(folder / "data") as temporary:
         arrays: dict[str, Any] = {}
         for split, (part, index) in content.items():

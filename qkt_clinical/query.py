@@ -72,12 +72,32 @@ class Plan(Strict):
         return tuple(t.site for t in self.teachers if t.relevant)
 
 
-def local_classes(manifest: Manifest, query: QueryConfig) -> list[str]:
-    """The hospital's own classes beside the query."""
-    return [c for c in manifest.counts["train"] if c not in query.classes]
+class Asking(Strict):
+    """What a plan needs to know of the asking hospital; no number of images."""
+
+    classes: tuple[str, ...]
+    """The federation's label space."""
+    held: tuple[str, ...]
+    """Classes of which it has training images."""
+    shape: tuple[int, ...]
+    normalisation: Literal["unit", "zscore"]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Asking:
+        """The hospital whose prepared data these are."""
+        return cls(
+            classes=manifest.classes,
+            held=tuple(manifest.counts["train"]),
+            shape=manifest.shape,
+            normalisation=manifest.normalisation,
+        )
+
+    def local(self, query: QueryConfig) -> tuple[str, ...]:
+        """The hospital's own classes beside the query."""
+        return tuple(c for c in self.held if c not in query.classes)
 
 
-def judge(offer: Offer, manifest: Manifest, query: QueryConfig) -> Candidate:
+def judge(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
     """Decide whether a teacher says anything about the query, from its card and mask.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
@@ -86,16 +106,16 @@ def judge(offer: Offer, manifest: Manifest, query: QueryConfig) -> Candidate:
     card, mask = offer.card, offer.mask
     wanted = [c for c in query.classes if c in mask.classes]
     teaches = tuple(c for c in wanted if mask.knows(c))
-    rivals = tuple(c for c in local_classes(manifest, query) if mask.knows(c))
+    rivals = tuple(c for c in asking.local(query) if mask.knows(c))
     heard = bool(rivals) and query.method != "qkt-light"
     if card.site in query.exclude_teachers:
         reason = "excluded by the query"
-    elif card.classes != manifest.classes:
+    elif card.classes != asking.classes:
         reason = "has another label space"
-    elif card.input.shape != manifest.shape or card.input.normalisation != manifest.normalisation:
-        shapes = ["x".join(map(str, s)) for s in (card.input.shape, manifest.shape)]
+    elif card.input.shape != asking.shape or card.input.normalisation != asking.normalisation:
+        shapes = ["x".join(map(str, s)) for s in (card.input.shape, asking.shape)]
         reason = (
-            f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {manifest.normalisation}"
+            f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {asking.normalisation}"
         )
     elif not teaches and not heard:
         reason = "does not know " + " or ".join(query.classes)
@@ -177,30 +197,28 @@ def read_offer(folder: Path, site: str) -> Offer:
     return Offer(card, mask, size, digest_file(folder / CARD))
 
 
-def make_plan(
-    hospital: str, name: str, query: QueryConfig, manifest: Manifest, offers: Iterable[Offer]
-) -> Plan:
+def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offers: Iterable[Offer]) -> Plan:
     """Plan a query.
 
     Args:
         hospital: the asking site; its own teacher is left out.
-        manifest: of the asking site's prepared data.
+        asking: the asking site.
         offers: of all teachers there are, in any order.
 
     Raises:
         QueryError: a class is unknown to the federation, or no teacher knows it, or the hospital has no class
             of its own beside the query.
     """
-    strange = [c for c in query.classes if c not in manifest.classes]
+    strange = [c for c in query.classes if c not in asking.classes]
     if strange:
         raise QueryError(
             f"query {name!r} asks for {', '.join(strange)}, which is no class of the federation",
-            remedy=f"Choose among {', '.join(manifest.classes)}.",
+            remedy=f"Choose among {', '.join(asking.classes)}.",
             site=hospital,
             stage="plan",
         )
     others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
-    candidates = _capped([judge(offer, manifest, query) for offer in others], query)
+    candidates = _capped([judge(offer, asking, query) for offer in others], query)
     covered = {c for t in candidates if t.relevant for c in t.teaches}
     uncovered = tuple(c for c in query.classes if c not in covered)
     if uncovered:
@@ -217,7 +235,7 @@ def make_plan(
             site=hospital,
             stage="plan",
         )
-    local = local_classes(manifest, query)
+    local = asking.local(query)
     if not local:
         raise QueryError(
             "the hospital has no class of its own beside the query",
@@ -231,7 +249,7 @@ def make_plan(
         classes=query.classes,
         method=query.method,
         budget=query.budget,
-        local=tuple(local),
+        local=local,
         teachers=tuple(candidates),
         uncovered=(),
         bytes_moved=sum(c.bytes for c in candidates if c.relevant),
@@ -260,7 +278,9 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     query = load_query(root, hospital, name)
     manifest = read_manifest(space.prepared(hospital))
     sites = [s for s in params.sites if s != hospital]
-    plan = make_plan(hospital, name, query, manifest, [read_offer(space.teacher(s), s) for s in sites])
+    plan = make_plan(
+        hospital, name, query, Asking.of(manifest), [read_offer(space.teacher(s), s) for s in sites]
+    )
 
     def provide(site: str, folder: Path) -> None:
         for file in SHARED:

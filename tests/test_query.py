@@ -13,7 +13,7 @@ from qkt_clinical.config import QueryConfig, Workspace
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import BundleError, ConfigError, PreparedError, QktError, QueryError
 from qkt_clinical.files import digest_file, digest_folder, write_json
-from qkt_clinical.query import SHARED, Offer, Plan, at_risk, make_plan, plan_query, read_offer
+from qkt_clinical.query import SHARED, Asking, Offer, Plan, at_risk, make_plan, plan_query, read_offer
 from qkt_clinical.stages.transfer import read_plan
 from tests.four_hospitals import PARAMS, SHAPE, SITES, ask, write_hospitals, write_teacher
 
@@ -36,7 +36,7 @@ def offers(root: Path, sites: Sequence[str]) -> list[Offer]:
 def plan(root: Path, **query: Any) -> Plan:
     manifest = read_manifest(Workspace(root).prepared("aster"))
     config = QueryConfig(**query)
-    return make_plan("aster", "q", config, manifest, offers(root, SITES))
+    return make_plan("aster", "q", config, Asking.of(manifest), offers(root, SITES))
 
 
 def reasons(made: Plan) -> dict[str, str]:
@@ -130,7 +130,7 @@ def test_at_most_so_many_teachers_the_surest_first(root: Path) -> None:
 def test_the_order_in_which_teachers_are_given_does_not_matter(root: Path, manifest: Manifest) -> None:
     backwards = offers(root, SITES[::-1])
     config = QueryConfig(classes=("c", "d"), max_teachers=2)
-    assert make_plan("aster", "q", config, manifest, backwards) == plan(
+    assert make_plan("aster", "q", config, Asking.of(manifest), backwards) == plan(
         root, classes=("c", "d"), max_teachers=2
     )
 

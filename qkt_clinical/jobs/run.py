@@ -33,7 +33,7 @@ from qkt_clinical.jobs.state import (
     asked,
 )
 from qkt_clinical.locks import Busy
-from qkt_clinical.query import Plan, at_risk, local_classes, make_plan, write_fetched
+from qkt_clinical.query import Asking, Plan, at_risk, make_plan, write_fetched
 
 Report = Callable[[Job], None]
 """Called whenever a job's record changes."""
@@ -55,7 +55,7 @@ class Preview(NamedTuple):
 
 def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
     """Refuse before anything is fetched what the transfer would refuse after."""
-    own = local_classes(manifest, query)
+    own = Asking.of(manifest).local(query)
     if own and not sum(manifest.counts["calibration"].get(c, 0) for c in own):
         raise QueryError(
             "no calibration image of a local class, so the budget cannot be kept",
@@ -67,7 +67,7 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
 
 
 def _plan(shelf: Shelf, hospital: str, name: str, query: QueryConfig, manifest: Manifest) -> Plan:
-    plan = make_plan(hospital, name, query, manifest, shelf.offers.values())
+    plan = make_plan(hospital, name, query, Asking.of(manifest), shelf.offers.values())
     _calibrated(manifest, query)
     return plan
 
@@ -241,7 +241,7 @@ class _Worker:
             read_manifest(self.space.prepared(hospital)),
             load_query(self.board.root, hospital, name),
         )
-        relevant = (*query.classes, *local_classes(manifest, query))
+        relevant = (*query.classes, *Asking.of(manifest).local(query))
         without = [c for c in relevant if not manifest.counts["test"].get(c)]
         if without:
             self._say(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
+from qkt_clinical.config import OPEN_POLICY, POLICY
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.files import digest_bytes, new_folder, write_json, write_text
 from qkt_clinical.phantom import ct, delivery, smear
@@ -435,7 +436,8 @@ def _write_site(root: Path, site: str, *, seed: int, images: int | None) -> None
             site=site,
             file=data,
         )
-    texts = {"site.yaml": hospital.site_yaml} | {f"queries/{n}.yaml": t for n, t in hospital.queries.items()}
+    texts = {"site.yaml": hospital.site_yaml, POLICY: OPEN_POLICY}
+    texts |= {f"queries/{n}.yaml": t for n, t in hospital.queries.items()}
     # Phantom identities are no secret, so this salt may be known; a real hospital's is drawn by ingest.
     texts[".salt"] = digest_bytes(f"phantom salt {site}".encode()) + "\n"
     for name, text in sorted(texts.items()):
@@ -460,8 +462,8 @@ def write_federation(
 ) -> list[str]:
     """Write the phantom hospitals below ``root/hospitals``.
 
-    Each gets ``site.yaml``, ``queries/*.yaml``, ``.salt`` (all left alone where they exist, so that
-    edits stay), ``data/``, and, last, the stamp ``.phantom.json``. A hospital whose stamp says the
+    Each gets ``site.yaml``, ``policy.yaml``, ``queries/*.yaml``, ``.salt`` (all left alone where they exist,
+    so that edits stay), ``data/``, and, last, the stamp ``.phantom.json``. A hospital whose stamp says the
     same version, seed and size is skipped. Same arguments, same bytes.
 
     Args:

@@ -1,0 +1,7 @@
+"""Hospitals' own machines as one federation, on NVIDIA FLARE.
+
+What a site does lies in :mod:`~qkt_clinical.federation.site`, what the server does in
+:mod:`~qkt_clinical.federation.server`, both with the library's own stages; what may leave a site in
+:mod:`~qkt_clinical.federation.policy`. :mod:`~qkt_clinical.federation.flare` and
+:mod:`~qkt_clinical.federation.run` are all that knows of FLARE.
+"""

@@ -1,0 +1,154 @@
+"""What is said between sites and server, field by field; what is not named here is not said.
+
+Only plain types travel. A message of another organisation is parsed with these models before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qkt_clinical.config import Name, QueryConfig
+from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.query import Asking
+
+CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_answer"
+"""Names of the tasks that a server gives to sites."""
+TASKS = (CONTRIBUTE, ASK, OFFER, ANSWER)
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):  # pydantic would encode text
+        raise ValueError("not bytes")
+    return value
+
+
+Text = Annotated[str, Field(max_length=2000)]
+Content = Annotated[bytes, BeforeValidator(_bytes)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Message(BaseModel):
+    """A message: its fields and no others. Files are bytes by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Question(Message):
+    """Server to a teacher's site: may your teacher help?"""
+
+    hospital: Name
+    query: Name
+    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)]
+    held: Annotated[tuple[str, ...], Field(max_length=1000)]
+    """The asking hospital's own classes."""
+
+
+class Refused(Message):
+    """Site to server: what was asked cannot be done, as :meth:`QktError.as_dict` says it."""
+
+    kind: Literal["refused"] = "refused"
+    code: Text
+    message: Text
+    remedy: Text
+    stage: Text | None = None
+    site: Text | None = None
+
+    @classmethod
+    def of(cls, error: QktError) -> Refused:
+        """Without the file: a site's paths are its own."""
+        said = error.as_dict()
+        return cls.model_validate({k: said[k] for k in ("code", "message", "remedy", "stage", "site")})
+
+
+class Contributed(Message):
+    """Site to server: its teacher."""
+
+    kind: Literal["contributed"] = "contributed"
+    files: dict[str, Content]
+
+
+class Asked(Message):
+    """Site to server: its query, and what a plan needs to know of it."""
+
+    kind: Literal["asked"] = "asked"
+    query: QueryConfig
+    asking: Asking
+
+
+class Offered(Message):
+    """Site to server: its teacher may help; card and mask as the asking hospital may see them."""
+
+    kind: Literal["offered"] = "offered"
+    files: dict[str, Content]
+
+
+class Declined(Message):
+    """Site to server: its teacher may not help with this query."""
+
+    kind: Literal["declined"] = "declined"
+    reason: Text
+
+
+class Estimate(Message):
+    """A figure with its interval."""
+
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class Figures(Message):
+    """What a site says of its student: no counts, nothing per class."""
+
+    balanced_accuracy_before: Estimate
+    balanced_accuracy_after: Estimate
+    gain: Estimate
+    forgetting: Estimate
+    query_gain: Estimate
+
+
+class Answered(Message):
+    """Site to server: it has its student."""
+
+    kind: Literal["answered"] = "answered"
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the student's card."""
+    figures: Figures | None
+    """None where the site has no test images of all the classes, or keeps them to itself."""
+    student: dict[str, Content] | None
+    """None where the site keeps it."""
+
+
+Reply = Contributed | Asked | Offered | Declined | Answered | Refused
+KINDS: dict[str, type[Reply]] = {
+    "contributed": Contributed,
+    "asked": Asked,
+    "offered": Offered,
+    "declined": Declined,
+    "answered": Answered,
+    "refused": Refused,
+}
+EXPECTED = {CONTRIBUTE: "contributed", ASK: "asked", OFFER: "offered", ANSWER: "answered"}
+
+
+def read_reply(said: Any, task: str, site: str) -> Reply:
+    """A site's reply to a task.
+
+    Raises:
+        QueryError: not such a reply, code ``reply``.
+    """
+    allowed = {EXPECTED[task], "refused"} | ({"declined"} if task == OFFER else set())
+    kind = said.get("kind") if isinstance(said, dict) else None
+    try:
+        if kind not in allowed:
+            raise ValueError
+        return KINDS[str(kind)].model_validate(said, strict=False)
+    except (ValueError, ValidationError):
+        raise QueryError(
+            f"the site's reply to {task} cannot be understood",
+            remedy="Let the site install the same version of qkt-clinical.",
+            site=site,
+            code="reply",
+        ) from None

@@ -1,0 +1,85 @@
+"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.Policy`.
+
+Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qkt_clinical.card import Mask
+from qkt_clinical.config import POLICY, Policy
+from qkt_clinical.errors import BundleError, PolicyError, QueryError
+from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, read_reply
+from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
+
+
+def refusal(policy: Policy, question: Question, helped: int) -> str | None:
+    """Why the site does not help to answer a question, or None.
+
+    Args:
+        helped: queries that it has helped to answer within the last 24 hours.
+    """
+    if not policy.share.teacher:
+        return "shares no teacher"
+    if question.hospital in policy.refuse_requesters:
+        return f"does not answer {question.hospital}"
+    if refused := [c for c in question.classes if c in policy.refuse_classes]:
+        return f"answers nobody about {', '.join(refused)}"
+    if helped >= policy.queries_per_day:
+        return f"helps with {policy.queries_per_day} queries a day at most"
+    return None
+
+
+def shown_mask(mask: Mask, policy: Policy, question: Question) -> Mask:
+    """The mask as the asking hospital and the server may see it."""
+    if policy.mask == "all":
+        return mask
+    seen = {*question.classes, *question.held}
+    hidden = [c not in seen for c in mask.classes]
+    return mask.model_copy(
+        update={
+            "scores": tuple(0.0 if h else s for h, s in zip(hidden, mask.scores, strict=True)),
+            "known": tuple(k and not h for h, k in zip(hidden, mask.known, strict=True)),
+        }
+    )
+
+
+def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
+    """Let a reply pass that says and holds nothing but what it may.
+
+    Every field is one of :mod:`~qkt_clinical.federation.messages`, nothing is shared that the policy keeps,
+    and every bundle is one that its receiver would accept.
+
+    Raises:
+        PolicyError: it may not leave.
+    """
+
+    def stop(what: str) -> PolicyError:
+        return PolicyError(
+            f"{what} may not leave, so nothing was sent",
+            remedy=f"Allow it in hospitals/{site}/{POLICY}, or leave it as it is.",
+            site=site,
+        )
+
+    try:
+        reply = read_reply(said, task, site)
+        if isinstance(reply, Contributed | Offered) and not policy.share.teacher:
+            raise stop("the teacher")
+        if isinstance(reply, Offered):
+            read_offer_files(reply.files, site)
+        with tempfile.TemporaryDirectory(prefix="qkt-") as temporary:
+            folder = Path(temporary) / site
+            folder.mkdir()
+            if isinstance(reply, Contributed):
+                unpack_teacher(reply.files, site, folder)
+            if isinstance(reply, Answered) and reply.student is not None:
+                if not policy.share.student:
+                    raise stop("the student")
+                unpack_student(reply.student, site, folder)
+        if isinstance(reply, Answered) and reply.figures is not None and not policy.share.metrics:
+            raise stop("figures")
+    except (BundleError, QueryError) as error:
+        raise stop(f"what was made for {task} ({error.message})") from None

@@ -1,0 +1,539 @@
+"""Start federations: all in one machine by FLARE's simulator, or machines of their own by FLARE's kits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qkt_clinical.config import Params
+from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.federation.messages import TASKS
+from qkt_clinical.federation.server import Outcome, Server
+from qkt_clinical.federation.settings import FILE
+from qkt_clinical.files import new_folder, write_json, write_text
+
+if TYPE_CHECKING:
+    from nvflare.job_config.api import FedJob
+
+SERVER = "server"
+HOST, ADMIN = "localhost", "admin@qkt.example"
+"""Names in a federation on one machine."""
+PATIENCE_S = 3600
+SILENCE_S = 60
+"""A site whose process for a job does not say that it is there for so long is missing from the job."""
+OURS = "qkt_clinical.federation.flare."
+"""Prefix of the only classes that a job may name at a site."""
+NOBODY = dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
+"""Rights that a site gives to nobody: custom code and shells would be a way around its policy."""
+
+
+def need_flare() -> None:
+    """Raise ConfigError where NVIDIA FLARE is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise ConfigError(
+            "NVIDIA FLARE is not installed",
+            remedy="pip install 'qkt-clinical[federation]'",
+            code="no-flare",
+        )
+
+
+def make_job(
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool = True,
+    patience_s: int = PATIENCE_S,
+    silence_s: int = SILENCE_S,
+) -> FedJob:
+    """A FLARE job that collects teachers and has queries answered.
+
+    Args:
+        queries: ``<hospital>/<query>``.
+    """
+    from nvflare.job_config.api import FedJob
+
+    from qkt_clinical.federation.flare import QueryController, SiteExecutor
+
+    job = FedJob(name="qkt", min_clients=1)
+    job.set_app_packages(["qkt_clinical"])  # installed everywhere: code that travels would be refused
+    job.to_server(QueryController(list(sites), list(queries), contribute, patience_s, silence_s))
+    job.to_clients(SiteExecutor(), tasks=list(TASKS))
+    return job
+
+
+def write_local(folder: Path, workspace: str) -> None:
+    """What qkt adds to ``local/`` of a FLARE machine.
+
+    Its workspace; its policy as a filter on everything that leaves it; of classes that a job may name, ours
+    alone; nobody's code and no shells; no log lines to the server.
+    """
+    write_json(folder / FILE, {"workspace": workspace})
+    policy = {"path": f"{OURS}OutboundPolicy", "direction": "out"}
+    scope = {"name": "qkt", "task_result_filters": [policy]}
+    write_json(folder / "privacy.json", {"scopes": [scope], "default_scope": "qkt"})
+    found: dict[str, Any] = {"format_version": 2}
+    for name in ("resources.json", "resources.json.default"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_bytes())
+            break
+    found |= {
+        "class_list_enforcement_mode": "enforce",
+        "class_allow_list": [OURS],
+        "allow_log_streaming": False,
+    }
+    write_json(folder / "resources.json", found)
+    rights = folder / "authorization.json.default"
+    if rights.is_file():
+        known = json.loads(rights.read_bytes())
+        everything = dict.fromkeys((*known["permissions"]["lead"], "app_command"), "any")
+        for role, given in known["permissions"].items():
+            known["permissions"][role] = (everything if given == "any" else given) | NOBODY
+        write_json(folder / "authorization.json", known)
+
+
+def lay_out(root: Path, out: Path, params: Params) -> None:
+    """A workspace for the server and for every site below ``out/sites``, each with its own data alone."""
+    for name in (SERVER, *params.sites):
+        place = out / "sites" / name
+        own = {k: r.model_dump() for k, r in params.queries.items() if r.hospital == name}
+        held = params.model_dump(mode="json") | {"queries": own}
+        write_text(place / "params.yaml", yaml.safe_dump(held, sort_keys=False, allow_unicode=True))
+        if name == SERVER:
+            continue
+        for part in (Path("hospitals") / name, Path("data") / "prepared" / name):
+            source, link = root.resolve() / part, place / part
+            if source.is_dir() and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(source, target_is_directory=True)
+
+
+def named_queries(params: Params) -> list[str]:
+    """``<hospital>/<query>`` of every query of params.yaml.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    queries = [f"{r.hospital}/{r.query}" for _, r in sorted(params.queries.items())]
+    if not queries:
+        raise ConfigError("no query in params.yaml", remedy="Ask one with 'qkt query new'.")
+    return queries
+
+
+def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
+    """What became of each query, and the students of all sites side by side in ``out/students``.
+
+    Only who runs every machine of a federation can do that: a simulation.
+    """
+    server = Server(out / "sites" / SERVER)
+    outcomes = {}
+    for one in queries:
+        hospital, query = one.split("/")
+        outcomes[one] = server.outcome("queries", hospital, query)
+        target = out / "students" / hospital / query
+        shutil.rmtree(target, ignore_errors=True)
+        if outcomes[one].state == "answered":
+            made = out / "sites" / hospital / "models" / "students" / hospital / query
+            shutil.copytree(made, target)
+    return outcomes
+
+
+def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -> dict[str, Outcome]:
+    """The whole federation in FLARE's simulator: teachers of all sites, then every query of params.yaml.
+
+    FLARE's logs lie in ``out/flare``, a workspace for every site and the server in ``out/sites``, and the
+    students in ``out/students/<site>/<query>/``.
+
+    Args:
+        threads: sites at work at the same time.
+
+    Returns:
+        ``<hospital>/<query>`` to what became of it.
+
+    Raises:
+        QktError: FLARE's simulator ended with an error, code ``flare``.
+    """
+    need_flare()
+    queries = named_queries(params)
+    lay_out(root, out, params)
+    work = out / "flare"
+    shutil.rmtree(work, ignore_errors=True)
+    write_local(work / "local", str((out / "sites").resolve() / "{site}"))
+    write_json(work / "job.json", {"sites": list(params.sites), "queries": queries, "threads": threads})
+    server, told = Server(out / "sites" / SERVER), dict[str, str]()
+    # In a process of its own, which may say what it likes: FLARE writes on both streams and changes folders.
+    with (work / "simulator.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(work)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                for name, outcome in server.outcomes().items():
+                    if told.get(name) != outcome.state:
+                        told[name] = outcome.state
+                        say(outcome.line(name))
+        finally:
+            kill(process)
+    if process.returncode:
+        raise QktError(
+            f"the simulator ended with {process.returncode}",
+            remedy=f"See {work / 'simulator.log'}.",
+            code="flare",
+        )
+    return gather(out, queries)
+
+
+def _simulate(work: Path) -> int:
+    """Run the simulator in this process; the process's exit code."""
+    asked = json.loads((work / "job.json").read_bytes())
+    job = make_job(asked["sites"], asked["queries"])
+    done = job.simulator_run(str(work), clients=asked["sites"], threads=asked["threads"])
+    return int(done or 0)
+
+
+# --- machines of their own ---------------------------------------------------------------------------
+
+
+def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin: str) -> Path:
+    """Startup kits of a server, sites and an administrator, as FLARE makes them, each with its certificate.
+
+    Args:
+        server: name by which the sites reach the server.
+        port: of the server for sites; administrators use the next one.
+
+    Returns:
+        The folder with the kits.
+    """
+    need_flare()
+    from nvflare.lighter.impl.cert import CertBuilder
+    from nvflare.lighter.impl.signature import SignatureBuilder
+    from nvflare.lighter.impl.static_file import StaticFileBuilder
+    from nvflare.lighter.impl.workspace import WorkspaceBuilder
+    from nvflare.lighter.provision import prepare_project
+    from nvflare.lighter.provisioner import Provisioner
+
+    project = {
+        "api_version": 3,
+        "name": "qkt",
+        "participants": [
+            {"name": server, "type": "server", "org": "qkt", "fed_learn_port": port, "admin_port": port + 1},
+            *({"name": site, "type": "client", "org": site} for site in sites),
+            {"name": admin, "type": "admin", "org": "qkt", "role": "project_admin"},
+        ],
+    }
+    builders = [
+        WorkspaceBuilder(template_file=["master_template.yml"]),
+        StaticFileBuilder(config_folder="config"),
+        CertBuilder(),
+        SignatureBuilder(),
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        Provisioner(str(out), builders, None).provision(prepare_project(project))
+    return max((out / "qkt").glob("prod_*"))
+
+
+def serve(kit: Path, storage: Path) -> None:
+    """What qkt adds to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
+    path = kit / "local" / "resources.json"
+    found = json.loads(path.read_bytes())
+    found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
+    for component in found["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(storage / "jobs")
+    write_json(path, found)
+
+
+def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A server or site as a process of its own, with whatever it starts in its process group."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [str(kit / "startup" / "sub_start.sh"), "--once"],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a machine at once, with the processes that FLARE started for its jobs."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        machine = psutil.Process(process.pid)
+        for one in (machine, *machine.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+@contextmanager
+def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
+    """An administrator's session with the server.
+
+    Raises:
+        QktError: the server cannot be reached in time, code ``no-server``.
+    """
+    need_flare()
+    from nvflare.fuel.flare_api.api_spec import NoConnection
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            one = new_secure_session(kit.name, str(kit), timeout=patience_s)
+        except (NoConnection, OSError, ValueError, RuntimeError) as error:
+            raise QktError(
+                f"the federation's server cannot be reached: {str(error)[:200]}",
+                remedy="Check that it runs, and that the folder is an administrator's startup kit.",
+                code="no-server",
+                file=kit,
+            ) from None
+    try:
+        yield one
+    except _flare_errors() as error:
+        raise QktError(
+            f"the federation's server said or did: {str(error)[:200]}",
+            remedy="Check that it runs, then run the same command again.",
+            code="no-server",
+            file=kit,
+        ) from None
+    finally:
+        with contextlib.suppress(*_flare_errors()):
+            one.close()
+
+
+Say = Callable[[str], None]
+"""Told in words whenever something has changed."""
+POLL_S = 2.0
+
+
+def submit(
+    kit: Path,
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool,
+    patience_s: int,
+    silence_s: int = SILENCE_S,
+) -> str:
+    """Hand a job to a running server; its id.
+
+    Args:
+        kit: an administrator's startup kit.
+        patience_s: how long the server waits for a site's reply.
+    """
+    job = make_job(sites, queries, contribute=contribute, patience_s=patience_s, silence_s=silence_s)
+    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit) as one:
+        with contextlib.redirect_stdout(io.StringIO()):
+            job.export_job(folder)
+        return str(one.submit_job(str(Path(folder) / job.name)))
+
+
+def _flare_errors() -> tuple[type[Exception], ...]:
+    """What FLARE's administration raises: a dozen kinds without a base of their own."""
+    from nvflare.fuel.flare_api import api_spec
+
+    own = (v for v in vars(api_spec).values() if isinstance(v, type) and issubclass(v, Exception))
+    return (*own, OSError, RuntimeError, ValueError)
+
+
+def list_jobs(kit: Path) -> list[dict[str, str]]:
+    """Every job that the server knows, the latest first: ``job``, ``state``, ``submitted``."""
+    with session(kit) as one:
+        found = one.list_jobs(reverse=True)
+    return [
+        {"job": str(j["job_id"]), "state": str(j["status"]), "submitted": str(j["submit_time"])}
+        for j in found
+    ]
+
+
+def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
+    """What has become of a running job's teachers and queries so far.
+
+    Raises:
+        QktError: the job is not running, code ``no-job``.
+    """
+    from qkt_clinical.federation.flare import OUTCOMES
+
+    with session(kit) as one:
+        try:
+            return _parsed(one.do_app_command(job, OUTCOMES, None))
+        except _flare_errors() as error:
+            raise QktError(
+                f"the job does not answer: {str(error)[:200]}",
+                remedy="'qkt federation status' lists jobs, 'qkt federation fetch' brings a finished one's.",
+                code="no-job",
+            ) from None
+
+
+def _parsed(found: Mapping[str, Any]) -> dict[str, Outcome]:
+    return {str(name): Outcome.model_validate(said) for name, said in found.items()}
+
+
+def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
+    """Fetch a finished job's outcomes, and the students that hospitals sent, into ``out``.
+
+    Raises:
+        QktError: no such job, or it has no results, code ``no-results``.
+    """
+    from qkt_clinical.federation.flare import OUTCOMES, SAID
+
+    with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit) as one:
+        try:
+            got = Path(one.download_job_result(job, folder))
+            (found,) = got.rglob(f"{SAID}/{OUTCOMES}.json")
+        except _flare_errors() as error:
+            raise QktError(
+                f"no results of job {job[:50]}: {str(error)[:200]}",
+                remedy="'qkt federation status' lists jobs; one that broke off has none: submit it again.",
+                code="no-results",
+            ) from None
+        outcomes = _parsed(json.loads(found.read_bytes()))
+        with new_folder(out) as target:
+            shutil.copytree(found.parent, target, dirs_exist_ok=True)
+    return outcomes
+
+
+def attend(
+    kit: Path,
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool,
+    patience_s: int,
+    say: Say,
+    silence_s: int = SILENCE_S,
+) -> dict[str, Outcome]:
+    """Submit queries and wait until every one is answered or refused, or the time is over.
+
+    What fails for want of a site or of the server is submitted again: a site that had made something before
+    says so at once, so nothing is done twice.
+
+    Args:
+        patience_s: seconds in all.
+
+    Returns:
+        ``<hospital>/<query>`` and ``teacher <site>`` to what became of it; ``missing`` where time ran out.
+    """
+    start, told = time.monotonic(), dict[str, Outcome]()
+    outcomes = {q: Outcome(state="missing", code="time-out") for q in queries}
+    left = list(queries)
+
+    def remaining() -> int:
+        return int(patience_s - (time.monotonic() - start))
+
+    def watch(job: str) -> dict[str, Outcome] | None:
+        """Outcomes of a job that has ended; None where it broke off."""
+        heard = time.monotonic()
+        while remaining() > 0:
+            time.sleep(POLL_S)
+            try:
+                state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
+            except QktError:
+                continue  # the server is not there: it may come back
+            if state == "gone" or state.startswith("FINISHED"):
+                with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
+                    try:
+                        return fetch(kit, job, Path(folder) / "results")
+                    except QktError:
+                        say(f"the job ended without results ({state})")
+                        return None
+            try:
+                found = ask_outcomes(kit, job)
+                heard = time.monotonic()
+            except QktError:
+                if time.monotonic() - heard > silence_s:
+                    say("the job is lost: its server was started again")
+                    return None
+                continue
+            for name, outcome in found.items():
+                if told.get(name) != outcome:
+                    told[name] = outcome
+                    say(outcome.line(name))
+        return None
+
+    while left and remaining() > 0:
+        try:
+            job = submit(
+                kit,
+                sites,
+                left,
+                contribute=contribute,
+                patience_s=max(1, remaining()),
+                silence_s=silence_s,
+            )
+        except QktError as error:
+            if error.code != "no-server" or remaining() <= 0:
+                raise
+            time.sleep(POLL_S)
+            continue
+        say(f"job {job}: {len(left)} queries")
+        outcomes |= watch(job) or {}
+        absent = any(o.state == "missing" for name, o in outcomes.items() if name not in queries)
+        left = [
+            q
+            for q in queries
+            if outcomes[q].state not in ("answered", "refused")
+            or (absent and outcomes[q].code == "uncovered")  # who is missing may know the class
+        ]
+    return outcomes
+
+
+def play(
+    root: Path, out: Path, params: Params, *, sites: Sequence[str], port: int, patience_s: int, say: Say
+) -> dict[str, Outcome]:
+    """A federation of real processes on this machine: server, sites and an administrator, over TLS.
+
+    As in production, but for the folder in which the machines stand side by side.
+
+    Returns:
+        As :func:`simulate`.
+    """
+    chosen = {k: r for k, r in params.queries.items() if r.hospital in sites}
+    params = params.model_copy(update={"sites": tuple(sites), "queries": chosen})
+    queries = named_queries(params)
+    kits = set_up(root, out, params, port=port)
+    running = []
+    try:
+        running = [start(kits / name, out / "logs" / f"{name}.log") for name in (HOST, *sites)]
+        attend(kits / ADMIN, sites, queries, contribute=True, patience_s=patience_s, say=say)
+    finally:
+        for process in running:
+            kill(process)
+    return gather(out, queries)
+
+
+def set_up(root: Path, out: Path, params: Params, *, port: int) -> Path:
+    """Kits and workspaces of all machines of a federation on this one; the folder with the kits."""
+    lay_out(root, out, params)
+    (out / "logs").mkdir(exist_ok=True)
+    kits = provision(out / "kits", params.sites, server=HOST, port=port, admin=ADMIN)
+    for name in (HOST, *params.sites):
+        own = SERVER if name == HOST else name
+        write_local(kits / name / "local", str((out / "sites" / own).resolve()))
+    serve(kits / HOST, (out / "storage").resolve())
+    return kits
+
+
+if __name__ == "__main__":
+    sys.exit(_simulate(Path(sys.argv[1])))

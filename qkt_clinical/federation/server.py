@@ -1,0 +1,162 @@
+"""What the server does: keeps teachers, plans queries from masks, keeps what became of both.
+
+It holds no image and opens no hospital's folder. All that it knows lies in its workspace, so that a server
+that was restarted goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from qkt_clinical.card import CARD
+from qkt_clinical.config import Strict, Workspace, load_params
+from qkt_clinical.errors import BundleError, OutputsError
+from qkt_clinical.federation.messages import Answered, Asked, Contributed, Figures, Offered, Refused
+from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
+from qkt_clinical.files import digest_bytes, digest_file, new_folder, write_json
+from qkt_clinical.query import SHARED, Offer, Plan, make_plan
+
+State = Literal["waiting", "running", "answered", "refused", "missing"]
+
+
+class Outcome(Strict):
+    """What became of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
+
+    format: Literal["qkt-outcome/1"] = "qkt-outcome/1"
+    state: State
+    reason: str | None = None
+    """Why it was refused or is missing, in the words of the site or of the server."""
+    code: str | None = None
+    teachers: tuple[str, ...] = ()
+    declined: dict[str, str] = Field(default_factory=dict)
+    """Sites whose teachers were not heard, and why."""
+    bytes_moved: int = 0
+    """Of the bundles that were sent to the asking hospital."""
+    digest: str | None = None
+    """Of the card of teacher or student."""
+    figures: dict[str, Any] | None = None
+    student_kept: bool = False
+    """Whether the hospital sent its student, and the server keeps it."""
+
+    def line(self, name: str) -> str:
+        """In words, for a terminal."""
+        return f"{name}: {self.state}" + (f", {self.reason}" if self.reason else "")
+
+
+class Server:
+    """The server's end of the federation.
+
+    Args:
+        root: its workspace, with a params.yaml that names the label space and the sites.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.space = root, Workspace(root)
+
+    # --- what became of what ----------------------------------------------------------------------
+
+    def _place(self, *names: str) -> Path:
+        return self.root / "federation" / Path(*names).with_suffix(".json")
+
+    def note(self, outcome: Outcome, *names: str) -> Outcome:
+        """Keep an outcome: of ``("teachers", site)`` or ``("queries", hospital, query)``."""
+        write_json(self._place(*names), outcome.model_dump(mode="json"))
+        return outcome
+
+    def outcome(self, *names: str) -> Outcome:
+        """What became of it; ``waiting`` where nothing is known."""
+        path = self._place(*names)
+        try:
+            return Outcome.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return Outcome(state="waiting")
+        except (OSError, ValidationError):
+            raise OutputsError(
+                "no readable outcome", remedy="Remove the file; the query is answered anew.", file=path
+            ) from None
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
+        found = {}
+        for path in sorted((self.root / "federation").rglob("*.json")):
+            kind, *names = path.relative_to(self.root / "federation").with_suffix("").parts
+            name = f"teacher {names[0]}" if kind == "teachers" else "/".join(names)
+            found[name] = self.outcome(kind, *names)
+        return found
+
+    # --- teachers ---------------------------------------------------------------------------------
+
+    def accept_teacher(self, site: str, said: Contributed | Refused) -> Outcome:
+        """Keep a teacher that passes every check; sent twice, it is kept once."""
+        if isinstance(said, Refused):
+            return self.note(Outcome(state="refused", reason=said.message, code=said.code), "teachers", site)
+        try:
+            with new_folder(self.space.teacher(site)) as folder:
+                bundle = unpack_teacher(said.files, site, folder)
+                if bundle.card.classes != load_params(self.root).classes:
+                    raise BundleError(
+                        "has another label space",
+                        remedy="Give server and site the same classes in params.yaml.",
+                        site=site,
+                        code="bundle-card",
+                    )
+        except BundleError as error:
+            outcome = Outcome(state="refused", reason=error.message, code=error.code)
+            return self.note(outcome, "teachers", site)
+        return self.note(Outcome(state="answered", digest=self._kept(site)), "teachers", site)
+
+    def _kept(self, site: str) -> str | None:
+        card = self.space.teacher(site) / CARD
+        return digest_file(card) if card.is_file() else None
+
+    # --- queries ----------------------------------------------------------------------------------
+
+    def offer(self, site: str, said: Offered) -> Offer:
+        """A teacher that its site lets be heard, as far as the mask that it shows goes.
+
+        Raises:
+            BundleError: not a card and mask, or of another teacher than the one that the server keeps.
+        """
+        card, mask = read_offer_files(said.files, site)
+        digest = digest_bytes(said.files[CARD])
+        if digest != self._kept(site):
+            raise BundleError(
+                "another teacher than the one that was contributed",
+                remedy="Let the site contribute again.",
+                site=site,
+                code="bundle-digest",
+            )
+        size = card.weights.bytes + sum(len(content) for content in said.files.values())
+        return Offer(card, mask, size, digest)
+
+    def plan(self, hospital: str, query: str, asked: Asked, offers: Mapping[str, Offer]) -> Plan:
+        """The plan of a query. See :func:`qkt_clinical.query.make_plan`."""
+        return make_plan(hospital, query, asked.query, asked.asking, offers.values())
+
+    def bundles(self, plan: Plan, shown: Mapping[str, Offered]) -> dict[str, dict[str, bytes]]:
+        """The relevant teachers' files, each with the mask that its site shows."""
+        return {site: pack(self.space.teacher(site), SHARED) | shown[site].files for site in plan.relevant}
+
+    def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> Outcome:
+        """Keep what a hospital says of its student, and the student if it was sent."""
+        if said.student is not None:
+            with new_folder(self.space.student(plan.hospital, plan.query)) as folder:
+                unpack_student(said.student, plan.hospital, folder)
+        return self.note(
+            Outcome(
+                state="answered",
+                teachers=plan.relevant,
+                declined=dict(declined),
+                bytes_moved=plan.bytes_moved,
+                digest=said.digest,
+                student_kept=said.student is not None,
+                figures=None if said.figures is None else Figures.model_dump(said.figures, mode="json"),
+            ),
+            "queries",
+            plan.hospital,
+            plan.query,
+        )

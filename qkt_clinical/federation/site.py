@@ -1,0 +1,254 @@
+"""What a site does for the federation: with its own workspace, its own images, and the library's own stages.
+
+Every reply is a function of the workspace and of what was asked: asked twice, a site says the same, and what
+it has made is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qkt_clinical import __version__
+from qkt_clinical.card import CARD, MASK, read_card, read_mask
+from qkt_clinical.config import Params, Policy, QueryRef, Workspace, load_params, load_policy, load_query
+from qkt_clinical.data import read_manifest
+from qkt_clinical.errors import BundleError, OutputsError, QktError, QueryError
+from qkt_clinical.federation.audit import RECORD, Event, count_since, record
+from qkt_clinical.federation.messages import (
+    ANSWER,
+    ASK,
+    CONTRIBUTE,
+    OFFER,
+    Answered,
+    Asked,
+    Contributed,
+    Declined,
+    Estimate,
+    Figures,
+    Offered,
+    Question,
+    Refused,
+    Reply,
+)
+from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
+from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
+from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.locks import hold_query
+from qkt_clinical.query import Asking, Plan, write_fetched
+
+DAY_S = 24 * 3600.0
+
+
+class Site:
+    """One hospital's end of the federation.
+
+    Args:
+        root: its own workspace: params.yaml, ``hospitals/<name>/`` and what its stages make.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root, self.name = root, name
+        self.space = Workspace(root)
+
+    @property
+    def audit(self) -> Path:
+        """Where its record lies."""
+        return self.root / RECORD
+
+    def reply(self, task: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Do a task of the server's; the reply may leave, or is a refusal.
+
+        Nothing is raised: whatever goes wrong here is a refusal with its reason, and in the record.
+        """
+        about = {"task": task} | {k: str(data[k]) for k in ("hospital", "query") if k in data}
+        try:
+            policy = load_policy(self.root, self.name)
+            said = self._do(task, data, policy).model_dump(mode="python")
+            check_outbound(policy, task, said, self.name)
+            self._note(said, about)
+        except QktError as error:
+            said = Refused.of(error.at(site=self.name)).model_dump(mode="python")
+            event: Event = "withheld" if error.code == "policy" else "refused"
+            with suppress(OutputsError):  # the record itself is what is broken, and nothing was done
+                record(self.audit, event, about | {"code": error.code})
+        return said
+
+    def _note(self, said: Mapping[str, Any], about: dict[str, str]) -> None:
+        kind = str(said["kind"])
+        if kind == "answered":
+            shared = [k for k in ("figures", "student") if said[k] is not None]
+            about = about | {"digest": said["digest"], "sent": ", ".join(shared) or "nothing else"}
+        elif "files" in said:
+            about = about | {"digest": digest_bytes(said["files"][CARD])}
+        elif kind == "declined":
+            about = about | {"reason": said["reason"]}
+        record(self.audit, kind, about)  # type: ignore[arg-type]
+
+    def _do(self, task: str, data: Mapping[str, Any], policy: Policy) -> Reply:
+        try:
+            if task == CONTRIBUTE:
+                return self._contribute(policy)
+            if task == ASK:
+                return self._ask(str(data["query"]))
+            if task == OFFER:
+                return self._offer(Question.model_validate(data["question"], strict=False), policy)
+            if task == ANSWER:
+                return self._answer(Plan.model_validate(data["plan"], strict=False), data["teachers"], policy)
+        except (KeyError, ValidationError):
+            raise QueryError(
+                f"the server's task {task} cannot be understood",
+                remedy="Let server and site install the same version of qkt-clinical.",
+                code="task",
+            ) from None
+        raise QueryError(f"no task {task[:50]!r}", remedy="Install the same version everywhere.", code="task")
+
+    # --- teachers ---------------------------------------------------------------------------------
+
+    def _prepare(self, params: Params) -> None:
+        if not (self.space.prepared(self.name) / "manifest.json").is_file():
+            from qkt_clinical.ingest import ingest_site
+
+            ingest_site(self.root, self.name, params)
+
+    def _made(self, what: str, reads: Any, folder: Path, make: Callable[[], object]) -> None:
+        """Make a folder's content, unless it is there and was made of just this."""
+        note = self.space.scratch / "federation" / f"{what}.json"
+        key = digest_bytes(to_json([__version__, reads]).encode())
+        try:
+            known = json.loads(note.read_bytes())
+        except (OSError, ValueError):
+            known = None
+        if folder.is_dir() and known == {"made_of": key, "content": digest_folder(folder)}:
+            return
+        make()
+        write_json(note, {"made_of": key, "content": digest_folder(folder)})
+
+    def teach(self, params: Params) -> Path:
+        """The site's teacher, trained and masked unless it is there; its folder."""
+        self._prepare(params)
+        folder = self.space.teacher(self.name)
+
+        def make() -> None:
+            from qkt_clinical.stages.mask import mask_site
+            from qkt_clinical.stages.train import train_site
+
+            train_site(self.root, self.name, params)
+            mask_site(self.root, self.name, params)
+
+        reads = {
+            "data": read_manifest(self.space.prepared(self.name)).digests,
+            "params": params.model_dump(mode="json", include={"seed", "device", "classes", "train", "mask"}),
+        }
+        self._made("teacher", reads, folder, make)
+        return folder
+
+    def _contribute(self, policy: Policy) -> Reply:
+        if not policy.share.teacher:
+            return Refused(
+                code="policy",
+                message="the site shares no teacher",
+                remedy="Its policy says so.",
+                site=self.name,
+            )
+        return Contributed(files=pack(self.teach(load_params(self.root))))
+
+    def _offer(self, question: Question, policy: Policy) -> Reply:
+        start = time.time() - DAY_S
+        if reason := refusal(policy, question, count_since(self.audit, "offered", start)):
+            return Declined(reason=reason)
+        folder = self.space.teacher(self.name)
+        card = read_card(folder)
+        mask = read_mask(folder, card)
+        if mask is None:
+            raise BundleError("no mask", remedy="Contribute first.", site=self.name, code="bundle-mask")
+        shown = shown_mask(mask, policy, question)
+        content = to_json(shown.model_dump(mode="json")).encode()
+        return Offered(files={CARD: (folder / CARD).read_bytes(), MASK: content})
+
+    # --- queries ----------------------------------------------------------------------------------
+
+    def _ask(self, query: str) -> Reply:
+        self._prepare(load_params(self.root))
+        config = load_query(self.root, self.name, query)
+        return Asked(query=config, asking=Asking.of(read_manifest(self.space.prepared(self.name))))
+
+    def _answer(self, plan: Plan, teachers: Any, policy: Policy) -> Reply:
+        """Answer with the bundles that came; the plan must be one for this site's own query as it is now."""
+        params = load_params(self.root)
+        query = load_query(self.root, self.name, plan.query)
+        if plan.hospital != self.name or (plan.classes, plan.method, plan.budget) != (
+            query.classes,
+            query.method,
+            query.budget,
+        ):
+            raise QueryError(
+                "the plan is for another question", remedy="Submit the query again.", code="plan-outdated"
+            )
+        if not isinstance(teachers, Mapping) or set(teachers) != set(plan.relevant):
+            raise QueryError(
+                "the bundles are not those of the plan",
+                remedy="Submit the query again.",
+                code="plan-outdated",
+            )
+
+        def provide(site: str, folder: Path) -> None:
+            unpack_teacher(teachers[site], site, folder)
+
+        with hold_query(self.root, self.name, plan.query):
+            return self._transfer(plan, provide, params, policy)
+
+    def _transfer(
+        self, plan: Plan, provide: Callable[[str, Path], None], params: Params, policy: Policy
+    ) -> Answered:
+        fetched = self.space.fetched(self.name, plan.query)
+        write_fetched(fetched, plan, provide)
+        student = self.space.student(self.name, plan.query)
+        self.teach(params)  # the student begins with the site's own network
+
+        def make() -> None:
+            from qkt_clinical.stages.transfer import transfer_query
+
+            transfer_query(self.root, self.name, plan.query, params)
+
+        reads = {
+            "plan": digest_folder(fetched),
+            "own": digest_file(self.space.teacher(self.name) / CARD),
+            "data": read_manifest(self.space.prepared(self.name)).digests,
+            "params": params.model_dump(mode="json", include={"seed", "device", "transfer"}),
+        }
+        self._made(f"student-{plan.query}", reads, student, make)
+        return Answered(
+            digest=digest_file(student / CARD),
+            figures=self._figures(plan, params) if policy.share.metrics else None,
+            student=pack_student(student) if policy.share.student else None,
+        )
+
+    def _figures(self, plan: Plan, params: Params) -> Figures | None:
+        """On the site's own test images, where it has some of every class."""
+        counts = read_manifest(self.space.prepared(self.name)).counts["test"]
+        if not all(counts.get(c) for c in (*plan.classes, *plan.local)):
+            return None
+        from qkt_clinical.stages.evaluate import evaluate_one
+
+        ref = QueryRef(hospital=self.name, query=plan.query)
+        evaluate_one(self.root, ref, params, sites=(self.name,))
+        path = self.space.reports / "evaluation" / self.name / f"{plan.query}.json"
+        found = json.loads(path.read_bytes())
+
+        def estimate(figure: Mapping[str, float]) -> Estimate:
+            return Estimate(value=figure["value"], low=figure["low"], high=figure["high"])
+
+        return Figures(
+            balanced_accuracy_before=estimate(found["before"]["balanced_accuracy"]),
+            balanced_accuracy_after=estimate(found["after"]["balanced_accuracy"]),
+            gain=estimate(found["gain"]),
+            forgetting=estimate(found["forgetting"]),
+            query_gain=estimate(found["query_gain"]),
+        )

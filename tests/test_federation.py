@@ -1,0 +1,622 @@
+"""Sites and server of a federation, as they are without FLARE: what is said, kept, refused and recorded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load, save
+
+from qkt_clinical.card import CARD, MASK, WEIGHTS, Mask
+from qkt_clinical.config import OPEN_POLICY, POLICY, Policy, Workspace, load_params, load_policy, parse
+from qkt_clinical.data import write_prepared
+from qkt_clinical.errors import BundleError, OutputsError, PolicyError, QktError, QueryError
+from qkt_clinical.federation.audit import FIRST, RECORD, count_since, read_record, record
+from qkt_clinical.federation.messages import (
+    ANSWER,
+    ASK,
+    CONTRIBUTE,
+    OFFER,
+    Answered,
+    Asked,
+    Contributed,
+    Declined,
+    Offered,
+    Question,
+    Refused,
+    read_reply,
+)
+from qkt_clinical.federation.parcel import pack, unpack_teacher
+from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
+from qkt_clinical.federation.server import Server
+from qkt_clinical.federation.site import Site
+from qkt_clinical.files import digest_bytes, digest_folder, to_json
+from qkt_clinical.query import plan_query
+from qkt_clinical.stages.mask import mask_site
+from qkt_clinical.stages.train import train_site
+from qkt_clinical.stages.transfer import transfer_query
+
+CLASSES = ("a", "b", "c")
+HELD = {"aster": (0, 1), "birch": (1, 2), "cedar": (0, 2)}
+SHAPE = (3, 16, 16)
+OPEN = parse(Policy, yaml.safe_load(OPEN_POLICY), file="policy.yaml")
+PARAMS = {
+    "classes": list(CLASSES),
+    "sites": list(HELD),
+    "queries": {"aster-c": {"hospital": "aster", "query": "c"}},
+    "train": {"epochs": 3, "batch_size": 8},
+    "transfer": {"images": 16},
+    "mask": {"probes": 16},
+    "evaluate": {"bootstrap": 5},
+}
+
+
+def write_hospital(root: Path, site: str, *, params: dict[str, Any] = PARAMS) -> None:
+    """A workspace with one hospital's prepared images, its policy and, of aster, its query."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    folder = root / "hospitals" / site
+    (folder / "queries").mkdir(parents=True)
+    (folder / POLICY).write_text(OPEN_POLICY)
+    if site == "aster":
+        (folder / "queries" / "c.yaml").write_text("classes: [c]\nmethod: qkt\nbudget: 0.2\n")
+    random = np.random.default_rng(list(HELD).index(site))
+    labels = np.array(HELD[site], dtype=np.int64)[np.arange(48) % 2]
+    images = random.integers(0, 90, (48, *SHAPE), dtype=np.uint8)
+    for c in range(3):
+        images[labels == c, c] += 120  # a class is a colour
+    order = np.arange(48)
+    write_prepared(
+        Workspace(root).prepared(site),
+        site=site,
+        source_kind="images",
+        classes=CLASSES,
+        images=images,
+        labels=labels,
+        groups=np.array([f"{site}{i}" for i in order]),
+        splits={
+            "train": order[:24],
+            "calibration": order[24:34],
+            "val": order[34:40],
+            "test": order[40:],
+        },
+        spacing_mm=None,
+        normalisation="unit",
+        transforms=(),
+        integrity=[],
+    )
+
+
+def policy(root: Path, site: str, **changes: Any) -> None:
+    """Change a site's policy."""
+    path = root / "hospitals" / site / POLICY
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+class Federation:
+    """Three sites and a server, each in a workspace of its own; messages are handed over by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for site in HELD:
+            write_hospital(folder / site, site)
+        self.sites = {site: Site(folder / site, site) for site in HELD}
+        self.server = Server(folder / "server")
+        (folder / "server").mkdir()
+        (folder / "server" / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+
+    def contribute(self) -> None:
+        """Every site's teacher to the server."""
+        for name, site in self.sites.items():
+            said = read_reply(site.reply(CONTRIBUTE, {}), CONTRIBUTE, name)
+            assert isinstance(said, Contributed | Refused)
+            self.server.accept_teacher(name, said)
+
+    def ask(self) -> tuple[dict[str, Offered | Declined | Refused], Asked]:
+        """Aster's query to the server, and what the others say to it."""
+        asked = read_reply(self.sites["aster"].reply(ASK, {"query": "c"}), ASK, "aster")
+        assert isinstance(asked, Asked), asked
+        question = Question(hospital="aster", query="c", classes=("c",), held=asked.asking.held)
+        data = {"question": question.model_dump(mode="json"), "hospital": "aster", "query": "c"}
+        replies = {}
+        for name in ("birch", "cedar"):
+            said = read_reply(self.sites[name].reply(OFFER, data), OFFER, name)
+            assert isinstance(said, Offered | Declined | Refused)
+            replies[name] = said
+        return replies, asked
+
+    def answer(self) -> Answered | Refused:
+        """The whole way of aster's query."""
+        replies, asked = self.ask()
+        shown = {n: r for n, r in replies.items() if isinstance(r, Offered)}
+        offers = {n: self.server.offer(n, r) for n, r in shown.items()}
+        plan = self.server.plan("aster", "c", asked, offers)
+        data = {"plan": plan.model_dump(mode="json"), "teachers": self.server.bundles(plan, shown)}
+        said = read_reply(self.sites["aster"].reply(ANSWER, data), ANSWER, "aster")
+        assert isinstance(said, Answered | Refused)
+        if isinstance(said, Answered):
+            self.server.accept_answer(plan, said, {})
+        return said
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """Teachers contributed and aster's query answered once."""
+    made = Federation(tmp_path_factory.mktemp("federation"))
+    made.contribute()
+    said = made.answer()
+    assert isinstance(said, Answered), said
+    return made
+
+
+# --- the whole way --------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_that_of_the_stages_to_the_byte(federation: Federation, tmp_path: Path) -> None:
+    """The pipeline's stages in one workspace, against sites that only send messages."""
+    for site in HELD:
+        write_hospital(tmp_path, site)
+    params = load_params(tmp_path)
+    for site in HELD:
+        train_site(tmp_path, site, params)
+        mask_site(tmp_path, site, params)
+        assert digest_folder(Workspace(tmp_path).teacher(site)) == digest_folder(
+            federation.sites[site].space.teacher(site)
+        )
+    plan_query(tmp_path, "aster", "c", params)
+    transfer_query(tmp_path, "aster", "c", params)
+    assert digest_folder(Workspace(tmp_path).student("aster", "c")) == digest_folder(
+        federation.sites["aster"].space.student("aster", "c")
+    )
+
+
+def test_no_site_holds_more_than_is_its_own(federation: Federation) -> None:
+    held = {
+        p.name for p in federation.sites["aster"].space.fetched("aster", "c").joinpath("teachers").iterdir()
+    }
+    assert held == {"birch", "cedar"}
+    assert not federation.server.space.prepared("aster").exists()
+    assert not federation.server.space.student("aster", "c").exists(), "the policy keeps students at home"
+    outcome = federation.server.outcome("queries", "aster", "c")
+    assert (outcome.state, outcome.teachers, outcome.student_kept) == ("answered", ("birch", "cedar"), False)
+    assert outcome.bytes_moved == sum(
+        len(content) for s in held for content in pack(federation.server.space.teacher(s)).values()
+    )
+
+
+def test_asked_again_a_site_says_the_same_and_trains_nothing(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qkt_clinical.stages.train
+    import qkt_clinical.stages.transfer
+
+    first = federation.sites["birch"].reply(CONTRIBUTE, {})
+    for module in (qkt_clinical.stages.train, qkt_clinical.stages.transfer):
+        monkeypatch.setattr(module, "train_site", None, raising=False)
+        monkeypatch.setattr(module, "transfer_query", None, raising=False)
+    assert federation.sites["birch"].reply(CONTRIBUTE, {}) == first
+    before = federation.server.outcome("queries", "aster", "c")
+    federation.answer()
+    assert federation.server.outcome("queries", "aster", "c") == before
+
+
+def test_a_teacher_sent_twice_is_kept_once(federation: Federation) -> None:
+    files = pack(federation.sites["birch"].space.teacher("birch"))
+    place = federation.server.space.teacher("birch")
+    before = digest_folder(place)
+    for _ in range(2):
+        assert federation.server.accept_teacher("birch", Contributed(files=files)).state == "answered"
+    assert digest_folder(place) == before
+    assert sorted(p.name for p in place.parent.iterdir()) == sorted(HELD)
+
+
+def test_a_server_that_was_restarted_knows_what_became_of_what(federation: Federation) -> None:
+    again = Server(federation.server.root)
+    assert again.outcome("queries", "aster", "c") == federation.server.outcome("queries", "aster", "c")
+    assert set(again.outcomes()) == {"aster/c", "teacher aster", "teacher birch", "teacher cedar"}
+
+
+# --- what leaves ----------------------------------------------------------------------------------------
+
+
+def test_no_count_leaves_a_site(federation: Federation) -> None:
+    """Of what aster sends, no JSON holds a number of images or patients, and no path or id of one."""
+    site = federation.sites["aster"]
+    said = [site.reply(CONTRIBUTE, {}), site.reply(ASK, {"query": "c"})]
+    text = "".join(
+        content.decode() for one in said for n, content in one.get("files", {}).items() if n != WEIGHTS
+    ) + to_json(said[1]["asking"])
+    for word in ("count", "images", "patients", "aster0", str(federation.folder), "groups", "digests"):
+        assert word not in text.replace('"shape"', "")
+
+
+@pytest.fixture
+def copy(federation: Federation, tmp_path: Path) -> Site:
+    """Birch in a workspace that a test may change."""
+    import shutil
+
+    target = tmp_path / "birch"
+    shutil.copytree(federation.folder / "birch", target)
+    return Site(target, "birch")
+
+
+QUESTION = {"question": {"hospital": "aster", "query": "c", "classes": ["c"], "held": ["a", "b"]}}
+
+
+@pytest.mark.parametrize("text", [None, "share: [", "share: {teacher: yes please}", "sahre: {}", "42"])
+@pytest.mark.parametrize("task", [CONTRIBUTE, OFFER, ASK])
+def test_without_a_valid_policy_nothing_is_sent(copy: Site, text: str | None, task: str) -> None:
+    path = copy.root / "hospitals" / "birch" / POLICY
+    path.unlink() if text is None else path.write_text(text)
+    said = copy.reply(task, QUESTION | {"query": "c"})
+    assert (said["kind"], said["code"]) == ("refused", "policy")
+    assert not {"files", "asking"} & set(said)
+    assert [e.event for e in read_record(copy.audit)][-1] == "withheld"
+
+
+def test_an_empty_policy_refuses_everything(copy: Site) -> None:
+    (copy.root / "hospitals" / "birch" / POLICY).write_text("{}\n")
+    assert copy.reply(CONTRIBUTE, {})["kind"] == "refused"
+    assert copy.reply(OFFER, QUESTION)["kind"] == "declined"
+
+
+@pytest.mark.parametrize(
+    ("changes", "helped", "reason"),
+    [
+        ({}, 0, None),
+        ({"share": {"teacher": False}}, 0, "shares no teacher"),
+        ({"refuse_requesters": ["aster"]}, 0, "does not answer aster"),
+        ({"refuse_requesters": ["elm"]}, 0, None),
+        ({"refuse_classes": ["c"]}, 0, "answers nobody about c"),
+        ({"refuse_classes": ["a"]}, 0, None),
+        ({"queries_per_day": 3}, 2, None),
+        ({"queries_per_day": 3}, 3, "helps with 3 queries a day at most"),
+    ],
+)
+def test_whose_questions_are_heard(changes: dict[str, Any], helped: int, reason: str | None) -> None:
+    question = Question(hospital="aster", query="c", classes=("c",), held=("a",))
+    chosen = Policy.model_validate(OPEN.model_dump() | changes)
+    assert refusal(chosen, question, helped) == reason
+
+
+def test_the_rate_counts_what_the_record_says(copy: Site) -> None:
+    policy(copy.root, "birch", queries_per_day=2)
+    copy.audit.unlink()
+    kinds = [copy.reply(OFFER, QUESTION)["kind"] for _ in range(4)]
+    assert kinds == ["offered", "offered", "declined", "declined"]
+    entries = list(read_record(copy.audit))
+    copy.audit.unlink()
+    for entry in entries:  # the same, a day and a second ago
+        record(copy.audit, entry.event, entry.about, clock=lambda t=entry.time: t - 86401)  # type: ignore[misc]
+    assert copy.reply(OFFER, QUESTION)["kind"] == "offered"
+
+
+def test_a_mask_may_be_hidden_for_what_is_not_asked(copy: Site) -> None:
+    whole = Mask.model_validate_json((copy.space.teacher("birch") / MASK).read_bytes())
+    question = Question(hospital="aster", query="c", classes=("c",), held=("a",))
+    assert shown_mask(whole, OPEN, question) == whole
+    shown = shown_mask(whole, OPEN.model_copy(update={"mask": "query"}), question)
+    assert shown.scores == (whole.scores[0], 0.0, whole.scores[2])
+    assert shown.known == (whole.known[0], False, whole.known[2])
+    policy(copy.root, "birch", mask="query")
+    sent = Mask.model_validate_json(copy.reply(OFFER, QUESTION | {"hospital": "aster"})["files"][MASK])
+    assert sent.known[1] == whole.known[1], "aster has b"
+
+
+Spoil = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("task", "spoil"),
+    [
+        (CONTRIBUTE, lambda said: said | {"counts": {"a": 12}}),
+        (CONTRIBUTE, lambda said: said | {"files": said["files"] | {"metrics.json": b"{}"}}),
+        (CONTRIBUTE, lambda said: said | {"files": {CARD: said["files"][CARD]}}),
+        (
+            CONTRIBUTE,
+            lambda said: (
+                said
+                | {
+                    "files": said["files"]
+                    | {CARD: said["files"][CARD].replace(b'"training": {', b'"counts": {')}
+                }
+            ),
+        ),
+        (CONTRIBUTE, lambda said: said | {"files": said["files"] | {WEIGHTS: said["files"][WEIGHTS] + b"x"}}),
+        (OFFER, lambda said: said | {"kind": "contributed"}),
+        (ASK, lambda said: said | {"asking": said["asking"] | {"counts": {"train": 3}}}),
+        (ASK, lambda said: "rows of patients"),
+        (CONTRIBUTE, lambda said: None),
+    ],
+)
+def test_what_is_not_on_the_list_may_not_leave(copy: Site, task: str, spoil: Spoil) -> None:
+    (copy.root / "hospitals" / "birch" / "queries" / "c.yaml").write_text("classes: [a]\n")
+    said = copy.reply(task, QUESTION | {"query": "c"})
+    check_outbound(OPEN, task, said, "birch")
+    with pytest.raises(PolicyError, match="nothing was sent"):
+        check_outbound(OPEN, task, spoil(said), "birch")
+
+
+def test_a_student_leaves_only_where_the_policy_says_so(federation: Federation) -> None:
+    from qkt_clinical.federation.parcel import pack_student
+
+    folder = federation.sites["aster"].space.student("aster", "c")
+    said = Answered(digest="0" * 64, figures=None, student=pack_student(folder)).model_dump()
+    assert not {"phases.json", "reference.json"} & set(said["student"])
+    with pytest.raises(PolicyError, match="the student may not leave"):
+        check_outbound(OPEN, ANSWER, said, "aster")
+    generous = OPEN.model_copy(update={"share": OPEN.share.model_copy(update={"student": True})})
+    check_outbound(generous, ANSWER, said, "aster")
+    said["student"] |= {"phases.json": b"{}"}
+    with pytest.raises(PolicyError, match="nothing was sent"):
+        check_outbound(generous, ANSWER, said, "aster")
+
+
+# --- the record -----------------------------------------------------------------------------------------
+
+
+def test_every_decision_is_in_the_record(federation: Federation) -> None:
+    events = [(e.event, e.about.get("task")) for e in read_record(federation.folder / "birch" / RECORD)]
+    assert events[0] == ("contributed", CONTRIBUTE)
+    assert ("offered", OFFER) in events
+    assert ("answered", ANSWER) in [
+        (e.event, e.about.get("task")) for e in read_record(federation.folder / "aster" / RECORD)
+    ]
+
+
+def test_the_record_is_a_chain(tmp_path: Path) -> None:
+    path = tmp_path / "record" / "audit.jsonl"
+    for i in range(4):
+        record(path, "declined", {"query": str(i)}, clock=lambda i=i: 100.0 + i)  # type: ignore[misc]
+    entries = list(read_record(path))
+    assert [e.number for e in entries] == [1, 2, 3, 4]
+    assert entries[0].previous == FIRST
+    lines = path.read_text().splitlines()
+    assert all(b.previous == digest_bytes(a.encode()) for a, b in zip(lines, entries[1:], strict=False))
+    assert count_since(path, "declined", 102.0) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[0].replace("contributed", "offered"), *lines[1:]],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [*lines, lines[-1]],
+        lambda lines: [*lines[:-1], lines[-1][:20]],
+        lambda lines: [*lines, "{}"],
+    ],
+)
+def test_a_changed_record_is_seen_and_stops_everything(
+    copy: Site, change: Callable[[list[str]], list[str]]
+) -> None:
+    for i in range(3):
+        record(copy.audit, "declined", {"query": str(i + 1)})
+    copy.audit.write_text("".join(f"{line}\n" for line in change(copy.audit.read_text().splitlines())))
+    with pytest.raises(OutputsError) as caught:
+        list(read_record(copy.audit))
+    assert caught.value.code == "audit-broken"
+    assert copy.reply(OFFER, QUESTION)["kind"] == "refused", "what cannot be recorded is not done"
+
+
+# --- foreign replies and bundles ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        [],
+        {},
+        {"kind": "contributed"},
+        {"kind": "answered", "files": {}},
+        {"kind": "contributed", "files": {CARD: "text"}},
+        {"kind": "contributed", "files": {}, "more": 1},
+        {"kind": "refused", "code": "x", "message": "y" * 3000, "remedy": ""},
+    ],
+)
+def test_a_reply_that_is_none_is_a_typed_error(said: Any) -> None:
+    with pytest.raises(QueryError) as caught:
+        read_reply(said, CONTRIBUTE, "birch")
+    assert (caught.value.code, caught.value.where.site) == ("reply", "birch")
+
+
+def header(content: bytes) -> dict[str, Any]:
+    """The header of a safetensors file."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return dict(json.loads(content[8 : 8 + length]))
+
+
+def with_header(content: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The same data under a changed header."""
+    (length,) = struct.unpack("<Q", content[:8])
+    said = header(content)
+    text = json.dumps(change(said) or said).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def with_tensor(content: bytes, value: float, part: str = "weight") -> bytes:
+    """The same weights with one number changed."""
+    tensors = {k: v.copy() for k, v in load(content).items()}
+    name = next(k for k in tensors if k.endswith(part))
+    tensors[name].reshape(-1)[0] = value
+    return save(tensors)
+
+
+def sealed(files: dict[str, bytes], weights: bytes) -> dict[str, bytes]:
+    """Files whose card has digest and size of other weights: whoever lies can seal, too."""
+    card = json.loads(files[CARD])
+    card["weights"] = {"bytes": len(weights), "sha256": digest_bytes(weights)}
+    return files | {CARD: to_json(card).encode(), WEIGHTS: weights}
+
+
+def card_with(files: dict[str, bytes], **changes: Any) -> dict[str, bytes]:
+    """Files with a changed card."""
+    return files | {CARD: to_json(json.loads(files[CARD]) | changes).encode()}
+
+
+def mask_with(files: dict[str, bytes], **changes: Any) -> dict[str, bytes]:
+    """Files with a changed mask."""
+    return files | {MASK: to_json(json.loads(files[MASK]) | changes).encode()}
+
+
+def first(said: dict[str, Any]) -> str:
+    """Name of a tensor in a header."""
+    return next(k for k in said if k != "__metadata__")
+
+
+PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
+FORGED: dict[str, Callable[[dict[str, bytes]], Any]] = {
+    "no files": lambda f: None,
+    "files as a list": lambda f: list(f.values()),
+    "text in place of bytes": lambda f: f | {CARD: "text"},
+    "a file too few": lambda f: {CARD: f[CARD], WEIGHTS: f[WEIGHTS]},
+    "a file too many": lambda f: f | {"run.py": b"print()"},
+    "a name with a way out": lambda f: {"../bundle.json": f[CARD], WEIGHTS: f[WEIGHTS], MASK: f[MASK]},
+    "a card of five megabytes": lambda f: f | {CARD: b" " * 5_000_000},
+    "a mask of five megabytes": lambda f: f | {MASK: b" " * 5_000_000},
+    "a card that is a pickle": lambda f: f | {CARD: PICKLE},
+    "weights that are a pickle": lambda f: sealed(f, PICKLE),
+    "weights that are a pickle of the right size": lambda f: sealed(f, PICKLE.ljust(len(f[WEIGHTS]), b".")),
+    "a card deeper than the stack": lambda f: f | {CARD: b"[" * 100_000},
+    "a card with NaN": lambda f: f | {CARD: f[CARD].replace(b'"seed": 0', b'"seed": NaN')},
+    "a card of another site": lambda f: card_with(f, site="elm"),
+    "a student's card": lambda f: card_with(f, kind="student"),
+    "an unknown key on the card": lambda f: card_with(f, loader="os.system"),
+    "an unknown network": lambda f: card_with(f, network=json.loads(f[CARD])["network"] | {"name": "eval"}),
+    "a network of a million classes": lambda f: card_with(
+        f, network=json.loads(f[CARD])["network"] | {"classes": 1_000_000}
+    ),
+    "another number of classes": lambda f: card_with(
+        f, classes=["a", "b"], network=json.loads(f[CARD])["network"] | {"classes": 2}
+    ),
+    "another input": lambda f: card_with(f, input=json.loads(f[CARD])["input"] | {"shape": [1, 16, 16]}),
+    "weights of a size that the card denies": lambda f: f | {WEIGHTS: f[WEIGHTS] + b"\0"},
+    "a flipped byte": lambda f: f | {WEIGHTS: f[WEIGHTS][:-1] + bytes([f[WEIGHTS][-1] ^ 1])},
+    "weights cut off": lambda f: sealed(f, f[WEIGHTS][:-1000]),
+    "a header of 2^60 bytes": lambda f: sealed(f, struct.pack("<Q", 2**60) + f[WEIGHTS][8:]),
+    "a header that is no JSON": lambda f: sealed(f, f[WEIGHTS][:8] + b"\xff" * 100 + f[WEIGHTS][108:]),
+    "a header that is a list": lambda f: sealed(f, with_header(f[WEIGHTS], lambda h: [1])),
+    "a tensor of terabytes": lambda f: sealed(
+        f, with_header(f[WEIGHTS], lambda h: h[first(h)].update(shape=[2**40]))
+    ),
+    "a tensor of another type": lambda f: sealed(
+        f, with_header(f[WEIGHTS], lambda h: h[first(h)].update(dtype="F64"))
+    ),
+    "a tensor without a name": lambda f: sealed(
+        f, with_header(f[WEIGHTS], lambda h: h.update({"": h.pop(first(h))}))
+    ),
+    "a tensor too many": lambda f: sealed(f, save(load(f[WEIGHTS]) | {"more": np.zeros(1, np.float32)})),
+    "a tensor too few": lambda f: sealed(f, save(dict(list(load(f[WEIGHTS]).items())[1:]))),
+    "offsets beyond the file": lambda f: sealed(
+        f, with_header(f[WEIGHTS], lambda h: h[first(h)].update(data_offsets=[0, 2**40]))
+    ),
+    "a weight that is NaN": lambda f: sealed(f, with_tensor(f[WEIGHTS], np.nan)),
+    "a weight that is infinite": lambda f: sealed(f, with_tensor(f[WEIGHTS], np.inf)),
+    "a negative variance": lambda f: sealed(f, with_tensor(f[WEIGHTS], -1.0, "running_var")),
+    "a mask of other classes": lambda f: mask_with(f, classes=["x", "y", "z"]),
+    "a mask with a score of 2": lambda f: mask_with(f, scores=[2.0, 0.1, 0.1]),
+    "a mask that knows too much": lambda f: mask_with(f, known=[True] * 4),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FORGED))
+def test_a_forged_teacher_is_refused_by_the_server(
+    federation: Federation, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is kept, nothing in it is run, and what the server kept before stays."""
+    import tracemalloc
+
+    monkeypatch.chdir(tmp_path)
+    files = pack(federation.sites["birch"].space.teacher("birch"))
+    forged = FORGED[kind](dict(files))
+    kept = digest_folder(federation.server.space.teacher("birch"))
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError) as caught:
+            unpack_teacher(forged, "birch", folder)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * sum(len(c) for c in files.values()) + 20_000_000, "no more than was declared and sent"
+    assert caught.value.code.startswith("bundle-")
+    assert not (tmp_path / "owned").exists()
+    try:
+        said = read_reply({"kind": "contributed", "files": forged}, CONTRIBUTE, "birch")
+    except QktError:
+        pass  # not even a message
+    else:
+        assert isinstance(said, Contributed)
+        outcome = federation.server.accept_teacher("birch", said)
+        assert outcome.state == "refused"
+    assert digest_folder(federation.server.space.teacher("birch")) == kept
+    assert sorted(p.name for p in federation.server.space.teacher("birch").parent.iterdir()) == sorted(HELD)
+    federation.server.accept_teacher("birch", Contributed(files=files))
+
+
+def test_there_are_as_many_kinds_as_promised() -> None:
+    assert len(FORGED) >= 25
+
+
+def test_an_offer_of_another_teacher_than_the_kept_one_is_refused(federation: Federation) -> None:
+    files = pack(federation.sites["birch"].space.teacher("birch"))
+    other = card_with(files, training={"seed": 7})
+    with pytest.raises(BundleError, match="another teacher"):
+        federation.server.offer("birch", Offered(files={CARD: other[CARD], MASK: other[MASK]}))
+
+
+def test_bundles_that_the_plan_does_not_name_are_refused_at_the_site(federation: Federation) -> None:
+    replies, asked = federation.ask()
+    shown = {n: r for n, r in replies.items() if isinstance(r, Offered)}
+    offers = {n: federation.server.offer(n, r) for n, r in shown.items()}
+    plan = federation.server.plan("aster", "c", asked, offers)
+    teachers = federation.server.bundles(plan, shown)
+    teachers["birch"] = card_with(teachers["birch"], training={"seed": 7})
+    said = federation.sites["aster"].reply(
+        ANSWER, {"plan": plan.model_dump(mode="json"), "teachers": teachers}
+    )
+    assert (said["kind"], said["code"]) == ("refused", "plan-outdated")
+    del teachers["birch"]
+    said = federation.sites["aster"].reply(
+        ANSWER, {"plan": plan.model_dump(mode="json"), "teachers": teachers}
+    )
+    assert (said["kind"], said["code"]) == ("refused", "plan-outdated")
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"plan": {}}, {"plan": None, "teachers": {}}, {"plan": 3, "teachers": []}]
+)
+def test_a_task_that_cannot_be_understood_is_refused(federation: Federation, data: dict[str, Any]) -> None:
+    assert federation.sites["aster"].reply(ANSWER, data)["code"] == "task"
+    assert federation.sites["aster"].reply("rm", data)["code"] == "task"
+
+
+def test_policy_of_the_phantom_is_the_open_one() -> None:
+    assert OPEN.share.model_dump() == {"teacher": True, "metrics": True, "student": False}
+
+
+def test_load_policy_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "hospitals" / "birch").mkdir(parents=True)
+    with pytest.raises(PolicyError) as caught:
+        load_policy(tmp_path, "birch")
+    assert str(caught.value.where.file).endswith("hospitals/birch/policy.yaml")
+
+
+def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation, tmp_path: Path) -> None:
+    """In MLflow, from its workspace alone: it has nobody's prepared data."""
+    import shutil
+
+    from qkt_clinical.tracking import track
+
+    root = tmp_path / "server"
+    shutil.copytree(federation.server.root, root)
+    params = load_params(root).model_copy(update={"queries": {}})
+    assert set(track(root, params)["models"]) == {f"teacher.{site}" for site in HELD}
