@@ -20,7 +20,7 @@ from qkt_clinical.benchmark.settings import Settings
 from qkt_clinical.benchmark.simulate import Question, read, simulate
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.catalog import Partition, Regime
-from qkt_clinical.federation.peers import Algorithm, federate
+from qkt_clinical.federation.peers import Algorithm, run_federation
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.federated import Participant
 from qkt_clinical.peers.finetune import finetune
@@ -63,7 +63,7 @@ class Bench:
     ) -> Row:
         """A federation's network after 20 rounds, on absent classes."""
         store = self.store("pathological", "absent")
-        found = federate(
+        found = run_federation(
             [Participant(h.name, h.train.pair) for h in store.federation.hospitals],
             store.federation.spec,
             params,
@@ -100,7 +100,7 @@ def fedprox(bench: Bench) -> Iterator[Row]:
 
 def scaffold(bench: Bench) -> Iterator[Row]:
     """SCAFFOLD's learning rate, 20 rounds, absent classes."""
-    for rate in (3e-4, 1e-3, 3e-3):
+    for rate in (1e-3, 3e-3, 1e-2):
         row = bench.judge_global(FederatedParams(learning_rate=rate), algorithm="scaffold")
         yield {"learning rate": f"{rate:g}", **row}
 

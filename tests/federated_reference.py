@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,25 @@ from torch import Tensor
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.federation.peers import Algorithm, Federated
 from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.federated import Participant, first_network, round_draw, round_rate, train_round
 from qkt_clinical.peers.params import FederatedParams
 from qkt_clinical.training import to_input
 
 Controls = list[Tensor]
+
+
+@torch.no_grad()
+def weighted_mean(networks: Sequence[Classifier], sizes: Sequence[int]) -> Classifier:
+    """Weights and running statistics, summed in single precision in the order of the networks."""
+    states = [n.state_dict() for n in networks]
+    mean = copy.deepcopy(networks[0])
+    for name, target in mean.state_dict().items():
+        if target.is_floating_point():
+            total = states[0][name] * float(sizes[0])
+            for state, size in zip(states[1:], sizes[1:], strict=True):
+                total = total + state[name] * float(size)
+            target.copy_(total * (1.0 / sum(sizes)))
+    return mean
 
 
 def proximal_term(network: Classifier, start: Sequence[Tensor], proximal: float) -> Tensor:
@@ -95,7 +109,7 @@ def reference(
             )
             for participant, c in zip(participants, own, strict=True)
         ]
-        network = average_networks([local for local, _ in done], sizes)
+        network = weighted_mean([local for local, _ in done], sizes)
         if scaffold:
             new = [c for _, c in done]
             for after, before, size in zip(new, own, sizes, strict=True):
@@ -117,7 +131,7 @@ def in_process(
     device: torch.device,
     work: Path,
 ) -> Federated:
-    """In the place of :func:`qkt_clinical.federation.peers.federate`, which takes half a minute to start.
+    """In the place of ``run_federation``, which takes half a minute to start.
 
     That both come to the same network is shown in tests/test_federation_peers.py.
     """

@@ -110,7 +110,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """Every method and every ablation on colour images of patients."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "federate", in_process)
+        patch.setattr(peers, "run_federation", in_process)
         result = run(data, out, QUICK.model_copy(update={"methods": ("all", "ablations")}), workers=1)
     return out, result
 

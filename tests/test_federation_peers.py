@@ -22,7 +22,7 @@ from qkt_clinical.bundle import load_bundle
 from qkt_clinical.cli import main
 from qkt_clinical.config import TrainParams
 from qkt_clinical.errors import QktError
-from qkt_clinical.federation.peers import Algorithm, Federated, federate
+from qkt_clinical.federation.peers import Algorithm, Federated, run_federation
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.federated import Participant
 from qkt_clinical.peers.params import FederatedParams, PeerParams
@@ -108,8 +108,10 @@ def test_flare_comes_to_the_network_that_is_written_out(
     )
     sizes = {len(p.train[1]) for p in participants(federation)}
     assert len(sizes) == 2, "weights differ"
+    # Bit by bit; but control variates are summed in another order than FLARE's helper does.
+    most = 1e-5 if algorithm == "scaffold" else 0.0
     for name, tensor in floats(expected).items():
-        torch.testing.assert_close(floats(found)[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(floats(found)[name], tensor, rtol=0.0, atol=most, msg=name)
 
 
 def test_the_algorithms_differ(bench: tuple[Path, dict[str, Any]]) -> None:
@@ -154,7 +156,7 @@ def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
 ) -> None:
     torch.manual_seed(9)
     threads, arguments, here = threading.active_count(), list(sys.argv), Path.cwd()
-    found = federate(
+    found = run_federation(
         participants(federation)[::-1],
         federation.spec,
         PARAMS,
@@ -180,7 +182,7 @@ def broken() -> list[Participant]:
 
 
 def attempt(work: Path) -> Federated:
-    return federate(
+    return run_federation(
         broken(),
         spec(),
         PARAMS,

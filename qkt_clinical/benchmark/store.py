@@ -189,10 +189,10 @@ class Store:
         }
 
     def _train_global(self, algorithm: str, rounds: int) -> None:
-        from qkt_clinical.federation.peers import federate
+        from qkt_clinical.federation.peers import run_federation
 
         start, peers = time.perf_counter(), self.settings.peers
-        found = federate(
+        found = run_federation(
             [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
             self.federation.spec,
             peers.scaffold if algorithm == "scaffold" else peers.federated,

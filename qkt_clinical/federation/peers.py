@@ -76,7 +76,7 @@ def require_flare() -> None:
     except ModuleNotFoundError:
         raise QktError(
             "federated methods need NVIDIA FLARE",
-            remedy="Install it: pip install 'qkt-clinical[federation]'.",
+            remedy="Install it with pip install 'qkt-clinical[federation]', or leave them out of --methods.",
             code="flare-missing",
         ) from None
 
@@ -116,7 +116,7 @@ def make_job(plan: Plan) -> Any:
     return job
 
 
-def federate(
+def run_federation(
     participants: Sequence[Participant],
     spec: NetworkSpec,
     params: FederatedParams,
