@@ -22,6 +22,7 @@ from qkt_clinical.bundle import load_bundle
 from qkt_clinical.cli import main
 from qkt_clinical.config import TrainParams
 from qkt_clinical.errors import QktError
+from qkt_clinical.federation import peers
 from qkt_clinical.federation.peers import Algorithm, Federated, run_federation
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.federated import Participant
@@ -176,18 +177,15 @@ def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
     assert not (tmp_path / "work").exists()
 
 
-def broken() -> list[Participant]:
+def attempt(work: Path, *, right: bool = False) -> Federated:
+    """Many rounds of a federation one of whose hospitals has, unless ``right``, labels of no class."""
     images, labels = shapes((0, 1), 8, 1)
-    return [Participant("h1", (images, labels)), Participant("h2", (images, labels + 9))]
-
-
-def attempt(work: Path) -> Federated:
     return run_federation(
-        broken(),
+        [Participant("h1", (images, labels)), Participant("h2", (images, labels + 9 * (not right)))],
         spec(),
         PARAMS,
         algorithm="fedavg",
-        rounds=1,
+        rounds=1000,
         proximal=0.1,
         seed=1,
         device=CPU,
@@ -201,6 +199,27 @@ def test_a_site_that_fails_ends_the_federation(tmp_path: Path) -> None:
     assert error.value.code == "flare"
     assert error.value.where.file == str(tmp_path / "work")
     assert "EXECUTION_EXCEPTION" in (tmp_path / "work" / "flare.log").read_text()
+
+
+def test_a_site_whose_process_is_killed_ends_the_federation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[psutil.Process] = []
+
+    def kill() -> None:
+        while not (tmp_path / "work/sites/server/network.safetensors").exists():  # after the first round
+            time.sleep(0.05)
+        monkeypatch.setattr(peers, "PATIENCE_S", 2.0)
+        for process in psutil.Process().children(recursive=True):
+            if "simulator_worker" in " ".join(process.cmdline()) and not killed:
+                killed.append(process)
+                process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(QktError, match="a hospital's process was lost") as error:
+        attempt(tmp_path / "work", right=True)
+    assert error.value.code == "flare"
+    assert killed
 
 
 def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path: Path) -> None:

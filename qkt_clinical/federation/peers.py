@@ -10,12 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from qkt_clinical.card import NetworkSpec
@@ -32,6 +34,8 @@ PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "s
 CLASSES = "qkt_clinical.federation.peer_job."
 POLL_S = 0.5
 """Sites ask for work so often, and the server looks for replies; FLARE's two seconds would be felt."""
+PATIENCE_S = 120.0
+"""For so long a site's process may be missing, at the start and at the end."""
 STATISTICS = Path(FLARE) / SERVER / "pool_stats" / "simulator_cell_stats.json"
 """What FLARE counts: sizes, in MB of 2**20 bytes, of all messages of the server's end."""
 JOB = "server.simulate_job"
@@ -170,7 +174,7 @@ def run_federation(
             images, labels = one.train
             save_file({"images": images, "labels": labels}, work / SITES / one.site / IMAGES)
         write_json(work / PLAN, plan.model_dump(mode="json"))
-        _run(work)
+        _run(work, len(plan.sites))
         found = _result(work, plan)
     except QktError:
         raise
@@ -181,17 +185,17 @@ def run_federation(
     return found
 
 
-def _run(work: Path) -> None:
+def _run(work: Path, sites: int) -> None:
     """Run the simulator in a process of its own: it changes folder, arguments and logging of its process."""
-    import psutil
-
     with (work / LOG).open("wb") as log:
         command = [sys.executable, "-m", __name__, str(work)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            code = process.wait()
+            code = _wait(process, sites)
+            if code is None:
+                raise _failed(work, "a hospital's process was lost, perhaps for want of memory")
         except BaseException:
-            for child in psutil.Process(process.pid).children(recursive=True):
+            for child in _children(process):
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
             process.kill()
@@ -199,6 +203,28 @@ def _run(work: Path) -> None:
             raise
     if code:
         raise _failed(work, f"NVIDIA FLARE ended with {code}")
+
+
+def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _wait(process: subprocess.Popen[bytes], sites: int) -> int | None:
+    """The exit status; None where a site's process died: the simulator would wait for it for ever."""
+    complete = time.monotonic()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        if sum(map(_is_site, _children(process))) == sites:
+            complete = time.monotonic()
+        if time.monotonic() - complete > PATIENCE_S:
+            return None
+
+
+def _is_site(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return any("simulator_worker" in word for word in process.cmdline())
+    return False
 
 
 def _failed(work: Path, what: str) -> QktError:
