@@ -261,7 +261,8 @@ def _lay_out_flare(work: Path) -> None:
     from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
     local = work / FLARE / "local"
-    write_json(local / FILE, {"workspace": str(work / SITES / "{site}")})
+    literal = str(work / SITES).replace("{", "{{").replace("}", "}}")
+    write_json(local / FILE, {"workspace": f"{literal}/{{site}}"})
     allowed = [*DEFAULT_CLASS_ALLOW_LIST, CLASSES]
     write_json(local / "resources.json", {"format_version": 2, "class_allow_list": allowed})
 
