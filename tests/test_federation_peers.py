@@ -166,7 +166,7 @@ def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
         proximal=0.1,
         seed=SEED,
         device=CPU,
-        work=tmp_path / "wo{r}k",
+        work=tmp_path / "wo {r}k",
     )
     assert isinstance(found, Federated)
     before = load_bundle(bench[0] / WORK / "seed-0" / "scaffold" / str(ROUNDS)).network
@@ -174,7 +174,7 @@ def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
     assert not found.network.training
     assert capfd.readouterr() == ("", "")
     assert (threading.active_count(), sys.argv, Path.cwd()) == (threads, arguments, here)
-    assert not (tmp_path / "wo{r}k").exists()
+    assert not (tmp_path / "wo {r}k").exists()
 
 
 def attempt(work: Path, *, right: bool = False) -> Federated:
@@ -195,10 +195,10 @@ def attempt(work: Path, *, right: bool = False) -> Federated:
 
 def test_a_site_that_fails_ends_the_federation(tmp_path: Path) -> None:
     with pytest.raises(QktError, match="NVIDIA FLARE ended") as error:
-        attempt(tmp_path / "wo{r}k")
+        attempt(tmp_path / "wo {r}k")
     assert error.value.code == "flare"
-    assert error.value.where.file == str(tmp_path / "wo{r}k")
-    assert "EXECUTION_EXCEPTION" in (tmp_path / "wo{r}k" / "flare.log").read_text()
+    assert error.value.where.file == str(tmp_path / "wo {r}k")
+    assert "EXECUTION_EXCEPTION" in (tmp_path / "wo {r}k" / "flare.log").read_text()
 
 
 def test_a_site_whose_process_is_killed_ends_the_federation(
@@ -207,7 +207,7 @@ def test_a_site_whose_process_is_killed_ends_the_federation(
     killed: list[psutil.Process] = []
 
     def kill() -> None:
-        while not (tmp_path / "wo{r}k/sites/server/network.safetensors").exists():  # after the first round
+        while not (tmp_path / "wo {r}k/sites/server/network.safetensors").exists():  # after the first round
             time.sleep(0.05)
         monkeypatch.setattr(peers, "PATIENCE_S", 2.0)
         for process in psutil.Process().children(recursive=True):
@@ -217,7 +217,7 @@ def test_a_site_whose_process_is_killed_ends_the_federation(
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(QktError, match="a hospital's process was lost") as error:
-        attempt(tmp_path / "wo{r}k", right=True)
+        attempt(tmp_path / "wo {r}k", right=True)
     assert error.value.code == "flare"
     assert killed
 
@@ -227,18 +227,18 @@ def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     known = set(psutil.Process().children(recursive=True))
 
     def interrupt() -> None:
-        while not list((tmp_path / "wo{r}k").glob("flare/h*/log.txt")):  # the sites' processes are there
+        while not list((tmp_path / "wo {r}k").glob("flare/h*/log.txt")):  # the sites' processes are there
             time.sleep(0.05)
         seen.extend(set(psutil.Process().children(recursive=True)) - known)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        attempt(tmp_path / "wo{r}k")
+        attempt(tmp_path / "wo {r}k")
     assert len(seen) >= 4, "the runner, the server, two sites"
     _, alive = psutil.wait_procs(seen, timeout=10)
     assert alive == []
-    assert not (tmp_path / "wo{r}k").exists()
+    assert not (tmp_path / "wo {r}k").exists()
 
 
 def test_without_flare_one_line_says_what_to_install(

@@ -7,6 +7,7 @@ and average; a hospital's round is :func:`qkt_clinical.peers.federated.train_rou
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import psutil
@@ -186,10 +188,20 @@ def run_federation(
 
 
 def _run(work: Path, sites: int) -> None:
-    """Run the simulator in a process of its own: it changes folder, arguments and logging of its process."""
-    with (work / LOG).open("wb") as log:
-        command = [sys.executable, "-m", __name__, str(work)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    """Run the simulator in a process of its own: it changes folder, arguments and logging of its process.
+
+    It finds the work folder by a link, since it splits its own command lines at blanks.
+    """
+    with TemporaryDirectory(prefix="qkt-") as short, (work / LOG).open("wb") as log:
+        link = Path(short) / "work"
+        link.symlink_to(work, target_is_directory=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(link)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TMPDIR": short},
+        )
         try:
             code = _wait(process, sites)
             if code is None:
@@ -261,8 +273,7 @@ def _lay_out_flare(work: Path) -> None:
     from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
     local = work / FLARE / "local"
-    literal = str(work / SITES).replace("{", "{{").replace("}", "}}")
-    write_json(local / FILE, {"workspace": f"{literal}/{{site}}"})
+    write_json(local / FILE, {"workspace": str(work / SITES / "{site}")})
     allowed = [*DEFAULT_CLASS_ALLOW_LIST, CLASSES]
     write_json(local / "resources.json", {"format_version": 2, "class_allow_list": allowed})
 
