@@ -1,6 +1,7 @@
 """Peers' settings on validation images: ``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``.
 
-Teachers are trained once and kept in ``--work``. Figures are means over all queries, on the val split.
+Teachers are trained once and kept in ``--work``. Federations run on NVIDIA FLARE. Figures are means over all
+queries, on the val split.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from qkt_clinical.benchmark.settings import Settings
 from qkt_clinical.benchmark.simulate import Question, read, simulate
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.catalog import Partition, Regime
+from qkt_clinical.federation.peers import Algorithm, run_federation
 from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import Participant, federated
+from qkt_clinical.peers.federated import Participant
 from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.peers.params import FederatedParams, FinetuneParams
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import predict, to_input
 
 CPU = torch.device("cpu")
+ROUNDS = 20
 SHOWN = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 
 
@@ -55,19 +58,23 @@ class Bench:
             found.append(figures(scores, val.labels[index], relevant, question.query))
         return {name: float(np.mean([f[name] for f in found])) for name in SHOWN}
 
-    def judge_global(self, params: FederatedParams, rounds: int, proximal: float) -> Row:
-        """A federation's network on absent classes."""
+    def judge_global(
+        self, params: FederatedParams, *, algorithm: Algorithm = "fedavg", proximal: float = 0.0
+    ) -> Row:
+        """A federation's network after 20 rounds, on absent classes."""
         store = self.store("pathological", "absent")
-        network = federated(
+        found = run_federation(
             [Participant(h.name, h.train.pair) for h in store.federation.hospitals],
             store.federation.spec,
             params,
-            rounds=rounds,
+            algorithm=algorithm,
+            rounds=ROUNDS,
             proximal=proximal,
             seed=derive(self.seed, "benchmark", "federated"),
             device=CPU,
+            work=self.work / "federation",
         )
-        logits = predict(network, to_input(store.federation.val.images), CPU)
+        logits = predict(found.network, to_input(store.federation.val.images), CPU)
         return self.judge(store, lambda question: logits)
 
     def teacher(self, store: Store, hospital: str) -> Classifier:
@@ -81,16 +88,21 @@ class Bench:
 def fedavg(bench: Bench) -> Iterator[Row]:
     """FedAvg's learning rate, 20 rounds, absent classes."""
     for rate in (1e-3, 3e-3, 1e-2):
-        yield {
-            "learning rate": f"{rate:g}",
-            **bench.judge_global(FederatedParams(learning_rate=rate), 20, 0.0),
-        }
+        yield {"learning rate": f"{rate:g}", **bench.judge_global(FederatedParams(learning_rate=rate))}
 
 
 def fedprox(bench: Bench) -> Iterator[Row]:
     """FedProx's mu, 20 rounds, absent classes."""
     for proximal in (0.001, 0.01, 0.1, 1.0):
-        yield {"mu": f"{proximal:g}", **bench.judge_global(FederatedParams(), 20, proximal)}
+        row = bench.judge_global(FederatedParams(), algorithm="fedprox", proximal=proximal)
+        yield {"mu": f"{proximal:g}", **row}
+
+
+def scaffold(bench: Bench) -> Iterator[Row]:
+    """SCAFFOLD's learning rate, 20 rounds, absent classes."""
+    for rate in (1e-3, 3e-3, 1e-2):
+        row = bench.judge_global(FederatedParams(learning_rate=rate), algorithm="scaffold")
+        yield {"learning rate": f"{rate:g}", **row}
 
 
 def finetuned(bench: Bench) -> Iterator[Row]:
@@ -119,7 +131,9 @@ def finetuned(bench: Bench) -> Iterator[Row]:
         yield {"epochs": epochs, "learning rate": f"{rate:g}", **row}
 
 
-TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (fedavg, fedprox, finetuned)}
+TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    f.__name__: f for f in (fedavg, fedprox, scaffold, finetuned)
+}
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ PEERS: tuple[str, ...] = (
     "distill-all",
     "fedavg",
     "fedprox",
+    "scaffold",
 )
 """What QKT is compared with in the benchmark."""
 BENCHMARK_METHODS: tuple[str, ...] = (*PEERS, *METHODS)

@@ -146,6 +146,7 @@ def fit(
     schedule: Schedule,
     *,
     device: torch.device,
+    after_step: Callable[[float], None] | None = None,
     score: Callable[[], float] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -156,6 +157,7 @@ def fit(
         modules: everything with parameters to train; already on ``device``.
         batches: epoch number (from 1) to an iterator of ``steps_per_epoch`` batches.
         loss: batch to a scalar. Runs under automatic mixed precision on CUDA.
+        after_step: called after every step with its learning rate.
         score: called after each epoch in evaluation mode, higher is better; the weights of the best
             epoch are kept, and training stops after ``schedule.patience`` epochs without a rise.
             Without it the last weights are kept.
@@ -197,6 +199,8 @@ def fit(
             scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
+            if after_step is not None:
+                after_step(optimizer.param_groups[0]["lr"])
             total += value.detach().float()
         row = {"epoch": float(epoch), "loss": float(total) / steps_per_epoch}
         if score is not None:

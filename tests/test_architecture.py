@@ -27,8 +27,9 @@ OUTER = (
     "model_card",
     "report",
     "federation",
+    "benchmark",
 )
-"""Rooms that the core never imports."""
+"""Rooms that the core never imports. The benchmark is among them since its federated peers run on FLARE."""
 
 
 @cache
@@ -74,6 +75,16 @@ CORE = [f for f in FILES if room(f) not in OUTER]
 @pytest.mark.parametrize("file", CORE, ids=lambda f: f.relative_to(PACKAGE).as_posix())
 def test_the_core_imports_no_outer_room(file: Path) -> None:
     assert rooms_used(file) & set(OUTER) == set()
+
+
+def test_the_benchmark_needs_of_the_outer_rooms_the_federation_alone_and_late() -> None:
+    for file in (f for f in FILES if room(f) == "benchmark"):
+        assert rooms_used(file) & set(OUTER) <= {"benchmark", "federation"}
+        assert not any("federation" in name.split(".") for name in imported(file, lazily=False)), file
+
+
+def test_only_the_federation_imports_flare() -> None:
+    assert {room(f) for f in FILES if "nvflare" in roots(f)} == {"federation"}
 
 
 def test_only_tracking_imports_mlflow() -> None:

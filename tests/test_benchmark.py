@@ -21,6 +21,7 @@ from qkt_clinical.benchmark.pool import run_tasks
 from qkt_clinical.benchmark.runner import RESULT, TABLE, WORK, Task, row_file, run
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
+    FEDERATED,
     RECALIBRATED,
     SETUPS,
     Settings,
@@ -51,18 +52,20 @@ from qkt_clinical.config import DistillationParams, MaskParams, TrainParams, Tra
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.evaluation import auroc
 from qkt_clinical.federate import Part
+from qkt_clinical.federation import peers
 from qkt_clinical.files import write_json
 from qkt_clinical.objectives import offset_for_budget
 from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.training import predict, to_input
 from qkt_clinical.transfer import Answer, Teacher, answer_query, scores_of
+from tests.federated_reference import in_process
 from tests.shapes import CPU, shapes
 
 EVERY = (0, 1, 2, 3)
 ROW = {
     *("seed", "student", "query", "method", "query_accuracy", "retained_accuracy", "balanced_accuracy"),
-    *("forgetting", "auroc", "ece", "bytes_moved", "seconds", "passes_per_prediction"),
-    "cost_per_prediction",
+    *("forgetting", "auroc", "ece", "bytes_moved", "rounds", "seconds"),
+    *("passes_per_prediction", "cost_per_prediction"),
 }
 QUICK = Settings(
     hospitals=3,
@@ -106,7 +109,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Every method and every ablation on colour images of patients."""
     out = tmp_path_factory.mktemp("whole")
-    return out, run(data, out, QUICK.model_copy(update={"methods": ("all", "ablations")}), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "run_federation", in_process)
+        result = run(data, out, QUICK.model_copy(update={"methods": ("all", "ablations")}), workers=1)
+    return out, result
 
 
 def of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
@@ -148,6 +154,8 @@ def test_what_is_moved_and_how_often_a_prediction_passes(whole: tuple[Path, dict
         for t in teachers.iterdir()
     }
     for row in result["rows"]:
+        if "fed" not in row["method"] and "scaffold" not in row["method"]:
+            assert row["rounds"] == (row["bytes_moved"] > 0)
         others = sum(n for name, n in size.items() if name != row["student"])
         if row["method"] in ("local", "finetune"):
             assert (row["bytes_moved"], row["passes_per_prediction"]) == (0, 1)
@@ -156,8 +164,9 @@ def test_what_is_moved_and_how_often_a_prediction_passes(whole: tuple[Path, dict
         if row["method"] in ("distill-all", "one-shot-average"):
             assert (row["bytes_moved"], row["passes_per_prediction"]) == (others, 1)
         if row["method"] == "ablation/fedavg-2":
-            weights = (out / WORK / "seed-0" / "fedavg" / "2" / "weights.safetensors").stat().st_size
-            assert row["bytes_moved"] == 2 * 2 * 3 * weights
+            traffic = json.loads((out / WORK / "seed-0" / "fedavg" / "2" / "traffic.json").read_text())
+            assert traffic == {"rounds": 2, "bytes_moved": row["bytes_moved"]}
+            assert row["rounds"] == 2
         if row["method"] == "ablation/mask-none":
             assert (row["bytes_moved"], row["passes_per_prediction"]) == (others, 1)
 
@@ -195,7 +204,7 @@ def test_what_a_prediction_costs(whole: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_the_better_federation_counts(whole: tuple[Path, dict[str, Any]]) -> None:
-    for algorithm in ("fedavg", "fedprox"):
+    for algorithm in FEDERATED:
         rows = [{k: v for k, v in r.items() if k != "method"} for r in of(whole[1], algorithm)]
         each = [
             [{k: v for k, v in r.items() if k != "method"} for r in of(whole[1], f"ablation/{algorithm}-{n}")]
@@ -238,7 +247,8 @@ def test_masks_are_judged_by_both_truths(whole: tuple[Path, dict[str, Any]]) -> 
 def test_the_result_names_no_machine_and_no_place(whole: tuple[Path, dict[str, Any]]) -> None:
     out, result = whole
     assert set(result["environment"]) == {
-        *("python", "qkt-clinical", "torch", "monai", "numpy", "cpu_count", "device", "workers")
+        *("python", "qkt-clinical", "torch", "monai", "numpy", "nvflare", "cpu_count", "device"),
+        "workers",
     }
     assert len(result["settings"]["data_sha256"]) == 64
     for file in (RESULT, TABLE):
@@ -696,7 +706,7 @@ def test_ablations_are_held_against_the_method_that_they_change() -> None:
     assert base_of("ablation/rank-0.25") == "qkt"
     assert base_of("ablation/routed-one-view") == base_of("ablation/routed-budget-0.10") == "routed"
     assert base_of("ablation/fedavg-finetuned") == "fedavg"
-    assert {base_of(a) for a in Settings().ablations} == {"qkt", "routed", "fedavg", "fedprox"}
+    assert {base_of(a) for a in Settings().ablations} == {"qkt", "routed", *FEDERATED}
     worse = [
         row("ablation/rank-0.25", r["student"], r["query"], r["query_accuracy"] - 0.2, 0.9)
         for r in ROWS

@@ -7,14 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from nvflare.app_opt.pt.fedproxloss import PTFedProxLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkt_clinical.federation.peers import Algorithm
 from qkt_clinical.networks import Classifier, build, fast_layout
 from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.distill import distill_all, softened_divergence
 from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
-from qkt_clinical.peers.federated import Participant, federated, proximal_term, train_round
+from qkt_clinical.peers.federated import (
+    Participant,
+    first_network,
+    round_draw,
+    round_rate,
+    train_round,
+)
 from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.peers.params import DistillParams, FederatedParams, FinetuneParams
 from qkt_clinical.seeding import derive
@@ -28,6 +36,7 @@ from qkt_clinical.training import (
     to_input,
     weighted_cross_entropy,
 )
+from tests.federated_reference import one_round, proximal_term, reference
 from tests.shapes import CPU, counted, same, shapes, spec, state, teacher
 
 IMAGES = 60
@@ -189,16 +198,18 @@ def test_softened_divergence_by_hand() -> None:
     assert float(softened_divergence(logits, target, 2.0)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_proximal_term_by_hand() -> None:
+def test_proximal_terms_of_flare_and_of_the_reference_by_hand() -> None:
     network = build(spec(), seed=0)
     start = [p.detach().clone() for p in network.parameters()]
     assert proximal_term(network, start, 3.0).item() == 0.0
     with torch.no_grad():
         network.head.bias += torch.tensor([1.0, 0.0, -2.0, 0.0])
-    term = proximal_term(network, start, 3.0)
-    assert term.item() == pytest.approx(0.5 * 3.0 * 5.0)
-    term.backward()
-    assert torch.allclose(network.head.bias.grad, torch.tensor([3.0, 0.0, -6.0, 0.0]))
+    global_network = build(spec(), seed=0).requires_grad_(False)
+    for term in (proximal_term(network, start, 3.0), PTFedProxLoss(3.0)(network, global_network)):
+        assert term.item() == pytest.approx(0.5 * 3.0 * 5.0)
+        network.zero_grad()
+        term.backward()
+        assert torch.allclose(network.head.bias.grad, torch.tensor([3.0, 0.0, -6.0, 0.0]))
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -315,8 +326,11 @@ def federation(
     *,
     seed: int = 1,
     params: FederatedParams = FEDERATED,
+    algorithm: Algorithm = "fedprox",
 ) -> Classifier:
-    return federated(hospitals, spec(), params, rounds=rounds, proximal=proximal, seed=seed, device=CPU)
+    return reference(
+        hospitals, spec(), params, algorithm=algorithm, rounds=rounds, proximal=proximal, seed=seed
+    )
 
 
 def plain_epoch(network: Classifier, site: str, number: int, rate: float) -> None:
@@ -335,50 +349,23 @@ def plain_epoch(network: Classifier, site: str, number: int, rate: float) -> Non
     network.eval()
 
 
+def alone(rounds: int) -> Classifier:
+    """One hospital's rounds, one upon the other."""
+    network = first_network(spec(), 1)
+    for number in range(1, rounds + 1):
+        network, _ = one_round(network, HOSPITALS[0], FEDERATED, number, rounds)
+    return network
+
+
 def test_one_hospital_is_local_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qkt_clinical.training.augment", lambda images, strength, draw: images)
     expected = fast_layout(build(spec(), seed=derive(1, "federated")))
     plain_epoch(expected, "aster", 1, FEDERATED.learning_rate)
-    assert close(state(federation(HOSPITALS[:1], 1)), state(expected))
+    assert close(state(alone(1)), state(expected))
     # Over three rounds the rate falls along a cosine: 1, (1 + cos 0) / 2 = 1, (1 + cos 90°) / 2 = 1/2.
     for number, share in ((2, 1.0), (3, 0.5)):
         plain_epoch(expected, "aster", number, share * FEDERATED.learning_rate)
-    assert close(state(federation(HOSPITALS[:1], 3)), state(expected))
-
-
-def test_a_round_is_the_mean_weighed_by_images() -> None:
-    start = build(spec(), seed=derive(1, "federated"))
-    before = state(start)
-    networks = [
-        train_round(
-            start,
-            to_input(p.train[0]),
-            torch.from_numpy(p.train[1]),
-            FEDERATED,
-            learning_rate=FEDERATED.learning_rate,
-            proximal=0.0,
-            draw=generator(1, "federated", p.site, "1"),
-            device=CPU,
-        )
-        for p in HOSPITALS
-    ]
-    assert same(state(start), before)
-    states = [state(n) for n in networks]
-    found = state(federation(HOSPITALS, 1))
-    for name in ("head.weight", "extractor.bn1.running_var"):
-        expected = (60 * states[0][name] + 32 * states[1][name] + 36 * states[2][name]) / 128
-        assert torch.allclose(found[name], expected, atol=1e-5)
-
-
-def test_the_order_of_hospitals_changes_nothing() -> None:
-    images = [p.train[0].copy() for p in HOSPITALS]
-    torch.manual_seed(1)
-    one = federation(HOSPITALS, 2)
-    torch.manual_seed(2)
-    assert same(state(federation(HOSPITALS[::-1], 2)), state(one))
-    assert not one.training
-    assert not same(state(federation(HOSPITALS, 2, seed=2)), state(one))
-    assert all(np.array_equal(p.train[0], b) for p, b in zip(HOSPITALS, images, strict=True))
+    assert close(state(alone(3)), state(expected))
 
 
 def test_a_huge_proximal_weight_holds_the_global_network() -> None:
@@ -389,19 +376,51 @@ def test_a_huge_proximal_weight_holds_the_global_network() -> None:
     assert distance(held, start) < 0.1 * distance(free, start)
 
 
-def test_the_global_network_learns_what_no_hospital_holds_alone() -> None:
-    told: list[tuple[int, int]] = []
-    params = FederatedParams(batch_size=16, learning_rate=3e-3)
-    found = federated(
-        HOSPITALS,
-        spec(),
-        params,
-        rounds=12,
-        seed=1,
+def test_a_round_leaves_the_global_network_and_the_images_alone() -> None:
+    start, images = first_network(spec(), 1), HOSPITALS[0].train[0].copy()
+    before = state(start)
+    torch.manual_seed(1)
+    one, _ = one_round(start, HOSPITALS[0], FEDERATED, 1, 2)
+    torch.manual_seed(2)
+    again, _ = one_round(start, HOSPITALS[0], FEDERATED, 1, 2)
+    assert same(state(one), state(again))
+    assert not one.training
+    assert same(state(start), before)
+    assert np.array_equal(HOSPITALS[0].train[0], images)
+    other, _ = one_round(start, HOSPITALS[0], FEDERATED, 2, 2)
+    assert not same(state(one), state(other))
+
+
+def test_after_every_step_its_rate_is_told() -> None:
+    rates: list[float] = []
+    small = FederatedParams(batch_size=16)
+
+    def note(local: Classifier, rate: float) -> None:
+        rates.append(rate)
+
+    train_round(
+        first_network(spec(), 1),
+        to_input(LOCAL[0]),
+        torch.from_numpy(LOCAL[1]),
+        small,
+        learning_rate=0.5,
+        draw=round_draw(1, "aster", 1),
         device=CPU,
-        progress=lambda done, total: told.append((done, total)),
+        after_step=note,
     )
-    assert told == [(n, 12) for n in range(1, 13)]
+    assert rates == [0.5 * learning_rate_factor(step, 4, 0.1) for step in range(4)]
+
+
+def test_the_rate_falls_over_the_rounds() -> None:
+    rates = [round_rate(FEDERATED, number, 4) for number in (1, 2, 3, 4)]
+    # The first is whole, then (1 + cos) / 2 of 0, 60 and 120 degrees.
+    assert rates == pytest.approx([FEDERATED.learning_rate * share for share in (1, 1, 0.75, 0.25)])
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_the_global_network_learns_what_no_hospital_holds_alone(algorithm: Algorithm) -> None:
+    params = FederatedParams(batch_size=16, learning_rate=3e-3)
+    found = federation(HOSPITALS, 12, params=params, algorithm=algorithm)
     assert accuracy(found, range(4)) > 0.75
     personal = finetune(
         copy.deepcopy(found), LOCAL, shapes((0, 1), 10, 7), (0, 1), FINETUNE, seed=1, name="g", device=CPU

@@ -50,6 +50,8 @@ class Outcome:
 
     scores: Tensor
     bytes_moved: int = 0
+    rounds: int | None = None
+    """In which they were moved; None: one, or none where nothing was."""
     seconds: float = 0.0
     """To answer the query, teachers given; predictions are not counted."""
     passes: int = 1
@@ -132,23 +134,24 @@ def one_shot_average(case: Case) -> Outcome:
     sizes = [len(case.store.federation.hospital(name.split("/")[1]).train) for name in every]
     network = average_networks(networks, sizes)
     seconds = time.perf_counter() - start
-    return Outcome(case.restricted(network), sum(map(case.store.bytes, case.others)), seconds)
+    moved = sum(map(case.store.bytes, case.others))
+    return Outcome(case.restricted(network), moved, seconds=seconds)
 
 
 def on_teachers(case: Case, kind: str) -> Outcome:
     """Fine-tuning with class balance, or unmasked distillation from the mean of all networks."""
     name = f"{kind}/{case.question.student}"
     moved = sum(map(case.store.bytes, case.others)) if kind == DISTILLED else 0
-    return Outcome(restrict(case.logits(name), case.relevant), moved, case.store.seconds(name))
+    scores = restrict(case.logits(name), case.relevant)
+    return Outcome(scores, moved, seconds=case.store.seconds(name))
 
 
 def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Outcome:
-    """FedAvg's or FedProx's network; ``None``: the number of rounds that is best on validation images."""
-    rounds = rounds or case.store.best_rounds(algorithm)
-    name = f"{algorithm}/{rounds}"
-    transfers = 2 * rounds * len(case.store.federation.hospitals)
-    moved = transfers * case.store.weight_bytes()
-    return Outcome(restrict(case.logits(name), case.relevant), moved, case.store.seconds(name))
+    """A federation's network; ``None``: after the number of rounds that is best on validation images."""
+    name = f"{algorithm}/{rounds or case.store.best_rounds(algorithm)}"
+    done, moved = case.store.traffic(name)
+    scores = restrict(case.logits(name), case.relevant)
+    return Outcome(scores, moved, rounds=done, seconds=case.store.seconds(name))
 
 
 def global_model_finetuned(case: Case) -> Outcome:
@@ -258,7 +261,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     return Outcome(
         found,
         sum(map(store.bytes, teachers)),
-        seconds,
+        seconds=seconds,
         passes=(1 + len(experts)) * views,
         cost=None
         if experts

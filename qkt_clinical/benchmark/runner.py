@@ -125,6 +125,7 @@ def row_of(case: Case, method: str, outcome: Outcome) -> dict[str, Any]:
         "method": method,
         **measured(outcome.scores),
         "bytes_moved": outcome.bytes_moved,
+        "rounds": int(outcome.bytes_moved > 0) if outcome.rounds is None else outcome.rounds,
         "seconds": round(outcome.seconds, 3),
         "passes_per_prediction": outcome.passes,
         "cost_per_prediction": round(outcome.passes if outcome.cost is None else outcome.cost, 3),
@@ -195,11 +196,12 @@ def _claim(out: Path, key: str, resume: bool) -> None:
     write_json(mark, {"key": key})
 
 
-def environment(device: torch.device, workers: int) -> dict[str, Any]:
+def environment(device: torch.device, workers: int, *, federated: bool) -> dict[str, Any]:
     """What the figures were computed with; nothing that names a machine or a day."""
     import platform
 
-    packages = {name: version(name) for name in ("qkt-clinical", "torch", "monai", "numpy")}
+    names = ("qkt-clinical", "torch", "monai", "numpy", *(("nvflare",) if federated else ()))
+    packages = {name: version(name) for name in names}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "python": platform.python_version(),
@@ -224,7 +226,8 @@ def run(
     Args:
         data: labelled npz in MedMNIST's layout.
         out: folder to write.
-        workers: processes; by default one per core, or one on CUDA.
+        workers: processes; by default one per core, or one on CUDA. Federations run one after another, each
+            with a process for every hospital.
         resume: go on with the run in ``out``; more seeds and methods may be asked for than it had.
         progress: called with (tasks done, tasks in all).
 
@@ -235,6 +238,7 @@ def run(
         SourceError: the file cannot be used.
         ConfigError: unknown method, impossible partition, or a folder that holds another run.
         DeviceError: no such device.
+        QktError: a federation is to be run and NVIDIA FLARE is not installed, or failed.
     """
     chosen = settings.chosen
     device = pick_device(settings.device)
@@ -252,24 +256,29 @@ def run(
     del federation, bench  # every working process reads the data itself
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
     answers = [Task(seed, name, question) for seed, question in questions for name in computed]
-    _claim(out, settings.key(digest, device.type), resume)
 
     def missing(task: Task) -> bool:
         if task.question is None:
             return not (work / f"seed-{task.seed}" / task.name).is_dir()
         return not row_file(work, task).is_file()
 
+    federations = [task for task in networks if task.name.split("/")[0] in FEDERATED]
+    if any(map(missing, federations)):
+        from qkt_clinical.federation.peers import require_flare
+
+        require_flare()
+    _claim(out, settings.key(digest, device.type), resume)
     tell = progress or (lambda done, total: None)
     total = len(networks) + len(answers)
     done = total - sum(map(missing, [*networks, *answers]))
     tell(done, total)
     later = [task for task in networks if task.name.split("/")[0] in ON_TEACHERS]
-    first = [task for task in networks if task not in later]
-    for stage in (first, later, answers):
+    first = [task for task in networks if task not in later and task not in federations]
+    for stage, processes in ((federations, 1), (first, workers), (later, workers), (answers, workers)):
         for _ in run_tasks(
             _perform,
             [task for task in stage if missing(task)],
-            workers=workers,
+            workers=processes,
             prepare=_prepare,
             arguments=(data, work, settings, device.type),
         ):
@@ -285,7 +294,7 @@ def run(
         "intervals": NOTE,
         "masks": mask_figures(judged, settings),
         "budget_curves": budget_curves(rows),
-        "environment": environment(device, workers),
+        "environment": environment(device, workers, federated=bool(federations)),
         "settings": {**settings.model_dump(mode="json"), "methods": list(chosen), "data_sha256": digest},
     }
     write_json(out / RESULT, result)

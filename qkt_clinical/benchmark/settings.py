@@ -97,7 +97,8 @@ RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
 )
 """Ablations that change nothing but the budget: method and budget, read off the method's budget curve."""
 
-FEDERATED = ("fedavg", "fedprox")
+FEDERATED = ("fedavg", "fedprox", "scaffold")
+"""Peers that NVIDIA FLARE runs."""
 FINETUNED = "ablation/fedavg-finetuned"
 FINETUNE, DISTILLED = "finetune", "distill-all"
 ON_TEACHERS = (FINETUNE, DISTILLED)

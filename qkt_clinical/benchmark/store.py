@@ -30,14 +30,16 @@ from qkt_clinical.files import new_folder, write_json
 from qkt_clinical.masking import compute_mask
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.distill import distill_all
-from qkt_clinical.peers.federated import Participant, federated
+from qkt_clinical.peers.federated import Participant
 from qkt_clinical.peers.finetune import finetune
 from qkt_clinical.query import SHARED
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint, predict, to_input, train_teacher
 from qkt_clinical.transfer import hear
 
-LOGITS, MASKS, SECONDS = "logits.safetensors", "masks.json", "seconds.json"
+LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
+FEDERATIONS = "federations"
+"""Where federations run, each in a folder that is removed afterwards."""
 KEPT = 16
 """So many bundles stay in a process's memory."""
 
@@ -90,9 +92,10 @@ class Store:
         """What travels when a teacher is fetched: card, weights and mask."""
         return sum((self.folder / name / file).stat().st_size for file in SHARED)
 
-    def weight_bytes(self) -> int:
-        """What one transfer of a network in a federation costs: its weights."""
-        return self.bundle(f"full/{self.federation.hospitals[0].name}").card.weights.bytes
+    def traffic(self, name: str) -> tuple[int, int]:
+        """Rounds of a federation and bytes that it moved."""
+        found = json.loads((self.folder / name / TRAFFIC).read_text(encoding="utf-8"))
+        return int(found["rounds"]), int(found["bytes_moved"])
 
     def masks(self, name: str) -> dict[str, Mask]:
         """A teacher's mask by every estimator."""
@@ -186,19 +189,24 @@ class Store:
         }
 
     def _train_global(self, algorithm: str, rounds: int) -> None:
-        start = time.perf_counter()
-        network = federated(
+        from qkt_clinical.federation.peers import run_federation
+
+        start, peers = time.perf_counter(), self.settings.peers
+        found = run_federation(
             [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
             self.federation.spec,
-            self.settings.peers.federated,
+            peers.scaffold if algorithm == "scaffold" else peers.federated,
+            algorithm=algorithm,  # type: ignore[arg-type]
             rounds=rounds,
-            proximal=self.settings.peers.proximal if algorithm == "fedprox" else 0.0,
+            proximal=peers.proximal,
             seed=derive(self.federation.seed, "benchmark", "federated"),
             device=self.device,
+            work=self.folder / FEDERATIONS / f"{algorithm}-{rounds}",
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / algorithm / str(rounds)) as folder:
-            self._write(folder, network, f"{algorithm}-{rounds}", seconds, rounds)
+            self._write(folder, found.network, f"{algorithm}-{rounds}", seconds, rounds)
+            write_json(folder / TRAFFIC, {"rounds": found.rounds, "bytes_moved": found.bytes_moved})
 
     def _finetune(self, hospital: str) -> None:
         start, data = time.perf_counter(), self.data(hospital)

@@ -25,6 +25,7 @@ FIELDS = (
     "ece",
     "seconds",
     "bytes_moved",
+    "rounds",
     "passes_per_prediction",
     "cost_per_prediction",
 )
@@ -191,6 +192,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
             *(_percent(summary[method][field]) for field in FIELDS[:6]),
             f"{summary[method]['seconds']['mean']:.1f}",
             f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
+            f"{summary[method]['rounds']['mean']:.1f}",
             f"{summary[method]['passes_per_prediction']['mean']:.1f}",
             f"{summary[method]['cost_per_prediction']['mean']:.1f}",
             str(summary[method]["n"]),
@@ -200,7 +202,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     header = [
         "method",
         *("query", "retained", "balanced", "forgetting", "AUROC", "ECE"),
-        *("seconds", "MB moved", "passes", "cost", "queries"),
+        *("seconds", "MB moved", "rounds", "passes", "cost", "queries"),
     ]
     return _table(header, lines)
 

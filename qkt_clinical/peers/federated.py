@@ -1,9 +1,12 @@
-"""Federated averaging and FedProx, in one process."""
+"""One hospital's round of federated averaging, FedProx or SCAFFOLD.
+
+What travels, and how it is averaged, is NVIDIA FLARE's: :mod:`qkt_clinical.federation.peers`.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +15,6 @@ from torch import Tensor
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.data import Images, Labels
 from qkt_clinical.networks import Classifier, build, fast_layout
-from qkt_clinical.peers.averaging import average_networks
 from qkt_clinical.peers.params import FederatedParams
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import (
@@ -23,7 +25,6 @@ from qkt_clinical.training import (
     fit,
     generator,
     learning_rate_factor,
-    to_input,
     weighted_cross_entropy,
 )
 
@@ -36,10 +37,19 @@ class Participant:
     train: tuple[Images, Labels]
 
 
-def proximal_term(network: Classifier, start: Sequence[Tensor], proximal: float) -> Tensor:
-    """``mu / 2`` times the squared distance of the network's parameters from where the round started."""
-    distances = [((p - q) ** 2).sum() for p, q in zip(network.parameters(), start, strict=True)]
-    return 0.5 * proximal * torch.stack(distances).sum()
+def first_network(spec: NetworkSpec, seed: int) -> Classifier:
+    """The global network before the first round."""
+    return fast_layout(build(spec, seed=derive(seed, "federated")))
+
+
+def round_rate(params: FederatedParams, number: int, rounds: int) -> float:
+    """Learning rate of a round, counted from 1: it falls over the rounds along a cosine."""
+    return params.learning_rate * learning_rate_factor(number - 1, rounds, 0.0)
+
+
+def round_draw(seed: int, site: str, number: int) -> torch.Generator:
+    """Where order and views of a hospital's images come from in a round."""
+    return generator(seed, "federated", site, str(number))
 
 
 def train_round(
@@ -49,9 +59,10 @@ def train_round(
     params: FederatedParams,
     *,
     learning_rate: float,
-    proximal: float,
     draw: torch.Generator,
     device: torch.device,
+    penalty: Callable[[Classifier], Tensor] | None = None,
+    after_step: Callable[[Classifier, float], None] | None = None,
 ) -> Classifier:
     """One local epoch from the global network, with a teacher's class-balanced loss over all classes.
 
@@ -59,11 +70,11 @@ def train_round(
         network: the global one; left as it is.
         inputs: (N, C, *spatial) float32 and labels (N,), on the CPU.
         learning_rate: of this round; within it, it rises and falls as in every other training.
-        proximal: ``mu`` of FedProx; 0 is FedAvg.
-        draw: where order and views of the images come from.
+        draw: see :func:`round_draw`.
+        penalty: of the local network, added to every batch's loss: FedProx.
+        after_step: may move the local network after every step, of that learning rate: SCAFFOLD.
     """
     local = copy.deepcopy(network)
-    start = [p.detach().clone() for p in network.parameters()]
     weights = balanced_sample_weights(labels.numpy(), range(network.spec.classes)).to(device)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,7 +82,7 @@ def train_round(
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         value = weighted_cross_entropy(local(batch[0]), batch[1], weights)
-        return value + proximal_term(local, start, proximal) if proximal else value
+        return value if penalty is None else value + penalty(local)
 
     fit(
         local,
@@ -80,56 +91,6 @@ def train_round(
         loss,
         Schedule(1, learning_rate, params.weight_decay),
         device=device,
+        after_step=None if after_step is None else lambda rate: after_step(local, rate),
     )
     return local
-
-
-def federated(
-    participants: Sequence[Participant],
-    spec: NetworkSpec,
-    params: FederatedParams,
-    *,
-    rounds: int,
-    proximal: float = 0.0,
-    seed: int,
-    device: torch.device,
-    normalisation: str = "unit",
-    progress: Callable[[int, int], None] | None = None,
-) -> Classifier:
-    """FedAvg (McMahan et al., 2017) or, with ``proximal`` above 0, FedProx (Li et al., 2020).
-
-    A plain loop in one process that stands in for a federation engine: nothing travels, but what would
-    is one network to and one from every participant in every round. Each round is one local epoch at
-    every participant and the mean of their networks, running statistics included, weighed by their
-    numbers of images. The learning rate falls over the rounds along a cosine.
-
-    Args:
-        participants: in any order; names are unique.
-        progress: called with (rounds done, rounds in all).
-
-    Returns:
-        The global network after the last round, on the CPU, in evaluation mode.
-    """
-    participants = sorted(participants, key=lambda p: p.site)
-    data = [(to_input(p.train[0], normalisation), torch.from_numpy(p.train[1])) for p in participants]
-    sizes = [len(labels) for _, labels in data]
-    network = fast_layout(build(spec, seed=derive(seed, "federated")).to(device))
-    for number in range(1, rounds + 1):
-        rate = params.learning_rate * learning_rate_factor(number - 1, rounds, 0.0)
-        networks = [
-            train_round(
-                network,
-                inputs,
-                labels,
-                params,
-                learning_rate=rate,
-                proximal=proximal,
-                draw=generator(seed, "federated", participant.site, str(number)),
-                device=device,
-            )
-            for participant, (inputs, labels) in zip(participants, data, strict=True)
-        ]
-        network = average_networks(networks, sizes)
-        if progress:
-            progress(number, rounds)
-    return network.cpu()

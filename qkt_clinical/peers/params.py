@@ -53,5 +53,8 @@ class PeerParams(Strict):
     """Of a global network at one hospital, gentle: even so an absent query is largely forgotten."""
     distill: DistillParams = DistillParams()
     federated: FederatedParams = FederatedParams()
+    """Of FedAvg and FedProx."""
+    scaffold: FederatedParams = FederatedParams()
+    """Of SCAFFOLD."""
     proximal: Annotated[float, Field(gt=0)] = 1e-1
     """``mu`` of FedProx, the best of 0.001 to 1 on val."""

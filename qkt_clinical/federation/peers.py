@@ -1,0 +1,290 @@
+"""FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: what QKT is compared with, run in FLARE's simulator.
+
+One process per hospital and one for the server, all on this machine. FLARE's own controllers send, wait
+and average; a hospital's round is :func:`qkt_clinical.peers.federated.train_round`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from qkt_clinical.card import NetworkSpec
+from qkt_clinical.config import Strict
+from qkt_clinical.errors import QktError
+from qkt_clinical.federation.settings import FILE
+from qkt_clinical.files import write_json
+from qkt_clinical.networks import Classifier
+from qkt_clinical.peers.federated import Participant, first_network
+from qkt_clinical.peers.params import FederatedParams
+
+Algorithm = Literal["fedavg", "fedprox", "scaffold"]
+PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "server"
+CLASSES = "qkt_clinical.federation.peer_job."
+POLL_S = 0.5
+"""Sites ask for work so often, and the server looks for replies; FLARE's two seconds would be felt."""
+PATIENCE_S = 120.0
+"""For so long a site's process may be missing, at the start and at the end."""
+STATISTICS = Path(FLARE) / SERVER / "pool_stats" / "simulator_cell_stats.json"
+"""What FLARE counts: sizes, in MB of 2**20 bytes, of all messages of the server's end."""
+JOB = "server.simulate_job"
+
+
+class Plan(Strict):
+    """A federation to run, ``plan.json`` in its work folder."""
+
+    algorithm: Algorithm
+    sites: tuple[str, ...]
+    spec: NetworkSpec
+    params: FederatedParams
+    rounds: int
+    proximal: float
+    seed: int
+    device: str
+    threads: int
+    normalisation: str
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What a federation came to."""
+
+    network: Classifier
+    """The global network after the last round, on the CPU, in evaluation mode."""
+    rounds: int
+    """That FLARE counted, by the replies of all sites."""
+    bytes_moved: int
+    """Between the server's and the sites' ends, both ways, as FLARE counted: networks, control variates, and
+    its own messages about them."""
+
+
+def require_flare() -> None:
+    """Do nothing where NVIDIA FLARE is installed.
+
+    Raises:
+        QktError: it is not, code ``flare-missing``.
+    """
+    try:
+        import nvflare  # noqa: F401
+    except ModuleNotFoundError:
+        raise QktError(
+            "federated methods need NVIDIA FLARE",
+            remedy="Install it with pip install 'qkt-clinical[federation]', or leave them out of --methods.",
+            code="flare-missing",
+        ) from None
+
+
+def make_job(plan: Plan) -> Any:
+    """The FLARE job of a plan."""
+    from nvflare.app_common.workflows.fedavg import FedAvg
+    from nvflare.job_config.api import FedJob
+
+    from qkt_clinical.federation.peer_job import NetworkFile, OrderedMean, OrderedScaffold, Trainer
+
+    spec, count = plan.spec.model_dump(mode="json"), len(plan.sites)
+    job = FedJob(name=plan.algorithm, min_clients=count, fail_fast=True)
+    job.set_app_packages(["qkt_clinical"])  # installed at every site: no code travels
+    common: dict[str, Any] = {
+        "num_clients": count,
+        "num_rounds": plan.rounds,
+        "persistor_id": job.to_server(NetworkFile(spec, plan.seed), id="persistor"),
+        "ignore_result_error": False,
+        "task_check_period": POLL_S,
+    }
+    job.to_server({"server": {"task_request_interval": POLL_S}})
+    if plan.algorithm == "scaffold":
+        job.to_server(OrderedScaffold(**common))
+    else:
+        mu = plan.proximal if plan.algorithm == "fedprox" else None
+        job.to_server(FedAvg(aggregator=OrderedMean(), fedprox_mu=mu, **common))
+    trainer = Trainer(
+        spec,
+        plan.params.model_dump(mode="json"),
+        plan.seed,
+        plan.device,
+        plan.threads,
+        plan.normalisation,
+    )
+    job.to_clients(trainer, tasks=["train"])
+    return job
+
+
+def run_federation(
+    participants: Sequence[Participant],
+    spec: NetworkSpec,
+    params: FederatedParams,
+    *,
+    algorithm: Algorithm,
+    rounds: int,
+    proximal: float,
+    seed: int,
+    device: torch.device,
+    work: Path,
+    normalisation: str = "unit",
+) -> Federated:
+    """Run FedAvg (McMahan et al., 2017), FedProx (Li et al., 2020) or SCAFFOLD (Karimireddy et al., 2020).
+
+    A round is one local epoch at every participant and the mean of their networks, running statistics
+    included, weighed by their numbers of images; SCAFFOLD's control variates are weighed alike.
+
+    Args:
+        participants: in any order; names are unique. Each trains in a process of its own, with as many
+            threads as torch has here.
+        proximal: ``mu`` of FedProx.
+        work: folder for the run; emptied before and removed after it, but kept where FLARE fails.
+
+    Raises:
+        QktError: FLARE is not installed, code ``flare-missing``, or ended with an error, ``flare``.
+    """
+    from safetensors.numpy import save_file
+
+    require_flare()
+    from qkt_clinical.federation.peer_job import IMAGES
+
+    participants = sorted(participants, key=lambda p: p.site)
+    plan = Plan(
+        algorithm=algorithm,
+        sites=tuple(p.site for p in participants),
+        spec=spec,
+        params=params,
+        rounds=rounds,
+        proximal=proximal,
+        seed=seed,
+        device=device.type,
+        threads=torch.get_num_threads(),
+        normalisation=normalisation,
+    )
+    work = work.resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        (work / SITES / SERVER).mkdir(parents=True)
+        for one in participants:
+            (work / SITES / one.site).mkdir()
+            images, labels = one.train
+            save_file({"images": images, "labels": labels}, work / SITES / one.site / IMAGES)
+        write_json(work / PLAN, plan.model_dump(mode="json"))
+        _run(work, len(plan.sites))
+        found = _result(work, plan)
+    except QktError:
+        raise
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return found
+
+
+def _run(work: Path, sites: int) -> None:
+    """Run the simulator in a process of its own: it changes folder, arguments and logging of its process.
+
+    It finds the work folder by a link, since it splits its own command lines at blanks.
+    """
+    with TemporaryDirectory(prefix="qkt-") as short, (work / LOG).open("wb") as log:
+        link = Path(short) / "work"
+        link.symlink_to(work, target_is_directory=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(link)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TMPDIR": short},
+        )
+        try:
+            code = _wait(process, sites)
+            if code is None:
+                raise _failed(work, "a hospital's process was lost, perhaps for want of memory")
+        except BaseException:
+            for child in _children(process):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.kill()
+            process.wait()
+            raise
+    if code:
+        raise _failed(work, f"NVIDIA FLARE ended with {code}")
+
+
+def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _wait(process: subprocess.Popen[bytes], sites: int) -> int | None:
+    """The exit status; None where a site's process died: the simulator would wait for it for ever."""
+    complete = time.monotonic()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        if sum(map(_is_site, _children(process))) == sites:
+            complete = time.monotonic()
+        if time.monotonic() - complete > PATIENCE_S:
+            return None
+
+
+def _is_site(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return any("simulator_worker" in word for word in process.cmdline())
+    return False
+
+
+def _failed(work: Path, what: str) -> QktError:
+    return QktError(what, remedy=f"See {LOG} in the folder.", file=work, code="flare")
+
+
+def _result(work: Path, plan: Plan) -> Federated:
+    from safetensors.numpy import load_file
+
+    from qkt_clinical.federation.peer_job import NETWORK, set_arrays
+
+    rounds, bytes_moved = _counted(json.loads((work / STATISTICS).read_bytes()), len(plan.sites))
+    if rounds != plan.rounds:
+        raise _failed(work, f"NVIDIA FLARE ended after {rounds:g} of {plan.rounds} rounds")
+    network = first_network(plan.spec, plan.seed)
+    set_arrays(network, load_file(work / SITES / SERVER / NETWORK))
+    return Federated(network.eval(), plan.rounds, bytes_moved)
+
+
+def _counted(statistics: dict[str, Any], sites: int) -> tuple[float, int]:
+    """Rounds and bytes from FLARE's statistics of its messages."""
+
+    def bins(pool: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for category, found in statistics[pool]["pool"]["cat_data"].items():
+            yield from ((category, one) for one in found if one)
+
+    both = [b for way in ("received", "sent") for b in bins(f"{way}_msg_sizes@{JOB}")]
+    replies = sum(b["count"] for name, b in bins("received_stream_sizes") if name.endswith(":submit_update"))
+    return replies / sites, round(sum(b["total"] for _, b in both) * 2**20)
+
+
+def _lay_out_flare(work: Path) -> None:
+    """What FLARE finds in every site's ``local/``: the folder of its data, and that our classes may run."""
+    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+    local = work / FLARE / "local"
+    write_json(local / FILE, {"workspace": str(work / SITES / "{site}")})
+    allowed = [*DEFAULT_CLASS_ALLOW_LIST, CLASSES]
+    write_json(local / "resources.json", {"format_version": 2, "class_allow_list": allowed})
+
+
+def main(work: Path) -> int:
+    """Run the plan in a work folder; FLARE's exit status."""
+    plan = Plan.model_validate_json((work / PLAN).read_bytes())
+    _lay_out_flare(work)
+    done = make_job(plan).simulator_run(str(work / FLARE), clients=list(plan.sites), threads=len(plan.sites))
+    return int(done or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from qkt_clinical.benchmark.runner import WORK, run
+from qkt_clinical.benchmark.settings import FEDERATED, Settings
+from qkt_clinical.benchmark.simulate import Federation, read, simulate
+from qkt_clinical.bundle import load_bundle
+from qkt_clinical.cli import main
+from qkt_clinical.config import TrainParams
+from qkt_clinical.errors import QktError
+from qkt_clinical.federation import peers
+from qkt_clinical.federation.peers import Algorithm, Federated, run_federation
+from qkt_clinical.networks import Classifier
+from qkt_clinical.peers.federated import Participant
+from qkt_clinical.peers.params import FederatedParams, PeerParams
+from qkt_clinical.seeding import derive
+from tests.federated_reference import reference
+from tests.shapes import CPU, shapes, spec, state
+
+pytestmark = pytest.mark.slow
+
+PARAMS = FederatedParams(batch_size=16)
+SETTINGS = Settings(
+    hospitals=2,
+    classes_per_hospital=2,
+    seeds=(0,),
+    max_queries=1,
+    device="cpu",
+    methods=("local", *FEDERATED),
+    train=TrainParams(epochs=1, batch_size=32),
+    peers=PeerParams(federated=PARAMS, scaffold=PARAMS),
+    rounds=(2,),
+)
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More images of some classes, so that hospitals do not weigh alike."""
+    arrays: dict[str, np.ndarray] = {}
+    for number, (split, more) in enumerate((("train", 8), ("val", 0), ("test", 0))):
+        parts = [shapes((c,), 6 + more * (c + 1), number) for c in range(4)]
+        images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+        arrays |= {f"{split}_images": np.moveaxis(images, 1, -1), f"{split}_labels": labels[:, None]}
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bench(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A benchmark of all federations: three jobs of FLARE."""
+    out = tmp_path_factory.mktemp("bench")
+    return out, run(data, out, SETTINGS, workers=1)
+
+
+@pytest.fixture(scope="module")
+def federation(data: Path) -> Federation:
+    parts, classes = read(data)
+    return simulate(parts, classes, hospitals=2, classes_per_hospital=2, max_queries=1)
+
+
+def participants(federation: Federation) -> list[Participant]:
+    return [Participant(h.name, h.train.pair) for h in federation.hospitals]
+
+
+def floats(network: Classifier) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state(network).items() if v.is_floating_point()}
+
+
+SEED = derive(0, "benchmark", "federated")
+
+
+@pytest.mark.parametrize("algorithm", FEDERATED)
+def test_flare_comes_to_the_network_that_is_written_out(
+    bench: tuple[Path, dict[str, Any]], federation: Federation, algorithm: Algorithm
+) -> None:
+    found = load_bundle(bench[0] / WORK / "seed-0" / algorithm / str(ROUNDS)).network
+    expected = reference(
+        participants(federation),
+        federation.spec,
+        PARAMS,
+        algorithm=algorithm,
+        rounds=ROUNDS,
+        proximal=SETTINGS.peers.proximal,
+        seed=SEED,
+    )
+    sizes = {len(p.train[1]) for p in participants(federation)}
+    assert len(sizes) == 2, "weights differ"
+    # Bit by bit; but control variates are summed in another order than FLARE's helper does.
+    most = 1e-5 if algorithm == "scaffold" else 0.0
+    for name, tensor in floats(expected).items():
+        torch.testing.assert_close(floats(found)[name], tensor, rtol=0.0, atol=most, msg=name)
+
+
+def test_the_algorithms_differ(bench: tuple[Path, dict[str, Any]]) -> None:
+    networks = [load_bundle(bench[0] / WORK / "seed-0" / a / str(ROUNDS)).network for a in FEDERATED]
+    heads = [network.head.weight.detach() for network in networks]
+    for i in range(3):
+        assert float((heads[i] - heads[i - 1]).abs().max()) > 1e-3
+
+
+def test_bytes_and_rounds_are_those_that_flare_counted(bench: tuple[Path, dict[str, Any]]) -> None:
+    out, result = bench
+    rows = {r["method"]: r for r in result["rows"]}
+    weights = (out / WORK / "seed-0" / "fedavg" / str(ROUNDS) / "weights.safetensors").stat().st_size
+    once = 2 * ROUNDS * 2 * weights
+    for algorithm, networks in (("fedavg", 1), ("fedprox", 1), ("scaffold", 2)):
+        assert rows[algorithm]["rounds"] == ROUNDS
+        # Of two networks a round and hospital (SCAFFOLD: with a control variate each), and messages.
+        assert once * networks < rows[algorithm]["bytes_moved"] < 1.05 * once * networks
+        traffic = json.loads((out / WORK / "seed-0" / algorithm / str(ROUNDS) / "traffic.json").read_text())
+        assert traffic == {"rounds": ROUNDS, "bytes_moved": rows[algorithm]["bytes_moved"]}
+    assert (rows["local"]["rounds"], rows["local"]["bytes_moved"]) == (0, 0)
+    assert result["environment"]["nvflare"].startswith("2.")
+
+
+def test_nothing_of_a_finished_run_is_left_and_it_is_not_run_again(
+    bench: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = bench
+    assert list((out / WORK / "seed-0" / "federations").iterdir()) == []
+    for row in (out / WORK / "seed-0" / "rows").rglob("scaffold.json"):
+        row.unlink()
+    monkeypatch.setitem(sys.modules, "nvflare", None)  # not even needed
+    again = run(data, out, SETTINGS, workers=1, resume=True)
+    assert again["rows"] == result["rows"]
+
+
+def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
+    bench: tuple[Path, dict[str, Any]],
+    federation: Federation,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(9)
+    threads, arguments, here = threading.active_count(), list(sys.argv), Path.cwd()
+    found = run_federation(
+        participants(federation)[::-1],
+        federation.spec,
+        PARAMS,
+        algorithm="scaffold",
+        rounds=ROUNDS,
+        proximal=0.1,
+        seed=SEED,
+        device=CPU,
+        work=tmp_path / "wo {r}k",
+    )
+    assert isinstance(found, Federated)
+    before = load_bundle(bench[0] / WORK / "seed-0" / "scaffold" / str(ROUNDS)).network
+    assert all(torch.equal(v, state(before)[k]) for k, v in state(found.network).items())
+    assert not found.network.training
+    assert capfd.readouterr() == ("", "")
+    assert (threading.active_count(), sys.argv, Path.cwd()) == (threads, arguments, here)
+    assert not (tmp_path / "wo {r}k").exists()
+
+
+def attempt(work: Path, *, right: bool = False) -> Federated:
+    """Many rounds of a federation one of whose hospitals has, unless ``right``, labels of no class."""
+    images, labels = shapes((0, 1), 8, 1)
+    return run_federation(
+        [Participant("h1", (images, labels)), Participant("h2", (images, labels + 9 * (not right)))],
+        spec(),
+        PARAMS,
+        algorithm="fedavg",
+        rounds=1000,
+        proximal=0.1,
+        seed=1,
+        device=CPU,
+        work=work,
+    )
+
+
+def test_a_site_that_fails_ends_the_federation(tmp_path: Path) -> None:
+    with pytest.raises(QktError, match="NVIDIA FLARE ended") as error:
+        attempt(tmp_path / "wo {r}k")
+    assert error.value.code == "flare"
+    assert error.value.where.file == str(tmp_path / "wo {r}k")
+    assert "EXECUTION_EXCEPTION" in (tmp_path / "wo {r}k" / "flare.log").read_text()
+
+
+def test_a_site_whose_process_is_killed_ends_the_federation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[psutil.Process] = []
+
+    def kill() -> None:
+        while not (tmp_path / "wo {r}k/sites/server/network.safetensors").exists():  # after the first round
+            time.sleep(0.05)
+        monkeypatch.setattr(peers, "PATIENCE_S", 2.0)
+        for process in psutil.Process().children(recursive=True):
+            if "simulator_worker" in " ".join(process.cmdline()) and not killed:
+                killed.append(process)
+                process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(QktError, match="a hospital's process was lost") as error:
+        attempt(tmp_path / "wo {r}k", right=True)
+    assert error.value.code == "flare"
+    assert killed
+
+
+def test_ctrl_c_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+    seen: list[psutil.Process] = []
+    known = set(psutil.Process().children(recursive=True))
+
+    def interrupt() -> None:
+        while not list((tmp_path / "wo {r}k").glob("flare/h*/log.txt")):  # the sites' processes are there
+            time.sleep(0.05)
+        seen.extend(set(psutil.Process().children(recursive=True)) - known)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path / "wo {r}k")
+    assert len(seen) >= 4, "the runner, the server, two sites"
+    _, alive = psutil.wait_procs(seen, timeout=10)
+    assert alive == []
+    assert not (tmp_path / "wo {r}k").exists()
+
+
+def test_without_flare_one_line_says_what_to_install(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvflare", None)
+    words = f"benchmark --data {data} --out {tmp_path / 'out'} --hospitals 2 --classes-per-hospital 2"
+    with pytest.raises(SystemExit) as end:
+        main([*words.split(), "--seeds", "0", "--methods", "fedavg"])
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error [flare-missing]: ")
+    assert "pip install 'qkt-clinical[federation]'" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
