@@ -76,9 +76,10 @@ def simulate(
 ) -> None:
     """Every site and the server in FLARE's simulator: teachers are trained, all queries answered."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
     params = load_params(root)
-    run.need_flare()
+    require_flare()
     _show(run.simulate(root, out, params, threads=threads or len(params.sites), say=_say), as_json)
 
 
@@ -95,9 +96,10 @@ def poc(
 ) -> None:
     """The same with real processes on this machine: server, sites and an administrator, over TLS."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
     params = load_params(root)
-    run.need_flare()
+    require_flare()
     named = [s.strip() for s in sites.split(",")] if sites else list(params.sites)
     _show(run.play(root, out, params, sites=named, port=port, patience_s=patience, say=_say), as_json)
 
@@ -113,8 +115,9 @@ def kits(
 ) -> None:
     """Write startup kits for production: one folder each to hand to server, sites and administrator."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
-    run.need_flare()
+    require_flare()
     params = load_params(root)
     made = run.provision(out, params.sites, server=server, port=port, admin=admin)
     for name in (server, *params.sites):
@@ -144,8 +147,9 @@ def submit(
 ) -> None:
     """Hand queries to a running server; each hospital answers those that lie in its own folder."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
-    run.need_flare()
+    require_flare()
     params = load_params(root)
     asked = _asked(params, queries)
     if wait:
@@ -175,8 +179,9 @@ def status(
 ) -> None:
     """All jobs of a server, or how far the queries of a running one are."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
-    run.need_flare()
+    require_flare()
     if job is not None:
         outcomes = run.ask_outcomes(kit, job)
         if as_json:
@@ -198,8 +203,9 @@ def fetch(
 ) -> None:
     """Fetch a finished job's outcomes, and the students that hospitals sent."""
     from qkt_clinical.federation import run
+    from qkt_clinical.federation.settings import require_flare
 
-    run.need_flare()
+    require_flare()
     _show(run.fetch(kit, job, out), as_json)
 
 

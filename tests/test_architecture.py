@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]
 OUTER = (
     "cli",
+    "cli_federation",
     "cli_options",
     "cli_query",
     "jobs",

@@ -264,7 +264,7 @@ def run(
 
     federations = [task for task in networks if task.name.split("/")[0] in FEDERATED]
     if any(map(missing, federations)):
-        from qkt_clinical.federation.peers import require_flare
+        from qkt_clinical.federation.settings import require_flare
 
         require_flare()
     _claim(out, settings.key(digest, device.type), resume)

@@ -73,7 +73,7 @@ def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
         raise ConfigError(
             "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
         ) from None
-    return Path(settings.workspace.format(site=name)), name
+    return Path(settings.workspace.replace("{site}", name)), name
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]

@@ -25,7 +25,7 @@ import torch
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import QktError
-from qkt_clinical.federation.settings import FILE
+from qkt_clinical.federation.settings import FILE, require_flare
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.federated import Participant, first_network
@@ -69,22 +69,6 @@ class Federated:
     bytes_moved: int
     """Between the server's and the sites' ends, both ways, as FLARE counted: networks, control variates, and
     its own messages about them."""
-
-
-def require_flare() -> None:
-    """Do nothing where NVIDIA FLARE is installed.
-
-    Raises:
-        QktError: it is not, code ``flare-missing``.
-    """
-    try:
-        import nvflare  # noqa: F401
-    except ModuleNotFoundError:
-        raise QktError(
-            "federated methods need NVIDIA FLARE",
-            remedy="Install it with pip install 'qkt-clinical[federation]', or leave them out of --methods.",
-            code="flare-missing",
-        ) from None
 
 
 def make_job(plan: Plan) -> Any:

@@ -22,7 +22,7 @@ from qkt_clinical.config import Params
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import TASKS
 from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE
+from qkt_clinical.federation.settings import FILE, require_flare
 from qkt_clinical.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -38,18 +38,6 @@ OURS = "qkt_clinical.federation.flare."
 """Prefix of the only classes that a job may name at a site."""
 NOBODY = dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
 """Rights that a site gives to nobody: custom code and shells would be a way around its policy."""
-
-
-def need_flare() -> None:
-    """Raise ConfigError where NVIDIA FLARE is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("nvflare") is None:
-        raise ConfigError(
-            "NVIDIA FLARE is not installed",
-            remedy="pip install 'qkt-clinical[federation]'",
-            code="no-flare",
-        )
 
 
 def make_job(
@@ -167,7 +155,7 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -
     Raises:
         QktError: FLARE's simulator ended with an error, code ``flare``.
     """
-    need_flare()
+    require_flare()
     queries = named_queries(params)
     lay_out(root, out, params)
     work = out / "flare"
@@ -176,12 +164,16 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -
     write_json(work / "job.json", {"sites": list(params.sites), "queries": queries, "threads": threads})
     server, told = Server(out / "sites" / SERVER), dict[str, str]()
     # In a process of its own, which may say what it likes: FLARE writes on both streams and changes folders.
-    with (work / "simulator.log").open("wb") as log:
+    # It splits its own command lines at blanks, so it finds the folder by a link without one.
+    with tempfile.TemporaryDirectory(prefix="qkt-") as short, (work / "simulator.log").open("wb") as log:
+        link = Path(short) / "work"
+        link.symlink_to(work.resolve(), target_is_directory=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(work)],
+            [sys.executable, "-m", __name__, str(link)],
+            stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            env={**os.environ, "TMPDIR": short},
         )
         try:
             while process.poll() is None:
@@ -222,7 +214,7 @@ def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin:
     Returns:
         The folder with the kits.
     """
-    need_flare()
+    require_flare()
     from nvflare.lighter.impl.cert import CertBuilder
     from nvflare.lighter.impl.signature import SignatureBuilder
     from nvflare.lighter.impl.static_file import StaticFileBuilder
@@ -294,7 +286,7 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
     Raises:
         QktError: the server cannot be reached in time, code ``no-server``.
     """
-    need_flare()
+    require_flare()
     from nvflare.fuel.flare_api.api_spec import NoConnection
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qkt_clinical.config import Strict
+from qkt_clinical.errors import QktError
 
 FILE = "qkt.json"
 
@@ -16,3 +17,19 @@ class Settings(Strict):
 
     workspace: Annotated[str, Field(min_length=1, max_length=4096)]
     """Folder with the machine's params.yaml; ``{site}`` stands for its name."""
+
+
+def require_flare() -> None:
+    """Do nothing where NVIDIA FLARE is installed.
+
+    Raises:
+        QktError: it is not, code ``flare-missing``.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise QktError(
+            "NVIDIA FLARE is not installed, which federations and federated methods need",
+            remedy="Install it with pip install 'qkt-clinical[federation]', or leave such methods out.",
+            code="flare-missing",
+        )
