@@ -595,6 +595,9 @@ def benchmark(
     methods: Annotated[
         str, typer.Option(help=f"all ({', '.join(BENCHMARK_METHODS)}), ablations, or names with commas.")
     ] = "all",
+    rounds: Annotated[
+        str, typer.Option(help="Federations are trained for so many each; the best on val counts.")
+    ] = "20,50",
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
@@ -610,7 +613,7 @@ def benchmark(
 ) -> None:
     """Compare all methods on simulated hospitals: every query of every seed, one table."""
     from qkt_clinical.benchmark.runner import run
-    from qkt_clinical.benchmark.settings import Settings, parse_list, parse_seeds
+    from qkt_clinical.benchmark.settings import Settings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
     from qkt_clinical.config import TrainParams
 
@@ -622,8 +625,9 @@ def benchmark(
         regime=regime,
         samples_per_rare_class=samples_per_rare_class,
         query_size=query_size,
-        seeds=parse_seeds(seeds),
+        seeds=parse_numbers(seeds, "--seeds"),
         methods=parse_list(methods),
+        rounds=parse_numbers(rounds, "--rounds", least=1),
         max_queries=max_queries,
         budget=budget,
         split=split,

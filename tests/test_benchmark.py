@@ -27,7 +27,7 @@ from qkt_clinical.benchmark.settings import (
     Settings,
     Setup,
     parse_list,
-    parse_seeds,
+    parse_numbers,
 )
 from qkt_clinical.benchmark.simulate import Hospital, Question, Split, simulate
 from qkt_clinical.benchmark.store import Store
@@ -344,9 +344,14 @@ def test_worker_processes_change_no_figure(
     )
 
 
+def parse_whole(text: str) -> tuple[int, ...]:
+    """At the module's top, since worker processes must find it."""
+    return parse_numbers(text, "--seeds")
+
+
 def test_errors_of_workers_come_back_and_a_dead_worker_is_one() -> None:
     with pytest.raises(QktError, match="no whole numbers") as error:
-        list(run_tasks(parse_seeds, ["x", "y"], workers=2, prepare=dict, arguments=()))  # type: ignore[arg-type]
+        list(run_tasks(parse_whole, ["x", "y"], workers=2, prepare=dict, arguments=()))  # type: ignore[arg-type]
     assert error.value.code == "config"
     with pytest.raises(QktError, match="ended unexpectedly") as error:
         list(run_tasks(os._exit, [3, 3], workers=2, prepare=dict, arguments=()))
@@ -791,10 +796,10 @@ def test_the_key_names_what_rows_depend_on() -> None:
 
 def test_lists_on_the_command_line() -> None:
     assert parse_list(" a, b,,c ") == ("a", "b", "c")
-    assert parse_seeds("3,0,3") == (3, 0)
+    assert parse_numbers("3,0,3", "--seeds") == (3, 0)
     for text in ("", "a", "1,-2", "1.5"):
         with pytest.raises(ConfigError, match="no whole numbers"):
-            parse_seeds(text)
+            parse_numbers(text, "--seeds")
 
 
 def test_the_command_passes_everything_on(
@@ -837,7 +842,8 @@ def test_the_command_passes_everything_on(
     ("words", "message"),
     [
         ("--methods qtk", "error [method]: unknown method 'qtk', did you mean 'qkt'?"),
-        ("--seeds x", "error [config]: seeds 'x' are no whole numbers"),
+        ("--seeds x", "error [config]: --seeds 'x' are no whole numbers"),
+        ("--rounds 0", "error [config]: --rounds '0' are no whole numbers from 1 on"),
     ],
 )
 def test_wrong_words_end_in_one_line(

@@ -175,13 +175,19 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
     """``0,1,2`` to whole numbers, each once.
+
+    Args:
+        option: where it was given, such as ``--seeds``.
 
     Raises:
         ConfigError: not such a list.
     """
     parts: Sequence[str] = parse_list(text)
-    if not parts or not all(p.isascii() and p.isdigit() for p in parts):
-        raise ConfigError(f"seeds {text!r} are no whole numbers", remedy="Give them as in --seeds 0,1,2.")
+    if not parts or not all(p.isascii() and p.isdigit() and int(p) >= least for p in parts):
+        above = f" from {least} on" if least else ""
+        raise ConfigError(
+            f"{option} {text!r} are no whole numbers{above}", remedy=f"Give them as in {option} 1,2,3."
+        )
     return tuple(dict.fromkeys(map(int, parts)))
