@@ -199,6 +199,10 @@ class QueryConfig(Strict):
 # --- params.yaml ---------------------------------------------------------------------------------
 
 
+PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""Ed25519, in hexadecimal."""
+
+
 class Share(Strict):
     """What leaves a site for the federation."""
 
@@ -222,6 +226,8 @@ class Policy(Strict):
     """Hospitals that the site does not answer."""
     queries_per_day: Annotated[int, Field(ge=0)] = 0
     """Queries that the site helps to answer at most within any 24 hours."""
+    keys: dict[Name, PublicKey] = Field(default_factory=dict)
+    """Whose teachers are heard only if they are signed: site to its Ed25519 public key."""
 
 
 POLICY = "policy.yaml"
@@ -235,6 +241,7 @@ mask: all # all | query: others see only whether we know the classes asked for a
 refuse_classes: []
 refuse_requesters: []
 queries_per_day: 1000
+keys: {} # hospital: its public key; whoever is named is heard only if its teacher is signed
 """
 """What generated and simulated hospitals begin with."""
 

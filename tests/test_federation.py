@@ -610,6 +610,84 @@ def test_load_policy_names_the_file(tmp_path: Path) -> None:
     assert str(caught.value.where.file).endswith("hospitals/birch/policy.yaml")
 
 
+# --- signatures ------------------------------------------------------------------------------------------
+
+
+def keys(folder: Path, name: str) -> tuple[Path, str]:
+    """A new key: the private one's file, the public one in hexadecimal."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private = Ed25519PrivateKey.generate()
+    path = folder / f"{name}.pem"
+    path.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path, private.public_key().public_bytes_raw().hex()
+
+
+def test_who_is_known_by_a_key_is_kept_only_if_it_has_signed(
+    federation: Federation, copy: Site, tmp_path: Path
+) -> None:
+    mine, public = keys(tmp_path, "birch")
+    other, _ = keys(tmp_path, "other")
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    server = Server(tmp_path / "server", {"birch": public})
+    for key, state, reason in (
+        (None, "refused", "is not signed"),
+        (other, "refused", "is signed by somebody else"),
+        (mine, "answered", None),
+    ):
+        site = Site(copy.root, "birch", key)
+        said = read_reply(site.reply(CONTRIBUTE, {}), CONTRIBUTE, "birch")
+        assert isinstance(said, Contributed)
+        outcome = server.accept_teacher("birch", said)
+        assert (outcome.state, outcome.reason) == (state, reason)
+        assert (server.space.teacher("birch") / CARD).is_file() == (state == "answered")
+    assert said.signature is not None
+    forged = Contributed(files=said.files, signature=said.signature[:-1] + b"\0")
+    assert server.accept_teacher("birch", forged).code == "bundle-signature"
+    cedar = pack(federation.sites["cedar"].space.teacher("cedar"))
+    assert server.accept_teacher("cedar", Contributed(files=cedar)).state == "answered", "no key is known"
+
+
+def test_who_asks_checks_by_its_own_keys_whatever_the_server_says(
+    federation: Federation, tmp_path: Path
+) -> None:
+    import shutil
+
+    from qkt_clinical.federation.signing import sign
+
+    root = tmp_path / "aster"
+    shutil.copytree(federation.folder / "aster", root)
+    mine, public = keys(tmp_path, "birch")
+    policy(root, "aster", keys={"birch": public})
+    replies, asked = federation.ask()
+    shown = {n: r for n, r in replies.items() if isinstance(r, Offered)}
+    offers = {n: federation.server.offer(n, r) for n, r in shown.items()}
+    plan = federation.server.plan("aster", "c", asked, offers)
+    teachers = federation.server.bundles(plan, shown)
+    data: dict[str, Any] = {"plan": plan.model_dump(mode="json"), "teachers": teachers}
+    signature = sign(mine, teachers["birch"][CARD])
+    for signatures in ({}, {"birch": b"0" * 64}, {"birch": "text"}, None, {"cedar": signature}):
+        said = Site(root, "aster").reply(ANSWER, data | {"signatures": signatures})
+        assert (said["kind"], said["code"]) == ("refused", "bundle-signature"), signatures
+    said = Site(root, "aster").reply(ANSWER, data | {"signatures": {"birch": signature}})
+    assert said["kind"] == "answered"
+
+
+def test_what_is_no_key_is_a_typed_error(copy: Site, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("no key")
+    said = Site(copy.root, "birch", tmp_path / "key.pem").reply(CONTRIBUTE, {})
+    assert (said["kind"], said["code"]) == ("refused", "signing-key")
+    assert str(tmp_path) not in said["message"]
+
+
 def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation, tmp_path: Path) -> None:
     """In MLflow, from its workspace alone: it has nobody's prepared data."""
     import shutil

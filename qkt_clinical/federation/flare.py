@@ -57,15 +57,14 @@ OUTCOMES = "outcomes"
 """An administrator's question to a running job, and the file in which a finished one answers it."""
 
 
-def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
-    """This machine's qkt workspace and name, from ``local/qkt.json``.
+def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
+    """What this machine knows of itself, from ``local/qkt.json``, and its name.
 
     Raises:
         ConfigError: absent or not such a file.
     """
-    name = str(fl_ctx.get_identity_name()).removeprefix(
-        "simulator_"
-    )  # FLARE's simulator says so of its server
+    # FLARE's simulator calls its server simulator_server.
+    name = str(fl_ctx.get_identity_name()).removeprefix("simulator_")
     place = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir()) / FILE
     try:
         settings = parse(Settings, json.loads(place.read_bytes()), file=FILE)
@@ -73,7 +72,13 @@ def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
         raise ConfigError(
             "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
         ) from None
-    return Path(settings.workspace.replace("{site}", name)), name
+    return settings.model_copy(update={"workspace": settings.workspace.replace("{site}", name)}), name
+
+
+def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
+    """This machine's qkt workspace and name. Raises as :func:`settings_of`."""
+    settings, name = settings_of(fl_ctx)
+    return Path(settings.workspace), name
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -92,11 +97,12 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     ) -> Shareable:
         """Reply to a task of the server's."""
         try:
-            root, name = workspace_of(fl_ctx)
+            settings, name = settings_of(fl_ctx)
         except QktError as error:
             said = Refused.of(error).model_dump(mode="python")
         else:
-            said = Site(root, name).reply(task_name, shareable.get(SAID, {}))
+            key = None if settings.signing_key is None else Path(settings.signing_key)
+            said = Site(Path(settings.workspace), name, key).reply(task_name, shareable.get(SAID, {}))
         reply = make_reply(ReturnCode.OK)
         reply[SAID] = said
         return reply
@@ -154,7 +160,8 @@ class QueryController(Controller):  # type: ignore[misc]
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Find the server's workspace, and forget what an earlier job made of what this one is to do."""
-        self._server = Server(workspace_of(fl_ctx)[0])
+        settings, _ = settings_of(fl_ctx)
+        self._server = Server(Path(settings.workspace), settings.keys)
         for site in self.sites if self.contribute else ():
             self._server.note(Outcome(state="waiting"), "teachers", site)
         for one in self.queries:
@@ -307,6 +314,7 @@ class QueryController(Controller):  # type: ignore[misc]
         data = {
             "plan": plan.model_dump(mode="json"),
             "teachers": self._server.bundles(plan, shown),
+            "signatures": self._server.signatures(plan),
             "query": query,
         }
         answered = self._tell(ANSWER, data, [hospital], abort_signal)[hospital]

@@ -67,6 +67,8 @@ class Contributed(Message):
 
     kind: Literal["contributed"] = "contributed"
     files: dict[str, Content]
+    signature: Annotated[Content, Field(max_length=64)] | None = None
+    """Of the card, where the site has a key."""
 
 
 class Asked(Message):

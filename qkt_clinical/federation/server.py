@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -17,9 +18,12 @@ from qkt_clinical.config import Strict, Workspace, load_params
 from qkt_clinical.errors import BundleError, OutputsError
 from qkt_clinical.federation.messages import Answered, Asked, Contributed, Figures, Offered, Refused
 from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
+from qkt_clinical.federation.signing import check_signature
 from qkt_clinical.files import digest_bytes, digest_file, new_folder, write_json
 from qkt_clinical.query import SHARED, Offer, Plan, make_plan
 
+SIGNATURE = "signature"
+"""File beside a teacher that was signed."""
 State = Literal["waiting", "running", "answered", "refused", "missing"]
 
 
@@ -52,10 +56,11 @@ class Server:
 
     Args:
         root: its workspace, with a params.yaml that names the label space and the sites.
+        keys: whose teachers are kept only if they are signed: site to public key.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.space = root, Workspace(root)
+    def __init__(self, root: Path, keys: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.root, self.space, self.keys = root, Workspace(root), keys
 
     # --- what became of what ----------------------------------------------------------------------
 
@@ -104,6 +109,10 @@ class Server:
                         site=site,
                         code="bundle-card",
                     )
+                if (key := self.keys.get(site)) is not None:
+                    check_signature(key, said.files[CARD], said.signature, site)
+                if said.signature is not None:
+                    (folder / SIGNATURE).write_bytes(said.signature)
         except BundleError as error:
             outcome = Outcome(state="refused", reason=error.message, code=error.code)
             return self.note(outcome, "teachers", site)
@@ -140,6 +149,11 @@ class Server:
     def bundles(self, plan: Plan, shown: Mapping[str, Offered]) -> dict[str, dict[str, bytes]]:
         """The relevant teachers' files, each with the mask that its site shows."""
         return {site: pack(self.space.teacher(site), SHARED) | shown[site].files for site in plan.relevant}
+
+    def signatures(self, plan: Plan) -> dict[str, bytes]:
+        """Those of the relevant teachers that were signed, for whoever asks to check."""
+        places = {site: self.space.teacher(site) / SIGNATURE for site in plan.relevant}
+        return {site: place.read_bytes() for site, place in places.items() if place.is_file()}
 
     def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> Outcome:
         """Keep what a hospital says of its student, and the student if it was sent."""

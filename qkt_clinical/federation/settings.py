@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.config import Strict
+from qkt_clinical.config import Name, PublicKey, Strict
 from qkt_clinical.errors import QktError
 
 FILE = "qkt.json"
@@ -17,6 +17,10 @@ class Settings(Strict):
 
     workspace: Annotated[str, Field(min_length=1, max_length=4096)]
     """Folder with the machine's params.yaml; ``{site}`` stands for its name."""
+    signing_key: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """File with a site's private key, by which it signs its teacher."""
+    keys: dict[Name, PublicKey] = Field(default_factory=dict)
+    """Of the server: whose teachers are kept only if they are signed."""
 
 
 def require_flare() -> None:

@@ -39,6 +39,7 @@ from qkt_clinical.federation.messages import (
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
+from qkt_clinical.federation.signing import check_signature, sign
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
 from qkt_clinical.locks import hold_query
 from qkt_clinical.query import Asking, Plan, write_fetched
@@ -51,10 +52,11 @@ class Site:
 
     Args:
         root: its own workspace: params.yaml, ``hospitals/<name>/`` and what its stages make.
+        signing_key: file by which it signs its teacher.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
-        self.root, self.name = root, name
+    def __init__(self, root: Path, name: str, signing_key: Path | None = None) -> None:
+        self.root, self.name, self.signing_key = root, name, signing_key
         self.space = Workspace(root)
 
     @property
@@ -100,7 +102,8 @@ class Site:
             if task == OFFER:
                 return self._offer(Question.model_validate(data["question"], strict=False), policy)
             if task == ANSWER:
-                return self._answer(Plan.model_validate(data["plan"], strict=False), data["teachers"], policy)
+                plan = Plan.model_validate(data["plan"], strict=False)
+                return self._answer(plan, data["teachers"], data.get("signatures", {}), policy)
         except (KeyError, ValidationError):
             raise QueryError(
                 f"the server's task {task} cannot be understood",
@@ -157,7 +160,9 @@ class Site:
                 remedy="Its policy says so.",
                 site=self.name,
             )
-        return Contributed(files=pack(self.teach(load_params(self.root))))
+        files = pack(self.teach(load_params(self.root)))
+        signature = None if self.signing_key is None else sign(self.signing_key, files[CARD])
+        return Contributed(files=files, signature=signature)
 
     def _offer(self, question: Question, policy: Policy) -> Reply:
         start = time.time() - DAY_S
@@ -179,7 +184,7 @@ class Site:
         config = load_query(self.root, self.name, query)
         return Asked(query=config, asking=Asking.of(read_manifest(self.space.prepared(self.name))))
 
-    def _answer(self, plan: Plan, teachers: Any, policy: Policy) -> Reply:
+    def _answer(self, plan: Plan, teachers: Any, signatures: Any, policy: Policy) -> Reply:
         """Answer with the bundles that came; the plan must be one for this site's own query as it is now."""
         params = load_params(self.root)
         query = load_query(self.root, self.name, plan.query)
@@ -200,6 +205,10 @@ class Site:
 
         def provide(site: str, folder: Path) -> None:
             unpack_teacher(teachers[site], site, folder)
+            if (key := policy.keys.get(site)) is not None:
+                signature = signatures.get(site) if isinstance(signatures, Mapping) else None
+                card = (folder / CARD).read_bytes()
+                check_signature(key, card, signature if isinstance(signature, bytes) else None, site)
 
         with hold_query(self.root, self.name, plan.query):
             return self._transfer(plan, provide, params, policy)
