@@ -698,3 +698,51 @@ def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation,
     shutil.copytree(federation.server.root, root)
     params = load_params(root).model_copy(update={"queries": {}})
     assert set(track(root, params)["models"]) == {f"teacher.{site}" for site in HELD}
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+def test_the_record_is_printed_and_a_broken_one_is_one_line(
+    copy: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qkt_clinical.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["federation", "audit", "--root", str(copy.root)])
+    assert end.value.code in (0, None)
+    entries = list(read_record(copy.audit))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{len(entries)} entries, unbroken; the last digest is {entries[-1].digest}"
+    copy.audit.write_text(copy.audit.read_text().replace("contributed", "offered", 1))
+    with pytest.raises(SystemExit) as end:
+        main(["federation", "audit", "--root", str(copy.root), "--json"])
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error [audit-broken]: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("submit basophil --kit KIT", "error [config]: 'basophil' is no query"),
+        ("submit --kit KIT", "error [no-server]: "),
+        ("status --kit KIT", "error [no-server]: "),
+        ("fetch 1234 --kit KIT --out OUT", "error [no-server]: "),
+    ],
+)
+def test_wrong_words_and_a_server_that_is_not_there_are_one_line(
+    federation: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, error: str
+) -> None:
+    from qkt_clinical.cli import main
+
+    named = words.replace("KIT", str(tmp_path)).replace("OUT", str(tmp_path / "out")).split()
+    root = [] if named[0] in ("status", "fetch") else ["--root", str(federation.server.root)]
+    with pytest.raises(SystemExit) as end:
+        main(["federation", *named, *root])
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(error), said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
