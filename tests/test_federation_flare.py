@@ -1,0 +1,132 @@
+"""What stands between FLARE and a site: the filter on everything that leaves, and a kit's local settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nvflare", reason="the extra 'federation' is not installed")
+
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.workspace import Workspace as FlareWorkspace
+
+from qkt_clinical.config import OPEN_POLICY, POLICY
+from qkt_clinical.errors import ConfigError, PolicyError
+from qkt_clinical.federation.flare import SAID, OutboundPolicy, SiteExecutor
+from qkt_clinical.federation.messages import ASK
+from qkt_clinical.federation.run import provision, serve, write_local
+
+ASKED = {
+    "kind": "asked",
+    "query": {"classes": ["c"]},
+    "asking": {"classes": ["a", "c"], "held": ["a"], "shape": [3, 8, 8], "normalisation": "unit"},
+}
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> FLContext:
+    """A job's task at site birch, whose workspace and kit are in ``tmp_path``."""
+    (tmp_path / "qkt" / "hospitals" / "birch").mkdir(parents=True)
+    (tmp_path / "qkt" / "hospitals" / "birch" / POLICY).write_text(OPEN_POLICY)
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    write_local(tmp_path / "kit" / "local", str(tmp_path / "qkt"))
+    found = FLContext()
+    found.set_prop(ReservedKey.IDENTITY_NAME, "birch", private=True, sticky=False)
+    found.set_prop(
+        FLContextKey.WORKSPACE_OBJECT,
+        FlareWorkspace(root_dir=str(tmp_path / "kit"), site_name="birch"),
+        private=True,
+        sticky=False,
+    )
+    found.set_prop(FLContextKey.TASK_NAME, ASK, private=True, sticky=False)
+    return found
+
+
+def reply(**parts: Any) -> Shareable:
+    """A message that is about to leave."""
+    made = make_reply(ReturnCode.OK)
+    made.update(parts)
+    return made
+
+
+def test_what_may_leave_passes_and_nothing_beside_it(context: FLContext) -> None:
+    passed = OutboundPolicy().process(reply(**{SAID: ASKED, "images": b"pixels"}), context)
+    assert passed[SAID] == ASKED
+    assert "images" not in passed
+    assert passed.get_return_code() == ReturnCode.OK
+
+
+def test_a_message_that_is_not_ours_leaves_its_return_code_alone(context: FLContext) -> None:
+    made = reply(DXO={"weights": [1.0]})
+    made.set_return_code(ReturnCode.EXECUTION_EXCEPTION)
+    passed = OutboundPolicy().process(made, context)
+    assert passed.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert not {"DXO", SAID} & set(passed)
+
+
+@pytest.mark.parametrize(
+    "said", [{**ASKED, "counts": {"a": 7}}, {"kind": "contributed", "files": {}}, "patients", [1]]
+)
+def test_what_may_not_leave_raises_and_flare_sends_nothing(context: FLContext, said: Any) -> None:
+    with pytest.raises(PolicyError, match="nothing was sent"):
+        OutboundPolicy().process(reply(**{SAID: said}), context)
+
+
+@pytest.mark.parametrize("text", ["", "share: [", "share: {teacher: maybe}"])
+def test_without_a_valid_policy_the_filter_lets_nothing_pass(
+    context: FLContext, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "qkt" / "hospitals" / "birch" / POLICY).write_text(text)
+    with pytest.raises(PolicyError):
+        OutboundPolicy().process(reply(**{SAID: ASKED}), context)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"workspace": 3}', '{"workspace": "x", "root": "/"}'])
+def test_a_site_that_does_not_know_its_workspace_says_so(
+    context: FLContext, tmp_path: Path, text: str | None
+) -> None:
+    path = tmp_path / "kit" / "local" / "qkt.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ConfigError):
+        OutboundPolicy().process(reply(**{SAID: ASKED}), context)
+    said = SiteExecutor().execute(ASK, Shareable(), context, None)[SAID]
+    assert (said["kind"], said["code"]) == ("refused", "config")
+    assert str(tmp_path) not in json.dumps(said), "a site's paths are its own"
+
+
+def test_kits_give_nobody_code_or_shells_and_send_no_logs(tmp_path: Path) -> None:
+    made = provision(
+        tmp_path, ["aster", "birch"], server="qkt.example.org", port=8002, admin="coordinator@example.org"
+    )
+    assert {p.name for p in made.iterdir()} == {
+        "qkt.example.org",
+        "aster",
+        "birch",
+        "coordinator@example.org",
+    }
+    keys = [(made / name / "startup" / "client.key").read_bytes() for name in ("aster", "birch")]
+    assert keys[0] != keys[1]
+    for name in ("qkt.example.org", "aster"):
+        write_local(made / name / "local", "/srv/qkt")
+    serve(made / "qkt.example.org", tmp_path / "storage")
+    for name in ("qkt.example.org", "aster"):
+        local = made / name / "local"
+        rights = json.loads((local / "authorization.json").read_bytes())["permissions"]
+        for role, given in rights.items():
+            assert {given[r] for r in ("byoc", "shell_commands", "clone_job")} == {"none"}, role
+        resources = json.loads((local / "resources.json").read_bytes())
+        assert resources["class_allow_list"] == ["qkt_clinical.federation.flare."]
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert resources["allow_log_streaming"] is False
+        assert json.loads((local / "qkt.json").read_bytes()) == {"workspace": "/srv/qkt"}
+        scope = json.loads((local / "privacy.json").read_bytes())
+        assert scope["default_scope"] == scope["scopes"][0]["name"]
+        assert scope["scopes"][0]["task_result_filters"][0]["path"].endswith(".OutboundPolicy")
+    text = (made / "qkt.example.org" / "local" / "resources.json").read_text()
+    assert "/tmp/nvflare" not in text
+    assert text.count(str(tmp_path / "storage")) == 2
