@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qkt_clinical.config import Workspace, load_params
@@ -107,6 +108,20 @@ def machines(kits: Path, out: Path) -> Iterator[dict[str, subprocess.Popen[bytes
             run.kill(process)
 
 
+@contextlib.contextmanager
+def asleep(machine: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A machine that nobody can reach for a while, with the processes of its jobs."""
+    top = psutil.Process(machine.pid)
+    found = [top, *top.children(recursive=True)]
+    for process in found:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in found:
+            process.resume()
+
+
 def until(what: Callable[[], bool], seconds: float = 180) -> None:
     """Wait for something that must come."""
     end = time.monotonic() + seconds
@@ -118,7 +133,9 @@ def until(what: Callable[[], bool], seconds: float = 180) -> None:
 def test_real_processes_one_site_and_the_server_killed(
     root: Path, students: dict[str, str], tmp_path: Path
 ) -> None:
-    """A site is killed in its training and the server in a query; every query is answered all the same."""
+    """A site is killed in its training, another cannot be reached for a while, and the server is killed in a
+    query; every query is answered all the same.
+    """
     params = load_params(root)
     port = free_port()
     kits = run.set_up(root, tmp_path, params, port=port)
@@ -136,6 +153,8 @@ def test_real_processes_one_site_and_the_server_killed(
         run.kill(running["birch"])
         assert server.outcome("teachers", "birch").state != "answered", "killed before it was done"
         running["birch"] = run.start(kits / "birch", tmp_path / "logs" / "birch.log")
+        with asleep(running["cedar"]):  # unreachable for less than the silence that counts
+            time.sleep(6)
         until(lambda: server.outcome("queries", "aster", "basophil").state == "running", 300)
         run.kill(running[run.HOST])
         running[run.HOST] = run.start(kits / run.HOST, tmp_path / "logs" / f"{run.HOST}.log")
