@@ -25,6 +25,7 @@ import torch
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import QktError
+from qkt_clinical.federation.run import kill
 from qkt_clinical.federation.settings import FILE, require_flare
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier
@@ -191,11 +192,7 @@ def _run(work: Path, sites: int) -> None:
             if code is None:
                 raise _failed(work, "a hospital's process was lost, perhaps for want of memory")
         except BaseException:
-            for child in _children(process):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-            process.kill()
-            process.wait()
+            kill(process)
             raise
     if code:
         raise _failed(work, f"NVIDIA FLARE ended with {code}")
