@@ -28,7 +28,7 @@ def expert(known: Sequence[int], seed: int = 1) -> Tensor:
     noise = torch.randn(60, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     logits = torch.full((60, CLASSES), -20.0, dtype=torch.float64)
     for c in known:
-        logits[:, c] = 2 * TRAITS[:, c] + 0.5 * noise[:, c] + 9 * (LABELS == c)
+        logits[:, c] = 2 * TRAITS[:, c] + 0.5 * noise[:, c] + 9 * (c == LABELS)
     return logits
 
 
