@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.trust import Judge
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.hostile import PROBES, SHARE, draw_bad, spoil
@@ -627,6 +628,23 @@ def test_bad_teachers_claim_what_they_like_and_the_asking_hospital_reads_them_ag
     assert {n: t.known for n, t in flipped.items()} == {n: t.known for n, t in honest.items()}
     oracle = methods_room.relevant_teachers(case, SETUPS["ablation/mask-oracle"])
     assert all(t.shown is None for t in oracle.values()), "what an ablation says is no lie"
+
+
+def test_what_becomes_of_bad_teachers_is_counted(case: Case) -> None:
+    judge = Judge(case.store)
+    relevant = len(
+        [
+            t
+            for q in case.store.federation.questions
+            for t in methods_room.relevant_teachers(Case(case.store, q), Setup())
+        ]
+    )
+    assert sum(judge.tally(None, 0).values()) == relevant
+    lying = judge.tally("lying-mask", 2)
+    assert sum(lying.values()) == 2 * len(case.store.federation.questions)
+    assert lying["bad heard"] == 0, "each claims a class that it does not show"
+    copied = judge.tally("copied-row", 1)
+    assert sum(n for fate, n in copied.items() if fate.startswith("bad")) <= 2
 
 
 def test_where_nobody_is_to_be_trusted_the_own_model_answers(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.bundle import load_bundle, write_bundle
-from qkt_clinical.card import MASK, Mask
+from qkt_clinical.card import MASK, InputSpec, Mask
 from qkt_clinical.catalog import METHODS, Method
 from qkt_clinical.config import DistillationParams, TransferParams
 from qkt_clinical.errors import QueryError
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier, build
 from qkt_clinical.objectives import consensus, consensus_rows, margin
+from qkt_clinical.stages.transfer import correct_masks
 from qkt_clinical.training import Checkpoint, mean_recall, predict, to_input
 from qkt_clinical.transfer import (
     Answer,
@@ -626,6 +627,48 @@ def test_a_lie_about_a_mask_has_no_effect(
     assert believed.get("birch", birch.known) == birch.known
     (told,) = [t for t in answer.phases["trust"] if t["site"] == "birch"]
     assert told["dismissed"] == ["0", "2"]
+
+
+def test_a_lie_is_taken_out_of_the_mask_of_an_expert(
+    own: Classifier, birch: Teacher, cedar: Teacher, tmp_path: Path
+) -> None:
+    claims = {"birch": (0, 1, 2, 3), "cedar": cedar.known}
+    for teacher_ in (birch, cedar):
+        folder = tmp_path / teacher_.site
+        folder.mkdir()
+        card = {
+            "kind": "teacher",
+            "site": teacher_.site,
+            "classes": CLASSES,
+            "input": InputSpec(shape=(3, 16, 16), normalisation="unit", spacing_mm=None),
+            "training": {},
+        }
+        write_bundle(folder, teacher_.network, card)
+        known = tuple(c in claims[teacher_.site] for c in range(4))
+        mask = Mask(
+            estimator="combined",
+            probes=8,
+            seed=0,
+            classes=CLASSES,
+            scores=tuple(float(k) for k in known),
+            threshold=0.5,
+            automatic=False,
+            known=known,
+        )
+        write_json(folder / MASK, mask.model_dump(mode="json"))
+    bundles = [load_bundle(tmp_path / site) for site in claims]
+    honest = (tmp_path / "cedar" / MASK).read_bytes()
+    teachers = [Teacher.of(b, t.known) for b, t in zip(bundles, (birch, cedar), strict=True)]
+    answer = ask(own, teachers, "routed")
+    correct_masks(tmp_path, bundles, answer)
+    believed = Teacher.of(load_bundle(tmp_path / "birch"))
+    assert believed.known == birch.known
+    assert (tmp_path / "cedar" / MASK).read_bytes() == honest
+    inputs = to_input(TEST[0])
+    found = scores_of(answer.network, answer.decision, [believed, cedar], inputs, CPU)
+    expected = ask(own, [birch, cedar], "routed")
+    other = scores_of(expected.network, expected.decision, [birch, cedar], inputs, CPU)
+    assert torch.allclose(found, other, atol=1e-5), "but for rounding, as if nobody had lied"
 
 
 def test_a_query_that_nobody_to_be_trusted_knows(own: Classifier, birch: Teacher, cedar: Teacher) -> None:

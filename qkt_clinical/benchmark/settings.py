@@ -42,6 +42,7 @@ Bad = Literal["flipped-labels", "lying-mask", "noise-bias"]
 - ``noise-bias``: noise, and whatever else tells it nothing, is the class asked for to it, and it claims that
   class beside its own.
 """
+BAD: tuple[Bad, ...] = get_args(Bad)
 
 BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 """Budgets of the budget curve."""
@@ -104,7 +105,7 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/no-trust": _transfer("qkt", trust=False),
         **{
             f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
-            for bad in get_args(Bad)
+            for bad in BAD
             for count in (1, 2)
             for name, changed in (("", ()), ("-no-trust", (("trust", False),)))
         },

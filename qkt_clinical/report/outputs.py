@@ -132,6 +132,16 @@ class Evaluation(View):
     """Column to group, of hospitals whose site.yaml names the column."""
 
 
+class Trusted(View):
+    """What the hospital's own images said of a fetched teacher."""
+
+    site: str
+    heard: bool
+    reason: str
+    dismissed: tuple[str, ...] = ()
+    """Classes that it claims and is not believed to know."""
+
+
 class Phase1(View):
     """What the student took up from the relevant teachers."""
 
@@ -158,6 +168,7 @@ class Phases(View):
     """``phases.json``."""
 
     method: str
+    trust: tuple[Trusted, ...] = ()
     phase1: Phase1 | None = None
     phase2: Phase2
 

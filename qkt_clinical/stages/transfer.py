@@ -77,7 +77,7 @@ def _shown(bundle: Bundle, params: Params) -> tuple[int, ...]:
     )
 
 
-def _correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
+def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
     """Take claims that were not believed out of the masks of a student's experts."""
     sent = {bundle.card.site: bundle.mask for bundle in bundles}
     for teacher in answer.teachers:
@@ -183,7 +183,7 @@ def transfer_query(
         write_json(folder / REFERENCE, reference.model_dump(mode="json"))
         for expert in answer.decision.experts:
             shutil.copytree(fetched / "teachers" / expert, folder / "experts" / expert)
-        _correct_masks(folder / "experts", bundles, answer)
+        correct_masks(folder / "experts", bundles, answer)
         write_json(
             folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}
         )
