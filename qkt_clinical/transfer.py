@@ -693,7 +693,7 @@ def answer_query(
         said = predict(network, calibration, device)
     scores = query_scores(said, local, query)
     if rare:
-        own = logits[0] if method == "qkt" else predict(student, calibration, device)
+        own = logits[0] if method != "qkt-light" and not flips else predict(student, calibration, device)
         scores = scores[kept_today(own, local, query)]
     offset = offset_for_budget(scores, budget) if params.phase2 else 0.0
     offsets = torch.full((len(query),), offset)
