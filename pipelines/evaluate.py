@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines
+from qkt_clinical.console import errors_as_lines, tell_skipped
 from qkt_clinical.stages.evaluate import evaluate_queries
 
 HERE = Path()
@@ -12,7 +12,7 @@ HERE = Path()
 
 def main() -> None:
     """Run the stage in the workspace that is the current folder."""
-    evaluate_queries(HERE, load_params(HERE))
+    evaluate_queries(HERE, load_params(HERE), skipped=tell_skipped)
 
 
 if __name__ == "__main__":

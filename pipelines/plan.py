@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qkt_clinical.config import load_params
 from qkt_clinical.console import errors_as_lines
+from qkt_clinical.locks import hold_query
 from qkt_clinical.query import plan_query
 
 HERE = Path()
@@ -12,7 +13,8 @@ HERE = Path()
 
 def main(hospital: str, query: str) -> None:
     """Run the stage in the workspace that is the current folder."""
-    plan_query(HERE, hospital, query, load_params(HERE))
+    with hold_query(HERE, hospital, query):
+        plan_query(HERE, hospital, query, load_params(HERE))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qkt_clinical.config import load_params
 from qkt_clinical.console import errors_as_lines, progress
+from qkt_clinical.locks import hold_query
 from qkt_clinical.stages.transfer import transfer_query
 
 HERE = Path()
@@ -12,7 +13,7 @@ HERE = Path()
 
 def main(hospital: str, query: str) -> None:
     """Run the stage in the workspace that is the current folder."""
-    with progress(f"transfer {hospital}/{query}") as step:
+    with hold_query(HERE, hospital, query), progress(f"transfer {hospital}/{query}") as step:
         transfer_query(HERE, hospital, query, load_params(HERE), progress=step)
 
 

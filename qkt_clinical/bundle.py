@@ -83,8 +83,15 @@ def _check_header(path: Path, card: Card) -> None:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= longest or size != 8 + length + room or size != card.weights.bytes:
-                raise refuse(f"{size} bytes against {card.weights.bytes} on the card", "bundle-size")
+            if size != card.weights.bytes:
+                what = f"the file has {size} bytes, {card.weights.bytes} by the card"
+                raise refuse(what, "bundle-size")
+            if not 2 <= length <= longest:
+                what = f"a header of {length} bytes, not of 2 to {longest}"
+                raise refuse(what, "bundle-size")
+            if size != 8 + length + room:
+                what = f"the file has {size} bytes; {card.network.name} of the card needs {8 + length + room}"
+                raise refuse(what, "bundle-size")
             header = json.loads(stream.read(length))
     except OSError:
         raise refuse("cannot be read", "bundle-missing") from None

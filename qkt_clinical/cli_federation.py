@@ -119,6 +119,7 @@ def kits(
     made = run.provision(out, params.sites, server=server, port=port, admin=admin)
     for name in (server, *params.sites):
         run.write_local(made / name / "local", ".")
+    run.serve(made / server, Path("storage"))
     found = {"kits": sorted(str(p) for p in made.iterdir() if p.is_dir())}
     if as_json:
         print_json(found)
@@ -137,6 +138,7 @@ def submit(
         bool, typer.Option(help="Wait for the answers, and submit again what a fault has stopped.")
     ] = False,
     patience: Patience = 3600,
+    silence: Annotated[int, typer.Option(min=10, help="Seconds after which a silent site is missing.")] = 60,
     root: Root = HERE,
     as_json: Json = False,
 ) -> None:
@@ -147,10 +149,18 @@ def submit(
     params = load_params(root)
     asked = _asked(params, queries)
     if wait:
-        done = run.attend(kit, params.sites, asked, contribute=contribute, patience_s=patience, say=_say)
+        done = run.attend(
+            kit,
+            params.sites,
+            asked,
+            contribute=contribute,
+            patience_s=patience,
+            silence_s=silence,
+            say=_say,
+        )
         _show({q: done[q] for q in asked}, as_json)
         return
-    job = run.submit(kit, params.sites, asked, contribute=contribute, patience_s=patience)
+    job = run.submit(kit, params.sites, asked, contribute=contribute, patience_s=patience, silence_s=silence)
     if as_json:
         print_json({"job": job})
     else:

@@ -14,6 +14,7 @@ from qkt_clinical.cli_options import EPILOG, HERE, Json, OnDevice, Root, print_j
 from qkt_clinical.config import QueryConfig, Workspace, load_params, load_query
 from qkt_clinical.console import progress
 from qkt_clinical.errors import QktError
+from qkt_clinical.files import digest_folder
 
 if TYPE_CHECKING:
     from qkt_clinical.jobs import Job
@@ -251,13 +252,16 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
 
     space = Workspace(root)
     folder = space.student(hospital, query)
+    measured = _read(space.reports / "evaluation" / hospital / f"{query}.json") or {}
+    judged = _read(space.reports / "gate" / hospital / f"{query}.json") or {}
+    digest = digest_folder(folder)  # what was said of another student is not said of this one
     found = {
         "query": load_query(root, hospital, query).model_dump(mode="json"),
         "job": _as_json(Board(root).read(hospital, query)),
         "plan": _read(folder / "plan.json"),
         "phases": _read(folder / "phases.json"),
-        "evaluation": _read(space.reports / "evaluation" / hospital / f"{query}.json"),
-        "gate": _read(space.reports / "gate" / hospital / f"{query}.json"),
+        "evaluation": measured if measured.get("student") == digest else None,
+        "gate": judged if judged.get("digest") == digest else None,
     }
     if as_json:
         print_json(found)
@@ -271,14 +275,15 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
             print(f"  {teacher['site']}: {teacher['reason']}")
     if found["phases"]:
         second = found["phases"]["phase2"]
-        print(
-            f"given away: {second['given_away']:.1%} of own calibration images, budget {second['budget']:.1%}"
-        )
+        given = "a share" if second["given_away"] is None else f"{second['given_away']:.1%}"
+        print(f"given away: {given} of own calibration images, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]
             named = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
             print(f"{side}: " + ", ".join(f"{n} {figures[n]['value']:.3f}" for n in named))
+    elif found["plan"]:
+        print("nobody has measured this student")
     if found["gate"]:
         unmet = [r["rule"] for r in found["gate"]["rules"] if not r["passed"]]
         print(f"gate: {'passed' if found['gate']['passed'] else 'not passed: ' + ', '.join(unmet)}")

@@ -338,7 +338,7 @@ class GateParams(Strict):
     forgetting: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Retained accuracy lost, at the upper end of its interval, at most."""
     calibration: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Expected calibration error at most."""
+    """Expected calibration error, at the upper end of its interval, at most."""
     query_images: Annotated[int, Field(ge=0)] = 20
     """Test images of every class asked for at least: of fewer, nobody can say how good an answer is."""
     worse_than_champion: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -511,7 +511,7 @@ def query_file(root: Path, site: str, query: str) -> Path:
     Raises:
         ConfigError: a name is malformed, or there is no such hospital.
     """
-    return site_folder(root, site) / "queries" / f"{_name(query, 'query')}.yaml"
+    return site_folder(root, site) / "queries" / f"{check_name(query, 'query')}.yaml"
 
 
 def load_query(root: Path, site: str, query: str) -> QueryConfig:
@@ -520,7 +520,12 @@ def load_query(root: Path, site: str, query: str) -> QueryConfig:
     return parse(QueryConfig, read_yaml(path), file=path, site=site)
 
 
-def _name(value: str, what: str) -> str:
+def check_name(value: str, what: str) -> str:
+    """The name itself, if it is one of a site or query: it becomes a part of paths.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
     if not NAME.fullmatch(value):
         raise ConfigError(
             f"{value!r} is no {what} name",
@@ -535,11 +540,12 @@ def site_folder(root: Path, site: str) -> Path:
     Raises:
         ConfigError: the name is malformed or the folder does not exist.
     """
-    folder = root / "hospitals" / _name(site, "site")
+    folder = root / "hospitals" / check_name(site, "site")
     if not folder.is_dir():
         known = sorted(p.name for p in (root / "hospitals").glob("*") if (p / "site.yaml").is_file())
         near = difflib.get_close_matches(site, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known sites: {', '.join(known) or 'none'}."
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        hint += f"Known sites: {', '.join(known) or 'none'}."
         raise ConfigError(f"no hospital {site!r}", remedy=hint, site=site)
     return folder
 

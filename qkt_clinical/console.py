@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from qkt_clinical.config import QueryRef
 from qkt_clinical.errors import QktError
 
 Step = Callable[[int, int], None]
@@ -42,6 +43,11 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
                 print(f"{label}: {done}/{total}{words}", file=sys.stderr, flush=True)
 
         yield line
+
+
+def tell_skipped(ref: QueryRef, why: QktError) -> None:
+    """Name a query that a stage leaves out, on standard error."""
+    print(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}", file=sys.stderr)
 
 
 @contextmanager

@@ -39,15 +39,10 @@ Labels = NDArray[np.int64]
 FORMAT = "qkt-prepared/1"
 ARRAYS = ("images.npy", "labels.npy", "groups.npy")
 SUBGROUPS = "subgroups.json"
-
-
-SMALLEST_COUNT = 5
-"""Counts of images or patients below this are not shown, except 0."""
-
-
-def shown_count(number: int) -> str:
-    """A number of images or patients as a report may show it; 1 to 4 become ``<5``."""
-    return f"<{SMALLEST_COUNT}" if 0 < number < SMALLEST_COUNT else f"{number:,}"
+BYTES_PER_INDEX, BYTES_OF_NAMES = 32, 65_536
+"""Of JSON, at most: an image's index or place on a line of its own; what else a list or column holds."""
+MOST_COLUMNS, LONGEST_GROUP = 8, 64
+"""Columns of ``subgroups.json``, and characters of a group's name, at most."""
 
 
 class ImageStack(Protocol):
@@ -238,18 +233,34 @@ def _as_places(groups: NDArray[np.str_]) -> dict[str, Any]:
     return {"groups": names.tolist(), "images": places.tolist()}
 
 
+def _read_bounded(path: Path, most: int) -> Any:
+    """A JSON file of so many bytes at most.
+
+    Raises:
+        OSError, ValueError, RecursionError: absent, larger, or not JSON.
+    """
+    if path.stat().st_size > most:
+        raise ValueError(f"larger than {most} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _read_subgroups(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.str_]]:
     """Column to groups (N,).
 
     Raises:
-        ValueError, TypeError, KeyError, IndexError, AttributeError: not what :func:`write_prepared` writes.
+        OSError, RecursionError, ValueError, TypeError, KeyError, IndexError, AttributeError: not what
+            :func:`write_prepared` writes.
     """
     if SUBGROUPS not in manifest.digests:
         return {}
     found = {}
-    for column, held in json.loads((folder / SUBGROUPS).read_text(encoding="utf-8")).items():
+    most = MOST_COLUMNS * (BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES)
+    for column, held in _read_bounded(folder / SUBGROUPS, most).items():
         places = np.asarray(held["images"], dtype=np.int64)
         if places.shape != (manifest.count,) or places.min(initial=0) < 0:
+            raise ValueError(column)
+        # One long name would make every image's group as long.
+        if max((len(name) for name in held["groups"]), default=0) > LONGEST_GROUP:
             raise ValueError(column)
         found[str(column)] = np.array(held["groups"], dtype=np.str_)[places]
     return found
@@ -283,6 +294,22 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError),
+    RecursionError,
+)
+"""What a damaged file of a prepared site may end in."""
+
+
+def _unreadable(error: BaseException, manifest: Manifest, folder: Path) -> PreparedError:
+    return PreparedError(
+        f"cannot be read: {type(error).__name__}",
+        remedy="Run 'qkt ingest' for this site again.",
+        site=manifest.site,
+        file=folder,
+    )
+
+
 def load_prepared(folder: Path) -> PreparedSite:
     """Open a prepared site; images stay on disk.
 
@@ -294,18 +321,8 @@ def load_prepared(folder: Path) -> PreparedSite:
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
         groups = np.load(folder / "groups.npy", allow_pickle=False)
-        splits = {
-            s: np.asarray(v, dtype=np.int64)
-            for s, v in json.loads((folder / "splits.json").read_text()).items()
-        }
-        subgroups = _read_subgroups(folder, manifest)
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
-        raise PreparedError(
-            f"cannot be read: {type(error).__name__}",
-            remedy="Run 'qkt ingest' for this site again.",
-            site=manifest.site,
-            file=folder,
-        ) from None
+    except UNREADABLE as error:
+        raise _unreadable(error, manifest, folder) from None
     wanted = (manifest.count, *manifest.shape)
     lengths = {labels.shape, groups.shape}
     if images.shape != wanted or str(images.dtype) != manifest.dtype or lengths != {wanted[:1]}:
@@ -316,6 +333,14 @@ def load_prepared(folder: Path) -> PreparedSite:
             site=manifest.site,
             file=folder,
         )
+    try:  # now that the number of images is known to be true
+        most = BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES
+        splits = {
+            s: np.asarray(v, dtype=np.int64) for s, v in _read_bounded(folder / "splits.json", most).items()
+        }
+        subgroups = _read_subgroups(folder, manifest)
+    except UNREADABLE as error:
+        raise _unreadable(error, manifest, folder) from None
     if set(splits) != set(SPLITS):
         raise PreparedError(
             "splits.json lacks a split", remedy="Run 'qkt ingest' for this site again.", site=manifest.site

@@ -14,10 +14,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from qkt_clinical.config import NAME
+from qkt_clinical.config import NAME, Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import write_json
 from qkt_clinical.gate import Champion, Measured
+from qkt_clinical.locks import lock
 
 FOLDER = "decisions"
 NONE = "none"
@@ -87,10 +88,16 @@ def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
 
 
 def keep_decision(root: Path, decision: Decision) -> None:
-    """Add a decision to its hospital's."""
+    """Add a decision to its hospital's.
+
+    Raises:
+        OutputsError: those that there are cannot be read.
+    """
     site = site_of(decision.model)
-    kept = (*read_decisions(root, site), decision)
-    write_json(decisions_file(root, site), [d.model_dump(mode="json") for d in kept])
+    # Two reviewers may decide at the same moment. The lock is no part of the folder, which is committed.
+    with lock(Workspace(root).scratch / f"decisions.{site}.lock"):
+        kept = (*read_decisions(root, site), decision)
+        write_json(decisions_file(root, site), [d.model_dump(mode="json") for d in kept])
 
 
 def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:

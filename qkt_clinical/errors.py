@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,3 +138,20 @@ class PolicyError(QktError):
     """A site's policy does not let something leave, or cannot be read, which is the same."""
 
     code = "policy"
+
+
+def refused_by_system(error: OSError) -> QktError:
+    """What the operating system refused, such as to write to a full disk; no file is named.
+
+    Codes ``disk-full`` and ``system``.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QktError(
+            "the disk is full", remedy="Make room on it, then run the same command again.", code="disk-full"
+        )
+    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+    return QktError(
+        f"the operating system refused: {reason}",
+        remedy="Check disk and permissions of the workspace, then run the same command again.",
+        code="system",
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def to_json(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: temporary name first, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _passing(path, "part")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -67,39 +70,67 @@ def write_json_list(path: Path, values: Iterable[Any]) -> None:
         stream.write("\n]\n")
 
 
+def _passing(target: Path, ending: str) -> Path:
+    """A name beside ``target`` that no other process has: numbers of processes come again."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{ending}")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a folder, by which :func:`sweep` knows that its process lives.
+
+    Raises:
+        OSError: somebody holds it, it is not there, or the file system knows no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sweep(target: Path) -> None:
     """Remove what a process that has ended left beside ``target`` while it made it anew."""
-    for path in target.parent.glob(f".{target.name}.*.*"):
-        number = path.name.removeprefix(f".{target.name}.").partition(".")[0]
-        if path.suffix in (".part", ".old") and number.isdecimal() and not _alive(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(target.parent.glob(f".{target.name}.*")):
+        if re.fullmatch(r"[0-9a-f]+\.(part|old)", path.name.removeprefix(f".{target.name}.")):
+            with suppress(OSError), _held(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+@contextmanager
+def passing_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that is gone after the block, unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        while True:
+            temporary = _passing(target, "part")
+            temporary.mkdir()
+            try:
+                stack.enter_context(_held(temporary))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # it is swept: nobody held it for a moment
+            except OSError:
+                pass  # a file system without locks, where nothing is swept
+            if temporary.is_dir():
+                break
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``target``; on success it replaces ``target``, else it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with passing_folder(target) as temporary:
         yield temporary
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
+        if not target.exists():
             temporary.rename(target)
-            shutil.rmtree(old)
-        else:
+            return
+        old = _passing(target, "old")
+        target.rename(old)
+        try:
             temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qkt_clinical.config import GateParams
-from qkt_clinical.data import SMALLEST_COUNT, shown_count
+from qkt_clinical.counts import shown_count, too_few, withhold
 
 Bound = Literal["at least", "at most"]
 
@@ -21,7 +21,7 @@ Bound = Literal["at least", "at most"]
 class Record(BaseModel):
     """What is written into files; keys that a later version adds are left out."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Bounds(Record):
@@ -37,7 +37,7 @@ class Measured(Record):
 
     balanced_accuracy: Bounds
     query_recall: dict[str, Bounds | None]
-    """Of every class asked for."""
+    """Of every class asked for; None where it has no test image, or too few to tell."""
     forgetting: Bounds
     data: str | None
     """Digest of the test images, labels and patients; None where it was not kept."""
@@ -99,10 +99,11 @@ class Verdict(Record):
 def measured(evaluation: Mapping[str, Any]) -> Measured:
     """What others are held against, of ``reports/evaluation/<hospital>/<query>.json``."""
     after = evaluation["after"]
+    recall = withhold(after["recall"], evaluation["test_images"])
     return Measured.model_validate(
         {
             "balanced_accuracy": after["balanced_accuracy"],
-            "query_recall": {c: after["recall"].get(c) for c in evaluation["classes"]},
+            "query_recall": {c: recall.get(c) for c in evaluation["classes"]},
             "forgetting": evaluation["forgetting"],
             "data": evaluation.get("test_data"),
         }
@@ -115,19 +116,29 @@ def _rule(name: str, meaning: str, figure: float | None, bound: Bound, threshold
 
 
 def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: GateParams) -> tuple[Rule, ...]:
-    """What every answer must reach, whatever is in use."""
+    """What every answer must reach, whatever is in use.
+
+    Whether a figure that may not be told reaches a threshold is not told either: the rule is met only where
+    every figure would meet it.
+    """
     recalls = list(figures.query_recall.values())
     lows = [recall.low for recall in recalls if recall is not None]
-    cases = min((int(evaluation["test_images"].get(c, 0)) for c in evaluation["classes"]), default=0)
-    hidden = 0 < cases < SMALLEST_COUNT
+    images = [int(evaluation["test_images"].get(c, 0)) for c in evaluation["classes"]]
+    cases = min(images, default=0)
+    hidden = too_few(cases)
+    recall = _rule(
+        "query_recall",
+        "recall of every class asked for, lower end of its interval",
+        min(lows) if lows and len(lows) == len(recalls) else None,
+        "at least",
+        params.query_recall,
+    )
+    if any(map(too_few, images)):
+        met = cases > 0 and params.query_recall <= 0
+        recall = recall.model_copy(update={"note": "too few test images", "passed": met})
+    error = Bounds.model_validate(evaluation["after"]["ece"])
     return (
-        _rule(
-            "query_recall",
-            "recall of every class asked for, lower end of its interval",
-            min(lows) if lows and len(lows) == len(recalls) else None,
-            "at least",
-            params.query_recall,
-        ),
+        recall,
         _rule(
             "forgetting",
             "retained accuracy lost, upper end of its interval",
@@ -137,8 +148,8 @@ def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: Gat
         ),
         _rule(
             "calibration",
-            "expected calibration error",
-            float(evaluation["after"]["ece"]),
+            "expected calibration error, upper end of its interval",
+            error.high,
             "at most",
             params.calibration,
         ),

@@ -3,7 +3,7 @@
 One object for all places: ``model_card.json`` and ``model_card.md`` in MLflow, the description of a
 registered version, and the report. It is derived from a run's outputs by rule, so that the same outputs give
 the same card; nobody fills anything in. Free of torch and MLflow. Counts of images appear as a report may
-show them (:func:`qkt_clinical.data.shown_count`).
+show them (:mod:`qkt_clinical.counts`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from qkt_clinical import __version__
 from qkt_clinical.card import Card, InputSpec, NetworkSpec
 from qkt_clinical.config import Params, Strict
-from qkt_clinical.data import SMALLEST_COUNT, Manifest, shown_count
+from qkt_clinical.counts import shown_count, too_few
+from qkt_clinical.data import Manifest
 from qkt_clinical.files import digest_bytes, digest_file, to_json
 
 if TYPE_CHECKING:  # the report shows cards and is imported here only where it is called
@@ -130,13 +131,13 @@ class MethodFacts(Strict):
 class Calibration(Strict):
     """How far probabilities can be trusted, and the operating point."""
 
-    ece_before: float | None
-    ece: float | None
+    ece_before: Estimate | None
+    ece: Estimate | None
     """Expected calibration error; None where nobody has measured."""
     budget: float
     """Share of the hospital's own held-out images that may be given away to the query."""
-    given_away: float
-    """Share that was, on the calibration images."""
+    given_away: float | None
+    """Share that was, on the calibration images; None where they are too few to tell."""
     calibration_images: str
     offsets: dict[str, float]
     """Added to the logit of each class asked for: the operating point."""
@@ -169,7 +170,7 @@ class Provenance(Strict):
 class ModelCard(Strict):
     """``model_card.json``."""
 
-    format: Literal["qkt-model-card/2"] = "qkt-model-card/2"
+    format: Literal["qkt-model-card/3"] = "qkt-model-card/3"
     name: str
     """In the registry."""
     kind: Literal["teacher", "student"]
@@ -203,6 +204,10 @@ def _estimate(interval: Interval | None, *, negated: bool = False) -> Estimate |
     if negated:
         value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
     return Estimate(value=value, low=low, high=high)
+
+
+def _shown_images(number: int | str) -> str:
+    return number if isinstance(number, str) else shown_count(number)
 
 
 def _data(manifest: Manifest | None) -> Data | None:
@@ -260,13 +265,28 @@ def _forgotten(figures: Sequence[Figure], local: Sequence[str]) -> list[Failure]
     return found
 
 
-def _confused(relevant: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[Failure]:
-    """The worst pairs; of a class with fewer test images than may be shown nothing is said."""
+def _few(counts: Mapping[str, int], kind: str, wanted: int) -> list[Failure]:
+    """Classes with fewer images of that kind than the gate wants."""
+    return [
+        Failure(
+            kind="few-test-images",
+            classes=(c,),
+            threshold=wanted,
+            text=f"{shown_count(n)} {kind} images of {c}: "
+            + ("too few to give figures." if too_few(n) else "its figures say little."),
+        )
+        for c, n in counts.items()
+        if n < wanted
+    ]
+
+
+def _confused(relevant: Sequence[str], confusion: Sequence[Sequence[int] | None]) -> list[Failure]:
+    """The worst pairs; of a class whose row may not be told, or that has no image, nothing is said."""
     pairs = [
         (row[j] / sum(row), truth, answer)
         for i, (truth, row) in enumerate(zip(relevant, confusion, strict=True))
         for j, answer in enumerate(relevant)
-        if i != j and sum(row) >= SMALLEST_COUNT
+        if row and i != j and sum(row) and not too_few(sum(row))
     ]
     worst = sorted((p for p in pairs if p[0] >= CONFUSED), key=lambda p: (-p[0], p[1], p[2]))[:MOST_CONFUSED]
     return [
@@ -286,9 +306,10 @@ NO_DIFFERENTIAL_PRIVACY = (
     "was among the training images, or that try to bring one back, were not tried: nothing rules them out."
 )
 OWN_NUMBERS = (
-    "This card gives numbers of images and patients, those below five as '<5', and figures from which more "
-    "may be reckoned: it belongs to the hospital's registry. It is not among the files that go to other "
-    "hospitals (bundle.json, weights.safetensors, mask.json)."
+    "This card gives numbers of images and patients, those below five as '<5', and no figure that rests on "
+    "fewer than five images of a class; from figures over several classes more may be reckoned. It belongs "
+    "to the hospital's registry. It is not among the files that go to other hospitals (bundle.json, "
+    "weights.safetensors, mask.json)."
 )
 OWN_REFERENCE = (
     "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "
@@ -348,21 +369,12 @@ def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
                 Figure(name="balanced accuracy", after=Estimate(value=site.metrics.balanced_accuracy))
             )
         figures += [
-            Figure(name="recall", class_name=c, after=Estimate(value=v))
+            Figure(name="recall", class_name=c, after=None if v is None else Estimate(value=v))
             for c, v in site.metrics.recall.items()
         ]
     failures = _low_recall(figures)
     validation = {} if site.manifest is None else site.manifest.counts.get("val", {})
-    failures += [
-        Failure(
-            kind="few-test-images",
-            classes=(c,),
-            threshold=params.gate.query_images,
-            text=f"{shown_count(n)} validation images of {c}: its figure says little.",
-        )
-        for c, n in validation.items()
-        if n < params.gate.query_images
-    ]
+    failures += _few(validation, "validation", params.gate.query_images)
     failures.append(
         Failure(
             kind="not-tested",
@@ -461,31 +473,23 @@ def _student_figures(query: QueryOutputs) -> list[Figure]:
     return figures
 
 
+def _no_gain(gain: Interval) -> str:
+    """What is to be said of a gain in balanced accuracy whose interval is not above zero."""
+    if gain.value == 0:
+        return "Balanced accuracy is that of the hospital's own model: nothing was gained."
+    if gain.value > 0:
+        return "Chance can explain the gain in balanced accuracy."
+    chance = " Chance can explain it." if gain.high >= 0 else ""
+    return f"Balanced accuracy is lower than that of the hospital's own model.{chance}"
+
+
 def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Figure]) -> list[Failure]:
     e = query.evaluation
     failures = [*_low_recall(figures), *_forgotten(figures, e.local)]
     failures += _confused(e.relevant, e.after.confusion)
     if e.gain.low <= 0:
-        failures.append(
-            Failure(
-                kind="no-gain",
-                figure=e.gain.low,
-                threshold=0.0,
-                text="Chance can explain the gain in balanced accuracy."
-                if e.gain.high > 0
-                else "Balanced accuracy is lower than that of the hospital's own model.",
-            )
-        )
-    failures += [
-        Failure(
-            kind="few-test-images",
-            classes=(c,),
-            threshold=params.gate.query_images,
-            text=f"{shown_count(e.test_images.get(c, 0))} test images of {c}: its figures say little.",
-        )
-        for c in e.relevant
-        if e.test_images.get(c, 0) < params.gate.query_images
-    ]
+        failures.append(Failure(kind="no-gain", figure=e.gain.low, threshold=0.0, text=_no_gain(e.gain)))
+    failures += _few({c: e.test_images.get(c, 0) for c in e.relevant}, "test", params.gate.query_images)
     if query.verdict is None:
         failures.append(Failure(kind="not-judged", text="The gate has not judged this answer."))
         return failures
@@ -571,7 +575,7 @@ def unmeasured_model_card(answer: AnswerOutputs, outputs: Outputs) -> ModelCard:
             ece=None,
             budget=second.budget,
             given_away=second.given_away,
-            calibration_images=shown_count(second.calibration_images),
+            calibration_images=_shown_images(second.calibration_images),
             offsets=second.offsets,
         ),
         gate="not judged",
@@ -614,11 +618,11 @@ def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
         figures=tuple(figures),
         gain_p=e.gain_p,
         calibration=Calibration(
-            ece_before=e.before.ece,
-            ece=e.after.ece,
+            ece_before=_estimate(e.before.ece),
+            ece=_estimate(e.after.ece),
             budget=second.budget,
             given_away=second.given_away,
-            calibration_images=shown_count(second.calibration_images),
+            calibration_images=_shown_images(second.calibration_images),
             offsets=second.offsets,
         ),
         gate="not judged" if query.verdict is None else "passed" if query.verdict.passed else "failed",
@@ -638,6 +642,7 @@ def _plain(text: str) -> str:
 
 
 def _shown(estimate: Estimate | None, *, change: bool = False) -> str:
+    """In percent; a dash where there is no figure, or it may not be told."""
     from qkt_clinical.report.charts import percent, percents, points
 
     if estimate is None:
@@ -676,6 +681,23 @@ def _items(texts: Sequence[str], none: str) -> list[str]:
     return [*(f"- {_plain(text)}" for text in texts or (none,)), ""]
 
 
+def _error(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _errors(calibration: Calibration) -> str:
+    if calibration.ece is None or calibration.ece_before is None:
+        return ""
+    return f"Expected calibration error {_error(calibration.ece)}, before {_error(calibration.ece_before)}. "
+
+
+def _given(calibration: Calibration) -> str:
+    given = "A share" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
+    return f"{given} given away to the query, of a budget of {100 * calibration.budget:.1f}%"
+
+
 def to_summary(card: ModelCard) -> str:
     """The card in a few lines of Markdown, for the description of a registered version."""
     head = [figure for figure in card.figures if figure.class_name is None]
@@ -697,12 +719,7 @@ def to_summary(card: ModelCard) -> str:
         *_items([f.text for f in card.known_failures[:12]], "none found by rule"),
     ]
     if card.calibration is not None:
-        c = card.calibration
-        error = "" if c.ece is None else f"Calibration error {c.ece:.3f} (before {c.ece_before:.3f}). "
-        lines += [
-            f"{error}Given away {100 * c.given_away:.1f}% of a budget of {100 * c.budget:.1f}%.",
-            "",
-        ]
+        lines += [f"{_errors(card.calibration)}{_given(card.calibration)}.", ""]
     lines.append(f"Bundle `{card.provenance.bundle}`, data `{card.provenance.data or 'not here'}`.")
     return "\n".join(lines) + "\n"
 
@@ -763,9 +780,7 @@ def to_markdown(card: ModelCard) -> str:
         lines += [
             "## Calibration and operating point",
             "",
-            ("" if c.ece is None else f"Expected calibration error {c.ece:.3f}, before {c.ece_before:.3f}. ")
-            + f"On {c.calibration_images} calibration images {100 * c.given_away:.1f}% were given away to "
-            f"the query, of a budget of {100 * c.budget:.1f}%.",
+            f"{_errors(c)}{_given(c)}, on {c.calibration_images} calibration images.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

@@ -192,11 +192,12 @@ class Registry(NamedTuple):
 
 
 def _verdict(version: ModelVersion) -> Verdict | None:
-    """What the gate said of a version; None if nothing, as of teachers."""
+    """What the gate said of a version; None if nothing, as of teachers, or of another student."""
     try:
-        return Verdict.model_validate_json(version.tags.get(VERDICT, NONE))
+        verdict = Verdict.model_validate_json(version.tags.get(VERDICT, NONE))
     except ValidationError:
         return None
+    return verdict if verdict.digest == version.tags.get(DIGEST) else None
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from qkt_clinical import __version__
 from qkt_clinical.card import CARD, MASK, REFERENCE, Card
 from qkt_clinical.config import NAME, Params, QueryRef, Workspace
 from qkt_clinical.decisions import CHAMPION, NONE, champions, read_decisions, site_of
-from qkt_clinical.errors import BundleError, OutputsError, QktError
+from qkt_clinical.errors import BundleError, OutputsError, QktError, refused_by_system
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
 from qkt_clinical.model_card import (
     ModelCard,
@@ -48,6 +48,7 @@ from qkt_clinical.report.outputs import (
     QueryOutputs,
     Scores,
     SiteOutputs,
+    flat,
     published,
     read_outputs,
 )
@@ -132,16 +133,6 @@ def key(name: str) -> str:
     return text if len(text) <= 200 else f"{text[:180]}_{digest_bytes(name.encode())[:16]}"
 
 
-def flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested mappings as ``a.b`` keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for name, inner in value.items():
-        out |= flat(f"{prefix}.{name}", inner)
-    return out
-
-
 def curves_of(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
     """Rows per epoch, or per layer, as series of (epoch or layer, value)."""
     series: dict[str, list[tuple[int, float]]] = {}
@@ -190,7 +181,7 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
     metrics: dict[str, float] = {}
     if site.metrics is not None:
-        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items()}
+        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items() if v is not None}
         metrics |= {"epochs": site.metrics.epochs, "best_epoch": site.metrics.best_epoch}
         if site.metrics.balanced_accuracy is not None:
             metrics["balanced_accuracy"] = site.metrics.balanced_accuracy
@@ -239,7 +230,7 @@ def _answer_metrics(answer: AnswerOutputs) -> dict[str, float]:
     return {
         "bytes_moved": answer.plan.bytes_moved,
         "passes_per_prediction": 1 if decision is None else decision.passes,
-        "given_away": second.given_away,
+        **({} if second.given_away is None else {"given_away": second.given_away}),
         **{f"offset/{key(c)}": v for c, v in second.offsets.items()},
     }
 
@@ -289,13 +280,10 @@ def answer_item(answer: AnswerOutputs, outputs: Outputs) -> Item:
 
 
 def _score_metrics(prefix: str, scores: Scores) -> dict[str, float]:
-    named = {
-        n: getattr(scores, n) for n in ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc")
-    }
+    names = ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc", "ece")
+    named = {n: getattr(scores, n) for n in names}
     named |= {f"recall/{key(c)}": interval for c, interval in scores.recall.items()}
-    return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None} | {
-        f"{prefix}/ece": scores.ece
-    }
+    return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None}
 
 
 def _unmet(query: QueryOutputs) -> str:
@@ -349,7 +337,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         },
         texts={
             **_texts(card),
-            "evaluation.json": to_json(published(json.loads(query.evaluation_file.read_bytes()))),
+            "evaluation.json": to_json(published(query.evaluation)),
             "reliability.svg": render_reliability(query),
             "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
         },
@@ -456,6 +444,15 @@ def _unsynced() -> Iterator[None]:
         event.remove(Engine, "connect", relax)
 
 
+def _refused(error: Exception) -> QktError:
+    return QktError(
+        f"MLflow: {str(error).strip().splitlines()[0][:200]}",
+        remedy="Check track.uri in params.yaml and that the server or database is there.",
+        code="mlflow",
+        stage="track",
+    )
+
+
 @contextmanager
 def _client(uri: str) -> Iterator[MlflowClient]:
     """A client of ``uri``; the process's own MLflow settings are as before afterwards.
@@ -463,11 +460,13 @@ def _client(uri: str) -> Iterator[MlflowClient]:
     The registry of an SQL store looks models up through the process-wide address, so that is set too.
 
     Raises:
-        QktError: MLflow could not do what was asked, code ``mlflow``.
+        QktError: MLflow could not do what was asked, code ``mlflow``, or the disk did not, as
+            :func:`qkt_clinical.errors.refused_by_system`.
     """
     with _environ(ENVIRONMENT):
         import mlflow
         from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
         loggers = [logging.getLogger(n) for n in ("mlflow", "alembic")]
@@ -478,14 +477,16 @@ def _client(uri: str) -> Iterator[MlflowClient]:
             for one in loggers:
                 one.setLevel(logging.WARNING)
             mlflow.set_tracking_uri(uri)
-            yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise QktError(
-                f"MLflow: {str(error).strip().splitlines()[0][:200]}",
-                remedy="Check track.uri in params.yaml and that the server or database is there.",
-                code="mlflow",
-                stage="track",
-            ) from error
+            try:
+                client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+                client.search_experiments(max_results=1)  # a store may be opened by its first use alone
+            except OSError as error:
+                raise _refused(error) from error
+            yield client
+        except (MlflowException, SQLAlchemyError, RequestException, ConnectionError, TimeoutError) as error:
+            raise _refused(error) from error
+        except OSError as error:
+            raise refused_by_system(error) from error
         finally:
             mlflow.set_tracking_uri(before)
             for one, level in zip(loggers, levels, strict=True):

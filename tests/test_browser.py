@@ -141,6 +141,25 @@ def test_charts_and_pictures_are_there_and_nothing_is_wider_than_the_window(
         assert sum(natural is not None for *_, natural in sizes) == 10 + 4  # of h0 and h2, which consent
 
 
+@pytest.mark.parametrize("name", PAGES[:2])
+@pytest.mark.parametrize("width", [360, 640, 800, 1024, 1200, 1280, 1600])
+def test_no_tile_stands_alone(browser: webdriver.Chrome, root: Path, name: str, width: int) -> None:
+    """Every row of tiles reaches from the left edge of the grid to its right one."""
+    show(browser, root / "reports" / name, width=width)
+    left, right, tiles = browser.execute_script(
+        "const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.right, r.top]; };"
+        "const grid = document.querySelector('.tiles');"
+        "return [...box(grid).slice(0, 2), [...grid.children].map(box)]"
+    )
+    rows: dict[float, list[tuple[float, float]]] = {}
+    for start, end, top in tiles:
+        rows.setdefault(top, []).append((start, end))
+    for row in rows.values():
+        assert min(row)[0] == pytest.approx(left, abs=1)
+        assert max(row)[1] == pytest.approx(right, abs=1)
+    assert len({len(row) for row in rows.values()}) == 1
+
+
 def test_every_link_leads_to_what_is_there(browser: webdriver.Chrome, root: Path) -> None:
     seen: set[str] = set()
     waiting = [(root / "reports" / "index.html").as_uri()]

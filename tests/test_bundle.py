@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import tracemalloc
@@ -476,6 +477,26 @@ def test_a_hostile_bundle_ends_in_one_typed_error(
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", [n for n, (_, code) in HOSTILE.items() if code == "bundle-size"])
+def test_an_error_about_sizes_says_two_that_differ(folder: Path, name: str) -> None:
+    HOSTILE[name][0](folder)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    said = caught.value.message
+    found = re.fullmatch(
+        r"the file has (\d+) bytes, (\d+) by the card"
+        r"|the file has (\d+) bytes; [a-z-]+ of the card needs (\d+)"
+        r"|a header of (\d+) bytes, not of 2 to (\d+)",
+        said,
+    )
+    assert found, said
+    first, second = (int(number) for number in found.groups() if number is not None)
+    assert first != second
+    if not said.startswith("a header"):
+        assert first == (folder / WEIGHTS).stat().st_size
+    assert str(caught.value.where.file).endswith(WEIGHTS)
 
 
 @pytest.mark.parametrize("length", [2**20, 2**40, 2**60])

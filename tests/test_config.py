@@ -217,7 +217,7 @@ def test_unknown_site_gets_a_suggestion(tmp_path: Path) -> None:
     hospital(tmp_path)
     with pytest.raises(ConfigError, match="no hospital 'astor'") as caught:
         site_folder(tmp_path, "astor")
-    assert caught.value.remedy == "Did you mean 'aster'?"
+    assert caught.value.remedy == "Did you mean 'aster'? Known sites: aster."
     with pytest.raises(ConfigError) as caught:
         site_folder(tmp_path, "zz")
     assert caught.value.remedy == "Known sites: aster."

@@ -190,3 +190,45 @@ def test_damage_ends_in_one_error_with_a_remedy(tmp_path: Path, damage: Callable
         load_prepared(folder)
     assert "qkt ingest" in caught.value.remedy
     assert caught.value.where.site == "aster"
+
+
+def with_groups(folder: Path) -> Path:
+    return write(folder, subgroups={"sex": np.array(["F", "M"] * 5)})
+
+
+def test_groups_are_read_back(tmp_path: Path) -> None:
+    site = load_prepared(with_groups(tmp_path / "aster"))
+    assert site.subgroups["sex"].tolist() == ["F", "M"] * 5
+
+
+@pytest.mark.parametrize("file", ["subgroups.json", "splits.json"])
+def test_json_of_any_size_is_not_read(tmp_path: Path, file: str) -> None:
+    """A file a hundred times larger than so many images need; padded with blanks it would be good JSON."""
+    folder = with_groups(tmp_path / "aster")
+    text = (folder / file).read_text()
+    (folder / file).write_text(text + " " * 100_000)
+    if file == "splits.json":
+        with pytest.raises(PreparedError, match="ValueError"):
+            load_prepared(folder)
+        return
+    load_prepared(folder)  # eight columns may be there
+    (folder / file).write_text(text + " " * 600_000)
+    with pytest.raises(PreparedError, match="ValueError") as caught:
+        load_prepared(folder)
+    assert "qkt ingest" in caught.value.remedy
+
+
+def test_a_groups_name_of_any_length_is_not_taken(tmp_path: Path) -> None:
+    """Every image's group would be as long: a megabyte each."""
+    folder = with_groups(tmp_path / "aster")
+    held = {"sex": {"groups": ["F", "M" * 1000], "images": [0, 1] * 5}}
+    (folder / "subgroups.json").write_text(json.dumps(held))
+    with pytest.raises(PreparedError, match="cannot be read"):
+        load_prepared(folder)
+
+
+def test_json_nested_without_end_is_one_error(tmp_path: Path) -> None:
+    folder = with_groups(tmp_path / "aster")
+    (folder / "subgroups.json").write_text("[" * 200_000)
+    with pytest.raises(PreparedError, match="cannot be read"):
+        load_prepared(folder)

@@ -35,8 +35,32 @@ def test_every_stage_is_explained() -> None:
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(STAGES)
 
 
+def anchors(text: str) -> set[str]:
+    """Where links may lead to in a page: its headings as GitHub and GitLab name them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE):
+        words = re.sub(r"\]\([^)]*\)", "", heading).strip().lower()
+        found.append(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return {f"{name}-{found[:i].count(name)}" if name in found[:i] else name for i, name in enumerate(found)}
+
+
+def test_anchors_are_headings_outside_code() -> None:
+    text = "# A `b` & C\n## [Link](x.md)s, too\n```\n# no heading\n```\n## A `b` & C\n"
+    assert anchors(text) == {"a-b--c", "links-too", "a-b--c-1"}
+
+
 def test_links_lead_somewhere() -> None:
     root = DOCS.parent
+    followed = 0
     for page in [*root.glob("*.md"), *DOCS.glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name}: {target}"
+            if anchor:
+                followed += 1
+                assert anchor in anchors(there.read_text(encoding="utf-8")), f"{page.name}: {target}"
+    assert followed, "there are such links"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qkt_clinical.config import Params, Workspace
+from qkt_clinical.cli import main
+from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.data import load_prepared, write_prepared
-from qkt_clinical.errors import QueryError
+from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.files import digest_folder
+from qkt_clinical.report import write_figure, write_report
 from qkt_clinical.report.outputs import read_outputs
-from qkt_clinical.stages.evaluate import evaluate_queries
+from qkt_clinical.stages.evaluate import NoTestImages, _calibrated, evaluate_one, evaluate_queries
+from qkt_clinical.stages.gate import gate_queries
+from qkt_clinical.tracking import answer_item
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 TEST = 24
@@ -67,6 +73,13 @@ def read(root: Path) -> dict[str, Any]:
     return found
 
 
+def test_an_evaluation_names_the_student_that_it_measured(
+    evaluated: tuple[Path, Params, dict[str, Any]],
+) -> None:
+    root, _, found = evaluated
+    assert found["student"] == digest_folder(Workspace(root).student("h0", "q0"))
+
+
 def test_the_operating_point_says_what_is_given_away(
     evaluated: tuple[Path, Params, dict[str, Any]],
 ) -> None:
@@ -85,6 +98,19 @@ def test_the_operating_point_says_what_is_given_away(
     assert point["given_away_test"]["value"] == pytest.approx(given / (3 * TEST), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "images", "told"),
+    [(0.25, 12, (0.25, 12)), (0.25, 3, (0.25, "<5")), (None, "<5", (None, "<5")), (0.1, "≥5", (0.1, "≥5"))],
+)
+def test_calibration_images_are_told_as_they_may_be(
+    tmp_path: Path, given: float | None, images: int | str, told: tuple[float | None, int | str]
+) -> None:
+    phases = {"phase2": {"given_away": given, "calibration_images": images}}
+    (tmp_path / "phases.json").write_text(json.dumps(phases))
+    found = _calibrated(tmp_path)
+    assert (found["given_away_calibration"], found["calibration_images"]) == told
+
+
 def test_groups_are_those_of_hospitals_that_have_the_column(
     evaluated: tuple[Path, Params, dict[str, Any]],
 ) -> None:
@@ -94,7 +120,8 @@ def test_groups_are_those_of_hospitals_that_have_the_column(
     assert set(groups["sex"]) == {"F", "M", "unknown"}
     images = sum(g["images"] for g in groups["sex"].values())
     assert images == sum(found["test_images"].values())
-    assert groups["scanner"]["A"]["images"] == 3 * TEST - 3, "the other hospital has no such column"
+    others = groups["scanner"]["A"]
+    assert others["images"] == others["patients"] == "≥5", "the total less it would tell the other group"
     few = groups["scanner"]["B"]
     assert few["images"] == few["patients"] == "<5"
     assert set(few["after"].values()) == {None}
@@ -139,3 +166,71 @@ def test_the_digest_is_of_the_test_images(evaluated: tuple[Path, Params, dict[st
     (Workspace(root).student("h0", "q0") / "phases.json").write_text("{}")
     with pytest.raises(QueryError, match="no readable record"):
         evaluate_queries(root, params)
+
+
+def test_a_query_that_cannot_be_measured_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    params = sample_params(sites=3, evaluate={"bootstrap": 20}, device="cpu")
+    write_sample_run(tmp_path, params, weights=True)
+    space = Workspace(tmp_path)
+    for index in (0, 1, 2):
+        prepare(tmp_path, params, index, {})
+    # h1 asks for a class of h2's alone, whose images are elsewhere.
+    shutil.rmtree(space.prepared("h2"))
+    left: list[tuple[str, str, str]] = []
+
+    def note(ref: QueryRef, why: QktError) -> None:
+        left.append((ref.hospital, ref.query, why.code))
+
+    rows = evaluate_queries(tmp_path, params, skipped=note)
+    unmeasured = {h for h, _, _ in left}
+    assert {r["hospital"] for r in rows} == set(params.sites) - unmeasured
+    assert ("h2", "q2", "no-test-images") in left
+    assert 0 < len(rows) < 3
+    listed = json.loads((space.reports / "queries.json").read_text())
+    assert listed == rows
+    assert set(json.loads((space.reports / "metrics.json").read_text())) == {
+        "mean",
+        *(f"{r['hospital']}-{r['query']}" for r in rows),
+    }
+    assert not (space.reports / "evaluation" / "h2" / "q2.json").exists(), "an older one"
+    with pytest.raises(NoTestImages):
+        evaluate_one(tmp_path, QueryRef(hospital="h2", query="q2"), params, sites=params.sites)
+
+    left.clear()
+    verdicts = gate_queries(tmp_path, params, skipped=note)
+    assert {v.hospital for v in verdicts} == {r["hospital"] for r in rows}
+    assert {(h, code) for h, _, code in left} == {(h, "not-measured") for h in unmeasured}
+    assert not (space.reports / "gate" / "h2" / "q2.json").exists()
+    outputs = read_outputs(tmp_path, params)
+    assert {a.plan.hospital for a in outputs.unmeasured} == unmeasured
+    assert write_report(tmp_path, params).is_file()
+    items = {a.name: answer_item(a, outputs) for a in outputs.unmeasured}
+    assert items["h2-q2"].tags["qkt.gate"] == "not judged"
+
+    # Where nothing at all can be measured, every stage still ends well, with its folders there.
+    for site in params.sites:
+        shutil.rmtree(space.prepared(site), ignore_errors=True)
+    assert evaluate_queries(tmp_path, params) == []
+    assert gate_queries(tmp_path, params) == []
+    assert list((space.reports / "evaluation").rglob("*.json")) == []
+    assert list((space.reports / "gate").rglob("*.json")) == []
+    (tmp_path / "params.yaml").write_text(params.model_dump_json())
+    assert write_report(tmp_path, params).is_file()
+    assert write_figure(tmp_path).is_file()
+
+
+def test_stages_name_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = sample_params(sites=2, evaluate={"bootstrap": 20}, device="cpu")
+    write_sample_run(tmp_path, params, weights=True)
+    (tmp_path / "params.yaml").write_text(params.model_dump_json())
+    for site in params.sites:
+        shutil.rmtree(Workspace(tmp_path).prepared(site))
+    for words, code in ((("evaluate",), 0), (("gate",), 1), (("evaluate", "h0", "q0"), 1)):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--root", str(tmp_path)])
+        assert (ended.value.code or 0) == code
+        said = capsys.readouterr().err
+        if len(words) == 1:
+            assert [line.split(": left out [")[0] for line in said.splitlines()] == ["h0/q0", "h1/q1"]
+        else:
+            assert said.startswith("error [no-test-images]: ")

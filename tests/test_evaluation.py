@@ -15,6 +15,8 @@ from qkt_clinical.evaluation import (
     auroc,
     average_precision,
     by_subgroup,
+    calibration_errors,
+    error_interval,
     expected_calibration_error,
     paired_p,
     patient_weights,
@@ -92,6 +94,63 @@ def test_calibration_error_by_hand() -> None:
     perfect = np.eye(3)[[0, 1, 2]]
     assert expected_calibration_error(perfect, np.array([0, 1, 2])) == 0.0
     assert expected_calibration_error(perfect, np.array([1, 2, 0])) == 1.0
+
+
+def test_calibration_errors_of_draws_are_those_of_the_images_drawn() -> None:
+    random = np.random.default_rng(3)
+    scores, labels = random.normal(size=(60, 3)), random.integers(0, 3, 60)
+    probabilities = softmax(2 * scores)
+    weights = random.integers(0, 4, (5, 60))
+    right = probabilities.argmax(axis=1) == labels
+    found = calibration_errors(probabilities.max(axis=1), right, weights.astype(float))
+    for row, error in zip(weights, found, strict=True):
+        drawn = np.repeat(np.arange(60), row)
+        assert error == pytest.approx(expected_calibration_error(probabilities[drawn], labels[drawn]))
+
+
+def test_the_interval_of_the_calibration_error_by_hand() -> None:
+    draws = np.linspace(0.05, 0.15, 101)
+    assert error_interval(np.array([0.08, *draws]), 0.9) == {
+        "value": 0.08,
+        "low": pytest.approx(2 * 0.08 - 0.145),
+        "high": pytest.approx(2 * 0.08 - 0.055),
+    }
+    far = error_interval(np.array([0.02, *draws]), 0.9)
+    assert far == {"value": 0.02, "low": 0.0, "high": 0.02}, "no less than nothing, and it holds the figure"
+    assert error_interval(np.array([0.08]), 0.9) == {"value": 0.08, "low": 0.08, "high": 0.08}
+
+
+def test_the_interval_of_the_calibration_error_holds_the_true_one() -> None:
+    """A model that is 0.07 too sure of itself, measured sixty times on 150 images of 75 patients."""
+    random = np.random.default_rng(0)
+    patients = np.repeat(np.arange(75), 2).astype(str)
+    holds, quantiles = 0, 0
+    for seed in range(60):
+        sure = np.clip(random.beta(6, 1.2, 150), 0.26, 0.9999)
+        right = random.random(150) < sure - 0.07
+        weights = np.concatenate([np.ones((1, 150)), patient_weights(patients, 200, seed)])
+        errors = calibration_errors(sure, right, weights)
+        found = error_interval(errors, 0.95)
+        holds += found["low"] <= 0.07 <= found["high"]
+        quantiles += bool(np.quantile(errors[1:], 0.025) <= 0.07)
+    assert holds >= 0.8 * 60
+    assert quantiles < holds, "the draws' own quantiles lie too high"
+
+
+def test_the_calibration_error_is_drawn_by_patient() -> None:
+    """The same images of many patients and of few: of few, less is known."""
+    random = np.random.default_rng(4)
+    labels = np.repeat([0, 1, 2], 40)
+    scores = 3 * random.normal(size=(120, 3)) + 2 * np.eye(3)[labels]
+    many, few = np.arange(120).astype(str), np.repeat(np.arange(12), 10).astype(str)
+    found = [
+        assess(held(p, labels), scores, scores, draws=300, confidence=0.95, seed=0)["after"]["ece"]
+        for p in (many, few)
+    ]
+    for ece in found:
+        assert ece["value"] == pytest.approx(expected_calibration_error(softmax(scores), labels), abs=1e-6)
+        assert 0.0 <= ece["low"] < ece["value"] <= ece["high"] <= 1.0
+    assert found[0] != found[1]
 
 
 def test_softmax_of_large_scores() -> None:
@@ -191,8 +250,8 @@ def test_assess_by_hand() -> None:
     assert 0 < result["gain_p"] <= 1
     assert sum(b["images"] for b in after["reliability"]) == 9
     confidence = np.exp(5) / (np.exp(5) + 2)
-    assert before["ece"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
-    assert after["ece"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)
+    assert before["ece"]["value"] == pytest.approx(abs(5 / 9 - confidence), abs=1e-6)
+    assert after["ece"]["value"] == pytest.approx(abs(7 / 9 - confidence), abs=1e-6)
 
 
 def test_intervals_hold_the_value_and_shrink_with_confidence() -> None:

@@ -608,3 +608,15 @@ def test_load_policy_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as caught:
         load_policy(tmp_path, "birch")
     assert str(caught.value.where.file).endswith("hospitals/birch/policy.yaml")
+
+
+def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation, tmp_path: Path) -> None:
+    """In MLflow, from its workspace alone: it has nobody's prepared data."""
+    import shutil
+
+    from qkt_clinical.tracking import track
+
+    root = tmp_path / "server"
+    shutil.copytree(federation.server.root, root)
+    params = load_params(root).model_copy(update={"queries": {}})
+    assert set(track(root, params)["models"]) == {f"teacher.{site}" for site in HELD}

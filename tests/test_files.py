@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from qkt_clinical.files import (
     digest_file,
     digest_folder,
     new_folder,
+    sweep,
     to_json,
     write_json,
 )
@@ -92,6 +96,66 @@ def test_new_folder_that_fails_leaves_what_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="cut"):
         fail()
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def _half_made(target: Path, made: multiprocessing.synchronize.Event) -> None:
+    with new_folder(target) as folder:
+        (folder / "half").write_text("x")
+        made.set()
+        time.sleep(60)
+
+
+def test_sweeping_takes_what_ended_processes_left_whatever_their_number(tmp_path: Path) -> None:
+    target = tmp_path / "q"
+    context = multiprocessing.get_context("spawn")
+    made = context.Event()
+    process = context.Process(target=_half_made, args=(target, made))
+    process.start()
+    assert made.wait(60)
+    (living,) = tmp_path.iterdir()
+    sweep(target)
+    assert (living / "half").is_file(), "its process is at work"
+    process.kill()
+    process.join()
+    # A container's process has the number of its forerunner.
+    for name in (f".q.{os.getpid()}.part", f".q.{os.getpid()}.old", ".q.0a1b.old", ".q.x.part", ".qq.1.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    with new_folder(target) as own:
+        sweep(target)
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([own.name, ".q.x.part", ".qq.1.part"])
+    assert [p.name for p in target.iterdir()] == []
+
+
+def test_what_a_forerunner_left_is_not_in_the_way(tmp_path: Path) -> None:
+    target = tmp_path / "q"
+    for ending in ("part", "old"):
+        left = tmp_path / f".q.{os.getpid()}.{ending}"
+        left.mkdir()
+        (left / "half").write_text("x")
+    for text in ("one", "two"):
+        with new_folder(target) as folder:
+            (folder / text).write_text(text)
+        assert [p.name for p in target.iterdir()] == [text]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "q"
+    with new_folder(target) as folder:
+        (folder / "first").write_text("x")
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.suffix == ".part":
+            raise PermissionError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError), new_folder(target) as folder:
+        (folder / "second").write_text("x")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["q", "q/first"]
 
 
 def test_seeds_depend_on_every_name_and_its_place() -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +15,11 @@ import pytest
 from qkt_clinical.catalog import Method
 from qkt_clinical.config import QueryRef, Workspace, load_params, load_query
 from qkt_clinical.errors import ConfigError, QktError, QueryError
-from qkt_clinical.files import sweep, write_json
+from qkt_clinical.files import write_json
 from qkt_clinical.jobs.new import new_query, tell_pipeline
-from qkt_clinical.jobs.state import Board, Busy, Job, asked
-from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals
+from qkt_clinical.jobs.state import Board, Job, asked
+from qkt_clinical.locks import Busy, hold_query
+from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
 
 PIPELINE = """# The federation.
 seed: 0
@@ -125,6 +129,39 @@ def test_names_that_lead_elsewhere_leave_nothing_behind(root: Path) -> None:
         with pytest.raises(ConfigError), Board(root).hold(name, "q"):
             pytest.fail("held")
     assert not (root / ".qkt").exists()
+
+
+@pytest.mark.parametrize(
+    ("sites", "there", "told"),
+    [
+        ("aster, birch, cedar, dahlia", (), False),
+        ("aster, birch, cedar, dahlia", ("birch",), False),
+        ("aster", ("birch", "cedar"), False),
+        ("aster, birch, cedar, dahlia", ("birch", "cedar"), True),
+    ],
+    ids=["alone", "one-teacher", "not-sites", "both-teachers"],
+)
+def test_the_pipeline_is_told_where_it_can_hear_the_teachers(
+    root: Path, sites: str, there: tuple[str, ...], told: bool
+) -> None:
+    text = PIPELINE.replace("aster, birch, cedar, dahlia", sites)
+    (root / "params.yaml").write_text(text, encoding="utf-8")
+    for site in SITES[1:]:
+        shutil.rmtree(root / "hospitals" / site)
+    for site in there:
+        write_teacher(root, site, (1, 2))
+    if told:
+        assert tell_pipeline(root, "aster", "new", ["birch", "cedar"])
+        assert "aster-new" in load_params(root).queries
+        return
+    with pytest.raises(ConfigError, match=r"no teacher of .*cedar is in this workspace"):
+        tell_pipeline(root, "aster", "new", ["birch", "cedar"])
+    assert (root / "params.yaml").read_text(encoding="utf-8") == text
+    assert not tell_pipeline(root, "aster", "q", ["birch", "cedar"]), "it knows already"
+
+
+def test_the_pipeline_is_told_of_hospitals_whose_teachers_it_makes_itself(root: Path) -> None:
+    assert tell_pipeline(root, "aster", "new", ["birch", "cedar"]), "their folders are here"
 
 
 def test_names_that_meet_get_keys_of_their_own(root: Path) -> None:
@@ -261,21 +298,36 @@ def test_a_damaged_record_is_one_error(root: Path) -> None:
     assert caught.value.code == "job-damaged"
 
 
-def test_sweeping_takes_what_ended_processes_left(tmp_path: Path) -> None:
-    ended = multiprocessing.get_context("spawn").Process(target=print)
-    ended.start()
-    ended.join()
-    for name in (
-        f".q.{ended.pid}.part",
-        f".q.{ended.pid}.old",
-        f".q.{os.getpid()}.part",
-        ".q.x.part",
-        ".qq.1.part",
-    ):
-        (tmp_path / name).mkdir()
-    sweep(tmp_path / "q")
-    assert {p.name for p in tmp_path.iterdir()} >= {f".q.{os.getpid()}.part", ".q.x.part", ".qq.1.part"}
-    assert not list(tmp_path.glob(f".q.{ended.pid}.*"))
+def test_only_a_job_is_cancelled(root: Path) -> None:
+    """Whoever else works on the query, such as a stage of the pipeline, is not asked to stop."""
+    with hold_query(root, "aster", "q"), pytest.raises(Busy):
+        Board(root).cancel("aster", "q")
+    assert not Board(root).is_cancelled("aster", "q")
+
+
+@pytest.mark.parametrize("stage", ["plan", "transfer", "evaluate", "gate"])
+def test_commands_and_stages_keep_off_a_query_that_is_worked_on(root: Path, stage: str) -> None:
+    checkout = Path(__file__).resolve().parent.parent
+    named = ["aster", "q"] if stage in ("plan", "transfer") else []  # the others are of all queries
+    commands = [
+        [sys.executable, "-m", f"pipelines.{stage}", *named],
+        [sys.executable, "-m", "qkt_clinical.cli", stage, "aster", "q"],
+    ]
+    with Board(root).hold("aster", "q"):
+        for words in commands:
+            done = subprocess.run(
+                words,
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": str(checkout)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 1
+            assert done.stderr.startswith("error [job-running]: another process works on this query")
+            assert done.stderr.count("\n") == 1
+    assert not (root / "models").exists()
+    assert not list(root.rglob("reports/**/*.json"))
 
 
 # --- what it will take ----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from qkt_clinical.model_card import (
     to_summary,
 )
 from qkt_clinical.report.outputs import Outputs, read_outputs
-from tests.sample_run import asked_class, sample_params, write_sample_run
+from tests.sample_run import FEW_AT, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()
 
@@ -65,15 +65,23 @@ def test_a_card_is_the_same_each_time_and_reads_back(outputs: Outputs) -> None:
 
 
 def test_few_images_are_not_counted_out(outputs: Outputs) -> None:
-    card = student(outputs, 0)
-    local = PARAMS.classes[:3]
+    card, asked = student(outputs, FEW_AT), asked_class(PARAMS, FEW_AT)
+    local = PARAMS.classes[FEW_AT : FEW_AT + 3]
     assert card.data is not None
     assert card.data.images["train"] == {local[0]: "135", local[1]: "132", local[2]: "<5"}
     assert card.data.patients == {"train": "40", "calibration": "11", "val": "<5", "test": "14"}
     assert card.tested is not None
-    assert card.tested.images == {**dict.fromkeys(local, "50"), asked_class(PARAMS, 0): "<5"}
+    assert card.tested.images == {**dict.fromkeys(local, "50"), asked: "<5"}
     few = [f for f in card.known_failures if f.kind == "few-test-images"]
-    assert [f.text for f in few] == [f"<5 test images of {asked_class(PARAMS, 0)}: its figures say little."]
+    assert [f.text for f in few] == [f"<5 test images of {asked}: too few to give figures."]
+    of_it = [f for f in card.figures if f.class_name == asked]
+    assert {f.name for f in of_it} == {"recall", "precision", "AUROC", "AUPRC"}
+    assert {(f.before, f.after, f.change) for f in of_it} == {(None, None, None)}
+    assert f"| recall, {asked} | – | – | – |" in to_markdown(card)
+    others = [f.after for f in card.figures if f.class_name in local]
+    assert all(others)
+    (recall,) = [f for f in card.known_failures if f.kind == "gate" and "query_recall" in f.text]
+    assert "too few test images, at least 0.5 wanted" in recall.text
     (rule,) = [f for f in card.known_failures if f.kind == "gate" and "query_images" in f.text]
     assert rule.figure is None
     assert "query_images is not met: test images of every class asked for, <5, at least 20" in rule.text
@@ -85,19 +93,19 @@ def test_the_gates_unmet_rules_are_failures(outputs: Outputs) -> None:
     card = student(outputs, 1)
     assert card.gate == "failed"
     unmet = [r.rule for r in verdict.rules if not r.passed]
-    assert len(unmet) >= 2
+    assert unmet
     assert len(kinds(card)["gate"]) == len(unmet)
 
 
 def test_a_loss_is_told_as_plainly_as_a_gain(outputs: Outputs) -> None:
-    """Before 0.96 and 0.90 after for the hospital's own classes; the class asked for is recalled at 0.05."""
+    """Before 0.96 and 0.90 after for the hospital's own classes; the class asked for is recalled at 0.04."""
     card, asked = student(outputs, 1), asked_class(PARAMS, 1)
     local = outputs.queries[1].evaluation.local
     found = kinds(card)
     assert found["low-recall"] == [(asked,)]
     assert found["forgotten"] == [(c,) for c in outputs.queries[1].evaluation.relevant if c in local]
     (low,) = [f for f in card.known_failures if f.kind == "low-recall"]
-    assert low.text == f"95% of the images of {asked} are missed."
+    assert low.text == f"96% of the images of {asked} are missed."
     lost = next(f for f in card.known_failures if f.kind == "forgotten")
     assert lost.figure == pytest.approx(0.06)
     assert "by 6.0 points" in lost.text
@@ -127,6 +135,14 @@ def test_a_loss_that_chance_can_explain_is_said_to_be_one(tmp_path: Path) -> Non
             {"value": -0.2, "low": -0.3, "high": -0.1},
             "Balanced accuracy is lower than that of the hospital's own model.",
         ),
+        (
+            {"value": -0.02, "low": -0.05, "high": 0.0},
+            "Balanced accuracy is lower than that of the hospital's own model. Chance can explain it.",
+        ),
+        (
+            {"value": 0.0, "low": 0.0, "high": 0.0},
+            "Balanced accuracy is that of the hospital's own model: nothing was gained.",
+        ),
     ],
 )
 def test_no_gain(tmp_path: Path, gain: dict[str, float], text: str) -> None:
@@ -155,12 +171,15 @@ def test_an_answer_that_was_not_judged_says_so(tmp_path: Path) -> None:
 def test_a_teachers_card(outputs: Outputs) -> None:
     card = teacher_model_card(outputs.sites[0], PARAMS)
     recall = {f.class_name: f.after.value for f in card.figures if f.name == "recall" and f.after}
-    assert recall == dict(zip(PARAMS.classes[:3], (0.9, 0.95, 0.9625), strict=True))
+    assert recall == dict(zip(PARAMS.classes[:2], (0.88, 0.909091), strict=True)), (
+        "of the third there are three"
+    )
     assert all(f.before is None and f.change is None for f in card.figures)
     assert card.answers_for == PARAMS.classes[:3]
     assert card.calibration is None
     assert "not-tested" in kinds(card)
-    assert kinds(card)["few-test-images"] == [(PARAMS.classes[2],)]
+    (few,) = [f for f in card.known_failures if f.kind == "few-test-images"]
+    assert few.text == f"<5 validation images of {PARAMS.classes[2]}: too few to give figures."
     assert ", ".join(PARAMS.classes[:3]) in card.privacy[0]
 
 

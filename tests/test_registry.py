@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from qkt_clinical.decisions import (
     champion_of,
     champions,
     decisions_file,
+    keep_decision,
     read_decisions,
 )
 from qkt_clinical.errors import OutputsError
+from qkt_clinical.files import digest_folder
 from qkt_clinical.registry import open_registry
 from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking import track
@@ -54,6 +57,34 @@ def test_decisions_made_before_figures_were_kept_are_read(tmp_path: Path) -> Non
     assert champion_of(tmp_path, "student.h0.other") is None
 
 
+def _decide(root: Path, number: int) -> None:
+    for i in range(10):
+        keep_decision(root, decided(f"{number}-{i}"))
+
+
+def test_no_decision_is_lost_among_several_processes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    deciders = [context.Process(target=_decide, args=(tmp_path, n)) for n in range(4)]
+    for one in deciders:
+        one.start()
+    for one in deciders:
+        one.join(60)
+    assert {one.exitcode for one in deciders} == {0}
+    kept = [d.digest for d in read_decisions(tmp_path, "h0")]
+    assert sorted(kept) == sorted(f"{n}-{i}" for n in range(4) for i in range(10))
+    assert [p.name for p in (tmp_path / "decisions").iterdir()] == ["h0.json"]
+
+
+def test_a_verdict_on_another_student_is_none(space: tuple[Path, Params]) -> None:
+    root, params = space
+    with open_registry(root, params) as registry:
+        verdict = json.loads(registry.version(NAME, "1").tags["qkt.verdict"])
+        other = json.dumps({**verdict, "digest": "of another"})
+        registry.client.set_model_version_tag(NAME, "1", "qkt.verdict", other)
+        with pytest.raises(RegistryError, match="not judged by the gate"):
+            registry.promote(NAME, "1")
+
+
 @pytest.fixture
 def space(tmp_path: Path) -> tuple[Path, Params]:
     """A workspace with a model registered whose gate was passed."""
@@ -73,6 +104,7 @@ def rewrite(root: Path, params: Params, change: Callable[[dict[str, Any]], None]
     path = Workspace(root).reports / "evaluation" / "h0" / "q0.json"
     evaluation = json.loads(path.read_text())
     change(evaluation)
+    evaluation["student"] = digest_folder(place)
     path.write_text(json.dumps(evaluation))
     gate_queries(root, params)
     track(root, params)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import yaml
 
 from qkt_clinical.card import CARD, MASK, REFERENCE, WEIGHTS
@@ -38,6 +40,7 @@ from qkt_clinical.tracking import (
     curves_of,
     flat,
     key,
+    registry_client,
     track,
     tracking_uri,
 )
@@ -137,7 +140,8 @@ def test_a_query_of_a_hospital_without_a_teacher_here_hangs_below_the_pipeline(t
 def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> None:
     run = one(runs_of(client), "site", "h0")
     assert run.data.metrics["balanced_accuracy"] == 0.9375
-    assert run.data.metrics["recall/erythroblast"] == 0.9625
+    assert run.data.metrics["recall/basophil"] == 0.88
+    assert "recall/erythroblast" not in run.data.metrics, "of three validation images"
     assert run.data.params["train.network"] == "resnet-small"
     assert run.data.params["mask.estimator"] == "combined"
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
@@ -154,7 +158,7 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     metrics = run.data.metrics
     assert metrics["before/query_accuracy"] == 0.0
     assert metrics["after/query_accuracy"] == pytest.approx(0.82)
-    assert metrics["gain"] == pytest.approx((3 * 0.93 + 0.82) / 4 - 0.72)
+    assert metrics["gain"] == pytest.approx((3 * 0.94 + 0.82) / 4 - 0.72)
     assert metrics["gain/low"] < metrics["gain"] < metrics["gain/high"]
     assert metrics["bytes_moved"] == 1_234_567
     assert run.data.params["method"] == "qkt-light"
@@ -169,6 +173,21 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     site = one(runs_of(client), "site", "h1")
     data = [[d.dataset.source for d in r.inputs.dataset_inputs] for r in (site, run)]
     assert data[0] == data[1] != []
+
+
+def test_nothing_of_a_class_with_few_test_images_is_mirrored(client: Any) -> None:
+    """h2 asks for eosinophils, of which there are three test images."""
+    run = one(runs_of(client), "query", "h2-q2")
+    assert {m for m in run.data.metrics if m.startswith("after/recall/")} == {
+        f"after/recall/{c}" for c in ("erythroblast", "ig", "lymphocyte")
+    }
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    mirrored = json.loads((folder / "evaluation.json").read_text())
+    assert mirrored["test_images"]["eosinophil"] == "<5"
+    assert mirrored["after"]["recall"]["eosinophil"] is None
+    judged = json.loads((folder / "gate.json").read_text())
+    assert judged["measured"]["query_recall"] == {"eosinophil": None}
+    assert "too few images" in (folder / "recall.svg").read_text()
 
 
 def test_the_model_card_is_artifact_metadata_and_description(root: Path, client: Any) -> None:
@@ -306,7 +325,7 @@ def test_a_changed_evaluation_makes_a_run_but_no_version(root: Path, client: Any
     path = root / "reports" / "evaluation" / "h0" / "q0.json"
     original = path.read_bytes()
     data = json.loads(original)
-    data["after"]["ece"] = 0.25
+    data["after"]["ece"] = {"value": 0.25, "low": 0.2, "high": 0.3}
     write_json(path, data)
     try:
         track(root, PARAMS)
@@ -375,6 +394,24 @@ def test_a_store_that_cannot_be_reached_is_one_typed_error(root: Path, tmp_path:
     with pytest.raises(QktError) as caught:
         track(root, sample_params(track={"uri": f"sqlite:///{tmp_path}/file/mlflow.db"}))
     assert caught.value.code == "mlflow"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/somewhere"), "disk-full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/somewhere"), "system"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "mlflow"),
+        (requests.exceptions.ChunkedEncodingError("Connection broken"), "mlflow"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_what_the_own_disk_refuses_is_not_laid_to_mlflow(root: Path, error: OSError, code: str) -> None:
+    with pytest.raises(QktError) as caught, registry_client(root, PARAMS):
+        raise error
+    assert caught.value.code == code
+    assert ("MLflow" in caught.value.message) == (code == "mlflow")
+    assert "/somewhere" not in str(caught.value)
 
 
 def test_a_run_that_breaks_off_ends_as_failed(root: Path, client: Any) -> None:

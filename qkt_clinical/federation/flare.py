@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
@@ -49,6 +51,8 @@ from qkt_clinical.files import write_json
 
 SAID = "qkt"
 """Where in a FLARE message, and among a job's results, ours stands."""
+ALIVE, PING_S = "qkt.alive", 5.0
+"""The server's question whether a site's process for a job is there, and how often it is put, in seconds."""
 OUTCOMES = "outcomes"
 """An administrator's question to a running job, and the file in which a finished one answers it."""
 
@@ -74,6 +78,14 @@ def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
 
 class SiteExecutor(Executor):  # type: ignore[misc]
     """A site's end: does a task and replies, whatever happens."""
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Say that this process is there, whenever the server asks."""
+        if event_type == EventType.START_RUN:
+            engine = fl_ctx.get_engine()
+            engine.register_aux_message_handler(
+                ALIVE, lambda topic, request, fl_ctx: make_reply(ReturnCode.OK)
+            )
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -125,14 +137,20 @@ class QueryController(Controller):  # type: ignore[misc]
         queries: ``<hospital>/<query>``.
         contribute: whether teachers are collected first; else those that the server keeps are used.
         patience_s: seconds after which a site that has not replied is missing.
+        silence_s: seconds after which a site that does not say that it is there is missing.
     """
 
     def __init__(
-        self, sites: list[str], queries: list[str], contribute: bool = True, patience_s: int = 3600
+        self,
+        sites: list[str],
+        queries: list[str],
+        contribute: bool = True,
+        patience_s: int = 3600,
+        silence_s: int = 60,
     ) -> None:
         super().__init__()
         self.sites, self.queries = sites, queries
-        self.contribute, self.patience_s = contribute, patience_s
+        self.contribute, self.patience_s, self.silence_s = contribute, patience_s, silence_s
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Find the server's workspace, and forget what an earlier job made of what this one is to do."""
@@ -167,52 +185,75 @@ class QueryController(Controller):  # type: ignore[misc]
         self.log_warning(fl_ctx, f"{client.name} replied to {task_name} too late")
 
     def _tell(
-        self, task: str, data: Mapping[str, Any], sites: Iterable[str], abort_signal: Signal
+        self,
+        task: str,
+        data: Mapping[str, Any],
+        sites: Iterable[str],
+        abort_signal: Signal,
+        take: Callable[[str, Reply], object] = lambda site, reply: None,
     ) -> dict[str, Reply | None]:
-        """Give a task to sites, and what each replied; None where it did not in time."""
+        """Give a task to sites, and what each replied; None where it did not in time.
+
+        Args:
+            take: called with site and reply as soon as it is there.
+        """
         replies: dict[str, Reply | None] = dict.fromkeys(sites)
 
         def received(client_task: ClientTask, fl_ctx: FLContext) -> None:
             site, result = client_task.client.name, client_task.result
+            said: Reply
             try:
-                if result.get_return_code() != ReturnCode.OK:
+                if result.get_return_code() == ReturnCode.OK:
+                    said = read_reply(result.get(SAID), task, site)
+                else:
                     code = str(result.get_return_code())[:100]
-                    replies[site] = Refused(
+                    said = Refused(
                         code="flare", message=f"FLARE says {code}", remedy="See the site's log.", site=site
                     )
-                else:
-                    replies[site] = read_reply(result.get(SAID), task, site)
             except QktError as error:
-                replies[site] = Refused.of(error)
+                said = Refused.of(error)
+            take(site, said)
+            replies[site] = said
             client_task.result = None  # bundles need not stay in memory
 
-        present = [s for s in replies if s in self._present()]
-        if present:
-            message = Shareable()
-            message[SAID] = dict(data)
-            with self._engine.new_context() as fl_ctx:
-                self.broadcast_and_wait(
-                    Task(task, message, timeout=self.patience_s, result_received_cb=received),
-                    fl_ctx,
-                    targets=present,
-                    min_responses=len(present),
-                    abort_signal=abort_signal,
-                )
+        present = [s for s in replies if s in {client.name for client in self._engine.get_clients()}]
+        if not present:
+            return replies
+        message = Shareable()
+        message[SAID] = dict(data)
+        with self._engine.new_context() as fl_ctx:
+            one = Task(task, message, timeout=self.patience_s, result_received_cb=received)
+            self.broadcast(one, fl_ctx, targets=present, min_responses=len(present))
+            now = asked = time.monotonic()
+            heard = dict.fromkeys(present, now)
+            while one.completion_status is None and not abort_signal.triggered:
+                time.sleep(0.2)
+                now = time.monotonic()
+                waiting = [s for s in present if replies[s] is None]
+                if waiting and now - asked > PING_S:
+                    heard |= dict.fromkeys(self._alive(waiting, fl_ctx), now)
+                    asked = now
+                if waiting and all(now - heard[s] > self.silence_s for s in waiting):
+                    self.cancel_task(one, fl_ctx=fl_ctx)
+                    break
         return replies
 
-    def _present(self) -> set[str]:
-        return {client.name for client in self._engine.get_clients()}
+    def _alive(self, sites: Sequence[str], fl_ctx: FLContext) -> list[str]:
+        """Which of the sites' processes for this job are there.
+
+        FLARE looks after machines. One that was started again is there, but what it did for the job is not.
+        """
+        said = self._engine.send_aux_request(list(sites), ALIVE, Shareable(), PING_S, fl_ctx)
+        return [site for site, reply in said.items() if reply.get_return_code() == ReturnCode.OK]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Everything in turn; what one site cannot do does not end the job."""
         if self.contribute:
             for site in self.sites:
                 self._server.note(Outcome(state="running"), "teachers", site)
-            for site, said in self._tell(CONTRIBUTE, {}, self.sites, abort_signal).items():
-                if isinstance(said, Contributed | Refused):
-                    self._server.accept_teacher(site, said)
-                else:
-                    self._server.note(self._missing(), "teachers", site)
+            replies = self._tell(CONTRIBUTE, {}, self.sites, abort_signal, self._take_teacher)
+            for site in (s for s, said in replies.items() if said is None):
+                self._server.note(self._missing(), "teachers", site)
         by_hospital: dict[str, list[str]] = {}
         for one in self.queries:
             hospital, _, query = one.partition("/")
@@ -221,10 +262,12 @@ class QueryController(Controller):  # type: ignore[misc]
             for hospital, named in by_hospital.items():
                 pool.submit(self._answer_all, hospital, named, abort_signal)
 
+    def _take_teacher(self, site: str, said: Reply) -> None:
+        if isinstance(said, Contributed | Refused):
+            self._server.accept_teacher(site, said)
+
     def _missing(self) -> Outcome:
-        return Outcome(
-            state="missing", code="no-reply", reason=f"the site did not reply within {self.patience_s} s"
-        )
+        return Outcome(state="missing", code="no-reply", reason="the site did not reply in time")
 
     def _answer_all(self, hospital: str, queries: list[str], abort_signal: Signal) -> None:
         for query in queries:

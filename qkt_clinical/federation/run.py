@@ -32,6 +32,8 @@ SERVER = "server"
 HOST, ADMIN = "localhost", "admin@qkt.example"
 """Names in a federation on one machine."""
 PATIENCE_S = 3600
+SILENCE_S = 60
+"""A site whose process for a job does not say that it is there for so long is missing from the job."""
 OURS = "qkt_clinical.federation.flare."
 """Prefix of the only classes that a job may name at a site."""
 NOBODY = dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
@@ -51,7 +53,12 @@ def need_flare() -> None:
 
 
 def make_job(
-    sites: Sequence[str], queries: Sequence[str], *, contribute: bool = True, patience_s: int = PATIENCE_S
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool = True,
+    patience_s: int = PATIENCE_S,
+    silence_s: int = SILENCE_S,
 ) -> FedJob:
     """A FLARE job that collects teachers and has queries answered.
 
@@ -64,7 +71,7 @@ def make_job(
 
     job = FedJob(name="qkt", min_clients=1)
     job.set_app_packages(["qkt_clinical"])  # installed everywhere: code that travels would be refused
-    job.to_server(QueryController(list(sites), list(queries), contribute, patience_s))
+    job.to_server(QueryController(list(sites), list(queries), contribute, patience_s, silence_s))
     job.to_clients(SiteExecutor(), tasks=list(TASKS))
     return job
 
@@ -93,7 +100,7 @@ def write_local(folder: Path, workspace: str) -> None:
     rights = folder / "authorization.json.default"
     if rights.is_file():
         known = json.loads(rights.read_bytes())
-        everything = dict.fromkeys(known["permissions"]["lead"], "any")
+        everything = dict.fromkeys((*known["permissions"]["lead"], "app_command"), "any")
         for role, given in known["permissions"].items():
             known["permissions"][role] = (everything if given == "any" else given) | NOBODY
         write_json(folder / "authorization.json", known)
@@ -243,8 +250,8 @@ def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin:
     return max((out / "qkt").glob("prod_*"))
 
 
-def keep_in(kit: Path, storage: Path) -> None:
-    """Let a server keep jobs and snapshots in ``storage``; FLARE's own choice is the machine's /tmp."""
+def serve(kit: Path, storage: Path) -> None:
+    """What qkt adds to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
     path = kit / "local" / "resources.json"
     found = json.loads(path.read_bytes())
     found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
@@ -254,12 +261,11 @@ def keep_in(kit: Path, storage: Path) -> None:
     write_json(path, found)
 
 
-@contextmanager
-def machine(kit: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server or site as a process of its own; it and whatever it started are ended afterwards."""
+def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A server or site as a process of its own, with whatever it starts in its process group."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with log.open("ab") as stream:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [str(kit / "startup" / "sub_start.sh"), "--once"],
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -267,18 +273,17 @@ def machine(kit: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             env=environment,
             start_new_session=True,
         )
-    try:
-        yield process
-    finally:
-        kill(process)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a machine at once, with every process that it started."""
-    import signal
+    """End a machine at once, with the processes that FLARE started for its jobs."""
+    import psutil
 
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        machine = psutil.Process(process.pid)
+        for one in (machine, *machine.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait()
 
 
@@ -305,8 +310,16 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
             ) from None
     try:
         yield one
+    except _flare_errors() as error:
+        raise QktError(
+            f"the federation's server said or did: {str(error)[:200]}",
+            remedy="Check that it runs, then run the same command again.",
+            code="no-server",
+            file=kit,
+        ) from None
     finally:
-        one.close()
+        with contextlib.suppress(*_flare_errors()):
+            one.close()
 
 
 Say = Callable[[str], None]
@@ -315,7 +328,13 @@ POLL_S = 2.0
 
 
 def submit(
-    kit: Path, sites: Sequence[str], queries: Sequence[str], *, contribute: bool, patience_s: int
+    kit: Path,
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool,
+    patience_s: int,
+    silence_s: int = SILENCE_S,
 ) -> str:
     """Hand a job to a running server; its id.
 
@@ -323,7 +342,7 @@ def submit(
         kit: an administrator's startup kit.
         patience_s: how long the server waits for a site's reply.
     """
-    job = make_job(sites, queries, contribute=contribute, patience_s=patience_s)
+    job = make_job(sites, queries, contribute=contribute, patience_s=patience_s, silence_s=silence_s)
     with tempfile.TemporaryDirectory(prefix="qkt-") as folder, session(kit) as one:
         with contextlib.redirect_stdout(io.StringIO()):
             job.export_job(folder)
@@ -396,7 +415,14 @@ def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
 
 
 def attend(
-    kit: Path, sites: Sequence[str], queries: Sequence[str], *, contribute: bool, patience_s: int, say: Say
+    kit: Path,
+    sites: Sequence[str],
+    queries: Sequence[str],
+    *,
+    contribute: bool,
+    patience_s: int,
+    say: Say,
+    silence_s: int = SILENCE_S,
 ) -> dict[str, Outcome]:
     """Submit queries and wait until every one is answered or refused, or the time is over.
 
@@ -418,26 +444,44 @@ def attend(
 
     def watch(job: str) -> dict[str, Outcome] | None:
         """Outcomes of a job that has ended; None where it broke off."""
+        heard = time.monotonic()
         while remaining() > 0:
             time.sleep(POLL_S)
-            with contextlib.suppress(QktError):
+            try:
                 state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
-                if state == "gone" or state.startswith("FINISHED"):
-                    with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
-                        try:
-                            return fetch(kit, job, Path(folder) / "results")
-                        except QktError:
-                            say(f"the job ended without results ({state})")
-                            return None
-                for name, outcome in ask_outcomes(kit, job).items():
-                    if told.get(name) != outcome:
-                        told[name] = outcome
-                        say(outcome.line(name))
+            except QktError:
+                continue  # the server is not there: it may come back
+            if state == "gone" or state.startswith("FINISHED"):
+                with tempfile.TemporaryDirectory(prefix="qkt-") as folder:
+                    try:
+                        return fetch(kit, job, Path(folder) / "results")
+                    except QktError:
+                        say(f"the job ended without results ({state})")
+                        return None
+            try:
+                found = ask_outcomes(kit, job)
+                heard = time.monotonic()
+            except QktError:
+                if time.monotonic() - heard > silence_s:
+                    say("the job is lost: its server was started again")
+                    return None
+                continue
+            for name, outcome in found.items():
+                if told.get(name) != outcome:
+                    told[name] = outcome
+                    say(outcome.line(name))
         return None
 
     while left and remaining() > 0:
         try:
-            job = submit(kit, sites, left, contribute=contribute, patience_s=max(1, remaining()))
+            job = submit(
+                kit,
+                sites,
+                left,
+                contribute=contribute,
+                patience_s=max(1, remaining()),
+                silence_s=silence_s,
+            )
         except QktError as error:
             if error.code != "no-server" or remaining() <= 0:
                 raise
@@ -445,7 +489,13 @@ def attend(
             continue
         say(f"job {job}: {len(left)} queries")
         outcomes |= watch(job) or {}
-        left = [q for q in queries if outcomes[q].state not in ("answered", "refused")]
+        absent = any(o.state == "missing" for name, o in outcomes.items() if name not in queries)
+        left = [
+            q
+            for q in queries
+            if outcomes[q].state not in ("answered", "refused")
+            or (absent and outcomes[q].code == "uncovered")  # who is missing may know the class
+        ]
     return outcomes
 
 
@@ -463,10 +513,13 @@ def play(
     params = params.model_copy(update={"sites": tuple(sites), "queries": chosen})
     queries = named_queries(params)
     kits = set_up(root, out, params, port=port)
-    with contextlib.ExitStack() as machines:
-        for name in (HOST, *sites):
-            machines.enter_context(machine(kits / name, out / "logs" / f"{name}.log"))
+    running = []
+    try:
+        running = [start(kits / name, out / "logs" / f"{name}.log") for name in (HOST, *sites)]
         attend(kits / ADMIN, sites, queries, contribute=True, patience_s=patience_s, say=say)
+    finally:
+        for process in running:
+            kill(process)
     return gather(out, queries)
 
 
@@ -478,7 +531,7 @@ def set_up(root: Path, out: Path, params: Params, *, port: int) -> Path:
     for name in (HOST, *params.sites):
         own = SERVER if name == HOST else name
         write_local(kits / name / "local", str((out / "sites" / own).resolve()))
-    keep_in(kits / HOST, (out / "storage").resolve())
+    serve(kits / HOST, (out / "storage").resolve())
     return kits
 
 

@@ -40,7 +40,8 @@ from qkt_clinical.federation.messages import (
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
-from qkt_clinical.query import SHARED, Asking, Plan, write_fetched
+from qkt_clinical.locks import hold_query
+from qkt_clinical.query import Asking, Plan, write_fetched
 
 DAY_S = 24 * 3600.0
 
@@ -196,11 +197,17 @@ class Site:
                 remedy="Submit the query again.",
                 code="plan-outdated",
             )
-        fetched = self.space.fetched(self.name, plan.query)
 
         def provide(site: str, folder: Path) -> None:
             unpack_teacher(teachers[site], site, folder)
 
+        with hold_query(self.root, self.name, plan.query):
+            return self._transfer(plan, provide, params, policy)
+
+    def _transfer(
+        self, plan: Plan, provide: Callable[[str, Path], None], params: Params, policy: Policy
+    ) -> Answered:
+        fetched = self.space.fetched(self.name, plan.query)
         write_fetched(fetched, plan, provide)
         student = self.space.student(self.name, plan.query)
         self.teach(params)  # the student begins with the site's own network
@@ -245,6 +252,3 @@ class Site:
             forgetting=estimate(found["forgetting"]),
             query_gain=estimate(found["query_gain"]),
         )
-
-
-__all__ = ["SHARED", "Site"]

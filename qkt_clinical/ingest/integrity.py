@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.data import ImageStack, Labels, Manifest, shown_count
+from qkt_clinical.counts import shown_count
+from qkt_clinical.data import ImageStack, Labels, Manifest
 from qkt_clinical.ingest.codes import REASONS
 from qkt_clinical.ingest.leakage import Hashes, flat, look_alike
 

@@ -12,9 +12,13 @@ from typing import NamedTuple
 from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
 from qkt_clinical.config import Params, QueryConfig, Workspace
 from qkt_clinical.errors import BundleError, QueryError
-from qkt_clinical.files import digest_file
+from qkt_clinical.files import digest_file, passing_folder, sweep
 from qkt_clinical.query import SHARED, Offer, check_teacher
-from qkt_clinical.tracking import Registered, fetch_file, registered_teachers, registry_client
+from qkt_clinical.tracking import Registered, fetch_file, registered_teachers, registry_client, tracking_uri
+
+SQLITE = "sqlite:///"
+FETCHED = "fetch"
+"""What is being fetched, in a folder of its own beside what is kept."""
 
 
 class Shelf(NamedTuple):
@@ -40,12 +44,16 @@ class Shelf(NamedTuple):
         weights = self.offers[site].card.weights
         stored = self.kept / weights.sha256
         if not stored.is_file() or digest_file(stored) != weights.sha256:
-            fetch_file(self.versions[site], WEIGHTS, stored, weights.bytes)
-        if digest_file(stored) != weights.sha256:
-            stored.unlink()
-            raise BundleError(
-                "the weights' digest differs from the card's", remedy=REMEDY, site=site, code="bundle-digest"
-            )
+            with passing_folder(self.kept / FETCHED) as passing:
+                fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
+                if digest_file(passing / WEIGHTS) != weights.sha256:
+                    raise BundleError(
+                        "the weights' digest differs from the card's",
+                        remedy=REMEDY,
+                        site=site,
+                        code="bundle-digest",
+                    )
+                (passing / WEIGHTS).replace(stored)
         for name in (CARD, MASK):
             shutil.copyfile(self.folder / site / name, folder / name)
         shutil.copyfile(stored, folder / WEIGHTS)
@@ -62,15 +70,29 @@ def _offer(teacher: Registered, place: Path) -> Offer:
     return Offer(card, mask, size, digest_file(place / CARD))
 
 
+def _nobody(what: str, hospital: str) -> QueryError:
+    return QueryError(
+        what,
+        remedy="Set track.uri in params.yaml to the hospitals' server, or run 'qkt track' where the teachers "
+        "are.",
+        site=hospital,
+        stage="plan",
+        code="no-teachers",
+    )
+
+
 @contextmanager
 def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) -> Iterator[Shelf]:
     """Every other hospital's teacher in the registry, by its card and mask; their weights stay there.
 
     Raises:
-        QueryError: the registry holds no teacher of another hospital, code ``no-teachers``.
+        QueryError: there is no registry, or it holds no teacher of another hospital, code ``no-teachers``.
         BundleError: a card or mask is not valid; of a hospital that the query excludes that does not matter.
         QktError: the registry cannot be reached, code ``mlflow``.
     """
+    uri = tracking_uri(root, params)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise _nobody("there is no registry yet", hospital)  # MLflow would make its database
     with registry_client(root, params) as client, tempfile.TemporaryDirectory() as temporary:
         folder, offers, versions = Path(temporary), {}, {}
         for teacher in registered_teachers(client):
@@ -85,12 +107,7 @@ def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) ->
                 raise
             versions[teacher.site] = teacher
         if not offers:
-            raise QueryError(
-                "the registry holds no other hospital's teacher",
-                remedy="Set track.uri in params.yaml to the hospitals' server, or run 'qkt track' where "
-                "the teachers are.",
-                site=hospital,
-                stage="plan",
-                code="no-teachers",
-            )
-        yield Shelf(folder, Workspace(root).scratch / "bundles", offers, versions)
+            raise _nobody("the registry holds no other hospital's teacher", hospital)
+        kept = Workspace(root).scratch / "bundles"
+        sweep(kept / FETCHED)
+        yield Shelf(folder, kept, offers, versions)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from qkt_clinical.card import CARD
 from qkt_clinical.config import (
     Params,
     QueryConfig,
@@ -21,6 +21,7 @@ from qkt_clinical.config import (
 )
 from qkt_clinical.errors import ConfigError, QueryError
 from qkt_clinical.files import write_text
+from qkt_clinical.locks import lock
 
 
 def new_query(
@@ -84,23 +85,30 @@ def _word(text: str) -> str:
     return yaml.safe_dump([text], default_flow_style=True, width=10_000, allow_unicode=True).strip()[1:-1]
 
 
-def tell_pipeline(root: Path, hospital: str, name: str) -> bool:
+def tell_pipeline(root: Path, hospital: str, name: str, teachers: Sequence[str] = ()) -> bool:
     """Add a query to ``queries`` in ``params.yaml``, so that ``dvc repro`` knows it; False if it does.
 
     One line is added and everything else, comments too, stays as it is.
 
+    Args:
+        teachers: sites that the query hears.
+
     Raises:
-        ConfigError: the file is not laid out so that a line can be added.
+        ConfigError: the file is not laid out so that a line can be added, or ``dvc repro`` could not hear a
+            teacher: its site is not in the file, or neither its bundle nor its hospital is here.
     """
     path = root / "params.yaml"
-    scratch = Workspace(root).scratch
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "params.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may have answered at the same moment
+    with lock(Workspace(root).scratch / "params.lock"):  # two workers may have answered at the same moment
         params = load_params(root)
         ref = QueryRef(hospital=hospital, query=name)
         if ref in params.queries.values():
             return False
+        if absent := [site for site in teachers if not _heard_here(root, params, site)]:
+            raise ConfigError(
+                f"no teacher of {', '.join(absent)} is in this workspace",
+                remedy=f"'qkt query run {hospital} {name}' tells the pipeline where there is.",
+                code="no-teachers",
+            )
         key = f"{hospital}-{name}"[:63]
         number = 2
         while key in params.queries:  # 'a-b' asks 'c', and 'a' asks 'b-c'
@@ -121,6 +129,12 @@ def tell_pipeline(root: Path, hospital: str, name: str) -> bool:
         finally:
             temporary.unlink(missing_ok=True)
     return True
+
+
+def _heard_here(root: Path, params: Params, site: str) -> bool:
+    """Whether the stage ``plan`` finds a site's teacher, or the pipeline makes it."""
+    bundle, hospital = Workspace(root).teacher(site) / CARD, root / "hospitals" / site / "site.yaml"
+    return site in params.sites and (bundle.is_file() or hospital.is_file())
 
 
 def _with_line(text: str, line: str) -> str:

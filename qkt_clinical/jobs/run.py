@@ -20,6 +20,7 @@ from qkt_clinical.config import Params, QueryConfig, QueryRef, Workspace, load_q
 from qkt_clinical.data import Manifest, read_manifest
 from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, sweep, to_json
+from qkt_clinical.jobs.failures import typed
 from qkt_clinical.jobs.fetch import Shelf, open_shelf
 from qkt_clinical.jobs.new import tell_pipeline
 from qkt_clinical.jobs.state import (
@@ -31,6 +32,7 @@ from qkt_clinical.jobs.state import (
     Job,
     asked,
 )
+from qkt_clinical.locks import Busy
 from qkt_clinical.query import Asking, Plan, at_risk, make_plan, write_fetched
 
 Report = Callable[[Job], None]
@@ -136,31 +138,43 @@ class _Worker:
             )
 
     def answer(self) -> Job:
-        """Every step, the ones that need not be done again left out."""
+        """Every step, the ones that need not be done again left out.
+
+        Raises:
+            QktError: whatever went wrong; the job has failed. An end of the process interrupts it.
+        """
         job, board = self.job, self.board
-        board.clear_cancel(job.hospital, job.query)
-        self._say(
-            state="running",
-            asked=asked(load_query(board.root, job.hospital, job.query)),
-            interruptions=job.interruptions + (job.state == "interrupted"),
-            error=None,
-            note=None,
-        )
         try:
+            board.clear_cancel(job.hospital, job.query)
+            self._say(
+                state="running",
+                asked=asked(load_query(board.root, job.hospital, job.query)),
+                interruptions=job.interruptions + (job.state == "interrupted"),
+                error=None,
+                note=None,
+            )
             self._fetch()
             self._transfer()
             self._evaluate()
             self._register()
-        except Cancelled as cancelled:
+            self._say(state="answered", interruptions=0)
+        except Cancelled:
+            self._end(state="cancelled")
             board.clear_cancel(job.hospital, job.query)
-            self._say(state="cancelled")
-            raise cancelled
-        except QktError as error:
-            said = error.at(stage=self.job.step, site=job.hospital).as_dict()
-            self._say(state="failed", error=Failure.model_validate(said))
             raise
-        self._say(state="answered", interruptions=0)
+        except Exception as error:
+            failure = typed(error).at(stage=self.job.step, site=job.hospital)
+            self._end(state="failed", error=Failure.model_validate(failure.as_dict()))
+            if failure is error:
+                raise
+            raise failure from error
         return self.job
+
+    def _end(self, **changes: Any) -> None:
+        """As :meth:`_say`; where the disk is too full for it, others read that the job was interrupted."""
+        self.job = self.job.model_copy(update=changes)
+        with suppress(OSError):
+            self._say()
 
     @property
     def _fetched(self) -> Path:
@@ -208,9 +222,6 @@ class _Worker:
             return
         from qkt_clinical.stages.transfer import transfer_query
 
-        # Before there is another student: killed in between, nothing may stand beside it that is not its own.
-        for kind in ("evaluation", "gate"):
-            (space.reports / kind / hospital / f"{name}.json").unlink(missing_ok=True)
         transfer_query(
             self.board.root, hospital, name, self.params, device=self.device, progress=self._progress
         )
@@ -220,11 +231,10 @@ class _Worker:
         """On the hospital's own test images; what it has none of, only the federation can measure."""
         self._begin("evaluate")
         hospital, name = self.job.hospital, self.job.query
-        path = self.space.reports / "evaluation" / hospital / f"{name}.json"
-        from qkt_clinical.stages.gate import gate_one
+        from qkt_clinical.stages.gate import NotMeasured, gate_one
 
         ref = QueryRef(hospital=hospital, query=name)
-        if path.is_file():
+        with suppress(NotMeasured):  # this student, by nobody yet
             gate_one(self.board.root, ref, self.params)
             return
         manifest, query = (
@@ -246,12 +256,14 @@ class _Worker:
 
     def _register(self) -> None:
         self._begin("register")
+        from qkt_clinical.stages.transfer import read_plan
         from qkt_clinical.tracking import track_answer
 
         version = track_answer(self.board.root, self.params, self.job.hospital, self.job.query)
         self._say(version=version)
+        root, hospital, name = self.board.root, self.job.hospital, self.job.query
         try:
-            tell_pipeline(self.board.root, self.job.hospital, self.job.query)
+            tell_pipeline(root, hospital, name, read_plan(self._fetched).relevant)
         except ConfigError as error:  # the answer is there and registered all the same
             self._say(note=f"{self.job.note or 'registered'}. The pipeline does not know of it: {error}")
 
@@ -326,20 +338,29 @@ def work(
     """
     board = Board(root)
     taken: dict[str, Job] = {}
+    given_up: set[str] = set()  # a full disk may have kept the record of a failure from being written
     while True:
         jobs = board.jobs(hospital)
-        if not any(_open(j) or j.state == "running" for j in jobs):
+        waiting = [j for j in jobs if _open(j) and j.name not in given_up]
+        if not waiting and not any(j.state == "running" for j in jobs):
             return list(taken.values())
         begun = False
-        for seen in filter(_open, jobs):
-            # Busy, or a file that broke since: the next look at the board says which.
-            with suppress(QktError), board.hold(seen.hospital, seen.query) as job:
-                if not _open(job):  # another worker was faster
-                    continue
-                begun = True
-                worker = _Worker(board, job, params, device, report)
-                with suppress(QktError):  # the record says why; the next query is another question
-                    worker.answer()
-                taken[job.name] = worker.job
+        for seen in waiting:
+            try:
+                with board.hold(seen.hospital, seen.query) as job:
+                    if not _open(job):  # another worker was faster
+                        continue
+                    begun = True
+                    worker = _Worker(board, job, params, device, report)
+                    try:
+                        worker.answer()
+                    finally:
+                        taken[job.name] = worker.job
+            except Busy:
+                continue
+            except QktError as error:  # the next query is another question
+                given_up.add(seen.name)
+                said = Failure.model_validate(error.as_dict())
+                taken.setdefault(seen.name, seen.model_copy(update={"state": "failed", "error": said}))
         if not begun:
             time.sleep(PAUSE_S)

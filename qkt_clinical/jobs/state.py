@@ -7,10 +7,7 @@ nobody has to guess from the age of a heartbeat.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +15,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query, query_file
+from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query, query_file, site_folder
 from qkt_clinical.errors import QktError, QueryError
 from qkt_clinical.files import digest_bytes, to_json, write_json
+from qkt_clinical.locks import Busy, hold_query
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
@@ -71,12 +69,6 @@ class Job(Strict):
         return f"{self.hospital}/{self.query}"
 
 
-class Busy(QueryError):
-    """Another process works on the job."""
-
-    code = "job-running"
-
-
 class Cancelled(QueryError):
     """Somebody took the job back while it ran."""
 
@@ -99,7 +91,13 @@ class Board:
         return self.folder / f"{hospital}.{query}.{ending}"
 
     def queries(self, hospital: str | None = None) -> list[tuple[str, str]]:
-        """(hospital, query) of every query file of the workspace, sorted."""
+        """(hospital, query) of every query file of the workspace, or of one hospital, sorted.
+
+        Raises:
+            ConfigError: no such hospital.
+        """
+        if hospital is not None:
+            site_folder(self.root, hospital)
         files = sorted((self.root / "hospitals").glob("*/queries/*.yaml"))
         pairs = [(f.parent.parent.name, f.stem) for f in files if NAME.fullmatch(f.stem)]
         return [p for p in pairs if hospital in (None, p[0])]
@@ -147,6 +145,9 @@ class Board:
         """Every query of the workspace, or of one hospital, with its state.
 
         One whose file or record cannot be used has failed; the others are not held up by it.
+
+        Raises:
+            ConfigError: no such hospital.
         """
         found = []
         for pair in self.queries(hospital):
@@ -163,44 +164,21 @@ class Board:
 
     def _locked(self, hospital: str, query: str) -> bool:
         try:
-            with self._lock(hospital, query, patience_s=0.0):
+            with hold_query(self.root, hospital, query, patience_s=0.0):
                 return False
         except Busy:
             return True
-
-    @contextmanager
-    def _lock(self, hospital: str, query: str, *, patience_s: float) -> Iterator[None]:
-        query_file(self.root, hospital, query)  # names that are none leave the folder of locks
-        path = self._path(hospital, query, "lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        give_up = time.monotonic() + patience_s
-        try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= give_up:
-                        raise Busy(
-                            "another process works on this query",
-                            remedy=f"'qkt query status {hospital} {query}' shows how far it is.",
-                            site=hospital,
-                        ) from None
-                time.sleep(0.01)
-            yield
-        finally:
-            os.close(descriptor)  # which gives the lock back
 
     @contextmanager
     def hold(self, hospital: str, query: str) -> Iterator[Job]:
         """The job, for this process alone.
 
         Raises:
+            ConfigError: no such hospital.
             Busy: another process has it.
         """
-        # Whoever only looks whether a job is running holds the lock for a moment, too.
-        with self._lock(hospital, query, patience_s=0.2):
+        query_file(self.root, hospital, query)  # no lock is made for a hospital that is not there
+        with hold_query(self.root, hospital, query):
             yield self.read(hospital, query, held=True)
 
     def cancel(self, hospital: str, query: str) -> Job:
@@ -208,6 +186,7 @@ class Board:
 
         Raises:
             QueryError: it is answered already, code ``job-answered``.
+            Busy: it is no job that works on the query, but a command or a stage of the pipeline.
         """
         try:
             with self.hold(hospital, query) as job:
@@ -224,8 +203,11 @@ class Board:
                 self.write(job)
                 return job
         except Busy:
+            job = self.read(hospital, query)
+            if job.state != "running":
+                raise
             write_json(self._path(hospital, query, "cancel"), {})
-            return self.read(hospital, query)
+            return job
 
     def is_cancelled(self, hospital: str, query: str) -> bool:
         """Whether the running job has been taken back."""

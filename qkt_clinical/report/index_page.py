@@ -28,7 +28,7 @@ class Answered:
 
     query: QueryOutputs
     recall: float | None
-    """Of that class, after less before; None where it has no test image."""
+    """Of that class, after less before; None where it has too few test images."""
     balanced: Interval
     """Gain in balanced accuracy of the whole query."""
 
@@ -94,7 +94,8 @@ def _summary(outputs: Outputs) -> dict[str, Any]:
 
     return {
         "answered": len(evaluations),
-        "asked": len(evaluations) + len(outputs.unanswered),
+        "unmeasured": len(outputs.unmeasured),
+        "asked": len(evaluations) + len(outputs.unmeasured) + len(outputs.unanswered),
         "gain": mean([e.gain.value for e in evaluations]),
         "before": mean([e.before.balanced_accuracy.value for e in evaluations]),
         "after": mean([e.after.balanced_accuracy.value for e in evaluations]),
@@ -102,6 +103,8 @@ def _summary(outputs: Outputs) -> dict[str, Any]:
         "query_after": mean([e.after.query_accuracy.value for e in evaluations]),
         "query_gain": mean([e.query_gain.value for e in evaluations]),
         "forgetting": mean([e.forgetting.value for e in evaluations]),
+        "error_before": mean([e.before.ece.value for e in evaluations]),
+        "error": mean([e.after.ece.value for e in evaluations]),
         "worse": sum(e.gain.value < 0 for e in evaluations),
         "unsure": sum(e.gain.low <= 0 <= e.gain.high for e in evaluations),
         "passed": sum(q.verdict is not None and q.verdict.passed for q in outputs.queries),

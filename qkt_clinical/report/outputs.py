@@ -5,59 +5,79 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from qkt_clinical.card import CARD, Card, Mask, read_card, read_mask
+from qkt_clinical.card import CARD, MAX_JSON_BYTES, Card, Mask, read_card, read_mask
 from qkt_clinical.config import Params, Workspace
-from qkt_clinical.data import SMALLEST_COUNT, Manifest, read_consent, read_manifest, shown_count
+from qkt_clinical.counts import SMALLEST_COUNT, shown_count, too_few, withhold
+from qkt_clinical.data import Manifest, read_consent, read_manifest
 from qkt_clinical.decisions import Decision, read_decisions
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json
 from qkt_clinical.gate import Verdict
 from qkt_clinical.query import Plan
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[int, Field(ge=0, le=10**15)]
+
+
+LARGEST_FILE = 16 * MAX_JSON_BYTES
+"""Bytes; an evaluation names every image that flipped."""
+
 
 class View(BaseModel):
-    """The part of a JSON file that is shown; other keys may be there."""
+    """The part of a JSON file that is shown; other keys may be there. Numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Interval(View):
-    """A figure with its bootstrap interval, as fractions."""
+    """A difference of fractions with its bootstrap interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Annotated[float, Field(ge=-1, le=1)]
+    low: Annotated[float, Field(ge=-1, le=1)]
+    high: Annotated[float, Field(ge=-1, le=1)]
+
+
+class Share(Interval):
+    """A fraction with its bootstrap interval."""
+
+    value: Fraction
+    low: Fraction
+    high: Fraction
 
 
 class Bin(View):
     """Images of like confidence: how sure the model was of them, and how often it was right."""
 
-    confidence: float
-    accuracy: float
-    images: int
+    confidence: Fraction
+    accuracy: Fraction
+    images: Number
 
 
 class Scores(View):
-    """Figures of one model on held-out images; ``confusion`` has truth in rows, ordered as ``relevant``."""
+    """Figures of one model on held-out images; None where there is none or it may not be told.
 
-    query_accuracy: Interval
-    retained_accuracy: Interval
-    balanced_accuracy: Interval
-    auroc: Interval | None = None
-    ece: float
-    recall: dict[str, Interval | None]
-    precision: dict[str, Interval | None]
-    class_auroc: dict[str, Interval | None]
-    class_auprc: dict[str, Interval | None]
-    class_ece: dict[str, float] = {}
-    macro_precision: Interval | None = None
-    macro_auroc: Interval | None = None
-    macro_auprc: Interval | None = None
-    confusion: tuple[tuple[int, ...], ...]
+    ``confusion`` has truth in rows, ordered as ``relevant``.
+    """
+
+    query_accuracy: Share
+    retained_accuracy: Share
+    balanced_accuracy: Share
+    auroc: Share | None = None
+    ece: Share
+    recall: dict[str, Share | None]
+    precision: dict[str, Share | None]
+    class_auroc: dict[str, Share | None]
+    class_auprc: dict[str, Share | None]
+    class_ece: dict[str, Fraction | None] = {}
+    class_reliability: dict[str, tuple[Bin, ...] | None] = {}
+    macro_precision: Share | None = None
+    macro_auroc: Share | None = None
+    macro_auprc: Share | None = None
+    confusion: tuple[tuple[Number, ...] | None, ...]
     reliability: tuple[Bin, ...] = ()
 
 
@@ -65,7 +85,7 @@ class Flip(View):
     """A test image that one model has right and the other wrong; ``index`` into the prepared arrays."""
 
     site: str
-    index: int
+    index: Number
     actual: str
     before: str
     after: str
@@ -79,16 +99,16 @@ class Flip(View):
 class GroupScores(View):
     """Figures of a group of patients; None where too few stand behind one."""
 
-    query_accuracy: Interval | None
-    retained_accuracy: Interval | None
-    balanced_accuracy: Interval | None
+    query_accuracy: Share | None
+    retained_accuracy: Share | None
+    balanced_accuracy: Share | None
 
 
 class Group(View):
     """One group of a column such as sex or scanner; counts as they may be shown."""
 
-    images: int | str
-    patients: int | str
+    images: Number | str
+    patients: Number | str
     before: GroupScores
     after: GroupScores
 
@@ -97,39 +117,48 @@ class OperatingPoint(View):
     """The query's offsets, and what they give away of the hospital's own images of its own classes."""
 
     offsets: dict[str, float]
-    budget: float
-    given_away_calibration: float
-    calibration_images: int | str
-    given_away_test: Interval | None
-    test_images: int | str
+    budget: Fraction
+    given_away_calibration: Fraction | None
+    calibration_images: Number | str
+    given_away_test: Share | None
+    test_images: Number | str
 
 
 class Evaluation(View):
     """``reports/evaluation/<site>/<query>.json``."""
 
+    format: str = "qkt-evaluation/1"
     hospital: str
     query: str
+    student: str | None = None
+    """Digest of the folder of the student that was measured."""
     classes: tuple[str, ...]
     method: str
     teachers: tuple[str, ...]
-    bytes_moved: int
-    budget: float
+    bytes_moved: Number
+    budget: Fraction
     relevant: tuple[str, ...]
     local: tuple[str, ...]
-    test_images: dict[str, int]
+    test_images: dict[str, Number]
     test_sites: tuple[str, ...] = ()
-    passes_per_prediction: int
+    test_data: str | None = None
+    passes_per_prediction: Number
     before: Scores
     after: Scores
     gain: Interval
     forgetting: Interval
     query_gain: Interval
-    gain_p: float | None = None
+    gain_p: Fraction | None = None
     class_forgetting: dict[str, Interval | None]
     flips: tuple[Flip, ...] = ()
     operating_point: OperatingPoint | None = None
     subgroups: dict[str, dict[str, Group]] = {}
     """Column to group, of hospitals whose site.yaml names the column."""
+
+    @property
+    def few(self) -> tuple[str, ...]:
+        """Classes of whose test images too few are here to tell a figure."""
+        return tuple(c for c in self.relevant if too_few(self.test_images.get(c, 0)))
 
 
 class Trusted(View):
@@ -147,18 +176,19 @@ class Phase1(View):
 
     kind: str = "distill"
     curves: tuple[dict[str, float], ...] = ()
-    views: int
-    teacher_passes: int
+    views: Number
+    teacher_passes: Number
 
 
 class Phase2(View):
     """Refinement of the head; the operating point."""
 
     offsets: dict[str, float]
-    budget: float
-    given_away: float
-    calibration_images: int
-    own_weight: float
+    budget: Fraction
+    given_away: Fraction | None
+    """Of the calibration images; None where they are too few to tell."""
+    calibration_images: Number | str
+    own_weight: Annotated[float, Field(gt=0)]
     rare: dict[str, str] = {}
     """Rare class to number of training images, as it may be shown."""
     curves: tuple[dict[str, float], ...] = ()
@@ -176,12 +206,13 @@ class Phases(View):
 class TeacherMetrics(View):
     """``metrics.json`` of a teacher, on its validation images."""
 
-    balanced_accuracy: float | None
-    recall: dict[str, float]
-    epochs: int
-    best_epoch: int
+    balanced_accuracy: Fraction | None
+    recall: dict[str, Fraction | None]
+    """None of a class with too few validation images to tell."""
+    epochs: Number
+    best_epoch: Number
     stopped_early: bool
-    parameters: int | None = None
+    parameters: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +279,7 @@ class QueryOutputs(AnswerOutputs):
     evaluation_file: Path
     evaluation: Evaluation
     verdict: Verdict | None
-    """None where the answer has not been judged."""
+    """None where the answer has not been judged, or another student was."""
     verdict_file: Path
 
 
@@ -260,9 +291,9 @@ class Outputs:
     sites: tuple[SiteOutputs, ...]
     queries: tuple[QueryOutputs, ...]
     unanswered: tuple[str, ...]
-    """``<hospital>-<query>`` of the queries in ``params.yaml`` that have no evaluation."""
+    """``<hospital>-<query>`` of the queries in ``params.yaml`` that have no student."""
     unmeasured: tuple[AnswerOutputs, ...] = ()
-    """Students among them: who asked has no test images of the class, and nobody else has measured yet."""
+    """Students without figures: who asked has no test images of the class, and nobody else has measured."""
 
     @property
     def params_digest(self) -> str:
@@ -277,6 +308,13 @@ class Outputs:
 
 def _read(kind: Any, path: Path, *, site: str) -> Any:
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise OutputsError(
+                f"larger than {LARGEST_FILE:,} bytes",
+                remedy="Run 'dvc repro' to make it again.",
+                file=path,
+                site=site,
+            )
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except OSError:
         what = "cannot be read"
@@ -286,7 +324,7 @@ def _read(kind: Any, path: Path, *, site: str) -> Any:
     raise OutputsError(what, remedy="Run 'dvc repro' to make it again.", file=path, site=site) from None
 
 
-Curves = tuple[dict[str, float], ...]
+Curves = tuple[dict[str, FiniteFloat], ...]
 
 
 def _site(workspace: Workspace, name: str) -> SiteOutputs:
@@ -303,42 +341,100 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
         path = teacher / file
         return _read(kind, path, site=name) if path.is_file() else absent
 
+    metrics: TeacherMetrics | None = optional(TeacherMetrics, "metrics.json", None)
+    if metrics is not None and manifest is not None:
+        recall = withhold(metrics.recall, manifest.counts.get("val", {}))
+        metrics = metrics.model_copy(update={"recall": recall})
     return SiteOutputs(
         name=name,
         manifest=manifest,
         teacher=teacher,
         card=card,
         mask=read_mask(teacher, card),
-        metrics=optional(TeacherMetrics, "metrics.json", None),
+        metrics=metrics,
         curves=optional(Curves, "curves.json", ()),
         pictures=pictures,
         decisions=decisions,
     )
 
 
-def published(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an evaluation's JSON may leave the hospital: figures, and counts only as they may be shown.
+def _told(scores: Scores, evaluation: Evaluation) -> Scores:
+    """Figures without those that rest on too few images."""
+    images = evaluation.test_images
+    answers: dict[str, int] = {}
+    if None not in scores.confusion:  # else told before, and the columns are no longer whole
+        columns = zip(*(row or () for row in scores.confusion), strict=True)
+        answers = dict(zip(evaluation.relevant, map(sum, columns), strict=True))
 
-    Confusion comes in whole percent (null for a class with too few images); which images flipped stays.
-    """
-    out = {k: v for k, v in evaluation.items() if k != "flips"}
-    out["test_images"] = {c: shown_count(n) for c, n in evaluation["test_images"].items()}
+    def bins(rows: Sequence[Bin] | None) -> tuple[Bin, ...] | None:
+        return None if rows is None else tuple(b for b in rows if b.images >= SMALLEST_COUNT)
 
-    def bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [dict(row) for row in rows if row["images"] >= SMALLEST_COUNT]
-
-    for side in ("before", "after"):
-        scores = dict(evaluation[side])
-        scores["confusion"] = [
-            [round(100 * n / sum(row)) for n in row] if sum(row) >= SMALLEST_COUNT else None
-            for row in scores["confusion"]
-        ]
-        scores["reliability"] = bins(scores.get("reliability", []))
-        scores["class_reliability"] = {
-            c: bins(rows) for c, rows in scores.get("class_reliability", {}).items()
+    curves = withhold(scores.class_reliability, images)
+    return scores.model_copy(
+        update={
+            "recall": withhold(scores.recall, images),
+            "precision": withhold(withhold(scores.precision, answers), images),
+            "class_auroc": withhold(scores.class_auroc, images),
+            "class_auprc": withhold(scores.class_auprc, images),
+            "class_ece": withhold(scores.class_ece, images),
+            "class_reliability": {c: bins(rows) for c, rows in curves.items()},
+            "reliability": bins(scores.reliability),
+            "confusion": tuple(None if too_few(sum(row or ())) else row for row in scores.confusion),
         }
-        out[side] = scores
+    )
+
+
+def told(evaluation: Evaluation) -> Evaluation:
+    """An evaluation without the figures that rest on fewer than five images: of a class, an answer, a bin.
+
+    Pages, cards and MLflow are made of this alone. Figures over several classes stay.
+    """
+    return evaluation.model_copy(
+        update={
+            "before": _told(evaluation.before, evaluation),
+            "after": _told(evaluation.after, evaluation),
+            "class_forgetting": withhold(evaluation.class_forgetting, evaluation.test_images),
+        }
+    )
+
+
+def shares(row: Sequence[int] | None) -> list[int] | None:
+    """A row of a confusion matrix in whole percent; None where it holds no image or too few to tell."""
+    total = sum(row or ())
+    return None if row is None or not total or too_few(total) else [round(100 * n / total) for n in row]
+
+
+def published(evaluation: Evaluation) -> dict[str, Any]:
+    """What of an evaluation may leave the hospital: what is :func:`told`, and counts as they may be shown.
+
+    Confusion comes in whole percent, bins without their numbers of images; which images flipped stays.
+    """
+    out = told(evaluation).model_dump(mode="json", exclude={"flips"})
+    out["test_images"] = {c: shown_count(n) for c, n in evaluation.test_images.items()}
+    for side in ("before", "after"):
+        scores = out[side]
+        scores["confusion"] = [shares(row) for row in scores["confusion"]]
+        for rows in (scores["reliability"], *filter(None, scores["class_reliability"].values())):
+            for row in rows:
+                del row["images"]
     return out
+
+
+def flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested settings by their dotted names; lists as text."""
+    if isinstance(value, Mapping):
+        return {k: v for key in value for k, v in flat(f"{prefix}.{key}", value[key]).items()}
+    return {prefix: ", ".join(map(str, value)) if isinstance(value, list) else value}
+
+
+def _plan(student: Path, hospital: str, query: str) -> Plan:
+    path = student / "plan.json"
+    plan: Plan = _read(Plan, path, site=hospital)
+    if (plan.hospital, plan.query) != (hospital, query):
+        raise OutputsError(
+            "a plan of another query", remedy="Run 'dvc repro' to make it again.", file=path, site=hospital
+        )
+    return plan
 
 
 def _answer(workspace: Workspace, hospital: str, query: str) -> AnswerOutputs | None:
@@ -347,7 +443,7 @@ def _answer(workspace: Workspace, hospital: str, query: str) -> AnswerOutputs | 
         return None
     return AnswerOutputs(
         student=student,
-        plan=_read(Plan, student / "plan.json", site=hospital),
+        plan=_plan(student, hospital, query),
         phases=_read(Phases, student / "phases.json", site=hospital),
         card=read_card(student),
     )
@@ -367,22 +463,28 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
             site=hospital,
         )
     size = len(evaluation.relevant)
+    images = [evaluation.test_images.get(c, 0) for c in evaluation.relevant]
     for scores in (evaluation.before, evaluation.after):
-        if [len(row) for row in scores.confusion] != [size] * size:
-            raise OutputsError(
-                f"a confusion matrix that is not {size} x {size}",
-                remedy="Run 'dvc repro' to make it again.",
-                file=path,
-                site=hospital,
-            )
+        rows = [row or () for row in scores.confusion]
+        what = None
+        if [len(row) for row in rows] != [size] * size:
+            what = f"a confusion matrix that is not {size} x {size}"
+        elif [sum(row) for row in rows] != images:
+            what = "a confusion matrix of other images than were tested"
+        if what:
+            raise OutputsError(what, remedy="Run 'dvc repro' to make it again.", file=path, site=hospital)
+    digest = digest_folder(student)
+    if evaluation.student != digest:
+        return None  # of another student: nobody has measured this one
     gate = workspace.reports / "gate" / hospital / f"{query}.json"
+    verdict: Verdict | None = _read(Verdict, gate, site=hospital) if gate.is_file() else None
     return QueryOutputs(
-        verdict=_read(Verdict, gate, site=hospital) if gate.is_file() else None,
+        verdict=verdict if verdict is not None and verdict.digest == digest else None,
         verdict_file=gate,
         evaluation_file=path,
         student=student,
-        evaluation=evaluation,
-        plan=_read(Plan, student / "plan.json", site=hospital),
+        evaluation=told(evaluation),
+        plan=_plan(student, hospital, query),
         phases=_read(Phases, student / "phases.json", site=hospital),
         card=read_card(student),
     )
@@ -406,5 +508,6 @@ def read_outputs(root: Path, params: Params) -> Outputs:
         raise OutputsError(
             "neither a teacher nor an answered query", remedy="Run 'dvc repro' first.", file=workspace.reports
         )
-    unanswered = tuple(f"{h}-{q}" for (h, q), value in found.items() if value is None)
+    answered = {a.name for a in (*queries, *unmeasured)}
+    unanswered = tuple(name for h, q in found if (name := f"{h}-{q}") not in answered)
     return Outputs(params, sites, queries, unanswered, unmeasured)

@@ -12,7 +12,7 @@ from functools import cache
 
 from jinja2 import Environment
 
-from qkt_clinical.data import SMALLEST_COUNT, shown_count
+from qkt_clinical.counts import shown_count
 from qkt_clinical.html import page_environment
 from qkt_clinical.report import charts
 from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs
@@ -36,7 +36,9 @@ class Bar:
 
 
 def _before_after(before: Interval | None, after: Interval | None) -> str:
-    one, two = ("no images" if v is None else charts.percent(v.value) for v in (before, after))
+    if before is None and after is None:
+        return "too few images"
+    one, two = ("too few images" if v is None else charts.percent(v.value) for v in (before, after))
     return f"{one} → {two}"
 
 
@@ -70,12 +72,10 @@ def recall_bars(query: QueryOutputs) -> list[Bar]:
 
 
 def reliability_curves(query: QueryOutputs) -> list[charts.Curve]:
-    """Before and after, without the bins of which images may not be counted."""
+    """Before and after; bins of too few images are not among them."""
     sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
     return [
-        charts.reliability_curve(
-            name, [(b.confidence, b.accuracy) for b in scores.reliability if b.images >= SMALLEST_COUNT]
-        )
+        charts.reliability_curve(name, [(b.confidence, b.accuracy) for b in scores.reliability])
         for name, scores in sides
     ]
 
@@ -87,7 +87,7 @@ def environment() -> Environment:
     for function in (charts.percent, charts.percents, charts.points, charts.size, charts.words):
         made.filters[function.__name__] = function
     made.filters["figure"] = charts.figure
-    made.filters["count"] = shown_count
+    made.filters["count"] = lambda number: number if isinstance(number, str) else shown_count(number)
     return made
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.config import Workspace
-from qkt_clinical.data import load_prepared
-from qkt_clinical.errors import OutputsError
+from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.report.outputs import Flip, Outputs, QueryOutputs
 
 MOST = 12
@@ -41,6 +40,8 @@ class Flipped:
 
     cases: int
     pictures: tuple[Picture, ...]
+    strange: int = 0
+    """Cases of hospitals that consent whose image is no test image here, or of another class."""
 
 
 def choose(flips: Sequence[Flip], most: int = MOST) -> list[Flip]:
@@ -72,32 +73,34 @@ def png(image: NDArray[Any]) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def _is_test_image(site: PreparedSite, flip: Flip) -> bool:
+    """Whether the evaluation's image is a test image here, and of the class that it says."""
+    if flip.index not in site.splits["test"]:
+        return False
+    classes = site.manifest.classes
+    return flip.actual in classes and bool(site.labels[flip.index] == classes.index(flip.actual))
+
+
 def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[bool, Flipped]:
     """Cases that the answer gained (True) and lost (False), with pictures of hospitals that consent.
 
+    What an evaluation of other data calls a test image may be one that a model was trained on: no picture of
+    an image that is not in the test split, or of another class than it says.
+
     Raises:
-        OutputsError: the evaluation names an image that is not there.
         PreparedError: a prepared site cannot be read.
     """
     consent = {site.name for site in outputs.sites if site.pictures and site.manifest is not None}
+    willing = [flip for flip in query.evaluation.flips if flip.site in consent]
+    sites = {s: load_prepared(Workspace(root).prepared(s)) for s in sorted({flip.site for flip in willing})}
+    held = [flip for flip in willing if _is_test_image(sites[flip.site], flip)]
     found = {}
     for gained in (True, False):
-        flips = [flip for flip in query.evaluation.flips if flip.gained == gained]
-        shown = choose([flip for flip in flips if flip.site in consent])
-        sites = {s: load_prepared(Workspace(root).prepared(s)) for s in sorted({f.site for f in shown})}
-        for flip in shown:
-            if not 0 <= flip.index < len(sites[flip.site].images):
-                raise OutputsError(
-                    f"image {flip.index} of {flip.site}, which has {len(sites[flip.site].images)}",
-                    remedy="Run 'dvc repro' to make it again.",
-                    file=query.evaluation_file,
-                    site=query.evaluation.hospital,
-                )
-        found[gained] = Flipped(
-            len(flips),
-            tuple(
-                Picture(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
-                for f in shown
-            ),
+        cases = [flip for flip in query.evaluation.flips if flip.gained == gained]
+        pictures = tuple(
+            Picture(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
+            for f in choose([flip for flip in held if flip.gained == gained])
         )
+        strange = sum(flip.gained == gained for flip in willing) - sum(flip.gained == gained for flip in held)
+        found[gained] = Flipped(len(cases), pictures, strange)
     return found

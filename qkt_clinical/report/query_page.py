@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from qkt_clinical import __version__
 from qkt_clinical.decisions import Decision, champions
 from qkt_clinical.gate import Rule
-from qkt_clinical.model_card import student_model_card
+from qkt_clinical.model_card import student_model_card, unmeasured_model_card
 from qkt_clinical.query import at_risk
 from qkt_clinical.report import charts
-from qkt_clinical.report.outputs import Outputs, Phase1, QueryOutputs, Scores
+from qkt_clinical.report.outputs import AnswerOutputs, Outputs, Phase1, QueryOutputs, Share, flat, shares
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
 from qkt_clinical.report.pictures import MOST, Flipped
 
@@ -29,11 +29,17 @@ class Voice:
     shares: tuple[float | None, ...]
 
 
-def voices(query: QueryOutputs) -> list[Voice]:
+def relevant(answer: AnswerOutputs) -> tuple[str, ...]:
+    """The classes that an answer tells apart, in the federation's order."""
+    asked = {*answer.plan.local, *answer.plan.classes}
+    return tuple(name for name in answer.card.classes if name in asked)
+
+
+def voices(answer: AnswerOutputs) -> list[Voice]:
     """What the hospital's own network and the fetched teachers count for, per relevant class."""
-    plan, second = query.plan, query.phases.phase2
-    silent = {t.site for t in query.phases.trust if not t.heard}
-    dismissed = {t.site: set(t.dismissed) for t in query.phases.trust}
+    plan, second = answer.plan, answer.phases.phase2
+    silent = {t.site for t in answer.phases.trust if not t.heard}
+    dismissed = {t.site: set(t.dismissed) for t in answer.phases.trust}
     networks = [(plan.hospital, second.own_weight, {*plan.local, *second.rare})]
     networks += [
         (t.site, 1.0, set(t.known) - dismissed.get(t.site, set()))
@@ -41,8 +47,7 @@ def voices(query: QueryOutputs) -> list[Voice]:
         if t.relevant and t.site not in silent
     ]
     totals = {
-        name: sum(weight for _, weight, known in networks if name in known)
-        for name in query.evaluation.relevant
+        name: sum(weight for _, weight, known in networks if name in known) for name in relevant(answer)
     }
     return [
         Voice(site, tuple(weight / total if name in known else None for name, total in totals.items()))
@@ -50,9 +55,47 @@ def voices(query: QueryOutputs) -> list[Voice]:
     ]
 
 
-def confusion_shares(scores: Scores) -> list[list[int | None]]:
-    """Rows in whole percent of their images; None where a class has no image. Counts stay out of the page."""
-    return [[round(100 * n / sum(row)) if sum(row) else None for n in row] for row in scores.confusion]
+def why_own_weight(method: str) -> str:
+    """Where the weight of the hospital's own network comes from, in words."""
+    if method == "qkt-light":
+        return "qkt-light asks no image about that: it is always the same"
+    return "its own held-out images spoke for that"
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One figure over all relevant classes; ``rises`` if more of it is better."""
+
+    name: str
+    before: Share | None
+    after: Share | None
+    rises: bool = True
+
+    @property
+    def lost(self) -> bool:
+        """Whether it became worse."""
+        if self.before is None or self.after is None:
+            return False
+        change = self.after.value - self.before.value
+        return change < 0 if self.rises else change > 0
+
+
+def overall_figures(query: QueryOutputs) -> list[Overall]:
+    """Means over the classes, the query against the rest, and calibration, before and after."""
+    before, after = query.evaluation.before, query.evaluation.after
+    return [
+        Overall("Precision, mean over classes", before.macro_precision, after.macro_precision),
+        Overall("AUROC, mean over classes", before.macro_auroc, after.macro_auroc),
+        Overall("AUPRC, mean over classes", before.macro_auprc, after.macro_auprc),
+        Overall("AUROC, query against own classes", before.auroc, after.auroc),
+        Overall("Calibration error", before.ece, after.ece, rises=False),
+    ]
+
+
+def confusion_shares(confusion: Sequence[Sequence[int] | None], size: int) -> list[list[int | None]]:
+    """Rows in whole percent of their images; None where a class has none or too few to tell."""
+    nothing: list[int | None] = [None] * size
+    return [[*found] if (found := shares(row)) else nothing for row in confusion]
 
 
 def rule_figure(rule: Rule) -> str:
@@ -86,34 +129,65 @@ def _phase1_chart(phase1: Phase1) -> charts.LineChart | None:
     return charts.line_chart("Phase 1: losses", phase1.curves)
 
 
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    if isinstance(value, Mapping):
-        return {k: v for key in value for k, v in _flat(f"{prefix}.{key}", value[key]).items()}
-    return {prefix: ", ".join(map(str, value)) if isinstance(value, list) else value}
-
-
 def _used(outputs: Outputs) -> dict[str, Any]:
     """The parameters that bear on the figures of an answer."""
     params = outputs.params
     sections = ("ingest", "train", "mask", "transfer", "evaluate", "gate")
     found: dict[str, Any] = {"seed": params.seed}
     for name in sections:
-        found |= _flat(name, getattr(params, name).model_dump(mode="json"))
+        found |= flat(name, getattr(params, name).model_dump(mode="json"))
     return found
 
 
-def _provenance(outputs: Outputs, query: QueryOutputs) -> dict[str, str | None]:
-    site = outputs.site(query.evaluation.hospital)
+def _provenance(outputs: Outputs, answer: AnswerOutputs) -> dict[str, str | None]:
+    site = outputs.site(answer.plan.hospital)
     return {
-        "Student (folder, as in the registry)": query.folder_digest,
-        "Student bundle": query.card_digest,
-        "Student weights": query.card.weights.sha256,
+        "Student (folder, as in the registry)": answer.folder_digest,
+        "Student bundle": answer.card_digest,
+        "Student weights": answer.card.weights.sha256,
         "Hospital’s own model": site.card_digest if site else None,
         "Hospital’s data": site.data_digest if site else None,
-        **{f"Teacher {t.site}": t.digest for t in query.plan.teachers if t.relevant},
+        **{f"Teacher {t.site}": t.digest for t in answer.plan.teachers if t.relevant},
         "Parameters": outputs.params_digest,
     }
+
+
+def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
+    """What the pages of measured and unmeasured answers both show."""
+    phases = answer.phases
+    site = outputs.site(answer.plan.hospital)
+    drawn = (
+        _phase1_chart(phases.phase1) if phases.phase1 else None,
+        charts.line_chart("Phase 2: losses", phases.phase2.curves),
+    )
+    decisions = tuple(d for d in (site.decisions if site else ()) if d.model == answer.model)
+    return {
+        "version": __version__,
+        "outputs": outputs,
+        "params": outputs.params,
+        "q": answer,
+        "relevant": relevant(answer),
+        "p2": phases.phase2,
+        "voices": voices(answer),
+        "why_own_weight": why_own_weight(answer.plan.method),
+        "at_risk": at_risk(answer.plan),
+        "decisions": decisions,
+        "standing": standing(decisions, answer.model, answer.folder_digest),
+        "digest": answer.folder_digest,
+        "charts_drawn": [c for c in drawn if c],
+        "provenance": _provenance(outputs, answer),
+        "used": _used(outputs),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def render_unmeasured(outputs: Outputs, answer: AnswerOutputs) -> str:
+    """The page of a student that nobody has measured here. Same outputs, same text."""
+    return (
+        environment()
+        .get_template("unmeasured.html")
+        .render(**_common(outputs, answer), e=None, card=unmeasured_model_card(answer, outputs))
+    )
 
 
 def render_query(outputs: Outputs, query: QueryOutputs, flipped: Mapping[bool, Flipped]) -> str:
@@ -124,46 +198,30 @@ def render_query(outputs: Outputs, query: QueryOutputs, flipped: Mapping[bool, F
         query: one of its answered queries.
         flipped: see :func:`qkt_clinical.report.pictures.flipped_cases`.
     """
-    phases, evaluation = query.phases, query.evaluation
-    site = outputs.site(evaluation.hospital)
-    decisions = tuple(d for d in (site.decisions if site else ()) if d.model == query.model)
-    drawn = (
-        _phase1_chart(phases.phase1) if phases.phase1 else None,
-        charts.line_chart("Phase 2: losses", phases.phase2.curves),
-    )
+    evaluation = query.evaluation
+    size = len(evaluation.relevant)
     silent = [s for s in evaluation.test_sites if (o := outputs.site(s)) is None or not o.pictures]
     return (
         environment()
         .get_template("query.html")
         .render(
-            version=__version__,
-            outputs=outputs,
-            params=outputs.params,
+            **_common(outputs, query),
             confidence=f"{100 * outputs.params.evaluate.confidence:g}%",
-            q=query,
             e=evaluation,
-            p2=phases.phase2,
+            absent=[c for c in evaluation.classes if c not in query.phases.phase2.rare],
             recall=recall_bars(query),
-            voices=voices(query),
-            at_risk=at_risk(query.plan),
+            overall=overall_figures(query),
             confusions=[
-                ("Before", confusion_shares(evaluation.before)),
-                ("After", confusion_shares(evaluation.after)),
+                ("Before", confusion_shares(evaluation.before.confusion, size)),
+                ("After", confusion_shares(evaluation.after.confusion, size)),
             ],
             curves=reliability_curves(query),
             rules=[]
             if query.verdict is None
             else [(r, rule_figure(r), rule_threshold(r)) for r in query.verdict.rules],
-            decisions=decisions,
-            standing=standing(decisions, query.model, query.folder_digest),
-            digest=query.folder_digest,
-            charts_drawn=[c for c in drawn if c],
             flipped=flipped,
             silent=silent,
             most=MOST,
             card=student_model_card(query, outputs),
-            provenance=_provenance(outputs, query),
-            used=_used(outputs),
-            libraries={name: metadata.version(name) for name in LIBRARIES},
         )
     )

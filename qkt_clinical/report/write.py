@@ -9,7 +9,7 @@ from qkt_clinical.files import new_folder, write_text
 from qkt_clinical.report.index_page import render_index
 from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.report.pictures import flipped_cases
-from qkt_clinical.report.query_page import render_query
+from qkt_clinical.report.query_page import render_query, render_unmeasured
 
 
 def write_report(root: Path, params: Params) -> Path:
@@ -28,6 +28,9 @@ def write_report(root: Path, params: Params) -> Path:
         for query in outputs.queries:
             page = folder / query.evaluation.hospital / f"{query.evaluation.query}.html"
             write_text(page, render_query(outputs, query, flipped_cases(root, outputs, query)))
+        for answer in outputs.unmeasured:
+            page = folder / answer.plan.hospital / f"{answer.plan.query}.html"
+            write_text(page, render_unmeasured(outputs, answer))
     path = reports / "index.html"
     write_text(path, index)
     return path

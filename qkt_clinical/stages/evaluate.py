@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from qkt_clinical.bundle import load_bundle
 from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.data import SMALLEST_COUNT, PreparedSite, load_prepared, shown_count
-from qkt_clinical.errors import QueryError
+from qkt_clinical.counts import shown_parts, shown_total, too_few
+from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.errors import QktError, QueryError
 from qkt_clinical.evaluation import TestSet, assess, by_subgroup, share_given_away
-from qkt_clinical.files import digest_bytes, write_json, write_text
+from qkt_clinical.files import digest_bytes, digest_folder, write_json, write_text
+from qkt_clinical.locks import hold_query
 from qkt_clinical.networks import pick_device
 from qkt_clinical.seeding import derive
 from qkt_clinical.stages.transfer import read_plan
@@ -33,6 +35,12 @@ from qkt_clinical.transfer import predict_scores
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
+
+class NoTestImages(QueryError):
+    """A query cannot be measured here."""
+
+    code = "no-test-images"
 
 
 class _Drawn(TypedDict):
@@ -106,19 +114,15 @@ def _flips(
     ]
 
 
-def _shown(number: int) -> int | str:
-    """A count as it may be shown."""
-    return shown_count(number) if number < SMALLEST_COUNT else number
-
-
 def _calibrated(student: Path) -> dict[str, Any]:
     """What was given away on the calibration images by which the offsets were set, of ``phases.json``."""
     path = student / "phases.json"
     try:
         phase = json.loads(path.read_text(encoding="utf-8"))["phase2"]
+        given, images = phase["given_away"], phase["calibration_images"]
         return {
-            "given_away_calibration": float(phase["given_away"]),
-            "calibration_images": _shown(int(phase["calibration_images"])),
+            "given_away_calibration": None if given is None else float(given),
+            "calibration_images": images if isinstance(images, str) else shown_total(int(images), ()),
         }
     except (OSError, ValueError, KeyError, TypeError):
         raise QueryError(
@@ -130,13 +134,20 @@ def _calibrated(student: Path) -> dict[str, Any]:
         ) from None
 
 
+def _shown_groups(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Groups of one column with counts as they may be told: their total is that of the test images."""
+    images, patients = (shown_parts({g: row[of] for g, row in rows.items()}) for of in ("images", "patients"))
+    return {g: row | {"images": images[g], "patients": patients[g]} for g, row in rows.items()}
+
+
 def evaluate_query(
     space: Workspace, ref: QueryRef, sites: dict[str, PreparedSite], params: Params, device: torch.device
 ) -> dict[str, Any]:
     """Figures of one answer, as in ``reports/evaluation/<hospital>/<query>.json``.
 
     Raises:
-        QueryError: no hospital has a test image of a query class.
+        NoTestImages: no hospital has a test image of a class that counts.
+        QueryError: there is no student, or it has no record of its phases.
     """
     student = load_bundle(space.student(ref.hospital, ref.query))
     own = load_bundle(space.teacher(ref.hospital))
@@ -146,11 +157,10 @@ def evaluate_query(
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
     classes = student.card.classes
     if not sites:
-        raise QueryError(
+        raise NoTestImages(
             "no hospital's prepared data are here",
             remedy="Evaluate where test images of the class are prepared.",
             site=ref.hospital,
-            code="no-test-images",
             stage="evaluate",
         )
     held = _test_images(sites, ref.hospital, decision.local, decision.query)
@@ -158,11 +168,10 @@ def evaluate_query(
     relevant = list(decision.relevant)
     missing = [classes[c] for c in relevant if not (labels == c).any()]
     if missing:
-        raise QueryError(
+        raise NoTestImages(
             f"no hospital here has a test image of {', '.join(missing)}",
             remedy="Evaluate where test images of the class are prepared.",
             site=ref.hospital,
-            code="no-test-images",
             stage="evaluate",
         )
     before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
@@ -182,6 +191,8 @@ def evaluate_query(
     figures = assess(test, *scores, **drawn)
     groups = by_subgroup(test, *scores, held.subgroups, **drawn)
     names = [classes[c] for c in relevant]
+    test_images = {classes[c]: int((labels == c).sum()) for c in relevant}
+    own_images = int((held.own & np.isin(labels, decision.local)).sum())
     for side in ("before", "after"):
         for figure in PER_CLASS:
             figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
@@ -191,6 +202,7 @@ def evaluate_query(
         "format": "qkt-evaluation/1",
         "hospital": ref.hospital,
         "query": ref.query,
+        "student": digest_folder(space.student(ref.hospital, ref.query)),
         "classes": [classes[c] for c in decision.query],
         "method": decision.method,
         "teachers": list(plan.relevant),
@@ -198,23 +210,19 @@ def evaluate_query(
         "budget": decision.budget,
         "relevant": names,
         "local": [classes[c] for c in decision.local],
-        "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
+        "test_images": test_images,
         "test_sites": list(held.sites),
         "test_data": held.digest,
         "operating_point": {
             "offsets": {classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
             "budget": decision.budget,
             **_calibrated(space.student(ref.hospital, ref.query)),
-            "given_away_test": share_given_away(test, held.own, scores[1], **drawn),
-            "test_images": _shown(int((held.own & np.isin(labels, decision.local)).sum())),
+            "given_away_test": None
+            if too_few(own_images)
+            else share_given_away(test, held.own, scores[1], **drawn),
+            "test_images": shown_total(own_images, [test_images[classes[c]] for c in decision.local]),
         },
-        "subgroups": {
-            column: {
-                group: found | {"images": _shown(found["images"]), "patients": _shown(found["patients"])}
-                for group, found in rows.items()
-            }
-            for column, rows in groups.items()
-        },
+        "subgroups": {column: _shown_groups(rows) for column, rows in groups.items()},
         "passes_per_prediction": decision.passes,
         "flips": _flips(held.places, [classes[c] for c in labels], *said),
         **figures,
@@ -255,11 +263,13 @@ def evaluate_one(
 ) -> dict[str, Any]:
     """Evaluate one answer on the test images of ``sites`` alone and write its JSON.
 
+    The caller holds the query's lock.
+
     Returns:
         Its entry as in ``reports/queries.json``, which is left to :func:`evaluate_queries`.
 
     Raises:
-        QueryError: as :func:`evaluate_query`.
+        NoTestImages, QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
     where = pick_device(device or params.device)
@@ -268,25 +278,48 @@ def evaluate_one(
     return headline(result)
 
 
-def evaluate_queries(root: Path, params: Params, *, device: str | None = None) -> list[dict[str, Any]]:
-    """Evaluate every query of ``params.yaml``.
+def evaluate_queries(
+    root: Path,
+    params: Params,
+    *,
+    device: str | None = None,
+    skipped: Callable[[QueryRef, QktError], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate every query of ``params.yaml`` that can be measured here.
 
     Writes ``reports/evaluation/<hospital>/<query>.json``, ``reports/queries.json``,
     ``reports/metrics.json`` and ``reports/plots/``.
 
+    Args:
+        skipped: told of each that cannot; its answer stays unmeasured, and an older evaluation is removed.
+
     Returns:
         The list in ``reports/queries.json``.
+
+    Raises:
+        Busy: another process works on one of them.
+        QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
     where = pick_device(device or params.device)
     sites = prepared_sites(space, params.sites)
+    folder = space.reports / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, dict[str, float]] = {}
     accuracy: list[list[str]] = []
     confusion: list[list[str]] = []
     for key, ref in sorted(params.queries.items()):
-        result = evaluate_query(space, ref, sites, params, where)
-        write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
+        path = folder / ref.hospital / f"{ref.query}.json"
+        with hold_query(root, ref.hospital, ref.query):
+            try:
+                result = evaluate_query(space, ref, sites, params, where)
+            except NoTestImages as error:
+                path.unlink(missing_ok=True)
+                if skipped:
+                    skipped(ref, error)
+                continue
+            write_json(path, result)
         rows.append(headline(result))
         metrics[key] = {h: result["after"][h]["value"] for h in HEADLINE} | {
             "gain": result["gain"]["value"],

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qkt_clinical.config import Params, QueryRef, Workspace
 from qkt_clinical.decisions import champion_of
-from qkt_clinical.errors import OutputsError
+from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.files import digest_folder, write_json
 from qkt_clinical.gate import Verdict, judge
+from qkt_clinical.locks import hold_query
+
+
+class NotMeasured(OutputsError):
+    """Nobody has measured the student that is there: no evaluation, or that of another student."""
+
+    code = "not-measured"
 
 
 def gate_one(root: Path, ref: QueryRef, params: Params) -> Verdict:
-    """Judge one query and write ``reports/gate/<hospital>/<query>.json``.
+    """Judge one query and write ``reports/gate/<hospital>/<query>.json``; the caller holds its lock.
 
     Raises:
-        OutputsError: its evaluation is absent or malformed, or decisions are.
+        NotMeasured: there is no evaluation of this student; a verdict on another is removed.
+        OutputsError: its evaluation is malformed, or decisions are.
     """
     space = Workspace(root)
     path = space.reports / "evaluation" / ref.hospital / f"{ref.query}.json"
+    target = space.reports / "gate" / ref.hospital / f"{ref.query}.json"
     champion = champion_of(root, f"student.{ref.hospital}.{ref.query}")
     digest = digest_folder(space.student(ref.hospital, ref.query))
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
         verdict = judge(evaluation, params.gate, digest=digest, champion=champion)
+        measured = evaluation.get("student") == digest
+    except FileNotFoundError:
+        measured = False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise OutputsError(
             "no evaluation that can be judged",
@@ -33,10 +46,41 @@ def gate_one(root: Path, ref: QueryRef, params: Params) -> Verdict:
             site=ref.hospital,
             stage="gate",
         ) from None
-    write_json(space.reports / "gate" / ref.hospital / f"{ref.query}.json", verdict.model_dump(mode="json"))
+    if not measured:
+        target.unlink(missing_ok=True)
+        raise NotMeasured(
+            f"the student of {ref.query!r} that is here has not been measured",
+            remedy=f"Run 'qkt evaluate {ref.hospital} {ref.query}' where the test images are.",
+            file=path,
+            site=ref.hospital,
+            stage="gate",
+        )
+    write_json(target, verdict.model_dump(mode="json"))
     return verdict
 
 
-def gate_queries(root: Path, params: Params) -> list[Verdict]:
-    """Judge every query of ``params.yaml``, see :func:`gate_one`."""
-    return [gate_one(root, ref, params) for _, ref in sorted(params.queries.items())]
+def gate_queries(
+    root: Path,
+    params: Params,
+    refs: Sequence[QueryRef] | None = None,
+    *,
+    skipped: Callable[[QueryRef, QktError], None] | None = None,
+) -> list[Verdict]:
+    """Judge every query of ``params.yaml``, or those named, see :func:`gate_one`.
+
+    Args:
+        skipped: told of each that is not judged since nobody has measured its student.
+
+    Raises:
+        Busy: another process works on one of them.
+    """
+    (Workspace(root).reports / "gate").mkdir(parents=True, exist_ok=True)
+    verdicts = []
+    for ref in [r for _, r in sorted(params.queries.items())] if refs is None else refs:
+        with hold_query(root, ref.hospital, ref.query):
+            try:
+                verdicts.append(gate_one(root, ref, params))
+            except NotMeasured as error:
+                if skipped:
+                    skipped(ref, error)
+    return verdicts

@@ -12,6 +12,7 @@ from qkt_clinical import __version__
 from qkt_clinical.bundle import write_bundle
 from qkt_clinical.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
 from qkt_clinical.config import Params, Workspace
+from qkt_clinical.counts import withhold
 from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.files import digest_bytes, digest_file, to_json, write_json
@@ -45,7 +46,7 @@ def _metrics(
     }
     return {
         "balanced_accuracy": round(sum(recall.values()) / len(recall), 6) if recall else None,
-        "recall": recall,
+        "recall": withhold(recall, site.manifest.counts["val"]),
         "epochs": len(history.curves),
         "best_epoch": history.best_epoch,
         "stopped_early": history.stopped_early,

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from qkt_clinical import __version__
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.card import CARD, MASK, REFERENCE
 from qkt_clinical.config import Params, Workspace, load_query
-from qkt_clinical.data import load_prepared, shown_count
+from qkt_clinical.counts import shown_count, shown_total, too_few, withhold
+from qkt_clinical.data import load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.files import digest_bytes, digest_file, new_folder, to_json, write_json
 from qkt_clinical.masking import shown_classes
@@ -152,13 +154,18 @@ def transfer_query(
             progress=progress,
         )
     phases = {"format": "qkt-phases/1", **answer.phases}
-    for told in phases["trust"]:
-        told["dismissed"] = [classes[int(c)] for c in told["dismissed"]]
-        told["recalls"] = {classes[int(c)]: share for c, share in told["recalls"].items()}
     second = phases["phase2"]
     second["offsets"] = {classes[int(c)]: v for c, v in second["offsets"].items()}
     # A student goes to the registry: how few images there are is nobody's business but the hospital's.
     second["rare"] = {classes[int(c)]: shown_count(n) for c, n in second["rare"].items()}
+    held, each = second["calibration_images"], np.bincount(data.calibration[1], minlength=len(classes))
+    second["calibration_images"] = shown_total(held, each[list(answer.decision.local)].tolist())
+    images = dict(zip(classes, each.tolist(), strict=True))
+    for told in phases["trust"]:
+        told["dismissed"] = [classes[int(c)] for c in told["dismissed"]]
+        told["recalls"] = withhold({classes[int(c)]: r for c, r in told["recalls"].items()}, images)
+    if too_few(held):
+        second["given_away"] = None
     with new_folder(space.student(hospital, name)) as folder:
         card = write_bundle(
             folder,

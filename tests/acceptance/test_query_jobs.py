@@ -109,11 +109,10 @@ def versions(root: Path, model: str) -> list[int]:
     return next((m["versions"] for m in listed if m["name"] == model), [])
 
 
-def assert_shown(root: Path, model: str, folder: Path) -> None:
+def assert_shown(address: str, model: str, folder: Path) -> None:
     """MLflow's own pages say what the client says: two versions, each with its alias."""
     wanted = {"1": "champion", "2": "candidate"}
-    store = f"sqlite:///{root}/mlflow.db"
-    with mlflow_server(store, folder / "server") as address, chromium(folder / "profile") as browser:
+    with chromium(folder / "profile") as browser:
         browser.set_window_size(1800, 1200)
         browser.get(f"{address}/#/models/{model}")
         deadline = time.monotonic() + 60
@@ -158,6 +157,8 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
     job = json.loads(qkt(root, "query", "run", hospital, "first", "--json"))
     assert (job["state"], job["version"], job["error"]) == ("answered", "1", None)
     assert f"no test images of {asked}" in job["note"]
+    assert "The pipeline does not know of it: no teacher of " in job["note"]
+    assert load_params(root).queries == {}, "dvc repro could not plan it here"
     assert versions(root, model) == [1]
     shown = json.loads(qkt(root, "registry", "show", model, "--json"))
     assert (shown["tags"]["qkt.gate"], shown["aliases"]) == ("not judged", ["candidate"])
@@ -169,8 +170,11 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
         elif path.exists() and not target.exists():
             path.rename(target)
 
-    # The same bytes by the pipeline's stages, which now know the query.
+    # The same bytes by the pipeline's stages, which know the query when the teachers are here.
     student = digest_folder(Workspace(root).student(hospital, "first"))
+    job = json.loads(qkt(root, "query", "run", hospital, "first", "--json"))
+    assert (job["state"], job["version"]) == ("answered", "1")
+    assert [(r.hospital, r.query) for r in load_params(root).queries.values()] == [(hospital, "first")]
     qkt(root, "plan", hospital, "first")
     qkt(root, "transfer", hospital, "first")
     assert digest_folder(Workspace(root).student(hospital, "first")) == student
@@ -200,7 +204,8 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
         assert client.get_model_version_by_alias(model, "champion").version in (1, "1")
     assert all(status == "FINISHED" for _, status in runs(root))
     if needs_chromium.args[0] is False:
-        assert_shown(root, model, tmp_path)
+        with mlflow_server(f"sqlite:///{root}/mlflow.db", tmp_path / "server") as address:
+            assert_shown(address, model, tmp_path)
     assert qkt(root, "query", "show", hospital, "first").startswith(f"asks for {asked} by qkt-light")
     assert [j["state"] for j in json.loads(qkt(root, "query", "list", "--json"))] == ["answered"]
     # Asked again, nothing has changed: nothing is transferred, fetched or registered anew.

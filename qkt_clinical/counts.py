@@ -1,0 +1,49 @@
+"""Small counts: what may be told of numbers of images and patients, and of what rests on few.
+
+One rule for pages, model cards, MLflow and whatever else may leave a hospital: a number from 1 to 4 is told
+as ``<5``; a figure that rests on so few images is not told; and a number from which a hidden one could be
+reckoned, as the total less the other parts, is told as ``≥5``. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+SMALLEST_COUNT = 5
+"""Numbers of images or patients below this are not told, except 0; of fewer, a figure speaks of persons."""
+ENOUGH = f"≥{SMALLEST_COUNT}"
+
+Figure = TypeVar("Figure")
+
+
+def too_few(number: int) -> bool:
+    """Whether a number of images or patients may not be told: 1 to 4."""
+    return 0 < number < SMALLEST_COUNT
+
+
+def shown_count(number: int) -> str:
+    """A number of images or patients as a report may show it; 1 to 4 become ``<5``."""
+    return f"<{SMALLEST_COUNT}" if too_few(number) else f"{number:,}"
+
+
+def shown_total(total: int, parts: Iterable[int]) -> int | str:
+    """A total as JSON may hold it beside its parts: ``≥5`` where it would tell a hidden part."""
+    if too_few(total):
+        return shown_count(total)
+    return ENOUGH if any(map(too_few, parts)) else total
+
+
+def shown_parts(numbers: Mapping[str, int]) -> dict[str, int | str]:
+    """The parts of a total that is known: with one hidden, the others are told as ``≥5``."""
+    return {name: shown_total(number, numbers.values()) for name, number in numbers.items()}
+
+
+def withhold(figures: Mapping[str, Figure], images: Mapping[str, int]) -> dict[str, Figure | None]:
+    """Figures as they may be told: None for what rests on 1 to 4 images.
+
+    Args:
+        figures: by name, of classes for instance.
+        images: how many images each rests on; a name that is absent rests on none.
+    """
+    return {name: None if too_few(images.get(name, 0)) else figure for name, figure in figures.items()}
