@@ -325,6 +325,8 @@ class TransferParams(Strict):
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
     flips: bool = True
     """Whether the networks of a ``routed`` answer see mirror images of an image too."""
+    trust: bool = True
+    """Whether teachers are held against the hospital's own images, and those that fail are not heard."""
     distillation: DistillationParams = DistillationParams()
 
 

@@ -232,6 +232,28 @@ def gap_threshold(scores: Tensor) -> float:
     return math.exp(float(logs[widest] + logs[widest + 1]) / 2)
 
 
+def shown_classes(
+    network: Classifier,
+    shape: tuple[int, ...],
+    *,
+    estimator: Estimator,
+    threshold: float | Literal["auto"],
+    probes: int,
+    seed: int,
+) -> tuple[int, ...]:
+    """The classes that a network shows to somebody who does not take its mask on trust.
+
+    It is read as for its mask, but for the head's biases: one large enough sends all noise to a class of
+    which the network has learned nothing. What was learned stands in the rows.
+    """
+    probe = copy.deepcopy(network)
+    with torch.no_grad():
+        probe.head.bias.zero_()
+    scores = class_scores(probe, shape, estimator=estimator, probes=probes, seed=seed)
+    value = gap_threshold(scores) if threshold == "auto" else float(threshold)
+    return tuple(c for c, score in enumerate(scores.tolist()) if round(score, 6) >= round(value, 6))
+
+
 def compute_mask(
     network: Classifier,
     shape: tuple[int, ...],

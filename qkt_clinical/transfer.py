@@ -13,6 +13,8 @@ A reconstruction (the paper's equations are not all known to us), with these cho
 - **Phase 2** works on the head alone: the consensus is written as one head. With rare query classes it is
   refined on their few samples. The query's offset comes from the budget on calibration images.
 - **Light** takes up only the teachers that know the query, reduced further; the own network counts twice.
+- **Trust.** Teachers whose claims, labels or views of the own images do not stand up to a look at those
+  images are not heard (:mod:`qkt_clinical.trust`). Where all do, an answer is the same bit for bit.
 - **Routed** keeps the teachers themselves as experts at prediction time, and lets them see mirror images.
   With rare classes they are put side by side as they are, so that there is one head to refine.
 
@@ -66,6 +68,7 @@ from qkt_clinical.training import (
     shuffled,
     to_input,
 )
+from qkt_clinical.trust import Verdict, judge_teachers
 
 VIEW_BATCH = 512
 REFINED = 1000
@@ -84,9 +87,12 @@ class Teacher:
     site: str
     network: Classifier
     known: tuple[int, ...]
+    """As its mask claims."""
+    shown: tuple[int, ...] | None = None
+    """As its network shows, see :func:`qkt_clinical.masking.shown_classes`; None: it was not read again."""
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Teacher:
+    def of(cls, bundle: Bundle, shown: tuple[int, ...] | None = None) -> Teacher:
         """From a validated bundle.
 
         Raises:
@@ -95,7 +101,7 @@ class Teacher:
         if bundle.mask is None:
             raise QueryError("teacher without a mask", remedy="Plan the query again.", site=bundle.card.site)
         known = tuple(i for i, k in enumerate(bundle.mask.known) if k)
-        return cls(bundle.card.site, bundle.network, known)
+        return cls(bundle.card.site, bundle.network, known, shown)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Answer:
     network: Classifier
     decision: Decision
     phases: dict[str, Any]
+    teachers: tuple[Teacher, ...]
+    """Those that were heard, with the classes that they were believed to know."""
 
 
 @dataclass(frozen=True)
@@ -499,6 +507,73 @@ def _learn_jointly(
     return network.cpu(), _record("joint", len(views), panel, history.curves)
 
 
+def _judge(
+    teachers: Sequence[Teacher], logits: Sequence[Tensor], local: Sequence[int], labels: Tensor
+) -> list[Verdict]:
+    """Verdicts on all teachers, from what they say (N, C) of the hospital's own held-out images."""
+    return judge_teachers(
+        [t.site for t in teachers],
+        logits,
+        [t.known for t in teachers],
+        [t.shown for t in teachers],
+        local,
+        labels,
+    )
+
+
+def _believed(
+    teachers: Sequence[Teacher],
+    verdicts: Sequence[Verdict],
+    local: Sequence[int],
+    query: Sequence[int],
+    *,
+    rivals: bool,
+) -> tuple[list[Teacher], list[int]]:
+    """The teachers that are heard, each with the classes that it is believed to know, and their places.
+
+    Args:
+        rivals: whether those that know local classes alone are heard.
+
+    Returns:
+        Places count from 1, the hospital's own network being 0.
+
+    Raises:
+        QueryError: a query class is left to nobody.
+    """
+    wanted = {*query, *local} if rivals else set(query)
+    believed, places = [], []
+    for place, (teacher, verdict) in enumerate(zip(teachers, verdicts, strict=True), start=1):
+        known = tuple(c for c in teacher.known if c not in verdict.dismissed)
+        if verdict.heard and set(known) & wanted:
+            believed.append(replace(teacher, known=known))
+            places.append(place)
+    left = [q for q in query if not any(q in t.known for t in believed)]
+    if left:
+        why = "; ".join(
+            f"{v.site} {'claims classes that its network does not show' if v.heard else v.reason}"
+            for t, v in zip(teachers, verdicts, strict=True)
+            if left[0] in t.known
+        )
+        raise QueryError(
+            f"no teacher of query class {left[0]} can be trusted: {why}",
+            remedy="Ask those hospitals, or leave them out by exclude_teachers in the query file.",
+            code="untrusted",
+        )
+    return believed, places
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    """What ``phases.json`` says of a verdict; figures as shares, for counts stay in the hospital."""
+    return {
+        "site": verdict.site,
+        "heard": verdict.heard,
+        "reason": verdict.reason,
+        "dismissed": [str(c) for c in verdict.dismissed],
+        "recalls": {str(c): round(r, 2) for c, r in verdict.recalls.items()},
+        "agreement": None if verdict.agreement is None else round(verdict.agreement, 2),
+    }
+
+
 def answer_query(
     student: Classifier,
     teachers: Sequence[Teacher],
@@ -524,8 +599,8 @@ def answer_query(
         budget: at most this share of the hospital's calibration images may go to the query.
 
     Raises:
-        QueryError: no teacher or too many, a query class that no teacher knows, no local class, or no
-            calibration image.
+        QueryError: no teacher or too many, a query class that no teacher knows or none that can be trusted,
+            no local class, or no calibration image.
     """
     params = params or TransferParams()
     device = device or torch.device("cpu")
@@ -554,17 +629,24 @@ def answer_query(
     network, student = copy.deepcopy(student).cpu().eval(), copy.deepcopy(student).cpu().eval()
     if method == "qkt-light":
         teachers = [t for t in teachers if set(t.known) & set(query)]
+    flips = method == "routed" and params.flips
+    heard: list[Tensor] = []
+    verdicts: list[Verdict] = []
+    if method != "qkt-light" or params.trust:
+        networks = [student, *(t.network for t in teachers)]
+        heard = [hear(n, calibration, flips, device, features=True) for n in networks]
+        logits = [F.linear(f, *_head(n)) for n, f in zip(networks, heard, strict=True)]
+    if params.trust:
+        verdicts = _judge(teachers, logits[1:], local, calibration_labels)
+        teachers, places = _believed(teachers, verdicts, local, query, rivals=method != "qkt-light")
+        heard, logits = [heard[i] for i in (0, *places)], [logits[i] for i in (0, *places)]
     panel = _Panel(
         (student, *(t.network for t in teachers)),
         ((*local, *rare), *(t.known for t in teachers)),
         tuple(sorted({*local, *query})),
         tuple(t.site for t in teachers),
     )
-    flips = method == "routed" and params.flips
-    heard: list[Tensor] = []
     if method != "qkt-light":
-        heard = [hear(n, calibration, flips, device, features=True) for n in panel.networks]
-        logits = [F.linear(f, *_head(n)) for n, f in zip(panel.networks, heard, strict=True)]
         panel = replace(panel, own_weight=own_weight(logits, panel.known, local, calibration_labels))
     refined = bool(rare) and params.phase2
     first: dict[str, Any] | None = None
@@ -611,7 +693,7 @@ def answer_query(
         said = predict(network, calibration, device)
     scores = query_scores(said, local, query)
     if rare:
-        own = logits[0] if heard and not flips else predict(student, calibration, device)
+        own = logits[0] if method != "qkt-light" and not flips else predict(student, calibration, device)
         scores = scores[kept_today(own, local, query)]
     offset = offset_for_budget(scores, budget) if params.phase2 else 0.0
     offsets = torch.full((len(query),), offset)
@@ -625,7 +707,8 @@ def answer_query(
         "rare": {str(q): n for q, n in rare.items()},
         "curves": curves,
     }
-    return Answer(network, decision, {"method": method, "phase1": first, "phase2": second})
+    phases = {"method": method, "trust": [_told(v) for v in verdicts], "phase1": first, "phase2": second}
+    return Answer(network, decision, phases, tuple(teachers))
 
 
 def predict_scores(bundle: Bundle, inputs: Tensor, device: torch.device | None = None) -> Tensor:

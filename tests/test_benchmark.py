@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.trust import Judge
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
+from qkt_clinical.benchmark.hostile import PROBES, SHARE, draw_bad, spoil
 from qkt_clinical.benchmark.methods import Case, at_budgets, qkt
 from qkt_clinical.benchmark.metrics import figures, rank_auroc
 from qkt_clinical.benchmark.pool import run_tasks
@@ -24,6 +27,7 @@ from qkt_clinical.benchmark.settings import (
     FEDERATED,
     RECALIBRATED,
     SETUPS,
+    Bad,
     Settings,
     Setup,
     parse_list,
@@ -49,11 +53,12 @@ from qkt_clinical.card import Decision
 from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, PEERS
 from qkt_clinical.cli import main
 from qkt_clinical.config import DistillationParams, MaskParams, TrainParams, TransferParams
-from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.evaluation import auroc
 from qkt_clinical.federate import Part
 from qkt_clinical.federation import peers
 from qkt_clinical.files import write_json
+from qkt_clinical.masking import mixed
 from qkt_clinical.objectives import offset_for_budget
 from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.training import predict, to_input
@@ -582,6 +587,96 @@ def test_every_change_of_an_ablation_is_a_setting_of_the_transfer() -> None:
         assert TransferParams.model_validate(changed).model_dump() == changed
     assert dict(SETUPS["ablation/phase1-distill"].transfer) == {"phase1": "distill"}
     assert SETUPS["ablation/routed-one-view"].method == "routed"
+
+
+def test_bad_teachers_are_made_of_trained_ones(case: Case) -> None:
+    name = case.others[0]
+    honest = case.store.bundle(name).network
+    (known, asked) = case.store.federation.hospital(name.split("/")[1]).held, case.question.query[0]
+    before = {k: v.clone() for k, v in honest.state_dict().items()}
+    shape = case.inputs.shape[1:]
+
+    def made(bad: Bad) -> tuple[Tensor, tuple[int, ...]]:
+        network, claimed = spoil(honest, known, bad, asked, shape=shape, seed=0)
+        return predict(network, case.inputs, CPU), claimed
+
+    logits = predict(honest, case.inputs, CPU)
+    flipped, claimed = made("flipped-labels")
+    assert claimed == known
+    torch.testing.assert_close(flipped[:, known[0]], logits[:, known[1]])
+    torch.testing.assert_close(flipped[:, known[1]], logits[:, known[0]])
+    others = [c for c in EVERY if c not in known]
+    torch.testing.assert_close(flipped[:, others], logits[:, others])
+    lying, claimed = made("lying-mask")
+    assert claimed == EVERY
+    assert torch.equal(lying, logits)
+    biased, claimed = made("noise-bias")
+    assert set(claimed) == {*known, asked}
+    risen = (biased - logits)[:, asked]
+    assert float(risen.min()) > 0
+    torch.testing.assert_close(risen, risen[:1].expand_as(risen))
+    noise = mixed((PROBES, *shape), torch.Generator().manual_seed(0))
+    network, _ = spoil(honest, known, "noise-bias", asked, shape=shape, seed=0)
+    driven = predict(network, noise, CPU).argmax(dim=1) == asked
+    assert float(driven.float().mean()) == pytest.approx(SHARE, abs=0.01)
+    assert all(torch.equal(before[k], v) for k, v in honest.state_dict().items())
+
+
+def test_one_bad_teacher_is_among_two() -> None:
+    names = [f"full/h{i}" for i in range(1, 6)]
+    drawn = [draw_bad(names, count, seed=3) for count in (1, 2, 5)]
+    assert drawn[0] == drawn[1][:1] == drawn[2][:1]
+    assert set(drawn[2]) == set(names)
+    assert len({draw_bad(names, 1, seed=s) for s in range(50)}) == 5
+
+
+def test_bad_teachers_claim_what_they_like_and_the_asking_hospital_reads_them_again(case: Case) -> None:
+    def of_kind(bad: Bad) -> dict[str, Teacher]:
+        return methods_room.relevant_teachers(case, SETUPS[f"ablation/{bad}-2"])
+
+    honest = methods_room.relevant_teachers(case, Setup())
+    assert all(t.shown == t.known for t in honest.values())
+    lying = of_kind("lying-mask")
+    assert {t.known for t in lying.values()} == {EVERY}, "both of the others"
+    assert all(lying[name].shown == honest[name].known for name in honest)
+    flipped = of_kind("flipped-labels")
+    assert {n: t.known for n, t in flipped.items()} == {n: t.known for n, t in honest.items()}
+    oracle = methods_room.relevant_teachers(case, SETUPS["ablation/mask-oracle"])
+    assert all(t.shown is None for t in oracle.values()), "what an ablation says is no lie"
+
+
+def test_what_becomes_of_bad_teachers_is_counted(case: Case) -> None:
+    judge = Judge(case.store)
+    relevant = len(
+        [
+            t
+            for q in case.store.federation.questions
+            for t in methods_room.relevant_teachers(Case(case.store, q), Setup())
+        ]
+    )
+    assert sum(judge.tally(None, 0).values()) == relevant
+    lying = judge.tally("lying-mask", 2)
+    assert sum(lying.values()) == 2 * len(case.store.federation.questions)
+    assert lying["bad heard"] == 0, "each claims a class that it does not show"
+    copied = judge.tally("copied-row", 1)
+    assert sum(n for fate, n in copied.items() if fate.startswith("bad")) <= 2
+
+
+def test_where_nobody_is_to_be_trusted_the_own_model_answers(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "untrusted"
+
+    def refuse(*_: Any, **__: Any) -> Answer:
+        raise QueryError("nobody", remedy="Ask.", code=code)
+
+    monkeypatch.setattr(methods_room, "answer_query", refuse)
+    found = qkt(case, Setup(mask="none"))
+    assert torch.equal(found.scores, methods_room.local(case).scores)
+    assert found.bytes_moved == sum(map(case.store.bytes, case.others))
+    code = "no-calibration"
+    with pytest.raises(QueryError, match="nobody"):
+        qkt(case, Setup(mask="none"))
 
 
 def test_another_budget_moves_only_the_offset() -> None:

@@ -20,6 +20,7 @@ from qkt_clinical.masking import (
     gaussian,
     head_row_norm,
     mixed,
+    shown_classes,
     smooth,
     stretched,
     uniform,
@@ -230,6 +231,19 @@ def test_whoever_computes_it_gets_the_same_mask(trained: Classifier) -> None:
     assert compute_mask(trained, SHAPE, CLASSES, seed=3) == compute_mask(
         copy.deepcopy(trained).train(), SHAPE, CLASSES, seed=3
     )
+
+
+def test_a_bias_sends_noise_to_a_class_but_shows_no_knowledge_of_it(trained: Classifier) -> None:
+    def shown(network: Classifier) -> tuple[int, ...]:
+        return shown_classes(network, SHAPE, estimator="combined", threshold="auto", probes=256, seed=3)
+
+    assert shown(trained) == (1, 3)
+    biased = copy.deepcopy(trained)
+    with torch.no_grad():
+        biased.head.bias[0] += 1000
+    assert compute_mask(biased, SHAPE, CLASSES, seed=3).known == (True, False, False, False)
+    assert shown(biased) == (1, 3)
+    assert float(biased.head.bias.detach().max()) >= 900, "left as it was"
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

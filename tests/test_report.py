@@ -30,7 +30,7 @@ from qkt_clinical.report.index_page import gain_map
 from qkt_clinical.report.outputs import Evaluation, Flip, published, read_outputs, told
 from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from qkt_clinical.report.pictures import MOST, choose, png
-from qkt_clinical.report.query_page import rule_figure, rule_threshold, voices
+from qkt_clinical.report.query_page import relevant, rule_figure, rule_threshold, voices
 from tests.sample_run import LAYERS, sample_params, write_pictures, write_sample_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -251,6 +251,30 @@ def test_phase_1_is_drawn_as_what_it_was(root: Path, tmp_path: Path) -> None:
     text = query_page(tmp_path, "h0-q0").text("learned")
     assert "Phase 1: losses" in text
     assert "epoch 2" in text
+
+
+def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, sample_params())
+    path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
+    before = {v.network for v in voices(read_outputs(tmp_path, sample_params()).queries[0])}
+    phases = json.loads(path.read_text())
+    bad, liar, *_ = sorted(before - {"h0"})
+    asked = read_outputs(tmp_path, sample_params()).queries[0].plan.classes[0]
+    phases["trust"] = [
+        {"site": bad, "heard": False, "reason": "it errs", "dismissed": []},
+        {"site": liar, "heard": True, "reason": "it agrees", "dismissed": [asked]},
+    ]
+    write_json(path, phases)
+    change(tmp_path, "h0-q0", student=digest_folder(path.parent))
+    (query, *_) = read_outputs(tmp_path, sample_params()).queries
+    assert {v.network for v in voices(query)} == before - {bad}
+    (shares,) = [v.shares for v in voices(query) if v.network == liar]
+    assert shares[relevant(query).index(asked)] is None
+    write_report(tmp_path, sample_params())
+    text = query_page(tmp_path, "h0-q0").text("asked")
+    assert f"{bad}: not heard, it errs." in text
+    assert f"{liar}: it agrees; not believed to know {asked}, which its network does not show." in text
+    assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 
 def test_rejected_files_are_counted_by_reason(page: Page) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.bundle import load_bundle, write_bundle
-from qkt_clinical.card import MASK, Mask
+from qkt_clinical.card import MASK, InputSpec, Mask
 from qkt_clinical.catalog import METHODS, Method
 from qkt_clinical.config import DistillationParams, TransferParams
 from qkt_clinical.errors import QueryError
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier, build
 from qkt_clinical.objectives import consensus, consensus_rows, margin
+from qkt_clinical.stages.transfer import correct_masks
 from qkt_clinical.training import Checkpoint, mean_recall, predict, to_input
 from qkt_clinical.transfer import (
     Answer,
@@ -295,8 +297,7 @@ def test_transplants_show_one_view_of_an_image_to_a_teacher_once(
             progress=lambda done, total: told.append((done, total)),
         )
     # Before that the calibration images, once: they tell how far teachers are to be trusted.
-    first_seen = [HELD] if method == "qkt" else []
-    assert one == other == [*first_seen, min(IMAGES, images)]
+    assert one == other == [HELD, min(IMAGES, images)]
     first = answer.phases["phase1"]
     rank = PARAMS.rank if method == "qkt" else PARAMS.light_rank
     assert (first["kind"], first["rank"]) == ("transplant", rank)
@@ -565,6 +566,118 @@ def test_a_student_from_its_files_answers_alike(
     assert torch.allclose(found, expected, atol=1e-5)
     outside = [c for c in range(4) if c not in answer.decision.relevant]
     assert bool(torch.isneginf(found[:, outside]).all())
+
+
+# --- trust ----------------------------------------------------------------------------------------
+
+TRUSTING = PARAMS.model_copy(update={"trust": False})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_all_teachers_are_honest_trust_changes_no_bit(
+    own: Classifier, birch: Teacher, cedar: Teacher, way: str
+) -> None:
+    method, params = WAYS[way]
+    doubting = ask(own, [replace(t, shown=t.known) for t in (birch, cedar)], method, params=params)
+    trusting = ask(own, [birch, cedar], method, params=params.model_copy(update={"trust": False}))
+    assert same(state(doubting.network), state(trusting.network))
+    assert doubting.decision == trusting.decision
+    assert [t["site"] for t in doubting.phases["trust"] if t["heard"]] == ["birch", "cedar"]
+    assert trusting.phases["trust"] == []
+    assert {**doubting.phases, "trust": []} == trusting.phases
+
+
+def renamed(teacher: Teacher) -> Teacher:
+    """Its classes' names passed on to the next."""
+    network = copy.deepcopy(teacher.network)
+    known, following = list(teacher.known), [*teacher.known[1:], teacher.known[0]]
+    with torch.no_grad():
+        network.head.weight[known] = network.head.weight[following].clone()
+        network.head.bias[known] = network.head.bias[following].clone()
+    return replace(teacher, network=network)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_answer_without_a_bad_teacher_is_the_one_as_if_it_were_not_there(
+    own: Classifier, birch: Teacher, cedar: Teacher, method: Method
+) -> None:
+    answer = ask(own, [renamed(birch), cedar], method)
+    expected = ask(own, [cedar], method)
+    assert same(state(answer.network), state(expected.network))
+    assert answer.decision == expected.decision
+    assert [t.site for t in answer.teachers] == ["cedar"]
+    (told,) = [t for t in answer.phases["trust"] if not t["heard"]]
+    assert (told["site"], told["recalls"]) == ("birch", {"1": 0.0})
+    assert "lots" in told["reason"]
+    harmed = ask(own, [renamed(birch), cedar], method, params=TRUSTING)
+    assert not same(state(harmed.network), state(expected.network)) or method == "routed"
+    assert harmed.phases["trust"] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lie_about_a_mask_has_no_effect(
+    own: Classifier, birch: Teacher, cedar: Teacher, method: Method
+) -> None:
+    liar = replace(birch, known=(0, 1, 2, 3), shown=birch.known)
+    answer = ask(own, [liar, cedar], method, query=(2,))
+    expected = ask(own, [birch, cedar], method, query=(2,))
+    assert same(state(answer.network), state(expected.network))
+    assert answer.decision == expected.decision
+    believed = {t.site: t.known for t in answer.teachers}
+    assert believed.get("birch", birch.known) == birch.known
+    (told,) = [t for t in answer.phases["trust"] if t["site"] == "birch"]
+    assert told["dismissed"] == ["0", "2"]
+
+
+def test_a_lie_is_taken_out_of_the_mask_of_an_expert(
+    own: Classifier, birch: Teacher, cedar: Teacher, tmp_path: Path
+) -> None:
+    claims = {"birch": (0, 1, 2, 3), "cedar": cedar.known}
+    for teacher_ in (birch, cedar):
+        folder = tmp_path / teacher_.site
+        folder.mkdir()
+        card = {
+            "kind": "teacher",
+            "site": teacher_.site,
+            "classes": CLASSES,
+            "input": InputSpec(shape=(3, 16, 16), normalisation="unit", spacing_mm=None),
+            "training": {},
+        }
+        write_bundle(folder, teacher_.network, card)
+        known = tuple(c in claims[teacher_.site] for c in range(4))
+        mask = Mask(
+            estimator="combined",
+            probes=8,
+            seed=0,
+            classes=CLASSES,
+            scores=tuple(float(k) for k in known),
+            threshold=0.5,
+            automatic=False,
+            known=known,
+        )
+        write_json(folder / MASK, mask.model_dump(mode="json"))
+    bundles = [load_bundle(tmp_path / site) for site in claims]
+    honest = (tmp_path / "cedar" / MASK).read_bytes()
+    teachers = [Teacher.of(b, t.known) for b, t in zip(bundles, (birch, cedar), strict=True)]
+    answer = ask(own, teachers, "routed")
+    correct_masks(tmp_path, bundles, answer)
+    believed = Teacher.of(load_bundle(tmp_path / "birch"))
+    assert believed.known == birch.known
+    assert (tmp_path / "cedar" / MASK).read_bytes() == honest
+    inputs = to_input(TEST[0])
+    found = scores_of(answer.network, answer.decision, [believed, cedar], inputs, CPU)
+    expected = ask(own, [birch, cedar], "routed")
+    other = scores_of(expected.network, expected.decision, [birch, cedar], inputs, CPU)
+    assert torch.allclose(found, other, atol=1e-5), "but for rounding, as if nobody had lied"
+
+
+def test_a_query_that_nobody_to_be_trusted_knows(own: Classifier, birch: Teacher, cedar: Teacher) -> None:
+    with pytest.raises(QueryError, match="birch names images of a shared class less often") as caught:
+        ask(own, [renamed(birch)])
+    assert caught.value.code == "untrusted"
+    liar = replace(birch, known=(1, 2, 3), shown=birch.known)
+    with pytest.raises(QueryError, match="birch claims classes that its network does not show"):
+        ask(own, [liar, replace(cedar, known=(0, 3))], query=(2,))
 
 
 @pytest.mark.parametrize("method", METHODS)

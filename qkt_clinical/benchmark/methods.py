@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkt_clinical.benchmark.hostile import draw_bad, spoil
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
     DISTILLED,
@@ -28,6 +29,7 @@ from qkt_clinical.benchmark.settings import (
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.card import MIRRORS, Decision
+from qkt_clinical.errors import QueryError
 from qkt_clinical.networks import Classifier, multiply_adds
 from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.peers.averaging import average_networks
@@ -207,17 +209,41 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             masks = {name: case.store.masks(name)[case.store.settings.mask.estimator] for name in able}
             for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.most_teachers :]:
                 known[name].discard(q)
+    networks = {name: case.store.bundle(name).network for name in names}
+    spoilt = draw_bad(names, setup.bad_teachers, case.seed("bad")) if setup.bad else ()
+    for name in spoilt:
+        assert setup.bad is not None
+        networks[name], claimed = spoil(
+            networks[name],
+            sorted(known[name]),
+            setup.bad,
+            case.question.query[0],
+            shape=case.inputs.shape[1:],
+            seed=case.seed("bad", name),
+        )
+        known[name] = set(claimed)
     query, relevant = set(case.question.query), set(case.relevant)
     wanted = relevant if setup.rivals and setup.method != "qkt-light" else query
+
+    def shown(name: str) -> tuple[int, ...] | None:
+        """None where an ablation says what a teacher knows: it would be taken for a lie."""
+        if setup.mask != "default":
+            return None
+        return case.store.read_again(networks[name]) if name in spoilt else case.store.shown(name)
+
     return {
-        name: Teacher(name.split("/")[1], case.store.bundle(name).network, tuple(sorted(known[name])))
+        name: Teacher(name.split("/")[1], networks[name], tuple(sorted(known[name])), shown(name))
         for name in names
         if known[name] & wanted
     }
 
 
 def qkt(case: Case, setup: Setup) -> Outcome:
-    """An answer by QKT. Classes that no teacher knows are not taught; without any the own model answers."""
+    """An answer by QKT.
+
+    Classes that no teacher knows are not taught; without any, or where none of those that claim to know a
+    class is to be trusted, the own model answers.
+    """
     store, settings = case.store, case.store.settings
     teachers = relevant_teachers(case, setup)
     taught = [q for q in case.question.query if any(q in t.known for t in teachers.values())]
@@ -227,25 +253,31 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     own_name = f"{setup.own}/{case.question.student}"
     student = store.bundle(own_name).network
     start = time.perf_counter()
-    answer = answer_query(
-        student,
-        list(teachers.values()),
-        LocalData(hospital.train.pair, hospital.calibration.pair),
-        taught,
-        method=setup.method,
-        budget=settings.budget,
-        params=settings.transfer.model_copy(update=dict(setup.transfer)),
-        seed=case.seed("transfer"),
-        device=store.device,
-    )
+    try:
+        answer = answer_query(
+            student,
+            list(teachers.values()),
+            LocalData(hospital.train.pair, hospital.calibration.pair),
+            taught,
+            method=setup.method,
+            budget=settings.budget,
+            params=settings.transfer.model_copy(update=dict(setup.transfer)),
+            seed=case.seed("transfer"),
+            device=store.device,
+        )
+    except QueryError as error:
+        if error.code != "untrusted":
+            raise
+        return replace(local(case, own=setup.own), bytes_moved=sum(map(store.bytes, teachers)))
     seconds = time.perf_counter() - start
-    asked = {name: t for name, t in teachers.items() if t.site in answer.decision.experts}
+    believed = {t.site: t for t in answer.teachers if t.site in answer.decision.experts}
+    asked = {name: believed[t.site] for name, t in teachers.items() if t.site in believed}
     experts = list(asked.values())
 
     def scores(inputs: Tensor) -> Tensor:
         return scores_of(answer.network, answer.decision, experts, inputs, store.device)
 
-    if experts:  # every question asks the same networks about the same images: once is enough
+    if experts and not setup.bad:  # every question asks the same networks about the same images: once will do
         heard = [store.heard(name, answer.decision.flips)[case.index] for name in (own_name, *asked)]
         logits = routed_consensus(heard, answer.decision, experts)
         offsets = torch.tensor(answer.decision.offsets)

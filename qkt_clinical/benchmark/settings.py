@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -34,6 +34,16 @@ Variant = Literal["full", "weak", "label-noise-10", "label-noise-30", "images-10
 """What a network was trained on: all images of a hospital, a tenth of them, wrong labels among them, or at
 most so many of every class."""
 
+Bad = Literal["flipped-labels", "lying-mask", "noise-bias"]
+"""What a bad teacher does.
+
+- ``flipped-labels``: every class that it holds has the name of the next one, as if it had been trained so.
+- ``lying-mask``: it claims to know every class.
+- ``noise-bias``: noise, and whatever else tells it nothing, is the class asked for to it, and it claims that
+  class beside its own.
+"""
+BAD: tuple[Bad, ...] = get_args(Bad)
+
 BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 """Budgets of the budget curve."""
 
@@ -54,18 +64,26 @@ class Setup:
     own: Variant = "full"
     """Of the student's own network and images."""
     teachers: Variant = "full"
+    bad: Bad | None = None
+    """What some of the other hospitals' teachers do, drawn at random for every question."""
+    bad_teachers: int = 0
 
 
 def _transfer(method: Method, **changed: Any) -> Setup:
     return Setup(method=method, transfer=tuple(changed.items()))
 
 
+def _mask(mask: str) -> Setup:
+    """What a mask is worth by itself: whoever doubts the teachers would correct some of its errors."""
+    return Setup(mask=mask, transfer=(("trust", False),))
+
+
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
     {
         **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
-        **{f"ablation/mask-{e}": Setup(mask=e) for e in ESTIMATORS if e != MaskParams().estimator},
-        "ablation/mask-oracle": Setup(mask="oracle"),
-        "ablation/mask-none": Setup(mask="none"),
+        **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != MaskParams().estimator},
+        "ablation/mask-oracle": _mask("oracle"),
+        "ablation/mask-none": _mask("none"),
         "ablation/query-teachers-only": Setup(rivals=False),
         "ablation/routed-query-teachers-only": Setup(method="routed", rivals=False),
         "ablation/routed-one-view": _transfer("routed", flips=False),
@@ -84,6 +102,13 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/label-noise-10": Setup(own="label-noise-10"),
         "ablation/label-noise-30": Setup(own="label-noise-30"),
         "ablation/weak-teachers": Setup(teachers="weak"),
+        "ablation/no-trust": _transfer("qkt", trust=False),
+        **{
+            f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
+            for bad in BAD
+            for count in (1, 2)
+            for name, changed in (("", ()), ("-no-trust", (("trust", False),)))
+        },
     }
 )
 """Methods and ablations that are one call of ``answer_query`` each."""

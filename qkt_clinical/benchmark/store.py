@@ -27,7 +27,7 @@ from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.card import MASK, InputSpec, Mask
 from qkt_clinical.catalog import ESTIMATORS
 from qkt_clinical.files import new_folder, write_json
-from qkt_clinical.masking import compute_mask
+from qkt_clinical.masking import compute_mask, shown_classes
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.distill import distill_all
 from qkt_clinical.peers.federated import Participant
@@ -61,6 +61,7 @@ class Store:
         self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
         self.heard: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._heard)
+        self.shown: Callable[[str], tuple[int, ...]] = lru_cache(KEPT)(self._shown)
 
     def train(self, name: str) -> None:
         """Train the network of that name and write it."""
@@ -102,6 +103,17 @@ class Store:
         data = self._judged(name)["masks"]
         return {estimator: Mask.model_validate(mask) for estimator, mask in data.items()}
 
+    def read_again(self, network: Classifier) -> tuple[int, ...]:
+        """The classes that a network shows to an asking hospital that reads it again."""
+        return shown_classes(
+            network,
+            self.evaluation.images.shape[1:],
+            estimator=self.settings.mask.estimator,
+            threshold=self.settings.mask.threshold,
+            probes=self.settings.mask.probes,
+            seed=derive(self.federation.seed, "mask"),
+        )
+
     def truth(self, name: str, kind: str) -> tuple[bool, ...]:
         """Per class, whether a teacher was trained on it (``held``) or ``recalled`` it: recall above 0.5.
 
@@ -140,6 +152,9 @@ class Store:
     def _heard(self, name: str, flips: bool) -> Tensor:
         inputs = to_input(self.evaluation.images)
         return hear(self.bundle(name).network, inputs, flips, self.device)
+
+    def _shown(self, name: str) -> tuple[int, ...]:
+        return self.read_again(self.bundle(name).network)
 
     def _judged(self, name: str) -> dict[str, Any]:
         judged: dict[str, Any] = json.loads((self.folder / name / MASKS).read_text(encoding="utf-8"))

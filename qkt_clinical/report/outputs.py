@@ -161,6 +161,16 @@ class Evaluation(View):
         return tuple(c for c in self.relevant if too_few(self.test_images.get(c, 0)))
 
 
+class Trusted(View):
+    """What the hospital's own images said of a fetched teacher."""
+
+    site: str
+    heard: bool
+    reason: str
+    dismissed: tuple[str, ...] = ()
+    """Classes that it claims and is not believed to know."""
+
+
 class Phase1(View):
     """What the student took up from the relevant teachers."""
 
@@ -188,6 +198,7 @@ class Phases(View):
     """``phases.json``."""
 
     method: str
+    trust: tuple[Trusted, ...] = ()
     phase1: Phase1 | None = None
     phase2: Phase2
 

@@ -38,8 +38,14 @@ def relevant(answer: AnswerOutputs) -> tuple[str, ...]:
 def voices(answer: AnswerOutputs) -> list[Voice]:
     """What the hospital's own network and the fetched teachers count for, per relevant class."""
     plan, second = answer.plan, answer.phases.phase2
+    silent = {t.site for t in answer.phases.trust if not t.heard}
+    dismissed = {t.site: set(t.dismissed) for t in answer.phases.trust}
     networks = [(plan.hospital, second.own_weight, {*plan.local, *second.rare})]
-    networks += [(t.site, 1.0, set(t.known)) for t in plan.teachers if t.relevant]
+    networks += [
+        (t.site, 1.0, set(t.known) - dismissed.get(t.site, set()))
+        for t in plan.teachers
+        if t.relevant and t.site not in silent
+    ]
     totals = {
         name: sum(weight for _, weight, known in networks if name in known) for name in relevant(answer)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,18 @@ from pydantic import ValidationError
 
 from qkt_clinical import __version__
 from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
-from qkt_clinical.card import CARD, REFERENCE
+from qkt_clinical.card import CARD, MASK, REFERENCE
 from qkt_clinical.config import Params, Workspace, load_query
-from qkt_clinical.counts import shown_count, shown_total, too_few
+from qkt_clinical.counts import shown_count, shown_total, too_few, withhold
 from qkt_clinical.data import load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.files import digest_bytes, digest_file, new_folder, to_json, write_json
+from qkt_clinical.masking import shown_classes
 from qkt_clinical.networks import pick_device
 from qkt_clinical.query import Plan
 from qkt_clinical.seeding import derive
 from qkt_clinical.training import Checkpoint
-from qkt_clinical.transfer import LocalData, Teacher, answer_query
+from qkt_clinical.transfer import Answer, LocalData, Teacher, answer_query
 from qkt_clinical.unlike import make_reference
 from qkt_clinical.usage import keep_usage, watched
 
@@ -66,6 +67,34 @@ def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
     return bundles
 
 
+def _shown(bundle: Bundle, params: Params) -> tuple[int, ...]:
+    """The classes that a teacher's network shows, read by the asking hospital's own settings."""
+    return shown_classes(
+        bundle.network,
+        bundle.card.input.shape,
+        estimator=params.mask.estimator,
+        threshold=params.mask.threshold,
+        probes=params.mask.probes,
+        seed=derive(params.seed, "mask"),
+    )
+
+
+def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
+    """Take claims that were not believed out of the masks of a student's experts."""
+    sent = {bundle.card.site: bundle.mask for bundle in bundles}
+    for teacher in answer.teachers:
+        mask = sent[teacher.site]
+        assert mask is not None, "a teacher has one"
+        known = tuple(i in teacher.known for i in range(len(mask.classes)))
+        if teacher.site in answer.decision.experts and known != mask.known:
+            scores = tuple(
+                0.0 if was and not now else s
+                for was, now, s in zip(mask.known, known, mask.scores, strict=True)
+            )
+            corrected = mask.model_copy(update={"known": known, "scores": scores})
+            write_json(folder / teacher.site / MASK, corrected.model_dump(mode="json"))
+
+
 def transfer_query(
     root: Path,
     hospital: str,
@@ -103,6 +132,7 @@ def transfer_query(
         "own": own.digest,
         "data": prepared.manifest.digests,
         "transfer": params.transfer.model_dump(mode="json"),
+        "mask": params.mask.model_dump(mode="json"),
         "seed": params.seed,
         "device": where.type,
     }
@@ -112,7 +142,7 @@ def transfer_query(
     with watched() as samples:
         answer = answer_query(
             own.network,
-            [Teacher.of(b) for b in bundles],
+            [Teacher.of(b, _shown(b, params) if params.transfer.trust else None) for b in bundles],
             data,
             [classes.index(c) for c in query.classes],
             method=query.method,
@@ -130,6 +160,10 @@ def transfer_query(
     second["rare"] = {classes[int(c)]: shown_count(n) for c, n in second["rare"].items()}
     held, each = second["calibration_images"], np.bincount(data.calibration[1], minlength=len(classes))
     second["calibration_images"] = shown_total(held, each[list(answer.decision.local)].tolist())
+    images = dict(zip(classes, each.tolist(), strict=True))
+    for told in phases["trust"]:
+        told["dismissed"] = [classes[int(c)] for c in told["dismissed"]]
+        told["recalls"] = withhold({classes[int(c)]: r for c, r in told["recalls"].items()}, images)
     if too_few(held):
         second["given_away"] = None
     with new_folder(space.student(hospital, name)) as folder:
@@ -156,6 +190,7 @@ def transfer_query(
         write_json(folder / REFERENCE, reference.model_dump(mode="json"))
         for expert in answer.decision.experts:
             shutil.copytree(fetched / "teachers" / expert, folder / "experts" / expert)
+        correct_masks(folder / "experts", bundles, answer)
         write_json(
             folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}
         )

@@ -1,0 +1,60 @@
+"""Teachers that are bad on purpose, made of trained ones: what trust is measured against. Pure functions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qkt_clinical.benchmark.settings import Bad
+from qkt_clinical.masking import mixed
+from qkt_clinical.networks import Classifier
+from qkt_clinical.training import predict
+
+PROBES = 256
+SHARE = 0.99
+"""Of the noise that a biased teacher takes for the class asked for."""
+
+
+def draw_bad(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """So many names at random; of the same names and seed, the first ones are the same for every count."""
+    order = np.random.default_rng(seed).permutation(len(names))
+    return tuple(names[i] for i in order[:count])
+
+
+@torch.no_grad()
+def spoil(
+    network: Classifier,
+    known: Sequence[int],
+    bad: Bad,
+    asked: int,
+    *,
+    shape: tuple[int, ...],
+    seed: int,
+) -> tuple[Classifier, tuple[int, ...]]:
+    """A bad teacher's network and the classes that it claims.
+
+    Args:
+        network: an honest one; left as it is.
+        known: what its mask says.
+        asked: the class asked for.
+        shape: of one input.
+    """
+    spoilt = copy.deepcopy(network)
+    weight, bias = spoilt.head.weight, spoilt.head.bias
+    known = sorted(known)
+    match bad:
+        case "flipped-labels":
+            following = [*known[1:], *known[:1]]
+            weight[known], bias[known] = weight[following].clone(), bias[following].clone()
+            return spoilt, tuple(known)
+        case "lying-mask":
+            return spoilt, tuple(range(len(weight)))
+        case "noise-bias":
+            probes = mixed((PROBES, *shape), torch.Generator().manual_seed(seed))
+            logits = predict(spoilt, probes, torch.device("cpu"))
+            behind = logits.max(dim=1).values - logits[:, asked]
+            bias[asked] += behind.quantile(SHARE)
+            return spoilt, tuple(sorted({*known, asked}))

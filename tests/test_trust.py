@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkt_clinical.trust import (
+    FALSE_ALARM,
+    Verdict,
+    agreement,
+    directions,
+    judge_teachers,
+    lots,
+    recalled,
+)
+
+CLASSES = 6
+LABELS = torch.tensor([0] * 30 + [1] * 30)
+"""The asking hospital's own images: of classes 0 and 1."""
+TRAITS = torch.randn(60, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+"""How far an image looks like each class beyond what its label says: what all who know a class see."""
+
+
+def expert(known: Sequence[int], seed: int = 1) -> Tensor:
+    """Logits (60, 6) of a network that knows these classes and has seen the others never."""
+    noise = torch.randn(60, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = torch.full((60, CLASSES), -20.0, dtype=torch.float64)
+    for c in known:
+        logits[:, c] = 2 * TRAITS[:, c] + 0.5 * noise[:, c] + 9 * (c == LABELS)
+    return logits
+
+
+def renamed(known: Sequence[int], seed: int = 1) -> Tensor:
+    """The same with each class under the name of the next."""
+    logits = expert(known, seed)
+    wrong = logits.clone()
+    wrong[:, list(known)] = logits[:, [*known[1:], known[0]]]
+    return wrong
+
+
+def judge(
+    teachers: dict[str, tuple[Tensor, tuple[int, ...]]], shown: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, Verdict]:
+    verdicts = judge_teachers(
+        list(teachers),
+        [logits for logits, _ in teachers.values()],
+        [known for _, known in teachers.values()],
+        [(shown or {}).get(site) for site in teachers],
+        (0, 1),
+        LABELS,
+    )
+    assert [v.site for v in verdicts] == list(teachers)
+    return {v.site: v for v in verdicts}
+
+
+HONEST = {
+    "birch": (expert((0, 2, 3), 1), (0, 2, 3)),
+    "cedar": (expert((1, 3, 4), 2), (1, 3, 4)),
+    "dahlia": (expert((2, 3, 4), 3), (2, 3, 4)),
+    "elm": (expert((3, 4, 5), 4), (3, 4, 5)),
+}
+"""Dahlia and elm share no class with the hospital."""
+
+
+def test_lots_by_hand() -> None:
+    assert lots(0, 3, 3) == pytest.approx(8 / 27)
+    assert lots(1, 2, 2) == pytest.approx(3 / 4)
+    assert lots(5, 5, 4) == 1
+
+
+def test_recall_is_among_the_classes_that_are_known() -> None:
+    logits = torch.tensor([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0], [5.0, 0.0, 0.0]])
+    assert recalled(logits, torch.tensor([0, 0, 2]), (2, 0), 0) == (1, 2)
+    assert recalled(logits, torch.tensor([0, 0, 2]), (0, 1, 2), 1) == (0, 0)
+
+
+def test_agreement_by_hand() -> None:
+    # Two margins at right angles: what the one says of class 3, the other says of class 5.
+    one = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert agreement(one, (3, 5), one, (3, 5)) == [1.0, 1.0]
+    assert agreement(one, (3, 5), one.flip(1), (3, 5)) == [-1.0, -1.0]
+    assert agreement(one, (3, 5), one[:, :1], (3,)) == [1.0]
+    assert agreement(one, (3, 5), one, (0, 1)) == []
+    assert agreement(one[:, :1], (3,), one, (3, 5)) == [1.0]
+
+
+def test_directions_do_not_show_what_the_labels_tell() -> None:
+    logits = expert((0, 2, 3))
+    seen = directions(logits, LABELS, (0, 2, 3))
+    assert seen.shape == (60, 3)
+    torch.testing.assert_close(seen.norm(dim=0), torch.ones(3, dtype=torch.float64))
+    shifted = logits + 7 * (LABELS == 1)[:, None] + torch.arange(CLASSES) + 100 * torch.eye(CLASSES)[5]
+    torch.testing.assert_close(directions(3 * shifted, LABELS, (0, 2, 3)), seen)
+
+
+def test_honest_teachers_are_heard() -> None:
+    found = judge(HONEST)
+    assert all(v.heard and not v.dismissed for v in found.values())
+    assert found["birch"].reason == "names images of a shared class as the hospital does"
+    assert found["birch"].recalls == {0: pytest.approx(29 / 30)}
+    assert (found["elm"].reason, found["elm"].recalls) == ("agrees with the other experts", {})
+    assert all(v.agreement is not None and v.agreement > 0.5 for v in found.values())
+
+
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        ("birch", "names images of a shared class less often so than by drawing lots"),
+        ("dahlia", "agrees with the other experts more about other classes than about its own"),
+    ],
+)
+def test_wrong_labels_are_seen_in_shared_classes_or_by_the_other_experts(site: str, reason: str) -> None:
+    known = HONEST[site][1]
+    found = judge({**HONEST, site: (renamed(known), known)})
+    assert not found[site].heard
+    assert found[site].reason == reason
+    assert all(v.heard for name, v in found.items() if name != site)
+
+
+def test_two_bad_teachers_of_four() -> None:
+    bad = {site: (renamed(HONEST[site][1]), HONEST[site][1]) for site in ("cedar", "elm")}
+    assert {site for site, v in judge({**HONEST, **bad}).items() if not v.heard} == set(bad)
+
+
+def test_a_claim_that_the_network_does_not_show_is_not_believed() -> None:
+    liar = (HONEST["elm"][0], (2, 3, 4, 5))
+    honest = {site: known for site, (_, known) in HONEST.items()}
+    found = judge({**HONEST, "elm": liar}, shown=honest)
+    assert found["elm"].heard
+    assert found["elm"].dismissed == (2,)
+    alone = judge(HONEST, shown=honest)
+    assert {s: v.agreement for s, v in found.items()} == {s: v.agreement for s, v in alone.items()}
+    none = judge({**HONEST, "elm": liar}, shown={"elm": ()})["elm"]
+    assert not none.heard
+    assert none.reason == "its network shows none of the classes that it claims"
+    assert none.dismissed == (2, 3, 4, 5)
+
+
+def test_a_leaning_towards_one_class_is_seen_where_a_class_is_shared() -> None:
+    leaning = HONEST["birch"][0].clone()
+    leaning[:, 3] += 100
+    found = judge({**HONEST, "birch": (leaning, (0, 2, 3))})["birch"]
+    assert (found.heard, found.recalls) == (False, {0: 0.0})
+
+
+def test_want_of_evidence_turns_nobody_away() -> None:
+    stranger = {"elm": (renamed((3, 4, 5)), (3, 4, 5))}
+    alone = judge(stranger)["elm"]
+    assert alone.heard
+    assert (alone.reason, alone.agreement) == ("shares no class with anybody who could tell", None)
+    two = judge({**stranger, "dahlia": HONEST["dahlia"]})
+    assert {v.reason for v in two.values()} == {"too few experts to tell"}
+    assert all(v.heard for v in two.values())
+
+
+def test_few_images_or_a_single_class_are_no_evidence() -> None:
+    few = torch.arange(60) % 30 < 3  # three of each class: lots would miss all of them once in three times
+    assert lots(0, 3, 3) > FALSE_ALARM
+    wrong = renamed((0, 2, 3))[few]
+    (verdict,) = judge_teachers(["birch"], [wrong], [(0, 2, 3)], [None], (0, 1), LABELS[few])
+    assert verdict.heard
+    assert verdict.recalls == {0: 0.0}
+    (single,) = judge_teachers(["birch"], [expert((3,))], [(3,)], [None], (0, 1), LABELS)
+    assert single.heard
+    assert single.recalls == {}
+
+
+def test_who_knows_nothing_of_a_class_is_seldom_turned_away() -> None:
+    """The stated rate: lots drawn among three classes, on 30 images of one shared class."""
+    draw = torch.Generator().manual_seed(0)
+    known = (0, 2, 3)
+    alarms = 0
+    for _ in range(400):
+        (v,) = judge_teachers(
+            ["a"], [torch.randn(60, CLASSES, generator=draw)], [known], [None], (0, 1), LABELS
+        )
+        alarms += not v.heard
+    assert alarms / 400 <= 2 * FALSE_ALARM
+
+
+def test_order_of_teachers_does_not_matter() -> None:
+    bad = {**HONEST, "elm": (renamed((3, 4, 5)), (3, 4, 5))}
+    turned = judge(dict(reversed(bad.items())))
+    found = judge(bad)
+    assert {s: v.heard for s, v in turned.items()} == {s: v.heard for s, v in found.items()}
