@@ -7,6 +7,7 @@ the file's train split.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,22 +21,34 @@ from benchmarks.membership import auc, confidence, found_at, halves, lira, negat
 from benchmarks.tables import Row, markdown
 from qkt_clinical.benchmark.simulate import Hospital, Split
 from qkt_clinical.card import MIRRORS
-from qkt_clinical.config import TrainParams
+from qkt_clinical.config import PrivacyParams, TrainParams
+from qkt_clinical.files import write_json
+from qkt_clinical.masking import class_scores, gap_threshold
+from qkt_clinical.private import train_private
 from qkt_clinical.seeding import derive
-from qkt_clinical.training import predict, to_input, train_teacher
+from qkt_clinical.training import mean_recall, predict, to_input, train_teacher
 
 CPU = torch.device("cpu")
 MODELS = 16
 """Per hospital and training: each is attacked once, with the 15 others as shadow models."""
 FEW = 400
 """Images of a small hospital, half of which train a model."""
-TRAININGS: tuple[tuple[str, int | None, int], ...] = (
-    *(("h1", FEW, epochs) for epochs in (5, 15, 30, 60)),
-    ("h4", None, 30),
-)
-"""Hospital, images (None: all, trained as the product does) and epochs."""
+TRAININGS: tuple[tuple[str, int], ...] = tuple(("h1", epochs) for epochs in (5, 15, 30, 60))
+"""Attacked hospital and epochs."""
 COUNTED = 15
 """Epochs of the teachers whose masks are held against numbers of images."""
+SEEDS = (0,)
+"""Of trainings with and without differential privacy."""
+GENTLE = TrainParams(network="resnet-small-gn", epochs=10, batch_size=128)
+"""How teachers with differential privacy are trained."""
+PROTECTED: dict[str, TrainParams] = {
+    "none, as by default": TrainParams(),
+    "none, group norm": GENTLE,
+    **{
+        f"epsilon {epsilon:g}": GENTLE.model_copy(update={"privacy": PrivacyParams(epsilon=epsilon)})
+        for epsilon in (20.0, 8.0, 3.0)
+    },
+}
 Logits = NDArray[np.float32]
 
 
@@ -47,27 +60,21 @@ class Bench(masks.Bench):
         self.seed = seed
         self.simulated = self.federation("pathological", "absent", seed)
 
-    def pool(self, hospital: Hospital, images: int | None) -> Split:
-        """So many of the hospital's training images, in random order; None: all."""
+    def pool(self, hospital: Hospital) -> Split:
+        """A small hospital: few of its training images, in random order."""
         draw = np.random.default_rng(derive(self.seed, "privacy", "pool", hospital.name))
-        return hospital.train.take(draw.permutation(len(hospital.train))[:images])
+        return hospital.train.take(draw.permutation(len(hospital.train))[:FEW])
 
-    def logits(self, hospital: Hospital, images: int | None, epochs: int, model: int) -> Logits:
-        """What one model says of the pool and its mirror images, (views, N, C).
-
-        With ``images`` the last epoch counts; of all images the best on the hospital's part of the val split,
-        as the product trains.
-        """
-        stem = f"{hospital.name}-s{self.seed}-{images or 'all'}-{epochs}-{model}"
+    def logits(self, hospital: Hospital, epochs: int, model: int) -> Logits:
+        """What one model says of the pool and its mirror images, (views, N, C), after its last epoch."""
+        stem = f"{hospital.name}-s{self.seed}-{FEW}-{epochs}-{model}"
         path = self.work / f"{stem}.npy"
         if not path.exists():
-            pool = self.pool(hospital, images)
-            train = pool.take(np.flatnonzero(self.inside(hospital, images)[model]))
-            val = hospital.val.take(np.arange(0)) if images else hospital.val
+            pool = self.pool(hospital)
             network, _ = train_teacher(
                 self.simulated.spec,
-                train.pair,
-                val.pair,
+                pool.take(np.flatnonzero(self.inside(hospital)[model])).pair,
+                pool.take(np.arange(0)).pair,
                 TrainParams(epochs=epochs),
                 seed=self.seed,
                 site=stem,
@@ -90,7 +97,7 @@ class Bench(masks.Bench):
                 self.work,
                 f"dirichlet-s{seed}-{h.name}",
                 federation.spec,
-                self.pool(h, FEW),
+                self.pool(h),
                 h.val,
                 federation.val,
                 seed=seed,
@@ -100,10 +107,54 @@ class Bench(masks.Bench):
             for h in federation.hospitals
         ]
 
-    def inside(self, hospital: Hospital, images: int | None) -> NDArray[np.bool_]:
-        """Which model is trained on which image of the pool, (MODELS, N)."""
-        count = images or len(hospital.train)
-        return halves(MODELS, count, derive(self.seed, "privacy", "halves", hospital.name))
+    def inside(self, hospital: Hospital) -> NDArray[np.bool_]:
+        """Which model is trained on which image of the pool, (MODELS, FEW)."""
+        return halves(MODELS, FEW, derive(self.seed, "privacy", "halves", hospital.name))
+
+    def protected(self, hospital: Hospital, name: str, params: TrainParams, seed: int) -> dict[str, float]:
+        """A teacher of all the hospital's images: how good it is, and what an attack and the mask find."""
+        path = self.work / f"{hospital.name}-s{seed}-{name}.json"
+        if not path.exists():
+            spec = self.simulated.spec.model_copy(update={"name": params.network})
+            train = hospital.train
+            if params.privacy is None:
+                network, history = train_teacher(
+                    spec, train.pair, hospital.val.pair, params, seed=seed, site=hospital.name, device=CPU
+                )
+            else:
+                network, history = train_private(
+                    spec,
+                    train.pair,
+                    params,
+                    params.privacy,
+                    seed=seed,
+                    secret="benchmark",
+                    site=hospital.name,
+                    device=CPU,
+                )
+
+            def said(split: Split) -> Logits:
+                found: Logits = predict(network, to_input(split.images), CPU).numpy()
+                return found
+
+            found = {"noise multiplier": float(history.privacy.get("noise_multiplier", 0.0))}
+            for split, images in (("val", self.simulated.val), ("test", self.simulated.test)):
+                own = images.of_classes(hospital.held)
+                found[split] = mean_recall(
+                    torch.from_numpy(said(own).argmax(1)), torch.from_numpy(own.labels)
+                )
+            others = hospital.calibration
+            scores = [negative_loss(said(s), s.labels) for s in (train, others)]
+            members = np.arange(len(train) + len(others)) < len(train)
+            found["auc"] = auc(np.concatenate(scores), members)
+            shape = train.images.shape[1:]
+            mask = class_scores(network, shape, estimator="combined", probes=masks.PROBES, seed=0)
+            known = (mask >= gap_threshold(mask)).nonzero().flatten().tolist()
+            found["mask"] = float(known == list(hospital.held))
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+        measured: dict[str, float] = json.loads(path.read_text())
+        return measured
 
 
 def spread(values: Sequence[float]) -> str:
@@ -131,16 +182,11 @@ def attacked(logits: NDArray[np.float32], labels: NDArray[np.int64], inside: NDA
 
 def membership(bench: Bench) -> Iterator[Row]:
     """Attacks on 16 teachers each: AUC, and members found (TPR) at 1 % false positives; mean (spread)."""
-    for name, images, epochs in TRAININGS:
+    for name, epochs in TRAININGS:
         hospital = bench.simulated.hospital(name)
-        logits = np.stack([bench.logits(hospital, images, epochs, m) for m in range(MODELS)])
-        inside = bench.inside(hospital, images)
-        yield {
-            "hospital": name,
-            "members": inside.shape[1] // 2,
-            "epochs": epochs if images else f"{epochs}, best on val",
-            **attacked(logits, bench.pool(hospital, images).labels, inside),
-        }
+        logits = np.stack([bench.logits(hospital, epochs, m) for m in range(MODELS)])
+        found = attacked(logits, bench.pool(hospital).labels, bench.inside(hospital))
+        yield {"hospital": name, "members": FEW // 2, "epochs": epochs, **found}
 
 
 def counts(bench: Bench) -> Iterator[Row]:
@@ -163,7 +209,25 @@ def counts(bench: Bench) -> Iterator[Row]:
         }
 
 
-TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (membership, counts)}
+def private(bench: Bench) -> Iterator[Row]:
+    """What differential privacy costs hospital h1: balanced accuracy over its classes; mean over seeds."""
+    hospital = bench.simulated.hospital("h1")
+    for name, params in PROTECTED.items():
+        stem = name.replace(",", "").replace(" ", "-")
+        found = [bench.protected(hospital, stem, params, seed) for seed in SEEDS]
+        row: Row = {"differential privacy": name, "epochs": params.epochs}
+        for column, key in (
+            ("noise multiplier", "noise multiplier"),
+            ("balanced accuracy, val", "val"),
+            ("balanced accuracy, test", "test"),
+            ("loss threshold: AUC", "auc"),
+            ("mask right", "mask"),
+        ):
+            row[column] = float(np.mean([f[key] for f in found]))
+        yield row
+
+
+TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (membership, counts, private)}
 
 
 def main() -> None:
