@@ -33,8 +33,14 @@ MODELS = 16
 """Per hospital and training: each is attacked once, with the 15 others as shadow models."""
 FEW = 400
 """Images of a small hospital, half of which train a model."""
-TRAININGS: tuple[tuple[str, int], ...] = tuple(("h1", epochs) for epochs in (5, 15, 30, 60))
-"""Attacked hospital and epochs."""
+TRAININGS: tuple[tuple[str, int, float], ...] = (
+    ("h1", 5, 1.0),
+    ("h1", 15, 1.0),
+    ("h1", 30, 1.0),
+    ("h2", 30, 1.0),
+    ("h2", 30, 0.0),
+)
+"""Attacked hospital, epochs and strength of augmentation."""
 COUNTED = 15
 """Epochs of the teachers whose masks are held against numbers of images."""
 SEEDS = (0,)
@@ -65,9 +71,10 @@ class Bench(masks.Bench):
         draw = np.random.default_rng(derive(self.seed, "privacy", "pool", hospital.name))
         return hospital.train.take(draw.permutation(len(hospital.train))[:FEW])
 
-    def logits(self, hospital: Hospital, epochs: int, model: int) -> Logits:
+    def logits(self, hospital: Hospital, epochs: int, strength: float, model: int) -> Logits:
         """What one model says of the pool and its mirror images, (views, N, C), after its last epoch."""
-        stem = f"{hospital.name}-s{self.seed}-{FEW}-{epochs}-{model}"
+        kind = "" if strength else "plain-"
+        stem = f"{hospital.name}-s{self.seed}-{FEW}-{epochs}-{kind}{model}"
         path = self.work / f"{stem}.npy"
         if not path.exists():
             pool = self.pool(hospital)
@@ -75,7 +82,7 @@ class Bench(masks.Bench):
                 self.simulated.spec,
                 pool.take(np.flatnonzero(self.inside(hospital)[model])).pair,
                 pool.take(np.arange(0)).pair,
-                TrainParams(epochs=epochs),
+                TrainParams(epochs=epochs, augment=strength),
                 seed=self.seed,
                 site=stem,
                 device=CPU,
@@ -182,11 +189,17 @@ def attacked(logits: NDArray[np.float32], labels: NDArray[np.int64], inside: NDA
 
 def membership(bench: Bench) -> Iterator[Row]:
     """Attacks on 16 teachers each: AUC, and members found (TPR) at 1 % false positives; mean (spread)."""
-    for name, epochs in TRAININGS:
+    for name, epochs, strength in TRAININGS:
         hospital = bench.simulated.hospital(name)
-        logits = np.stack([bench.logits(hospital, epochs, m) for m in range(MODELS)])
+        logits = np.stack([bench.logits(hospital, epochs, strength, m) for m in range(MODELS)])
         found = attacked(logits, bench.pool(hospital).labels, bench.inside(hospital))
-        yield {"hospital": name, "members": FEW // 2, "epochs": epochs, **found}
+        yield {
+            "hospital": name,
+            "members": FEW // 2,
+            "epochs": epochs,
+            "augmentation": f"{strength:g}",
+            **found,
+        }
 
 
 def counts(bench: Bench) -> Iterator[Row]:
