@@ -5,7 +5,11 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Literal, get_args
 
-Network = Literal["resnet-small", "resnet18", "densenet-small", "densenet121", "efficientnet-b0"]
+Network = Literal[
+    "resnet-small", "resnet-small-gn", "resnet18", "densenet-small", "densenet121", "efficientnet-b0"
+]
+WITHOUT_BATCH_NORM: tuple[Network, ...] = ("resnet-small-gn",)
+"""Networks that train image by image, as differential privacy asks; the others mix images in batch norm."""
 Estimator = Literal[
     "gaussian-noise",
     "uniform-noise",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qkt_clinical.catalog import Estimator, Method, Network, SourceKind, Split
+from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Estimator, Method, Network, SourceKind, Split
 from qkt_clinical.errors import ConfigError, PolicyError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -274,6 +274,17 @@ class IngestParams(Strict):
     """Files whose stored or declared pixels exceed this are rejected before pixels are allocated."""
 
 
+class PrivacyParams(Strict):
+    """Differential privacy of a teacher (DP-SGD), for single images of the training split."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] = 8.0
+    """What the whole training may spend at most."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    """Must be below one over the number of training images."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Norm to which every image's gradient is cut."""
+
+
 class TrainParams(Strict):
     """Stage ``train``: one teacher per site."""
 
@@ -286,6 +297,14 @@ class TrainParams(Strict):
     """Stop when balanced accuracy on validation images has not risen for so many epochs."""
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """Strength of augmentation; 0 turns it off."""
+    privacy: PrivacyParams | None = None
+    """Differential privacy; null: none. With it, the last epoch counts and classes are not balanced."""
+
+    @model_validator(mode="after")
+    def _image_by_image(self) -> TrainParams:
+        if self.privacy is not None and self.network not in WITHOUT_BATCH_NORM:
+            raise ValueError(f"privacy needs a network without batch norm: {', '.join(WITHOUT_BATCH_NORM)}")
+        return self
 
 
 class MaskParams(Strict):

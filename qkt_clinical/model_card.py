@@ -302,8 +302,10 @@ def _confused(relevant: Sequence[str], confusion: Sequence[Sequence[int] | None]
 
 
 NO_DIFFERENTIAL_PRIVACY = (
-    "Weights are not anonymous. No differential privacy was applied, and attacks that ask whether an image "
-    "was among the training images, or that try to bring one back, were not tried: nothing rules them out."
+    "Weights are not anonymous. No differential privacy was applied. Attacks that ask whether an image was "
+    "among the training images were tried on simulated hospitals, not on this very network: they found "
+    "somewhat more than guessing would where classes are hard to tell apart (docs/privacy.md). Attacks that "
+    "try to bring images back were not tried: nothing rules them out."
 )
 OWN_NUMBERS = (
     "This card gives numbers of images and patients, those below five as '<5', and no figure that rests on "
@@ -318,13 +320,28 @@ OWN_REFERENCE = (
 )
 
 
-def _teacher_privacy(known: Sequence[str], masked: bool) -> tuple[str, ...]:
+def _training_privacy(card: Card) -> str:
+    """Whether the training images were protected, and how far."""
+    said = card.training
+    if "epsilon" not in said:
+        return NO_DIFFERENTIAL_PRIVACY
+    return (
+        f"Trained with differential privacy (DP-SGD): epsilon {said['epsilon']} at delta {said['delta']}, "
+        f"noise multiplier {said['noise_multiplier']}, gradients cut to {said['clip']}. This holds for "
+        "single images of the training split, not for patients of several images; as long as the hospital's "
+        "salt stays secret; and for the weights and what follows from them, such as the mask, alone. What an "
+        "epsilon is worth: docs/privacy.md."
+    )
+
+
+def _teacher_privacy(card: Card, known: Sequence[str], masked: bool) -> tuple[str, ...]:
     shown = (", ".join(known) or "none") if masked else "not probed here"
     return (
         "Whoever holds the bundle can find out which classes the hospital trained on, without an image, by "
-        f"noise alone, from about five images of a class upwards; the mask says: {shown}. It does not say "
-        "how many images there were, nor how good the teacher is.",
-        NO_DIFFERENTIAL_PRIVACY,
+        f"noise alone, from about five images of a class upwards; the mask says: {shown}. Its scores, "
+        "and the weights, tell roughly of which class there were more images (docs/privacy.md). It does not "
+        "say how good the teacher is.",
+        _training_privacy(card),
         OWN_NUMBERS,
         OWN_REFERENCE,
     )
@@ -414,7 +431,7 @@ def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
         calibration=None,
         gate="not judged",
         known_failures=tuple(failures),
-        privacy=_teacher_privacy(known, site.mask is not None),
+        privacy=_teacher_privacy(card, known, site.mask is not None),
         provenance=Provenance(
             bundle=str(site.card_digest),
             weights=card.weights.sha256,

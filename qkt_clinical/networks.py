@@ -131,6 +131,19 @@ def _resnet(spec: NetworkSpec, inplanes: list[int], layers: list[int], stem: int
     return body, inplanes[-1]
 
 
+GROUPS = 8
+"""Of group norm."""
+
+
+def _with_group_norm(module: nn.Module) -> None:
+    """Put group norm in the place of every batch norm, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
+            setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
+        else:
+            _with_group_norm(child)
+
+
 def _densenet(spec: NetworkSpec, init: int, growth: int, blocks: tuple[int, ...]) -> tuple[nn.Module, int]:
     nets = _monai("monai.networks.nets")
     body = nets.DenseNet(
@@ -179,6 +192,9 @@ def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
         match spec.name:
             case "resnet-small":
                 body, features = _resnet(spec, [16, 32, 64, 128], [1, 1, 1, 1], 3)
+            case "resnet-small-gn":
+                body, features = _resnet(spec, [16, 32, 64, 128], [1, 1, 1, 1], 3)
+                _with_group_norm(body)
             case "resnet18":
                 body, features = _resnet(spec, [64, 128, 256, 512], [2, 2, 2, 2], 3)
             case "densenet-small":

@@ -23,6 +23,7 @@ from qkt_clinical.augment import augment
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import TrainParams
 from qkt_clinical.data import Images, Labels
+from qkt_clinical.errors import ConfigError
 from qkt_clinical.files import digest_bytes
 from qkt_clinical.networks import Classifier, build, fast_layout
 from qkt_clinical.seeding import derive
@@ -68,6 +69,8 @@ class History:
     curves: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
     stopped_early: bool = False
+    privacy: dict[str, float | str] = field(default_factory=dict)
+    """What differential privacy was reached, as the card says it; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,16 @@ def train_network(
 
     The softmax runs over all the federation's classes: the rows of classes that the site never saw only
     ever fall, which is what masks read later.
+
+    Raises:
+        ConfigError: differential privacy is asked for, which only ``qkt_clinical.private`` gives.
     """
+    if params.privacy is not None:
+        raise ConfigError(
+            "differential privacy is not possible here",
+            remedy="Leave train.privacy out; 'qkt train' trains teachers with it.",
+            code="privacy-unavailable",
+        )
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
     weights = balanced_sample_weights(train[1], range(network.spec.classes)).to(device)
     val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])

@@ -183,6 +183,18 @@ def test_a_teachers_card(outputs: Outputs) -> None:
     assert ", ".join(PARAMS.classes[:3]) in card.privacy[0]
 
 
+def test_a_teachers_card_says_what_differential_privacy_there_was(outputs: Outputs) -> None:
+    site = outputs.sites[0]
+    assert "No differential privacy was applied" in teacher_model_card(site, PARAMS).privacy[1]
+    spent = {"epsilon": 7.995, "delta": 1e-5, "clip": 1.0, "noise_multiplier": 0.9, "protected": "image"}
+    assert site.card is not None
+    trained = replace(site, card=site.card.model_copy(update={"training": site.card.training | spent}))
+    card = teacher_model_card(trained, PARAMS)
+    assert "epsilon 7.995 at delta 1e-05, noise multiplier 0.9, gradients cut to 1.0" in card.privacy[1]
+    assert "not for patients of several images" in card.privacy[1]
+    assert card.method.settings["epsilon"] == 7.995
+
+
 def test_digests_of_everything_it_was_made_from(outputs: Outputs) -> None:
     query = outputs.queries[0]
     p = student(outputs, 0).provenance

@@ -17,6 +17,7 @@ from qkt_clinical.data import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.files import digest_bytes, digest_file, to_json, write_json
 from qkt_clinical.networks import check_size, pick_device
+from qkt_clinical.private import train_private
 from qkt_clinical.training import Checkpoint, History, predict, to_input, train_teacher
 from qkt_clinical.unlike import make_reference
 from qkt_clinical.usage import keep_usage, watched
@@ -35,6 +36,14 @@ def _key(site: PreparedSite, params: Params, device: torch.device) -> str:
         "device": device.type,
     }
     return f"{site.name}-{digest_bytes(to_json(parts).encode())[:16]}"
+
+
+def _secret(site: PreparedSite) -> str:
+    """What the hospital alone knows, and knows again: drawn from its patients' ids, which it has salted.
+
+    The seed is no secret, it stands on every card.
+    """
+    return digest_bytes(b"noise" + "\0".join(site.groups.tolist()).encode())
 
 
 def _metrics(
@@ -68,6 +77,7 @@ def train_site(
 
     Raises:
         SourceError: fewer than two classes, or too few images, to train on.
+        QktError: differential privacy is asked for and cannot be had, see :func:`~.private.train_private`.
     """
     space = Workspace(root)
     prepared = load_prepared(space.prepared(site))
@@ -90,19 +100,34 @@ def train_site(
     check_size(spec, tuple(spatial))
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
+    privacy = params.train.privacy
     with watched() as samples:
-        network, history = train_teacher(
-            spec,
-            (images, labels),
-            prepared.part("val"),
-            params.train,
-            seed=params.seed,
-            site=site,
-            normalisation=normalisation,
-            device=where,
-            checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
-            progress=progress,
-        )
+        if privacy is not None:
+            network, history = train_private(
+                spec,
+                (images, labels),
+                params.train,
+                privacy,
+                seed=params.seed,
+                secret=_secret(prepared),
+                site=site,
+                normalisation=normalisation,
+                device=where,
+                progress=progress,
+            )
+        else:
+            network, history = train_teacher(
+                spec,
+                (images, labels),
+                prepared.part("val"),
+                params.train,
+                seed=params.seed,
+                site=site,
+                normalisation=normalisation,
+                device=where,
+                checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
+                progress=progress,
+            )
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history)
@@ -126,6 +151,7 @@ def train_site(
                 "best_epoch": history.best_epoch,
                 "seed": params.seed,
                 "version": __version__,
+                **history.privacy,
             },
         },
     )

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from qkt_clinical.card import read_card
+from qkt_clinical.config import PrivacyParams, TrainParams, load_params, parse
+from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.networks import Classifier, build
+from qkt_clinical.private import check_delta, require_opacus, set_gradients, train_private
+from qkt_clinical.stages.train import train_site
+from qkt_clinical.training import History, to_input, train_teacher
+from tests.shapes import CPU, same, shapes, spec, state
+from tests.test_federation import PARAMS as WORKSPACE
+from tests.test_federation import write_hospital
+
+PRIVACY = PrivacyParams(epsilon=4.0, delta=1e-3)
+PARAMS = TrainParams(network="resnet-small-gn", epochs=2, batch_size=8, privacy=PRIVACY)
+
+
+def train(secret: str = "salt", privacy: PrivacyParams = PRIVACY) -> tuple[Classifier, History]:
+    return train_private(
+        spec("resnet-small-gn"),
+        shapes((0, 1), 12, 1),
+        PARAMS,
+        privacy,
+        seed=3,
+        secret=secret,
+        site="aster",
+        device=CPU,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Classifier, History]:
+    return train()
+
+
+def test_every_images_own_gradient() -> None:
+    network = build(spec("resnet-small-gn"), seed=0)
+    images, labels = shapes((0, 1, 2), 1, 2)
+    inputs, truth = to_input(images), torch.from_numpy(labels)
+    total = set_gradients(network, inputs, truth)
+    for i in range(3):
+        network.zero_grad()
+        functional.cross_entropy(network(inputs[i : i + 1]), truth[i : i + 1]).backward()
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            each: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+            assert torch.allclose(each[i], parameter.grad, atol=1e-5)
+    mean = functional.cross_entropy(network(inputs), truth).item()
+    assert float(total) == pytest.approx(3 * mean, rel=1e-4)
+    assert float(set_gradients(network, inputs[:0], truth[:0])) == 0.0
+    weight = network.head.weight
+    assert weight.grad_sample.shape == (0, *weight.shape)  # type: ignore[attr-defined]
+
+
+def test_the_same_secret_gives_the_same_weights(trained: tuple[Classifier, History]) -> None:
+    network, history = train()
+    assert same(state(trained[0]), state(network))
+    assert trained[1] == history
+    assert not same(state(trained[0]), state(train(secret="another")[0]))
+    assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
+    assert not network.training
+
+
+def test_what_was_spent_is_what_another_accountant_allows(trained: tuple[Classifier, History]) -> None:
+    from opacus.accountants import RDPAccountant
+
+    said = trained[1].privacy
+    assert 3.9 < float(said["epsilon"]) <= 4.0
+    assert (said["delta"], said["clip"], said["protected"]) == (1e-3, 1.0, "image")
+    # 24 images in batches of 8: a third of them in each of 3 steps, 2 epochs. Renyi's bound is the looser.
+    other = RDPAccountant()
+    other.history = [(float(said["noise_multiplier"]), 1 / 3, 6)]
+    assert 0.9 * float(said["epsilon"]) < other.get_epsilon(1e-3) < 1.5 * float(said["epsilon"])
+    assert len(trained[1].curves) == trained[1].best_epoch == 2
+
+
+def test_a_smaller_epsilon_takes_more_noise(trained: tuple[Classifier, History]) -> None:
+    strict = train(privacy=PrivacyParams(epsilon=1.0, delta=1e-3))[1].privacy
+    assert float(strict["epsilon"]) <= 1.0
+    assert float(strict["noise_multiplier"]) > float(trained[1].privacy["noise_multiplier"])
+
+
+def test_an_epsilon_out_of_reach() -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(privacy=PrivacyParams(epsilon=1e-9, delta=1e-9))
+    assert caught.value.code == "privacy-epsilon"
+
+
+def test_delta_is_below_one_over_the_images() -> None:
+    check_delta(PrivacyParams(delta=0.001), 999)
+    with pytest.raises(ConfigError, match="below one over"):
+        check_delta(PrivacyParams(delta=0.001), 1000)
+
+
+def test_without_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkt_clinical.private.find_spec", lambda name: None)
+    with pytest.raises(QktError, match=r"qkt-clinical\[privacy\]") as caught:
+        train()
+    assert caught.value.code == "opacus-missing"
+    monkeypatch.setattr("qkt_clinical.private.find_spec", util.find_spec)
+    require_opacus()
+
+
+def test_batch_norm_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without batch norm: resnet-small-gn"):
+        parse(TrainParams, {"network": "resnet-small", "privacy": {"epsilon": 8.0}}, file="params.yaml")
+
+
+def test_a_training_without_privacy_does_not_pass_for_one_with_it() -> None:
+    data = shapes((0, 1), 4, 1)
+    with pytest.raises(ConfigError) as caught:
+        train_teacher(spec("resnet-small-gn"), data, data, PARAMS, seed=0, site="aster", device=CPU)
+    assert caught.value.code == "privacy-unavailable"
+
+
+def test_the_card_says_what_was_spent(tmp_path: Path) -> None:
+    section = {"network": "resnet-small-gn", "epochs": 1, "batch_size": 8, "privacy": {"delta": 1e-3}}
+    write_hospital(tmp_path, "birch", params={**WORKSPACE, "train": section})
+    train_site(tmp_path, "birch", load_params(tmp_path), device="cpu")
+    folder = tmp_path / "models" / "teachers" / "birch"
+    card = read_card(folder)
+    assert card.network.name == "resnet-small-gn"
+    assert 7.9 < float(card.training["epsilon"] or math.nan) <= 8.0
+    assert card.training["protected"] == "image"
+    # A hospital of other patients' ids draws other noise with the same seed and images.
+    ids = tmp_path / "data" / "prepared" / "birch" / "groups.npy"
+    before = (folder / "weights.safetensors").read_bytes()
+    np.save(ids, np.char.add(np.load(ids), "x"))
+    train_site(tmp_path, "birch", load_params(tmp_path), device="cpu")
+    assert (folder / "weights.safetensors").read_bytes() != before
