@@ -185,6 +185,7 @@ def _run(work: Path, sites: int) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            cwd=short,  # not a workspace, where our package is a link that FLARE does not take
             env={**os.environ, "TMPDIR": short},
         )
         try:

@@ -164,15 +164,17 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -
     write_json(work / "job.json", {"sites": list(params.sites), "queries": queries, "threads": threads})
     server, told = Server(out / "sites" / SERVER), dict[str, str]()
     # In a process of its own, which may say what it likes: FLARE writes on both streams and changes folders.
-    # It splits its own command lines at blanks, so it finds the folder by a link without one.
+    # It splits its own command lines at blanks, so it finds the folder by a link without one; and it does not
+    # take our package from a workspace, where that is a link.
     with tempfile.TemporaryDirectory(prefix="qkt-") as short, (work / "simulator.log").open("wb") as log:
-        link = Path(short) / "work"
-        link.symlink_to(work.resolve(), target_is_directory=True)
+        link = Path(short) / "out"
+        link.symlink_to(out.resolve(), target_is_directory=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(link)],
+            [sys.executable, "-m", __name__, str(link / work.name)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            cwd=short,
             env={**os.environ, "TMPDIR": short},
         )
         try:

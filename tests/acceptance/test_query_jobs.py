@@ -127,7 +127,7 @@ def assert_shown(address: str, model: str, folder: Path) -> None:
         assert shown == {n: [alias] for n, alias in wanted.items()}, texts
         assert "rolled back by R. Viewer" in rows["1"]
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-        assert len(set(picture.resize((128, 90)).getdata())) > 20, "something is to be seen"
+        assert len(set(picture.resize((128, 90)).get_flattened_data())) > 20, "something is to be seen"
 
 
 def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
