@@ -25,7 +25,7 @@ import torch
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import QktError
-from qkt_clinical.federation.run import kill
+from qkt_clinical.federation.run import PATIENT, kill
 from qkt_clinical.federation.settings import FILE, require_flare
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier
@@ -186,7 +186,7 @@ def _run(work: Path, sites: int) -> None:
             stdout=log,
             stderr=log,
             cwd=short,  # not a workspace, where our package is a link that FLARE does not take
-            env={**os.environ, "TMPDIR": short},
+            env={**os.environ, **PATIENT, "TMPDIR": short},
         )
         try:
             code = _wait(process, sites)

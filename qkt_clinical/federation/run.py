@@ -34,6 +34,9 @@ HOST, ADMIN = "localhost", "admin@qkt.example"
 PATIENCE_S = 3600
 SILENCE_S = 60
 """A site whose process for a job does not say that it is there for so long is missing from the job."""
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait give their core to the other sites on the machine; how many there are stays, and with it
+the last digits of a network."""
 OURS = "qkt_clinical.federation.flare."
 """Prefix of the only classes that a job may name at a site."""
 NOBODY = dict.fromkeys(("clone_job", "shell_commands", "byoc", "server-predeployed-flwr"), "none")
@@ -175,7 +178,7 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=short,
-            env={**os.environ, "TMPDIR": short},
+            env={**os.environ, **PATIENT, "TMPDIR": short},
         )
         try:
             while process.poll() is None:
@@ -257,7 +260,11 @@ def serve(kit: Path, storage: Path) -> None:
 
 def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
     """A server or site as a process of its own, with whatever it starts in its process group."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        **PATIENT,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     with log.open("ab") as stream:
         return subprocess.Popen(
             [str(kit / "startup" / "sub_start.sh"), "--once"],
