@@ -19,7 +19,7 @@ from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
@@ -32,7 +32,6 @@ from qkt_clinical.federation.messages import (
     ASK,
     CONTRIBUTE,
     OFFER,
-    TASKS,
     Answered,
     Asked,
     Contributed,
@@ -326,6 +325,3 @@ class QueryController(Controller):  # type: ignore[misc]
         if isinstance(said, Refused):
             return Outcome(state="refused", code=said.code, reason=said.message)
         return self._missing()
-
-
-__all__ = ["TASKS", "OutboundPolicy", "QueryController", "ReservedKey", "SiteExecutor"]

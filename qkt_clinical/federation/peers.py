@@ -154,6 +154,7 @@ def run_federation(
     )
     work = work.resolve()
     shutil.rmtree(work, ignore_errors=True)
+    keep = False
     try:
         (work / SITES / SERVER).mkdir(parents=True)
         for one in participants:
@@ -162,14 +163,13 @@ def run_federation(
             save_file({"images": images, "labels": labels}, work / SITES / one.site / IMAGES)
         write_json(work / PLAN, plan.model_dump(mode="json"))
         _run(work, len(plan.sites))
-        found = _result(work, plan)
+        return _result(work, plan)
     except QktError:
+        keep = True  # its logs say what FLARE could not do
         raise
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work)
-    return found
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _run(work: Path, sites: int) -> None:
@@ -192,9 +192,8 @@ def _run(work: Path, sites: int) -> None:
             code = _wait(process, sites)
             if code is None:
                 raise _failed(work, "a hospital's process was lost, perhaps for want of memory")
-        except BaseException:
-            kill(process)
-            raise
+        finally:
+            kill(process)  # if it still runs: a site is lost, or somebody has stopped us
     if code:
         raise _failed(work, f"NVIDIA FLARE ended with {code}")
 

@@ -277,9 +277,11 @@ def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a machine at once, with the processes that FLARE started for its jobs."""
+    """End a machine at once, with the processes that FLARE started for its jobs, unless it has ended."""
     import psutil
 
+    if process.poll() is not None:
+        return  # its number may be another process's by now
     with contextlib.suppress(psutil.NoSuchProcess):
         machine = psutil.Process(process.pid)
         for one in (machine, *machine.children(recursive=True)):

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from qkt_clinical.card import CARD
 from qkt_clinical.config import Strict, Workspace, load_params
 from qkt_clinical.errors import BundleError, OutputsError
-from qkt_clinical.federation.messages import Answered, Asked, Contributed, Figures, Offered, Refused
+from qkt_clinical.federation.messages import Answered, Asked, Contributed, Offered, Refused
 from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.federation.signing import check_signature
 from qkt_clinical.files import digest_bytes, digest_file, new_folder, write_json
@@ -168,7 +168,7 @@ class Server:
                 bytes_moved=plan.bytes_moved,
                 digest=said.digest,
                 student_kept=said.student is not None,
-                figures=None if said.figures is None else Figures.model_dump(said.figures, mode="json"),
+                figures=None if said.figures is None else said.figures.model_dump(mode="json"),
             ),
             "queries",
             plan.hospital,
