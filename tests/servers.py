@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -194,3 +195,69 @@ def postgres() -> Iterator[str]:
                 process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 _end(process)
+
+
+class Line:
+    """A connection between two machines that can be cut: passes on what comes to its port to another port."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self._whole, self._ends, self._lock = True, set[socket.socket](), threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_ignored: object) -> None:
+        self.cut()
+        self._listener.close()
+
+    def cut(self) -> None:
+        """Break every connection; who calls is turned away."""
+        with self._lock:
+            self._whole = False
+            for end in self._ends:
+                _hang_up(end)
+            self._ends.clear()
+
+    def mend(self) -> None:
+        """Let calls through again; what was broken stays broken."""
+        self._whole = True
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                caller, _ = self._listener.accept()
+                self._connect(caller)
+
+    def _connect(self, caller: socket.socket) -> None:
+        try:
+            called = socket.create_connection(("127.0.0.1", self.target), timeout=10)
+        except OSError:
+            _hang_up(caller)
+            return
+        called.settimeout(None)
+        with self._lock:
+            self._ends |= {caller, called}
+            if not self._whole:
+                _hang_up(caller)
+                _hang_up(called)
+                return
+        for one, other in ((caller, called), (called, caller)):
+            threading.Thread(target=_pass_on, args=(one, other), daemon=True).start()
+
+
+def _pass_on(one: socket.socket, other: socket.socket) -> None:
+    with suppress(OSError):
+        while data := one.recv(65536):
+            other.sendall(data)
+    _hang_up(one)
+    _hang_up(other)
+
+
+def _hang_up(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()

@@ -360,6 +360,12 @@ def _flare_errors() -> tuple[type[Exception], ...]:
     return (*own, OSError, RuntimeError, ValueError)
 
 
+def server_start(kit: Path) -> float:
+    """When the server was started, in its own seconds. One that was started again has none of its jobs left."""
+    with session(kit) as one:
+        return float(one.get_system_info().server_info.start_time)
+
+
 def list_jobs(kit: Path) -> list[dict[str, str]]:
     """Every job that the server knows, the latest first: ``job``, ``state``, ``submitted``."""
     with session(kit) as one:
@@ -445,12 +451,14 @@ def attend(
     def remaining() -> int:
         return int(patience_s - (time.monotonic() - start))
 
-    def watch(job: str) -> dict[str, Outcome] | None:
+    def watch(job: str, server: float) -> dict[str, Outcome] | None:
         """Outcomes of a job that has ended; None where it broke off."""
-        heard = time.monotonic()
         while remaining() > 0:
             time.sleep(POLL_S)
             try:
+                if server_start(kit) != server:
+                    say("the job is lost: its server was started again")
+                    return None
                 state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
             except QktError:
                 continue  # the server is not there: it may come back
@@ -463,12 +471,8 @@ def attend(
                         return None
             try:
                 found = ask_outcomes(kit, job)
-                heard = time.monotonic()
             except QktError:
-                if time.monotonic() - heard > silence_s:
-                    say("the job is lost: its server was started again")
-                    return None
-                continue
+                continue  # it has not begun, or has just ended
             for name, outcome in found.items():
                 if told.get(name) != outcome:
                     told[name] = outcome
@@ -477,6 +481,7 @@ def attend(
 
     while left and remaining() > 0:
         try:
+            server = server_start(kit)
             job = submit(
                 kit,
                 sites,
@@ -491,7 +496,7 @@ def attend(
             time.sleep(POLL_S)
             continue
         say(f"job {job}: {len(left)} queries")
-        outcomes |= watch(job) or {}
+        outcomes |= watch(job, server) or {}
         absent = any(o.state == "missing" for name, o in outcomes.items() if name not in queries)
         left = [
             q

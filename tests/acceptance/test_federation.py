@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,11 +27,13 @@ from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
 from qkt_clinical.workspace import write_workspace
-from tests.servers import free_port
+from tests.servers import Line, free_port
 
 pytest.importorskip("nvflare", reason="the extra 'federation' is not installed")
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 
+SILENCE_S = 15
+"""For so long a site may be silent before a job goes on without it."""
 QKT = Path(sys.executable).parent / "qkt"
 SITES = ("aster", "birch", "cedar")
 QUICK = {
@@ -170,3 +174,55 @@ def test_real_processes_one_site_and_the_server_killed(
             assert digest_folder(made) == students[name]
     for site in SITES:
         assert list(read_record(tmp_path / "sites" / site / RECORD)), "and the record is whole"
+
+
+def test_real_processes_one_loses_the_network_and_one_comes_late(
+    root: Path, students: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Birch is cut off while it trains, cedar cannot be reached for longer than is waited for it.
+
+    Both are given up by the job in which they fell silent, come back with what they made, and are heard.
+    """
+    from nvflare.lighter import provision
+
+    params, port = load_params(root), free_port()
+    prepare = provision.prepare_project
+
+    with Line(port) as line:
+
+        def by_line(project: dict[str, Any]) -> Any:
+            for one in project["participants"]:
+                if one["name"] == "birch":
+                    one["connect_to"] = {"host": run.HOST, "port": line.port}
+            return prepare(project)
+
+        monkeypatch.setattr(provision, "prepare_project", by_line)
+        kits = run.set_up(root, tmp_path, params, port=port)
+        server = Server(tmp_path / "sites" / "server")
+        told: list[str] = []
+        with machines(kits, tmp_path) as running, ThreadPoolExecutor(1) as pool:
+            attended = pool.submit(
+                run.attend,
+                kits / run.ADMIN,
+                SITES,
+                list(students),
+                contribute=True,
+                patience_s=420,
+                silence_s=SILENCE_S,
+                say=told.append,
+            )
+            until(lambda: any((tmp_path / "sites" / "birch" / ".qkt").rglob("*birch*")))
+            line.cut()
+            until(lambda: server.outcome("teachers", "cedar").state == "answered")
+            until(lambda: server.outcome("teachers", "birch").state == "missing")
+            line.mend()
+            until(lambda: server.outcome("queries", "cedar", "platelet").state == "running", 300)
+            with asleep(running["cedar"]):
+                until(lambda: server.outcome("queries", "cedar", "platelet").state == "missing")
+            outcomes = attended.result(timeout=480)
+    assert {name: one.state for name, one in outcomes.items()} == dict.fromkeys(outcomes, "answered"), told
+    assert "teacher birch: missing, the site did not reply in time" in told
+    assert told.count("teacher birch: answered") == 1
+    for name, digest in students.items():  # as if nothing had happened: who came back is heard
+        hospital, query = name.split("/")
+        assert digest_folder(Workspace(tmp_path / "sites" / hospital).student(hospital, query)) == digest
