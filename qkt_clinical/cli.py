@@ -278,16 +278,21 @@ def evaluate(
 ) -> None:
     """Measure every answer on held-out patients, before and after; one query alone where it is named.
 
-    Of all, a query without test images here is left out.
+    Of several, a query without test images here is left out.
     """
-    from qkt_clinical.stages.evaluate import evaluate_one, evaluate_queries
+    from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one, evaluate_queries
 
     params = load_params(root)
     if hospital or query:
         rows = []
         for ref in _named_refs(params, hospital, query):
-            with hold_query(root, ref.hospital, ref.query):
-                rows.append(evaluate_one(root, ref, params, sites=params.sites, device=device))
+            try:
+                with hold_query(root, ref.hospital, ref.query):
+                    rows.append(evaluate_one(root, ref, params, sites=params.sites, device=device))
+            except NoTestImages as error:
+                if query:
+                    raise
+                tell_skipped(ref, error)
     else:
         rows = evaluate_queries(root, params, device=device, skipped=tell_skipped)
     if as_json:

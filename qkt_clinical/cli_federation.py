@@ -75,11 +75,11 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Every site and the server in FLARE's simulator: teachers are trained, all queries answered."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
     params = load_params(root)
-    require_flare()
+    require_extra("nvflare")
     _show(run.simulate(root, out, params, threads=threads or len(params.sites), say=_say), as_json)
 
 
@@ -95,11 +95,11 @@ def poc(
     as_json: Json = False,
 ) -> None:
     """The same with real processes on this machine: server, sites and an administrator, over TLS."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
     params = load_params(root)
-    require_flare()
+    require_extra("nvflare")
     named = [s.strip() for s in sites.split(",")] if sites else list(params.sites)
     _show(run.play(root, out, params, sites=named, port=port, patience_s=patience, say=_say), as_json)
 
@@ -114,10 +114,10 @@ def kits(
     as_json: Json = False,
 ) -> None:
     """Write startup kits for production: one folder each to hand to server, sites and administrator."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
-    require_flare()
+    require_extra("nvflare")
     params = load_params(root)
     made = run.provision(out, params.sites, server=server, port=port, admin=admin)
     for name in (server, *params.sites):
@@ -146,10 +146,10 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Hand queries to a running server; each hospital answers those that lie in its own folder."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
-    require_flare()
+    require_extra("nvflare")
     params = load_params(root)
     asked = _asked(params, queries)
     if wait:
@@ -178,10 +178,10 @@ def status(
     as_json: Json = False,
 ) -> None:
     """All jobs of a server, or how far the queries of a running one are."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
-    require_flare()
+    require_extra("nvflare")
     if job is not None:
         outcomes = run.ask_outcomes(kit, job)
         if as_json:
@@ -202,10 +202,10 @@ def fetch(
     job: Annotated[str, typer.Argument(help="A finished job.")], kit: Kit, out: Out, as_json: Json = False
 ) -> None:
     """Fetch a finished job's outcomes, and the students that hospitals sent."""
+    from qkt_clinical.extras import require_extra
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.settings import require_flare
 
-    require_flare()
+    require_extra("nvflare")
     _show(run.fetch(kit, job, out), as_json)
 
 

@@ -298,7 +298,7 @@ class TrainParams(Strict):
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """Strength of augmentation; 0 turns it off."""
     privacy: PrivacyParams | None = None
-    """Differential privacy; null: none. With it, the last epoch counts and classes are not balanced."""
+    """Differential privacy; null: none. With it, the last epoch counts."""
 
     @model_validator(mode="after")
     def _image_by_image(self) -> TrainParams:

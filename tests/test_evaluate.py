@@ -225,12 +225,18 @@ def test_stages_name_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "params.yaml").write_text(params.model_dump_json())
     for site in params.sites:
         shutil.rmtree(Workspace(tmp_path).prepared(site))
-    for words, code in ((("evaluate",), 0), (("gate",), 1), (("evaluate", "h0", "q0"), 1)):
+    cases: tuple[tuple[tuple[str, ...], list[str], int], ...] = (
+        (("evaluate",), ["h0/q0", "h1/q1"], 0),
+        (("gate",), ["h0/q0", "h1/q1"], 1),
+        (("evaluate", "h0"), ["h0/q0"], 0),
+        (("evaluate", "h0", "q0"), [], 1),
+    )
+    for words, left, code in cases:
         with pytest.raises(SystemExit) as ended:
             main([*words, "--root", str(tmp_path)])
         assert (ended.value.code or 0) == code
         said = capsys.readouterr().err
-        if len(words) == 1:
-            assert [line.split(": left out [")[0] for line in said.splitlines()] == ["h0/q0", "h1/q1"]
+        if left:
+            assert [line.split(": left out [")[0] for line in said.splitlines()] == left
         else:
             assert said.startswith("error [no-test-images]: ")

@@ -12,8 +12,16 @@ from torch.nn import functional
 from qkt_clinical.card import read_card
 from qkt_clinical.config import PrivacyParams, TrainParams, load_params, parse
 from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.extras import require_extra
 from qkt_clinical.networks import Classifier, build
-from qkt_clinical.private import check_delta, require_opacus, set_gradients, train_private
+from qkt_clinical.private import (
+    COUNTING,
+    check_delta,
+    log_prior,
+    noisy_counts,
+    set_gradients,
+    train_private,
+)
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.training import History, to_input, train_teacher
 from tests.shapes import CPU, same, shapes, spec, state
@@ -46,17 +54,18 @@ def test_every_images_own_gradient() -> None:
     network = build(spec("resnet-small-gn"), seed=0)
     images, labels = shapes((0, 1, 2), 1, 2)
     inputs, truth = to_input(images), torch.from_numpy(labels)
-    total = set_gradients(network, inputs, truth)
+    prior = torch.tensor([0.3, -0.5, 0.1, 0.0])[: network.spec.classes]
+    total = set_gradients(network, inputs, truth, prior)
     for i in range(3):
         network.zero_grad()
-        functional.cross_entropy(network(inputs[i : i + 1]), truth[i : i + 1]).backward()
+        functional.cross_entropy(network(inputs[i : i + 1]) + prior, truth[i : i + 1]).backward()
         for parameter in network.parameters():
             assert parameter.grad is not None
             each: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
             assert torch.allclose(each[i], parameter.grad, atol=1e-5)
-    mean = functional.cross_entropy(network(inputs), truth).item()
+    mean = functional.cross_entropy(network(inputs) + prior, truth).item()
     assert float(total) == pytest.approx(3 * mean, rel=1e-4)
-    assert float(set_gradients(network, inputs[:0], truth[:0])) == 0.0
+    assert float(set_gradients(network, inputs[:0], truth[:0], prior)) == 0.0
     weight = network.head.weight
     assert weight.grad_sample.shape == (0, *weight.shape)  # type: ignore[attr-defined]
 
@@ -79,7 +88,8 @@ def test_what_was_spent_is_what_another_accountant_allows(trained: tuple[Classif
     # 24 images in batches of 8: a third of them in each of 3 steps, 2 epochs. Renyi's bound is the looser.
     other = RDPAccountant()
     other.history = [(float(said["noise_multiplier"]), 1 / 3, 6)]
-    assert 0.9 * float(said["epsilon"]) < other.get_epsilon(1e-3) < 1.5 * float(said["epsilon"])
+    spent = float(said["epsilon"]) - COUNTING * 4.0  # the rest went into the numbers of images
+    assert 0.9 * spent < other.get_epsilon(1e-3) < 1.5 * spent
     assert len(trained[1].curves) == trained[1].best_epoch == 2
 
 
@@ -87,6 +97,28 @@ def test_a_smaller_epsilon_takes_more_noise(trained: tuple[Classifier, History])
     strict = train(privacy=PrivacyParams(epsilon=1.0, delta=1e-3))[1].privacy
     assert float(strict["epsilon"]) <= 1.0
     assert float(strict["noise_multiplier"]) > float(trained[1].privacy["noise_multiplier"])
+
+
+def test_numbers_of_images_are_noisy_as_epsilon_says() -> None:
+    labels = torch.tensor([0] * 300 + [2] * 40)
+    draw = torch.Generator().manual_seed(0)
+    seen = torch.stack([noisy_counts(labels, 4, 0.4, draw) for _ in range(20_000)])
+    noise = seen[:, [0, 2]] - torch.tensor([300, 40])
+    # Laplace of scale 1 / 0.4: mean 0, mean distance 2.5, and as the bound on epsilon wants it, tails that
+    # fall by e for every 2.5 images.
+    assert noise.mean().abs() < 0.1
+    assert float(noise.abs().mean()) == pytest.approx(2.5, rel=0.03)
+    assert float((noise > 2.5).double().mean() / (noise > 5.0).double().mean()) == pytest.approx(
+        math.e, rel=0.1
+    )
+    assert not seen[:, [1, 3]].any(), "classes that are not there get no noise"
+    few = torch.stack([noisy_counts(torch.tensor([0, 1, 1]), 2, 0.1, draw) for _ in range(100)])
+    assert bool((few >= 1).all()), "their logarithm is taken"
+
+
+def test_the_prior_makes_up_for_numbers_of_images() -> None:
+    prior = log_prior(torch.tensor([30.0, 0.0, 10.0, 20.0]))
+    assert prior.tolist() == pytest.approx([math.log(1.5), 0.0, math.log(0.5), 0.0])
 
 
 def test_an_epsilon_out_of_reach() -> None:
@@ -102,12 +134,12 @@ def test_delta_is_below_one_over_the_images() -> None:
 
 
 def test_without_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkt_clinical.private.find_spec", lambda name: None)
+    monkeypatch.setattr("qkt_clinical.extras.find_spec", lambda name: None)
     with pytest.raises(QktError, match=r"qkt-clinical\[privacy\]") as caught:
         train()
     assert caught.value.code == "opacus-missing"
-    monkeypatch.setattr("qkt_clinical.private.find_spec", util.find_spec)
-    require_opacus()
+    monkeypatch.setattr("qkt_clinical.extras.find_spec", util.find_spec)
+    require_extra("opacus")
 
 
 def test_batch_norm_is_refused() -> None:

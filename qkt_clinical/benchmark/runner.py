@@ -264,9 +264,9 @@ def run(
 
     federations = [task for task in networks if task.name.split("/")[0] in FEDERATED]
     if any(map(missing, federations)):
-        from qkt_clinical.federation.settings import require_flare
+        from qkt_clinical.extras import require_extra
 
-        require_flare()
+        require_extra("nvflare")
     _claim(out, settings.key(digest, device.type), resume)
     tell = progress or (lambda done, total: None)
     total = len(networks) + len(answers)

@@ -25,8 +25,9 @@ import torch
 from qkt_clinical.card import NetworkSpec
 from qkt_clinical.config import Strict
 from qkt_clinical.errors import QktError
+from qkt_clinical.extras import require_extra
 from qkt_clinical.federation.run import PATIENT, kill
-from qkt_clinical.federation.settings import FILE, require_flare
+from qkt_clinical.federation.settings import FILE
 from qkt_clinical.files import write_json
 from qkt_clinical.networks import Classifier
 from qkt_clinical.peers.federated import Participant, first_network
@@ -136,7 +137,7 @@ def run_federation(
     """
     from safetensors.numpy import save_file
 
-    require_flare()
+    require_extra("nvflare")
     from qkt_clinical.federation.peer_job import IMAGES
 
     participants = sorted(participants, key=lambda p: p.site)

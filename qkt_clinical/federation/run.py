@@ -20,9 +20,10 @@ import yaml
 
 from qkt_clinical.config import Params
 from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.extras import require_extra
 from qkt_clinical.federation.messages import TASKS
 from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE, require_flare
+from qkt_clinical.federation.settings import FILE
 from qkt_clinical.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -
     Raises:
         QktError: FLARE's simulator ended with an error, code ``flare``.
     """
-    require_flare()
+    require_extra("nvflare")
     queries = named_queries(params)
     lay_out(root, out, params)
     work = out / "flare"
@@ -219,7 +220,7 @@ def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin:
     Returns:
         The folder with the kits.
     """
-    require_flare()
+    require_extra("nvflare")
     from nvflare.lighter.impl.cert import CertBuilder
     from nvflare.lighter.impl.signature import SignatureBuilder
     from nvflare.lighter.impl.static_file import StaticFileBuilder
@@ -297,7 +298,7 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
     Raises:
         QktError: the server cannot be reached in time, code ``no-server``.
     """
-    require_flare()
+    require_extra("nvflare")
     from nvflare.fuel.flare_api.api_spec import NoConnection
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
@@ -361,7 +362,7 @@ def _flare_errors() -> tuple[type[Exception], ...]:
 
 
 def server_start(kit: Path) -> float:
-    """When the server was started, in its own seconds. One that was started again has none of its jobs left."""
+    """When the server was started, in its own seconds. Started again, it has none of its jobs left."""
     with session(kit) as one:
         return float(one.get_system_info().server_info.start_time)
 

@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field
 
 from qkt_clinical.config import Name, PublicKey, Strict
-from qkt_clinical.errors import QktError
 
 FILE = "qkt.json"
 
@@ -21,19 +20,3 @@ class Settings(Strict):
     """File with a site's private key, by which it signs its teacher."""
     keys: dict[Name, PublicKey] = Field(default_factory=dict)
     """Of the server: whose teachers are kept only if they are signed."""
-
-
-def require_flare() -> None:
-    """Do nothing where NVIDIA FLARE is installed.
-
-    Raises:
-        QktError: it is not, code ``flare-missing``.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("nvflare") is None:
-        raise QktError(
-            "NVIDIA FLARE is not installed, which federations and federated methods need",
-            remedy="Install it with pip install 'qkt-clinical[federation]', or leave such methods out.",
-            code="flare-missing",
-        )
