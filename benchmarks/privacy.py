@@ -41,7 +41,7 @@ TRAININGS: tuple[tuple[str, int, float], ...] = (
 """Attacked hospital, epochs and strength of augmentation."""
 COUNTED = 15
 """Epochs of the teachers whose masks are held against numbers of images."""
-GENTLE = TrainParams(network="resnet-small-gn", epochs=40, batch_size=128, learning_rate=1e-2, augment=0.0)
+GENTLE = TrainParams(network="resnet-small-gn", epochs=40, batch_size=64, learning_rate=1e-2, augment=0.0)
 """How teachers with differential privacy are trained; tuned on val images of h1 and h3."""
 PROTECTED: dict[str, TrainParams] = {
     "none, as by default": TrainParams(),

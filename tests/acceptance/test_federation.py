@@ -179,7 +179,7 @@ def test_real_processes_one_site_and_the_server_killed(
 def test_real_processes_one_loses_the_network_and_one_comes_late(
     root: Path, students: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Birch is cut off while it trains, cedar cannot be reached for longer than is waited for it.
+    """Birch is cut off while it trains, aster falls asleep over its answer for longer than is waited for it.
 
     Both are given up by the job in which they fell silent, come back with what they made, and are heard.
     """
@@ -216,13 +216,13 @@ def test_real_processes_one_loses_the_network_and_one_comes_late(
             until(lambda: server.outcome("teachers", "cedar").state == "answered")
             until(lambda: server.outcome("teachers", "birch").state == "missing")
             line.mend()
-            until(lambda: server.outcome("queries", "cedar", "platelet").state == "running", 300)
-            with asleep(running["cedar"]):
-                until(lambda: server.outcome("queries", "cedar", "platelet").state == "missing")
+            fetched = Workspace(tmp_path / "sites" / "aster").fetched("aster", "basophil")
+            until(fetched.is_dir)
+            with asleep(running["aster"]):
+                until(lambda: server.outcome("queries", "aster", "basophil").state == "missing")
             outcomes = attended.result(timeout=480)
     assert {name: one.state for name, one in outcomes.items()} == dict.fromkeys(outcomes, "answered"), told
     assert "teacher birch: missing, the site did not reply in time" in told
-    assert told.count("teacher birch: answered") == 1
     for name, digest in students.items():  # as if nothing had happened: who came back is heard
         hospital, query = name.split("/")
         assert digest_folder(Workspace(tmp_path / "sites" / hospital).student(hospital, query)) == digest
