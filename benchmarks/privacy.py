@@ -35,7 +35,7 @@ FEW = 400
 """Images of a small hospital, half of which train a model."""
 TRAININGS: tuple[tuple[str, int, float], ...] = (
     *(("h1", epochs, 1.0) for epochs in (5, 15, 30, 60)),
-    ("h2", 30, 1.0),
+    *(("h2", epochs, 1.0) for epochs in (15, 30, 60)),
     ("h2", 30, 0.0),
 )
 """Attacked hospital, epochs and strength of augmentation."""
