@@ -90,12 +90,14 @@ def show(
 
 
 def requests(browser: webdriver.Chrome) -> list[str]:
-    """Addresses that the page asked for, by the browser's own log of its network."""
+    """Addresses that pages asked for, by the browser's own log of its network; its own start page is none."""
     found = []
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
         if event["method"] == "Network.requestWillBeSent":
-            found.append(str(event["params"]["request"]["url"]))
+            sent = event["params"]
+            if not sent["documentURL"].startswith("chrome:"):
+                found.append(str(sent["request"]["url"]))
     return found
 
 
