@@ -16,10 +16,10 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.workspace import Workspace as FlareWorkspace
 
 from qkt_clinical.config import OPEN_POLICY, POLICY
-from qkt_clinical.errors import ConfigError, PolicyError
+from qkt_clinical.errors import ConfigError, PolicyError, QktError
 from qkt_clinical.federation.flare import SAID, OutboundPolicy, SiteExecutor
 from qkt_clinical.federation.messages import ASK
-from qkt_clinical.federation.run import provision, serve, write_local
+from qkt_clinical.federation.run import provision, serve, server_start, write_local
 
 ASKED = {
     "kind": "asked",
@@ -130,3 +130,29 @@ def test_kits_give_nobody_code_or_shells_and_send_no_logs(tmp_path: Path) -> Non
     text = (made / "qkt.example.org" / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in text
     assert text.count(str(tmp_path / "storage")) == 2
+
+
+def test_a_server_that_ends_in_the_middle_of_a_word_is_one_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from nvflare.apis.fl_exception import FLCommunicationError
+    from nvflare.fuel.flare_api import flare_api
+
+    started: list[float | None] = []
+
+    def connect(*_words: object, **_more: object) -> SimpleNamespace:
+        if not started:
+            raise FLCommunicationError("failed to challenge server: timeout")
+        info = SimpleNamespace(server_info=SimpleNamespace(start_time=started[0]))
+        return SimpleNamespace(get_system_info=lambda: info, close=lambda: None)
+
+    monkeypatch.setattr(flare_api, "new_secure_session", connect)
+    for said, words in (([], "cannot be reached: failed to challenge"), ([None], "does not say when")):
+        started[:] = said
+        with pytest.raises(QktError, match=words) as error:
+            server_start(tmp_path)
+        assert error.value.code == "no-server"
+    started[:] = [7.5]
+    assert server_start(tmp_path) == 7.5

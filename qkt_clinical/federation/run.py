@@ -299,13 +299,12 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
         QktError: the server cannot be reached in time, code ``no-server``.
     """
     require_extra("nvflare")
-    from nvflare.fuel.flare_api.api_spec import NoConnection
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             one = new_secure_session(kit.name, str(kit), timeout=patience_s)
-        except (NoConnection, OSError, ValueError, RuntimeError) as error:
+        except _flare_errors() as error:
             raise QktError(
                 f"the federation's server cannot be reached: {str(error)[:200]}",
                 remedy="Check that it runs, and that the folder is an administrator's startup kit.",
@@ -354,17 +353,22 @@ def submit(
 
 
 def _flare_errors() -> tuple[type[Exception], ...]:
-    """What FLARE's administration raises: a dozen kinds without a base of their own."""
+    """What FLARE's administration raises: two dozen kinds without a base of their own."""
+    from nvflare.apis import fl_exception
     from nvflare.fuel.flare_api import api_spec
 
-    own = (v for v in vars(api_spec).values() if isinstance(v, type) and issubclass(v, Exception))
+    named = (*vars(api_spec).values(), *vars(fl_exception).values())
+    own = (v for v in named if isinstance(v, type) and issubclass(v, Exception))
     return (*own, OSError, RuntimeError, ValueError)
 
 
 def server_start(kit: Path) -> float:
     """When the server was started, in its own seconds. Started again, it has none of its jobs left."""
     with session(kit) as one:
-        return float(one.get_system_info().server_info.start_time)
+        try:
+            return float(one.get_system_info().server_info.start_time)
+        except (KeyError, TypeError):  # a server that is just ending or starting does not say everything
+            raise RuntimeError("it does not say when it was started") from None
 
 
 def list_jobs(kit: Path) -> list[dict[str, str]]:
