@@ -52,7 +52,8 @@ def check_delta(privacy: PrivacyParams, images: int) -> None:
 def noisy_counts(labels: Tensor, classes: int, epsilon: float, draw: torch.Generator) -> Tensor:
     """Numbers of images per class, (classes,), by the Laplace mechanism: one image changes one number by one.
 
-    Of classes without any image 0; which classes there are is not protected.
+    Of classes without any image 0; which classes there are is not protected. By inversion, since torch's own
+    Laplace distribution takes no generator.
     """
     uniform = torch.rand(classes, generator=draw, dtype=torch.float64) - 0.5
     noise = -uniform.sign() * torch.log1p(-2 * uniform.abs()) / epsilon
@@ -68,7 +69,7 @@ def log_prior(counts: Tensor) -> Tensor:
     rows only ever fall, as in any teacher, which is what masks read.
     """
     held = counts > 0
-    return torch.where(held, torch.log(counts.clamp(min=1.0) / counts[held].mean()), 0.0).float()
+    return torch.where(held, torch.log(counts / counts[held].mean()), 0.0).float()
 
 
 def set_gradients(network: Classifier, images: Tensor, labels: Tensor, prior: Tensor) -> Tensor:

@@ -156,3 +156,53 @@ def test_a_server_that_ends_in_the_middle_of_a_word_is_one_that_cannot_be_reache
         assert error.value.code == "no-server"
     started[:] = [7.5]
     assert server_start(tmp_path) == 7.5
+
+
+def test_a_slow_job_is_waited_for_and_a_lost_one_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkt_clinical.federation import run
+    from qkt_clinical.federation.server import Outcome
+
+    # By look: when the server was started, the job's state, and whether the job answers.
+    looks = iter(
+        [
+            *[(1.0, "RUNNING", False)] * 5,  # slow to begin
+            (1.0, "RUNNING", True),
+            (2.0, "RUNNING", False),  # the server was started again
+            (2.0, "RUNNING", False),  # the second job, not begun
+            (2.0, "FINISHED:COMPLETED", False),
+        ]
+    )
+    now, submitted, told = [(1.0, "", False)], list[str](), list[str]()
+
+    def submit(*_words: object, **_more: object) -> str:
+        submitted.append(f"job-{len(submitted)}")
+        return submitted[-1]
+
+    def list_jobs(kit: Path) -> list[dict[str, str]]:
+        now[0] = next(looks)
+        return [{"job": submitted[-1], "state": now[0][1]}]
+
+    def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
+        if not now[0][2]:
+            raise QktError("the job does not answer", remedy="Wait.", code="no-job")
+        return {"aster/basophil": Outcome(state="running")}
+
+    done = {"aster/basophil": Outcome(state="answered")}
+    monkeypatch.setattr(run, "POLL_S", 0.0)
+    monkeypatch.setattr(run, "server_start", lambda kit: now[0][0])
+    for stand_in in (submit, list_jobs, ask_outcomes):
+        monkeypatch.setattr(run, stand_in.__name__, stand_in)
+    monkeypatch.setattr(run, "fetch", lambda kit, job, out: done)
+    found = run.attend(
+        tmp_path, ["aster"], list(done), contribute=True, patience_s=60, silence_s=0, say=told.append
+    )
+    assert found == done
+    assert submitted == ["job-0", "job-1"]
+    assert told == [
+        "job job-0: 1 queries",
+        "aster/basophil: running",
+        "the job is lost: its server was started again",
+        "job job-1: 1 queries",
+    ]

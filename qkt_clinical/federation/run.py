@@ -461,9 +461,6 @@ def attend(
         while remaining() > 0:
             time.sleep(POLL_S)
             try:
-                if server_start(kit) != server:
-                    say("the job is lost: its server was started again")
-                    return None
                 state = next((j["state"] for j in list_jobs(kit) if j["job"] == job), "gone")
             except QktError:
                 continue  # the server is not there: it may come back
@@ -476,8 +473,12 @@ def attend(
                         return None
             try:
                 found = ask_outcomes(kit, job)
-            except QktError:
-                continue  # it has not begun, or has just ended
+            except QktError:  # it has not begun, has just ended, or is lost
+                with contextlib.suppress(QktError):
+                    if server_start(kit) != server:
+                        say("the job is lost: its server was started again")
+                        return None
+                continue
             for name, outcome in found.items():
                 if told.get(name) != outcome:
                     told[name] = outcome
