@@ -530,6 +530,23 @@ def test_presets_make_a_workspace(name: str, tmp_path: Path) -> None:
     assert parse(Params, yaml.safe_load(text), file="params.yaml") == load_params(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [(2, 1, "RuntimeError"), (4, 99, "NotImplementedError")],
+    ids=["encrypted", "compressed by an unknown method"],
+)
+def test_archives_that_python_cannot_open(source: Path, field: int, value: int, why: str) -> None:
+    content = bytearray(source.read_bytes())
+    # Flags and method stand behind signature and version; a directory entry has one more version.
+    for signature, start in ((b"PK\x03\x04", 4), (b"PK\x01\x02", 6)):
+        at = -1
+        while (at := content.find(signature, at + 1)) >= 0:
+            content[at + start + field : at + start + field + 2] = value.to_bytes(2, "little")
+    source.write_bytes(content)
+    with pytest.raises(SourceError, match=why):
+        read_medmnist(source)
+
+
 def test_pbc28_preset() -> None:
     preset = load_preset("pbc28")
     assert preset.federate.classes == BLOOD_CELLS
