@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
+from qkt_clinical.common.workers import in_order
 from qkt_clinical.errors import FileRejected, SourceError
 from qkt_clinical.ingest.codes import quiet, reading, reject
 from qkt_clinical.ingest.source import Found, SourceFile, is_side_file, list_all, suffix
-from qkt_clinical.workers import in_order
 
 
 class Verdict(TypedDict):
