@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -765,7 +765,7 @@ def _overlap(scans: Sequence[Scan]) -> bool:
     return any(at.setdefault(place, acquisition) != acquisition for place, acquisition in places)
 
 
-def check(path: Path, max_bytes: int) -> Found:
+def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
     """Decode every frame of a file by itself, whatever site it may belong to.
 
     Raises:
@@ -777,5 +777,5 @@ def check(path: Path, max_bytes: int) -> Found:
         colour = _photometric(data) in COLOURS
         frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
         for i, frame in enumerate(frames):
-            _frame_picture(data, frame, i, lookup=True)
+            judge(_frame_picture(data, frame, i, lookup=True))
         return Found(stored.shape, str(stored.dtype), _pixel_spacing(data))
