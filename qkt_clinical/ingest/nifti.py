@@ -2,7 +2,8 @@
 
 The affine decides: axes are flipped and swapped to the prepared convention (see ``arrays``). A flat
 image is one slice, stored as (X, Y), (X, Y, 1) or with its single-voxel axis elsewhere; its rows and columns
-come out as radiologists display that plane. Colour is NIfTI's RGB24 type or a last axis of 3.
+come out as radiologists display that plane. Colour is NIfTI's RGB24 type, or a fifth axis of 3 that holds
+vectors of colours: three slices are no colours, nor are three volumes in time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from qkt_clinical.ingest.source import (
 MAX_HEADER_BYTES = 16_000_000
 """Header extensions beyond this are refused: nibabel reads them whole."""
 CIFTI_INTENTS = range(3000, 3100)
+RGB_VECTOR = 2003
+"""Intent of vectors that are colours."""
 SAME_SPACING = 0.05
 """Relative difference up to which the spacings of qform and sform may be roundings of one another."""
 MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
@@ -121,19 +124,24 @@ def _voxels(image: Any, volume: int | None = None) -> tuple[NDArray[Any], bool]:
     return data, colour
 
 
-def _spatial(data: NDArray[Any], colour: bool, *, volumes: bool) -> tuple[NDArray[Any], bool]:
+def _spatial(data: NDArray[Any], colour: bool, intent: int) -> tuple[NDArray[Any], bool]:
     """Voxels as (X, Y, Z) or (X, Y, Z, 3).
 
+    Args:
+        data: voxels; the fourth axis is time, the fifth holds vectors.
+        colour: whether the last axis holds colours by the type of the voxels.
+        intent: NIfTI's code of what the values mean, 0 if it is not said.
+
     Raises:
-        FileRejected: ``dimensions`` or ``time-series``.
+        FileRejected: ``dimensions``, ``time-series`` or ``colour-unknown``.
     """
     if colour:
         data, hue = data[..., :], True
         space = data.shape[:-1]
     else:
-        flat_colour = data.ndim == 3 and data.shape[2] == 3 and not volumes and 1 not in data.shape
-        vector = data.ndim >= 4 and data.shape[-1] == 3 and all(n == 1 for n in data.shape[3:-1])
-        hue = flat_colour or (vector and (data.ndim >= 5 or (not volumes and 1 in data.shape[:3])))
+        hue = data.ndim == 5 and data.shape[3:] == (1, 3)
+        if hue and intent != RGB_VECTOR and (intent or data.dtype != np.uint8):
+            raise reject("colour-unknown")  # displacements, directions
         space = data.shape[:-1] if hue else data.shape
     if len(space) < 2:
         raise reject("dimensions")
@@ -187,7 +195,7 @@ def read(file: SourceFile, request: Request) -> Sample:
 
     image = _open(file.path, request.max_bytes)
     data, colour = _voxels(image, request.spec.volume)
-    data, colour = _spatial(data, colour, volumes=request.volumes)
+    data, colour = _spatial(data, colour, int(image.header["intent_code"]))
     with reading("header-unreadable", HeaderDataError):
         scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
         affine = np.diag([scale, scale, scale, 1.0]) @ _affine(image, volumes=request.volumes)
@@ -233,4 +241,4 @@ def check(path: Path, max_bytes: int) -> Found:
     with reading("header-unreadable"):
         scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
         spacing = tuple(float(z) * scale for z in image.header.get_zooms()[:3])
-    return Found(data.shape, str(data.dtype), spacing)
+    return Found(data.shape, str(data.dtype), spacing if np.isfinite(spacing).all() else None)
