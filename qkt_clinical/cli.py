@@ -97,6 +97,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
     from qkt_clinical.ingest import ingest_site
+    from qkt_clinical.ingest.splits import empty_splits
     from qkt_clinical.workers import cores
 
     params = load_params(root)
@@ -105,6 +106,9 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
         with progress(f"ingest {site}", quiet=as_json) as step:
             manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
+        warning = empty_splits(manifest.patients, params.ingest.splits.model_dump())
+        if warning is not None:
+            print(f"warning [split-empty]: {warning} (stage ingest, site {site})", file=sys.stderr)
         if not as_json:
             rejected = sum(manifest.rejected.values())
             print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")

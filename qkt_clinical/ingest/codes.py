@@ -83,6 +83,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "colour-unknown": Reason(
             "a colour space that cannot be turned into RGB", "Export it as RGB or greyscale."
         ),
+        "resampled-too-large": Reason(
+            "at image.spacing_mm the image would have far too many pixels, or none",
+            "Check its pixel spacing and image.spacing_mm in site.yaml.",
+        ),
         "header-unreadable": Reason("the header is damaged", "Export it again."),
         "truncated": Reason("the file ends before its pixels do", "Copy or export it again."),
         "pixels-undecodable": Reason("the pixels cannot be decoded", "Export it again, best uncompressed."),
@@ -104,6 +108,13 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "burned-in-suspected": Reason(
             "writing may be burned into the pixels, by what the header says",
             "Look at the images; if none shows a name, set burned_in: accept in site.yaml.",
+        ),
+        "mosaic": Reason(
+            "many slices as tiles of one picture (Siemens mosaic)",
+            "Convert it to NIfTI or to single slices, with dcm2niix for one.",
+        ),
+        "localiser": Reason(
+            "a scout from which a scan was planned, no part of a volume", "Nothing to do: leave it out."
         ),
         "geometry-missing": Reason(
             "no series, position, orientation or spacing",

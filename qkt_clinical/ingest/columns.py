@@ -11,6 +11,7 @@ from qkt_clinical.config import Column, SiteConfig, Subgroup
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import reject
 from qkt_clinical.ingest.deidentify import salted
+from qkt_clinical.ingest.identity import normal_name, normal_patient
 from qkt_clinical.ingest.source import Ready, stem
 from qkt_clinical.ingest.subgroups import TAGS, UNKNOWN, group_of
 
@@ -67,7 +68,7 @@ def _is_keyword(tag: str) -> bool:
 
 
 def _key(text: str) -> str:
-    return text.strip().replace("\\", "/").removeprefix("./").rstrip("/")
+    return normal_name(text.strip().replace("\\", "/").removeprefix("./").rstrip("/"))
 
 
 def read_table(column: Column, root: Path, *, site: str) -> dict[str, set[str]]:
@@ -146,7 +147,15 @@ class Lookup:
         return next(iter(values))
 
     def values(self, sample: Ready) -> set[str]:
-        """All values that the column gives to an image."""
+        """All values that the column gives to an image, in their normal form."""
+        found = self._spelt(sample)
+        if self.column.source in ("tag", "none"):  # salted, in its normal form before; the file itself
+            return found
+        if self.what == "patient":
+            found = {normal_patient(value, "LO") for value in found}
+        return {normal_name(value) for value in found} - {""}
+
+    def _spelt(self, sample: Ready) -> set[str]:
         source, column = self.column.source, self.column
         if source == "csv":
             by_name = next((found for keys in _keys(sample) if (found := _among(self.table, keys))), set())
@@ -195,8 +204,8 @@ def _keys(sample: Ready) -> Iterator[tuple[str, ...]]:
     A file by its path, its name, or its name without extensions; a series also by its folder's path
     or name. Either may also be listed by its UID.
     """
-    paths = [PurePosixPath(file.name) for file in sample.files]
-    yield tuple(file.name for file in sample.files)
+    paths = [PurePosixPath(normal_name(file.name)) for file in sample.files]
+    yield tuple(path.as_posix() for path in paths)
     yield tuple(path.name for path in paths)
     yield tuple(stem(path.name) for path in paths)
     if len(paths) > 1:

@@ -11,6 +11,24 @@ PADDING = " \0"
 TRAILING = frozenset({"LT", "ST", "UC", "UR", "UT"})
 """Value representations in which only spaces at the end are padding (DICOM PS3.5, 6.2)."""
 
+_WORDS = """
+    anon anonym anonymous anonymized anonymised anonymize anonymise anonymous^anonymous anonymous^patient
+    deidentified de-identified deidentified^patient pseudonymized pseudonymised removed redacted deleted
+    unknown none null nil nan na n/a n.a. noid no_id noname no_name noname^noname patient test dummy default
+    hidden confidential - -- --- . ? * #
+"""
+PLACEHOLDERS = frozenset(
+    {
+        *(
+            spelt
+            for word in _WORDS.split()
+            for spelt in (word, word.upper(), word.capitalize(), word.title())
+        ),
+        *(sign * length for sign in "0xX9" for length in range(1, 17)),
+    }
+)
+"""What anonymisers and tables write where a patient's id was."""
+
 
 def normal_name(text: str) -> str:
     """A folder's or file's name, or a key of a CSV file, as it is compared: in Unicode's form NFC.

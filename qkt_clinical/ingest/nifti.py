@@ -2,7 +2,8 @@
 
 The affine decides: axes are flipped and swapped to the prepared convention (see ``arrays``). A flat
 image is one slice, stored as (X, Y), (X, Y, 1) or with its single-voxel axis elsewhere; its rows and columns
-come out as radiologists display that plane. Colour is NIfTI's RGB24 type or a last axis of 3.
+come out as radiologists display that plane. Colour is NIfTI's RGB24 type, or a fifth axis of 3 that holds
+vectors of colours: three slices are no colours, nor are three volumes in time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MAX_HEADER_BYTES = 16_000_000
 """Voxels that begin later are refused: what comes before them is a header's extensions."""
 CHUNK = 1 << 17
 CIFTI_INTENTS = range(3000, 3100)
+RGB_VECTOR = 2003
+"""Intent of vectors that are colours."""
 SAME_SPACING = 0.05
 """Relative difference up to which the spacings of qform and sform may be roundings of one another."""
 ROUNDED = 1e-3
@@ -252,19 +255,24 @@ def _voxels(image: _Image, volume: int | None = None) -> tuple[NDArray[Any], boo
     return data, colour
 
 
-def _spatial(data: NDArray[Any], colour: bool, *, volumes: bool) -> tuple[NDArray[Any], bool]:
+def _spatial(data: NDArray[Any], colour: bool, intent: int) -> tuple[NDArray[Any], bool]:
     """Voxels as (X, Y, Z) or (X, Y, Z, 3).
 
+    Args:
+        data: voxels; the fourth axis is time, the fifth holds vectors.
+        colour: whether the last axis holds colours by the type of the voxels.
+        intent: NIfTI's code of what the values mean, 0 if it is not said.
+
     Raises:
-        FileRejected: ``dimensions`` or ``time-series``.
+        FileRejected: ``dimensions``, ``time-series`` or ``colour-unknown``.
     """
     if colour:
         data, hue = data[..., :], True
         space = data.shape[:-1]
     else:
-        flat_colour = data.ndim == 3 and data.shape[2] == 3 and not volumes and 1 not in data.shape
-        vector = data.ndim >= 4 and data.shape[-1] == 3 and all(n == 1 for n in data.shape[3:-1])
-        hue = flat_colour or (vector and (data.ndim >= 5 or (not volumes and 1 in data.shape[:3])))
+        hue = data.ndim == 5 and data.shape[3:] == (1, 3)
+        if hue and intent != RGB_VECTOR and (intent or data.dtype != np.uint8):
+            raise reject("colour-unknown")  # displacements, directions
         space = data.shape[:-1] if hue else data.shape
     if len(space) < 2:
         raise reject("dimensions")
@@ -348,7 +356,7 @@ def _decoded(image: _Image, *, volume: int | None, volumes: bool | None) -> tupl
     shape = data.shape if colour or volume is None else image.voxels.shape
     if volumes is None:
         volumes = 1 not in (*(data.shape[:-1] if colour else data.shape), 1)[:3]
-    space, colour = _spatial(data, colour, volumes=volumes)
+    space, colour = _spatial(data, colour, int(image.header["intent_code"]))
     with reading("header-unreadable", HeaderDataError):
         scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
         affine = np.diag([scale, scale, scale, 1.0]) @ _affine(image.header, volumes=volumes)

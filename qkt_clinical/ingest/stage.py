@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
 from qkt_clinical.ingest.decode import Numbered, decoded, finished
 from qkt_clinical.ingest.deidentify import salted
+from qkt_clinical.ingest.elements import tag_of
+from qkt_clinical.ingest.identity import PLACEHOLDERS, normal_name, normal_patient
 from qkt_clinical.ingest.integrity import render_integrity
 from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
 from qkt_clinical.ingest.source import (
@@ -282,6 +284,7 @@ def ingest_site(
         labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
         faces = sum(gathered.faces[i] for i in kept)
         patients = [gathered.patients[i] for i in kept]
+        _refuse_placeholders(config, patients, salt)
         prints = [gathered.prints[i] for i in kept]
         splits = _split(
             config, params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
@@ -391,13 +394,36 @@ def _refuse_copies(
         )
 
 
+def _refuse_placeholders(config: SiteConfig, patients: Sequence[str], salt: bytes) -> None:
+    """Refuse a site of which an anonymiser has written the same word in place of every patient's id.
+
+    Raises:
+        SourceError: ``patients-unknown``.
+    """
+    words: Iterable[str] = PLACEHOLDERS
+    if config.patient.source == "tag":
+        words = (salted(salt, "value", word) for word in PLACEHOLDERS)
+    if len(patients) > 1 and len(set(patients)) == 1 and patients[0] in words:
+        raise SourceError(
+            f"all {len(patients)} images have one word in place of a patient id, as anonymisers write it",
+            remedy="Export them with pseudonyms, or name a column of ids (patient in site.yaml): without ids "
+            "patients cannot be kept apart.",
+            code="patients-unknown",
+            stage="ingest",
+            site=config.name,
+        )
+
+
 def _words(config: SiteConfig, params: Params, salt: bytes) -> dict[str, int]:
     """A site's words, as :class:`Lookup` gives them, to indices of the federation's classes."""
     if config.source.kind == "npz" and not config.label_map:
         return {str(index): index for index in range(len(params.classes))}
     words = {name: name for name in params.classes} | config.label_map
     if config.label.source == "tag":
-        words = {salted(salt, "value", word): name for word, name in words.items()}
+        vr = tag_of(config.label.tag or "")[1]
+        words = {salted(salt, "value", normal_patient(word, vr)): name for word, name in words.items()}
+    else:
+        words = {normal_name(word): name for word, name in words.items()}
     return {word: params.classes.index(name) for word, name in words.items()}
 
 
