@@ -390,6 +390,9 @@ def pipeline_item(outputs: Outputs, items: Sequence[Item]) -> Item:
 
 # --- MLflow -----------------------------------------------------------------------------------------
 
+DATABASE = "mlflow.db"
+"""The workspace's own, which may be removed: it is rebuilt from the workspace."""
+
 
 @contextmanager
 def _environ(values: Mapping[str, str]) -> Iterator[None]:
@@ -411,9 +414,12 @@ def _check_database(uri: str) -> None:
     with path.open("rb") as stream:
         head = stream.read(16)
     if head not in (b"", b"SQLite format 3\0"):
+        own = path.name == DATABASE and not path.is_symlink()
         raise OutputsError(
             "not a database",
-            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace.",
+            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace."
+            if own
+            else "Leave it as it is: name a database of MLflow, or none, in track.uri of params.yaml.",
             file=path,
             stage="track",
             code="damaged-database",
@@ -422,7 +428,7 @@ def _check_database(uri: str) -> None:
 
 def tracking_uri(root: Path, params: Params) -> str:
     """``track.uri`` of params.yaml, or the workspace's own database."""
-    return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/mlflow.db"
+    return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/{DATABASE}"
 
 
 @contextmanager

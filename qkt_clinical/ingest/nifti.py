@@ -354,9 +354,9 @@ def _decoded(image: _Image, *, volume: int | None, volumes: bool | None) -> tupl
     stored = image.header.get_data_dtype()
     data, colour = _voxels(image, volume)
     shape = data.shape if colour or volume is None else image.voxels.shape
-    if volumes is None:
-        volumes = 1 not in (*(data.shape[:-1] if colour else data.shape), 1)[:3]
     space, colour = _spatial(data, colour, int(image.header["intent_code"]))
+    if volumes is None:
+        volumes = 1 not in space.shape[:3]
     with reading("header-unreadable", HeaderDataError):
         scale = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
         affine = np.diag([scale, scale, scale, 1.0]) @ _affine(image.header, volumes=volumes)

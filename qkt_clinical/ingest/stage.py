@@ -38,6 +38,7 @@ from qkt_clinical.ingest.source import (
     list_files,
     stem,
     suffix,
+    whole_file,
 )
 from qkt_clinical.ingest.splits import assign, keep_given
 from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
@@ -74,7 +75,16 @@ def read_salt(folder: Path) -> bytes:
             pass
         finally:
             part.unlink()
-    salt = path.read_bytes().strip()
+    try:
+        salt = whole_file(path.resolve(), MEGABYTE).strip()
+    except FileRejected as rejected:
+        raise SourceError(
+            f"the salt cannot be read: {rejected.message}",
+            remedy="It is a text file of one line, readable by its owner: bring it back from a copy.",
+            stage="ingest",
+            site=folder.name,
+            file=path,
+        ) from None
     if len(salt) < 32:
         raise SourceError(
             "the salt is shorter than 32 characters",
@@ -142,6 +152,8 @@ def _list(config: SiteConfig, path: Path) -> Listing:
     """The files to read; a source may also be one file."""
     if path.is_dir():
         return list_files(path, config.source.kind)
+    if not path.is_file():
+        return Listing([], [Refusal((SourceFile(path.name, str(path)),), "not-a-file")])
     return Listing([SourceFile(path.name, str(path.resolve()))], [])
 
 
@@ -262,10 +274,11 @@ def ingest_site(
     else:
         path = _source_path(root, config)
         source, listing = path if path.is_dir() else path.parent, _list(config, path)
-    label = Lookup(config.label, "label", source, site=site, salt=salt)
-    patient = Lookup(config.patient, "patient", source, site=site, salt=salt)
+    files = listing.files
+    label = Lookup(config.label, "label", source, site=site, salt=salt, files=files)
+    patient = Lookup(config.patient, "patient", source, site=site, salt=salt, files=files)
     columns = [
-        GroupLookup(name, column, source, site=site, salt=salt)
+        GroupLookup(name, column, source, site=site, salt=salt, files=files)
         for name, column in sorted(config.subgroups.items())
     ]
     classes = _words(config, params, salt)
