@@ -1,7 +1,7 @@
 """CSV files of labels and patients: read whole and strictly, and searched by the names of files.
 
-A table that could be read in two ways is an error that says what to do: a label taken from the wrong column or
-row spoils every figure and is seen by nobody.
+A table that could be read in two ways is an error that says what to do: a label taken from the wrong column
+or row spoils every figure and is seen by nobody.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def read_table(column: Column, root: Path, *, site: str) -> dict[str, set[str]]:
     letters.
 
     Raises:
-        ConfigError: absent, outside the source folder, too large, not text in UTF-8, not a CSV file, without a
-            column or with two of its name.
+        ConfigError: absent, outside the source folder, too large, not text in UTF-8, not a CSV file, without
+            a column or with two of its name.
     """
     assert column.file is not None  # Column's own validation
 
