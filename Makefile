@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # pip's own variables of the surrounding shell stay in force; a foreign virtual environment does not.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-.PHONY: help setup demo test ui pbc28 clean
+.PHONY: help setup demo deps test ui pbc28 clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -32,9 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## run everything on six generated hospitals and print the table of answered queries
+	@python -m pipelines.dependencies
 	@qkt phantom
 	@dvc repro
 	@qkt summary
+
+deps: setup ## write down of what code each stage is made (pipelines/code/), for DVC
+	@python -m pipelines.dependencies
 
 test: setup ## ruff, mypy and the whole test suite; offline
 	@ruff check .

@@ -27,9 +27,9 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from benchmarks.tables import markdown
-from qkt_clinical.config import Params
+from qkt_clinical.common.workers import in_order
+from qkt_clinical.config.params import Params
 from qkt_clinical.ingest import check_folder, ingest_site
-from qkt_clinical.workers import in_order
 
 SITE, CLASSES = "alder", ("solid", "cavity")
 CT = "1.2.840.10008.5.1.4.1.1.2"

@@ -25,18 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.tables import Row, markdown
-from qkt_clinical.augment import augment
+from qkt_clinical.benchmark.mask_quality import quality, threshold_curve
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split, read, simulate
 from qkt_clinical.benchmark.variants import wrong_labels
-from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import Estimator, Partition, Regime
-from qkt_clinical.config import TrainParams
-from qkt_clinical.files import write_json
-from qkt_clinical.mask_quality import quality, threshold_curve
-from qkt_clinical.masking import class_scores, gap_threshold
-from qkt_clinical.networks import Classifier, build, fast_layout
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import generator, predict, to_input, train_network, train_teacher
+from qkt_clinical.common.files import write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import TrainParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.generator import generator
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier, build, fast_layout
+from qkt_clinical.qkt.masks import class_scores, gap_threshold
+from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.training.augment import augment
+from qkt_clinical.training.classifier import train_network, train_teacher
 
 CPU = torch.device("cpu")
 PROBES = 256

@@ -20,13 +20,15 @@ from benchmarks import masks
 from benchmarks.membership import auc, confidence, found_at, halves, lira, negative_loss
 from benchmarks.tables import Row, markdown
 from qkt_clinical.benchmark.simulate import Hospital, Split
-from qkt_clinical.card import MIRRORS
-from qkt_clinical.config import PrivacyParams, TrainParams
-from qkt_clinical.files import write_json
-from qkt_clinical.masking import class_scores, gap_threshold
-from qkt_clinical.private import train_private
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import mean_recall, predict, to_input, train_teacher
+from qkt_clinical.common.files import write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import PrivacyParams, TrainParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.inference import predict
+from qkt_clinical.qkt.masks import class_scores, gap_threshold
+from qkt_clinical.records.card import MIRRORS
+from qkt_clinical.training.classifier import mean_recall, train_teacher
+from qkt_clinical.training.private import train_private
 
 CPU = torch.device("cpu")
 MODELS = 16

@@ -23,9 +23,10 @@ from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.settings import BAD, Settings
 from qkt_clinical.benchmark.simulate import read, simulate
 from qkt_clinical.benchmark.store import Store
-from qkt_clinical.networks import Classifier
-from qkt_clinical.training import predict, to_input
-from qkt_clinical.trust import judge_teachers
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.qkt.teacher_screening import judge_teachers
 
 CPU = torch.device("cpu")
 HARDER = ("swapped-labels", "copied-row")

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import Row, markdown
+from qkt_clinical.baselines.federated import Participant
+from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.baselines.params import FederatedParams, FinetuneParams
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.settings import Settings
 from qkt_clinical.benchmark.simulate import Question, read, simulate
 from qkt_clinical.benchmark.store import Store
 from qkt_clinical.catalog import Partition, Regime
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm, run_federation
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import Participant
-from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.peers.params import FederatedParams, FinetuneParams
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import predict, to_input
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
 
 CPU = torch.device("cpu")
 ROUNDS = 20

@@ -20,13 +20,15 @@ from sklearn.covariance import ledoit_wolf
 from torch.nn import functional
 
 from benchmarks.tables import Row, markdown
-from qkt_clinical.bundle import Bundle, load_bundle
-from qkt_clinical.config import Workspace, load_params
-from qkt_clinical.data import PreparedSite, load_prepared
-from qkt_clinical.phantom.ct import Scanner, render_chests
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import predict, to_input
-from qkt_clinical.unlike import load_reference, responses, scores, threshold_of
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import PreparedSite, load_prepared
+from qkt_clinical.datasets.phantom.ct import Scanner, render_chests
+from qkt_clinical.models.bundle import Bundle, load_bundle
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.out_of_distribution import load_reference, responses, scores, threshold_of
 
 Floats = NDArray[np.float32]
 COUNT, TILES = 200, 4

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines, tell_skipped
+from qkt_clinical.common.console import errors_as_lines, tell_skipped
+from qkt_clinical.config.loading import load_params
 from qkt_clinical.stages.evaluate import evaluate_queries
 
 HERE = Path()

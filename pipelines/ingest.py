@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines, progress
+from qkt_clinical.common.console import errors_as_lines, progress
+from qkt_clinical.common.workers import cores
+from qkt_clinical.config.loading import load_params
 from qkt_clinical.ingest import ingest_site
-from qkt_clinical.workers import cores
 
 HERE = Path()
 

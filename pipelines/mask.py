@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines
+from qkt_clinical.common.console import errors_as_lines
+from qkt_clinical.config.loading import load_params
 from qkt_clinical.stages.mask import mask_site
 
 HERE = Path()

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines
-from qkt_clinical.locks import hold_query
-from qkt_clinical.query import plan_query
+from qkt_clinical.common.console import errors_as_lines
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.stages.plan import plan_query
 
 HERE = Path()
 

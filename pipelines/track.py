@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines
-from qkt_clinical.tracking import track
+from qkt_clinical.common.console import errors_as_lines
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.tracking.mirror import track
 
 HERE = Path()
 

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from qkt_clinical.config import load_params
-from qkt_clinical.console import errors_as_lines, progress
-from qkt_clinical.locks import hold_query
+from qkt_clinical.common.console import errors_as_lines, progress
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.loading import load_params
 from qkt_clinical.stages.transfer import transfer_query
 
 HERE = Path()

@@ -5,7 +5,7 @@ A request holds images as they stand in a prepared site: float32 of the card's i
 images are used as they are.
 
 An answer also holds the operating point that it rests on, and whether the image is unlike those that the
-model was trained on, see :mod:`qkt_clinical.unlike`.
+model was trained on, see :mod:`qkt_clinical.models.out_of_distribution`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qkt_clinical.bundle import Bundle, load_bundle
-from qkt_clinical.card import Card, Reference
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import InputError
-from qkt_clinical.training import to_input
-from qkt_clinical.unlike import load_reference, responses, scores
+from qkt_clinical.models.bundle import Bundle, load_bundle
+from qkt_clinical.models.out_of_distribution import load_reference, responses, scores
+from qkt_clinical.records.card import Card, Reference
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -86,7 +86,7 @@ def answer_scores(bundle: Bundle, inputs: Tensor) -> Tensor:
     has no mask).
     """
     if bundle.card.decision is not None:
-        from qkt_clinical.transfer import predict_scores
+        from qkt_clinical.qkt.prediction import predict_scores
 
         return predict_scores(bundle, inputs)
     logits: Tensor = bundle.network(inputs)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkt_clinical.card import NetworkSpec
+from qkt_clinical.baselines.federated import Participant, first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.params import FederatedParams
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm, Federated
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import Participant, first_network, round_draw, round_rate, train_round
-from qkt_clinical.peers.params import FederatedParams
-from qkt_clinical.training import to_input
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.records.card import NetworkSpec
 
 Controls = list[Tensor]
 

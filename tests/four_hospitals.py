@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from qkt_clinical.card import CARD, MASK, WEIGHTS
-from qkt_clinical.config import Params, Workspace, parse
-from qkt_clinical.data import write_prepared
-from qkt_clinical.files import digest_file, write_json
+from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.config.loading import parse
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import write_prepared
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS
 
 CLASSES = ("a", "b", "c", "d")
 SITES = ("aster", "birch", "cedar", "dahlia")

@@ -15,8 +15,9 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
 
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.data import Manifest, PreparedSite, load_prepared
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import Manifest, PreparedSite, load_prepared
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest import check_file, ingest_site
 

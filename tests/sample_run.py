@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from qkt_clinical.card import CARD, MASK, WEIGHTS, Card
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
-from qkt_clinical.config import Params, Workspace, parse
-from qkt_clinical.data import read_manifest
-from qkt_clinical.files import digest_bytes, digest_file, digest_folder, write_json
+from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, write_json
+from qkt_clinical.config.loading import parse
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import read_manifest
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card
 from qkt_clinical.stages.gate import gate_queries
 
 SHAPE = (3, 16, 16)
@@ -76,9 +78,9 @@ def write_card(folder: Path, card: dict[str, Any], *, weights: bool, seed: int) 
     """A real bundle of random weights, or its card alone with a weights file of a few bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     if weights:
-        from qkt_clinical.bundle import write_bundle
-        from qkt_clinical.card import NetworkSpec
-        from qkt_clinical.networks import build
+        from qkt_clinical.models.bundle import write_bundle
+        from qkt_clinical.models.networks import build
+        from qkt_clinical.records.card import NetworkSpec
 
         network = build(NetworkSpec.model_validate(card["network"]), seed=seed)
         write_bundle(folder, network, {k: v for k, v in card.items() if k != "network"})

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import Network
-from qkt_clinical.config import TrainParams
-from qkt_clinical.data import Images, Labels
-from qkt_clinical.networks import Classifier
-from qkt_clinical.training import train_teacher
+from qkt_clinical.config.params import TrainParams
+from qkt_clinical.data.prepared import Images, Labels
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.training.classifier import train_teacher
 
 CLASSES = ("disc", "cross", "bars", "frame")
 COLOURS = np.array([[210, 60, 60], [60, 190, 70], [70, 90, 220], [220, 200, 60]], dtype=np.float64)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkt_clinical import amalgam as amalgam_room
-from qkt_clinical.amalgam import amalgam, patches, reduce_layer, transplant
-from qkt_clinical.bundle import load_bundle, write_bundle
-from qkt_clinical.card import Branch, NetworkSpec
 from qkt_clinical.catalog import NETWORKS, Network
-from qkt_clinical.networks import Classifier, build, convolutions, factorised, kept_rank, tensor_specs
-from qkt_clinical.objectives import consensus, consensus_rows
+from qkt_clinical.models.bundle import load_bundle, write_bundle
+from qkt_clinical.models.low_rank import convolutions, factorised, kept_rank
+from qkt_clinical.models.networks import Classifier, build, tensor_specs
+from qkt_clinical.qkt import low_rank_merge as amalgam_room
+from qkt_clinical.qkt.consensus import consensus, consensus_rows
+from qkt_clinical.qkt.low_rank_merge import amalgam, patches, reduce_layer, transplant
+from qkt_clinical.records.card import Branch, NetworkSpec
 from tests.shapes import CPU, counted, same, state
 
 Dims = Literal[2, 3]

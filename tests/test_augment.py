@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qkt_clinical.augment import augment, random_affine
+from qkt_clinical.training.augment import augment, random_affine
 
 
 def draw(seed: int = 0) -> torch.Generator:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.trust import Judge
+from qkt_clinical.baselines.params import DistillParams, FinetuneParams, PeerParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.hostile import PROBES, SHARE, draw_bad, spoil
@@ -49,20 +50,22 @@ from qkt_clinical.benchmark.summary import (
     summarise,
 )
 from qkt_clinical.benchmark.variants import vary, with_fewer_images, wrong_labels
-from qkt_clinical.card import Decision
 from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, PEERS
 from qkt_clinical.cli import main
-from qkt_clinical.config import DistillationParams, MaskParams, TrainParams, TransferParams
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.params import DistillationParams, MaskParams, TrainParams, TransferParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.datasets.medmnist_file import Part
 from qkt_clinical.errors import ConfigError, QktError, QueryError
-from qkt_clinical.evaluation import auroc
-from qkt_clinical.federate import Part
+from qkt_clinical.evaluation.metrics import auroc
 from qkt_clinical.federation import peers
-from qkt_clinical.files import write_json
-from qkt_clinical.masking import mixed
-from qkt_clinical.objectives import offset_for_budget
-from qkt_clinical.peers.params import DistillParams, FinetuneParams, PeerParams
-from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import Answer, Teacher, answer_query, scores_of
+from qkt_clinical.models.inference import predict
+from qkt_clinical.qkt.answer import Answer, answer_query
+from qkt_clinical.qkt.masks import mixed
+from qkt_clinical.qkt.operating_point import offset_for_budget
+from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.records.card import Decision
 from tests.federated_reference import in_process
 from tests.shapes import CPU, shapes
 

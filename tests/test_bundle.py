@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from qkt_clinical.bundle import HEADER_BYTES, load_bundle, write_bundle
-from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, NetworkSpec, read_card, read_mask
 from qkt_clinical.catalog import NETWORKS, Network
+from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
-from qkt_clinical.files import digest_file, write_json
-from qkt_clinical.masking import compute_mask
-from qkt_clinical.networks import Classifier, build
+from qkt_clinical.models.bundle import HEADER_BYTES, load_bundle, write_bundle
+from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.qkt.masks import compute_mask
+from qkt_clinical.records.card import (
+    CARD,
+    MASK,
+    MAX_JSON_BYTES,
+    WEIGHTS,
+    Card,
+    NetworkSpec,
+    read_card,
+    read_mask,
+)
 from tests.shapes import CLASSES, spec
 
 SHAPE = (3, 32, 32)

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from qkt_clinical import __version__
-from qkt_clinical.bundle import write_bundle
 from qkt_clinical.catalog import STAGES
 from qkt_clinical.cli import main
-from qkt_clinical.config import Workspace
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.models.bundle import write_bundle
 from tests.four_hospitals import CLASSES, PARAMS, SHAPE, write_hospitals
 from tests.shapes import spec
 
@@ -186,7 +186,7 @@ def test_plan_in_words_and_as_json(capsys: pytest.CaptureFixture[str], root: Pat
 
 
 def test_mask_in_words_and_as_json(capsys: pytest.CaptureFixture[str], root: Path) -> None:
-    from qkt_clinical.networks import build
+    from qkt_clinical.models.networks import build
 
     network = build(spec("densenet-small"), seed=0)
     card = {

@@ -8,23 +8,11 @@ import yaml
 from pydantic import ValidationError
 
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
-from qkt_clinical.config import (
-    MAX_CONFIG_BYTES,
-    Column,
-    ImageSpec,
-    Params,
-    QueryConfig,
-    SiteConfig,
-    Source,
-    SplitFractions,
-    Workspace,
-    load_params,
-    load_query,
-    load_site,
-    parse,
-    read_yaml,
-    site_folder,
-)
+from qkt_clinical.config.loading import MAX_CONFIG_BYTES, load_params, load_query, load_site, parse, read_yaml
+from qkt_clinical.config.params import Params, SplitFractions
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.config.site import Column, ImageSpec, SiteConfig, Source
+from qkt_clinical.config.workspace import Workspace, site_folder
 from qkt_clinical.errors import ConfigError
 
 SITE = """

@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkt_clinical.config import Params, QueryRef, Workspace, parse
-from qkt_clinical.counts import shown_count, shown_parts, shown_total, too_few, withhold
-from qkt_clinical.data import write_prepared
-from qkt_clinical.files import write_json
-from qkt_clinical.model_card import to_markdown, to_summary, unmeasured_model_card
-from qkt_clinical.query import plan_query
-from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.common.disclosure import shown_count, shown_parts, shown_total, too_few, withhold
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.loading import parse
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import write_prepared
+from qkt_clinical.records.outputs import read_outputs
+from qkt_clinical.report.model_card import unmeasured_model_card
+from qkt_clinical.report.model_card_text import to_markdown, to_summary
+from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
-from qkt_clinical.tracking import answer_item
+from qkt_clinical.tracking.runs import answer_item
 from tests.four_hospitals import ask
 
 

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from qkt_clinical.catalog import METHODS, Method
-from qkt_clinical.config import DistillationParams, TrainParams, TransferParams
-from qkt_clinical.training import mean_recall, predict, to_input, train_teacher
-from qkt_clinical.transfer import LocalData, Teacher, answer_query, scores_of
+from qkt_clinical.config.params import DistillationParams, TrainParams, TransferParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.inference import predict
+from qkt_clinical.qkt.answer import LocalData, answer_query
+from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.training.classifier import mean_recall, train_teacher
 from tests.shapes import shapes, spec, teacher
 
 pytestmark = [

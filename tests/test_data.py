@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qkt_clinical.data import load_prepared, read_manifest, write_prepared
+from qkt_clinical.common.files import digest_file
+from qkt_clinical.data.prepared import load_prepared, read_manifest, write_prepared
 from qkt_clinical.errors import PreparedError
-from qkt_clinical.files import digest_file
 
 # Ten images of five patients, two each; the last two images stand in no split.
 LABELS = np.array([0, 0, 2, 2, 0, 2, 2, 2, 0, 0], dtype=np.int64)

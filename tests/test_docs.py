@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from qkt_clinical.catalog import STAGES
-from qkt_clinical.cli_query import query_app
-from qkt_clinical.config import QueryConfig
+from qkt_clinical.cli.query import query_app
+from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.ingest import reasons
 from qkt_clinical.jobs.state import State
 

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from qkt_clinical.cli import main
-from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.data import load_prepared, write_prepared
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import load_prepared, write_prepared
 from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.files import digest_folder
+from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.report import write_figure, write_report
-from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.stages.evaluate import NoTestImages, _calibrated, evaluate_one, evaluate_queries
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.tracking import answer_item
+from qkt_clinical.tracking.runs import answer_item
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 TEST = 24

@@ -7,10 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score
 
-from qkt_clinical.evaluation import (
-    TestSet as Held,
-)
-from qkt_clinical.evaluation import (
+from qkt_clinical.evaluation.metrics import TestSet as Held
+from qkt_clinical.evaluation.metrics import (
     assess,
     auroc,
     average_precision,

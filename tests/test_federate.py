@@ -11,25 +11,23 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkt_clinical import federate as module
 from qkt_clinical.catalog import BLOOD_CELLS
-from qkt_clinical.config import Params, load_params, load_query, load_site, parse
-from qkt_clinical.errors import ConfigError, SourceError
-from qkt_clinical.federate import (
-    SPLITS,
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.loading import load_params, load_query, load_site, parse
+from qkt_clinical.config.params import Params
+from qkt_clinical.datasets import medmnist_file
+from qkt_clinical.datasets.medmnist_file import SPLITS, read_medmnist
+from qkt_clinical.datasets.partition import (
     choose_queries,
     dirichlet_shares,
     divide,
-    federate,
-    list_presets,
-    load_preset,
     partition_dirichlet,
     partition_pathological,
     pathological_shares,
-    read_medmnist,
 )
-from qkt_clinical.files import digest_folder
-from qkt_clinical.workspace import write_workspace
+from qkt_clinical.datasets.simulated import federate, list_presets, load_preset
+from qkt_clinical.datasets.workspace import write_workspace
+from qkt_clinical.errors import ConfigError, SourceError
 
 # No deadline: a busy machine is no failure. Derandomised: the same examples every time.
 steady = settings(deadline=None, derandomize=True, max_examples=60)
@@ -510,9 +508,9 @@ def test_a_header_that_promises_more_than_the_file_holds(tmp_path: Path, source:
 
 def test_too_large(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     declared = sum(a.nbytes for a in make_arrays().values())
-    monkeypatch.setattr(module, "MAX_BYTES", declared)
+    monkeypatch.setattr(medmnist_file, "MAX_BYTES", declared)
     assert len(read_medmnist(source)["train"].labels) == 240
-    monkeypatch.setattr(module, "MAX_BYTES", declared - 1)
+    monkeypatch.setattr(medmnist_file, "MAX_BYTES", declared - 1)
     with pytest.raises(SourceError, match="declares"):
         read_medmnist(source)
 

@@ -13,9 +13,11 @@ import pytest
 import yaml
 from safetensors.numpy import load, save
 
-from qkt_clinical.card import CARD, MASK, WEIGHTS, Mask
-from qkt_clinical.config import OPEN_POLICY, POLICY, Policy, Workspace, load_params, load_policy, parse
-from qkt_clinical.data import write_prepared
+from qkt_clinical.common.files import digest_bytes, digest_folder, to_json
+from qkt_clinical.config.loading import load_params, load_policy, parse
+from qkt_clinical.config.policy import OPEN_POLICY, POLICY, Policy
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import write_prepared
 from qkt_clinical.errors import BundleError, OutputsError, PolicyError, QktError, QueryError
 from qkt_clinical.federation.audit import FIRST, RECORD, count_since, read_record, record
 from qkt_clinical.federation.messages import (
@@ -36,9 +38,9 @@ from qkt_clinical.federation.parcel import pack, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.federation.server import Server
 from qkt_clinical.federation.site import Site
-from qkt_clinical.files import digest_bytes, digest_folder, to_json
-from qkt_clinical.query import plan_query
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Mask
 from qkt_clinical.stages.mask import mask_site
+from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
 
@@ -692,7 +694,7 @@ def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation,
     """In MLflow, from its workspace alone: it has nobody's prepared data."""
     import shutil
 
-    from qkt_clinical.tracking import track
+    from qkt_clinical.tracking.mirror import track
 
     root = tmp_path / "server"
     shutil.copytree(federation.server.root, root)

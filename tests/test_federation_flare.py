@@ -15,7 +15,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.workspace import Workspace as FlareWorkspace
 
-from qkt_clinical.config import OPEN_POLICY, POLICY
+from qkt_clinical.config.policy import OPEN_POLICY, POLICY
 from qkt_clinical.errors import ConfigError, PolicyError, QktError
 from qkt_clinical.federation.flare import SAID, OutboundPolicy, SiteExecutor
 from qkt_clinical.federation.messages import ASK

@@ -15,19 +15,19 @@ import psutil
 import pytest
 import torch
 
+from qkt_clinical.baselines.federated import Participant
+from qkt_clinical.baselines.params import FederatedParams, PeerParams
 from qkt_clinical.benchmark.runner import WORK, run
 from qkt_clinical.benchmark.settings import FEDERATED, Settings
 from qkt_clinical.benchmark.simulate import Federation, read, simulate
-from qkt_clinical.bundle import load_bundle
 from qkt_clinical.cli import main
-from qkt_clinical.config import TrainParams
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import TrainParams
 from qkt_clinical.errors import QktError
 from qkt_clinical.federation import peers
 from qkt_clinical.federation.peers import Algorithm, Federated, run_federation
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import Participant
-from qkt_clinical.peers.params import FederatedParams, PeerParams
-from qkt_clinical.seeding import derive
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.networks import Classifier
 from tests.federated_reference import reference
 from tests.shapes import CPU, shapes, spec, state
 

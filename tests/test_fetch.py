@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qkt_clinical import fetch as module
+from qkt_clinical.datasets import medmnist as module
+from qkt_clinical.datasets.medmnist import class_names, fetch, list_datasets
 from qkt_clinical.errors import FetchError
-from qkt_clinical.fetch import class_names, fetch, list_datasets
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB, several chunks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qkt_clinical.files import (
+from qkt_clinical.common.files import (
     CHUNK,
     digest_bytes,
     digest_file,
@@ -18,7 +18,7 @@ from qkt_clinical.files import (
     to_json,
     write_json,
 )
-from qkt_clinical.seeding import derive
+from qkt_clinical.common.seeding import derive
 
 
 def test_digests_by_hand(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from qkt_clinical.cli import main
-from qkt_clinical.config import GateParams, Workspace
-from qkt_clinical.decisions import Decision, keep_decision
+from qkt_clinical.config.params import GateParams
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.gate import Bounds, Champion, against, judge, measured
+from qkt_clinical.evaluation.gate import against, judge, measured
+from qkt_clinical.records.decisions import Decision, keep_decision
+from qkt_clinical.records.verdict import Bounds, Champion
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.workspace import write_workspace
 from tests.sample_run import sample_params, write_sample_run
 
 RULES = GateParams(query_recall=0.6, forgetting=0.05, calibration=0.08, query_images=30)

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qkt_clinical.catalog import BLOOD_CELLS
-from qkt_clinical.config import ImageSpec, Params, Workspace
-from qkt_clinical.data import load_prepared, read_consent
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.site import ImageSpec
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import load_prepared, read_consent
 from qkt_clinical.errors import ConfigError, FileRejected, PreparedError, SourceError
-from qkt_clinical.files import digest_folder
 from qkt_clinical.ingest import check_file, check_folder, ingest_site, locate, reasons
 from qkt_clinical.ingest.arrays import Picture, prepare
 from tests.ingest_files import CLASSES, SITE, dicom, hospital, ingest, nifti, noise, params, save, series

@@ -22,7 +22,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import PERCENTILES, Picture, _percentiles, prepare, resample
 from qkt_clinical.ingest.dicom import HEAD, _native, _open, may_be_deflated

@@ -21,7 +21,7 @@ from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest import check_file, npz, reasons
 from qkt_clinical.ingest.codes import quiet

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qkt_clinical.cli import main
-from qkt_clinical.config import Workspace
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import find_crossings
 from qkt_clinical.ingest.leakage import (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qkt_clinical.config import Workspace
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
 from tests.ingest_files import SITE, hospital, ingest, nifti, noise, verdict

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.config import SplitFractions
+from qkt_clinical.config.params import SplitFractions
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest.splits import SEATS, assign, keep_given
 

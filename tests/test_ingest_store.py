@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from qkt_clinical.config import Workspace
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import SourceError
-from qkt_clinical.files import digest_folder
 from qkt_clinical.ingest import codes, decode, dicom, images, ingest_site, store
 from tests.ingest_files import (
     IDENTITIES,
@@ -236,7 +236,7 @@ def eager(true: Callable[..., Any]) -> Callable[..., Any]:
     """Start processes however little there is to do."""
 
     def changed(*args: Any, **kwargs: Any) -> Any:
-        from qkt_clinical import workers
+        from qkt_clinical.common import workers
 
         workers.WORTH_S, before = {"fork": 0.0, "spawn": 0.0}, workers.WORTH_S
         workers.PROBE_S, probe = 0.0, workers.PROBE_S

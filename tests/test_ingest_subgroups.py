@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qkt_clinical.config import Workspace
-from qkt_clinical.data import load_prepared
+from qkt_clinical.common.files import digest_file
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import load_prepared
 from qkt_clinical.errors import ConfigError, PreparedError
-from qkt_clinical.files import digest_file
 from qkt_clinical.ingest import subgroups
 from qkt_clinical.ingest.subgroups import OTHER, UNKNOWN, band, group_of, pooled
 from tests.ingest_files import SITE, dicom, hospital, ingest, noise, save, series

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.config import QueryRef, Workspace, load_params, load_query
+from qkt_clinical.common.files import write_json
+from qkt_clinical.common.locks import Busy, hold_query
+from qkt_clinical.config.loading import load_params, load_query
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import ConfigError, QktError, QueryError
-from qkt_clinical.files import write_json
 from qkt_clinical.jobs.new import new_query, tell_pipeline
 from qkt_clinical.jobs.state import Board, Job, asked
-from qkt_clinical.locks import Busy, hold_query
 from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
 
 PIPELINE = """# The federation.
@@ -336,10 +338,10 @@ def test_commands_and_stages_keep_off_a_query_that_is_worked_on(root: Path, stag
 def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from qkt_clinical.card import read_card
-    from qkt_clinical.config import TransferParams
-    from qkt_clinical.data import read_manifest
+    from qkt_clinical.config.params import TransferParams
+    from qkt_clinical.data.prepared import read_manifest
     from qkt_clinical.jobs import cost
+    from qkt_clinical.records.card import read_card
 
     write_hospitals(root)
     space, cpu = Workspace(root), torch.device("cpu")

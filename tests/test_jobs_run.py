@@ -17,17 +17,21 @@ import pytest
 import yaml
 
 from qkt_clinical.cli import main
-from qkt_clinical.config import Params, QueryRef, Workspace, load_params
-from qkt_clinical.data import write_prepared
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import write_prepared
 from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.files import digest_folder
 from qkt_clinical.jobs import resume, run, work
 from qkt_clinical.jobs.failures import typed
 from qkt_clinical.jobs.run import _Worker
 from qkt_clinical.jobs.state import Board, Job
-from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.stages import gate
-from qkt_clinical.tracking import registry_client, track
+from qkt_clinical.tracking.client import registry_client
+from qkt_clinical.tracking.mirror import track
 from tests.four_hospitals import ask
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.masks import agreement
-from qkt_clinical.mask_quality import MaskQuality, quality, threshold_curve
+from qkt_clinical.benchmark.mask_quality import MaskQuality, quality, threshold_curve
 
 SCORES = torch.tensor([[1.0, 0.5, 0.1], [0.2, 1.0, 0.5]])
 TRUTH = torch.tensor([[True, False, False], [True, True, False]])

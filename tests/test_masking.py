@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import ESTIMATORS, Estimator, Network
-from qkt_clinical.masking import (
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.qkt.masks import (
     LEAST_RATIO,
     NORM_POWER,
     class_scores,
@@ -25,8 +27,7 @@ from qkt_clinical.masking import (
     stretched,
     uniform,
 )
-from qkt_clinical.networks import Classifier, build
-from qkt_clinical.training import predict, to_input
+from qkt_clinical.records.card import NetworkSpec
 from tests.shapes import CLASSES, CPU, shapes, spec, teacher
 
 SHAPE = (3, 16, 16)

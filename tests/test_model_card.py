@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.files import digest_file, to_json, write_json
-from qkt_clinical.model_card import (
-    METHODS,
-    Estimate,
-    ModelCard,
-    _confused,
-    _plain,
-    student_model_card,
-    teacher_model_card,
-    to_markdown,
-    to_summary,
-)
-from qkt_clinical.report.outputs import Outputs, read_outputs
+from qkt_clinical.common.files import digest_file, to_json, write_json
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.records.model_card import Estimate, ModelCard
+from qkt_clinical.records.outputs import Outputs, read_outputs
+from qkt_clinical.report.model_card import METHODS, _confused, student_model_card, teacher_model_card
+from qkt_clinical.report.model_card_text import _plain, to_markdown, to_summary
 from tests.sample_run import FEW_AT, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()

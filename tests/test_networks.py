@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from qkt_clinical.card import Branch, NetworkSpec
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.errors import ConfigError, DeviceError
-from qkt_clinical.networks import build, check_size, factorised, multiply_adds, pick_device, tensor_specs
+from qkt_clinical.models.low_rank import factorised
+from qkt_clinical.models.networks import build, check_size, multiply_adds, pick_device, tensor_specs
+from qkt_clinical.records.card import Branch, NetworkSpec
 
 QUICK: tuple[Network, ...] = ("resnet-small", "densenet-small")
 
@@ -140,8 +141,8 @@ def test_optional_packages_are_not_loaded_but_can_be_afterwards() -> None:
     code = """
 import sys
 from importlib.util import find_spec
-from qkt_clinical.card import NetworkSpec
-from qkt_clinical.networks import _NOT_NEEDED, build
+from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.models.networks import _NOT_NEEDED, build
 build(NetworkSpec(name="resnet-small", spatial_dims=2, in_channels=3, classes=4))
 print(sorted(n for n in _NOT_NEEDED if n in sys.modules))
 print([n for n in ("mlflow", "pandas", "sklearn", "matplotlib", "nibabel", "pydicom") if not find_spec(n)])

@@ -9,24 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from qkt_clinical import objectives
-from qkt_clinical.objectives import (
-    allowed,
-    balanced_cross_entropy,
+from qkt_clinical.qkt import consensus as objectives
+from qkt_clinical.qkt.consensus import (
     calibrated_loss,
     consensus,
     consensus_rows,
-    decide,
-    feature_loss,
-    given_away,
-    kept_today,
-    logit_loss,
     margin,
     margin_row,
-    offset_for_budget,
     own_weight,
+)
+from qkt_clinical.qkt.losses import balanced_cross_entropy, feature_loss, logit_loss, ridge
+from qkt_clinical.qkt.operating_point import (
+    allowed,
+    decide,
+    given_away,
+    kept_today,
+    offset_for_budget,
     query_scores,
-    ridge,
 )
 
 

@@ -11,31 +11,20 @@ from nvflare.app_opt.pt.fedproxloss import PTFedProxLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkt_clinical.baselines.averaging import average_networks
+from qkt_clinical.baselines.distill import distill_all, softened_divergence
+from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
+from qkt_clinical.baselines.federated import Participant, first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.baselines.params import DistillParams, FederatedParams, FinetuneParams
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm
-from qkt_clinical.networks import Classifier, build, fast_layout
-from qkt_clinical.peers.averaging import average_networks
-from qkt_clinical.peers.distill import distill_all, softened_divergence
-from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
-from qkt_clinical.peers.federated import (
-    Participant,
-    first_network,
-    round_draw,
-    round_rate,
-    train_round,
-)
-from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.peers.params import DistillParams, FederatedParams, FinetuneParams
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import (
-    balanced_sample_weights,
-    generator,
-    learning_rate_factor,
-    mean_recall,
-    predict,
-    shuffled,
-    to_input,
-    weighted_cross_entropy,
-)
+from qkt_clinical.models.generator import generator
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier, build, fast_layout
+from qkt_clinical.training.classifier import balanced_sample_weights, mean_recall, weighted_cross_entropy
+from qkt_clinical.training.loop import learning_rate_factor, shuffled
 from tests.federated_reference import one_round, proximal_term, reference
 from tests.shapes import CPU, counted, same, shapes, spec, state, teacher
 
@@ -358,7 +347,7 @@ def alone(rounds: int) -> Classifier:
 
 
 def test_one_hospital_is_local_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkt_clinical.training.augment", lambda images, strength, draw: images)
+    monkeypatch.setattr("qkt_clinical.training.classifier.augment", lambda images, strength, draw: images)
     expected = fast_layout(build(spec(), seed=derive(1, "federated")))
     plain_epoch(expected, "aster", 1, FEDERATED.learning_rate)
     assert close(state(alone(1)), state(expected))

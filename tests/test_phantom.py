@@ -10,17 +10,18 @@ import pytest
 import yaml
 
 from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
-from qkt_clinical.config import Params, load_query, load_site
-from qkt_clinical.errors import ConfigError
-from qkt_clinical.files import digest_file, digest_folder
-from qkt_clinical.phantom import (
+from qkt_clinical.common.files import digest_file, digest_folder
+from qkt_clinical.config.loading import load_query, load_site
+from qkt_clinical.config.params import Params
+from qkt_clinical.datasets.phantom import (
     delivery,
     phantom_params,
     render_images,
     render_sheet,
     write_federation,
 )
-from qkt_clinical.phantom.federation import CHESTS, SMEARS, STAMP, VERSION
+from qkt_clinical.datasets.phantom.federation import CHESTS, SMEARS, STAMP, VERSION
+from qkt_clinical.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 N2, N3 = 40, 20
@@ -401,7 +402,7 @@ def test_nifti_volumes(site: str, chests: Path) -> None:
 
 def test_lesions_differ_in_density() -> None:
     """The core of a lesion tells calcified from cavity, solid and ground-glass, even in one voxel's mean."""
-    from qkt_clinical.phantom import ct
+    from qkt_clinical.datasets.phantom import ct
 
     labels = np.repeat(np.arange(4), 20)
     look = CHESTS["north"].look

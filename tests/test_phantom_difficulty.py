@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import BLOOD_CELLS
-from qkt_clinical.config import TrainParams
-from qkt_clinical.data import Images, Labels
-from qkt_clinical.phantom import render_images, smear
-from qkt_clinical.phantom.federation import SMEARS
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import predict, to_input, train_teacher
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import TrainParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import Images, Labels
+from qkt_clinical.datasets.phantom import render_images, smear
+from qkt_clinical.datasets.phantom.federation import SMEARS
+from qkt_clinical.models.inference import predict
+from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.training.classifier import train_teacher
 
 SIDE = 32
 EACH = 500

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pipelines.dependencies import closure, code_list, code_text, entry, files_of, imports
 from qkt_clinical.catalog import STAGES
-from qkt_clinical.config import Params, load_params
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.params import Params
 from tests.four_hospitals import write_hospitals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,50 +29,6 @@ def dvc_stages() -> dict[str, dict[str, Any]]:
 BODIES = dvc_stages()
 
 
-def files_of(module: str) -> list[Path]:
-    """The files that are run when a dotted name is imported: every package's ``__init__`` on the way."""
-    found, parts = [], module.split(".")
-    for end in range(1, len(parts) + 1):
-        place = ROOT.joinpath(*parts[:end])
-        for file in (place.with_suffix(".py"), place / "__init__.py"):
-            if file.is_file():
-                found.append(file)
-    return found
-
-
-@cache
-def imports(file: Path) -> frozenset[str]:
-    """Every module of ours that a file names, wherever in it the import stands."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative imports are not followed"
-            names |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-    return frozenset(n for n in names if n.split(".")[0] in ("qkt_clinical", "pipelines"))
-
-
-def closure(start: Path) -> set[Path]:
-    """All of our files that are run when a file is."""
-    seen: set[Path] = set()
-    waiting = [start]
-    while waiting:
-        file = waiting.pop()
-        if file not in seen:
-            seen.add(file)
-            waiting += [f for module in imports(file) for f in files_of(module)]
-    return seen
-
-
-def entry(stage: str) -> Path:
-    return ROOT / "pipelines" / f"{stage}.py"
-
-
-def code_deps(stage: str) -> list[str]:
-    return [d for d in BODIES[stage]["deps"] if d.split("/")[0] in ("qkt_clinical", "pipelines")]
-
-
 def keys(listed: list[Any]) -> list[str]:
     """Names in a list of DVC outs, of which some carry settings."""
     return [next(iter(item)) if isinstance(item, dict) else item for item in listed]
@@ -84,32 +41,39 @@ def outputs(stage: str) -> list[str]:
 
 def test_the_imports_are_followed() -> None:
     """The follower itself, on what is known: a lazy import, a package, a chain."""
-    assert ROOT / "qkt_clinical" / "card.py" in closure(entry("mask"))
+    assert ROOT / "qkt_clinical" / "records" / "card.py" in closure(entry("mask"))
     assert ROOT / "qkt_clinical" / "stages" / "__init__.py" in closure(entry("mask"))
-    assert ROOT / "qkt_clinical" / "training.py" not in closure(entry("mask"))
-    assert ROOT / "qkt_clinical" / "phantom" / "__init__.py" in closure(entry("ingest"))
+    assert ROOT / "qkt_clinical" / "training" / "classifier.py" not in closure(entry("mask"))
+    assert ROOT / "qkt_clinical" / "datasets" / "phantom" / "__init__.py" in closure(entry("ingest"))
 
 
 def test_stages_are_those_of_the_catalog_in_their_order() -> None:
     assert tuple(BODIES) == tuple(STAGES)
-    modules = {p.stem for p in (ROOT / "pipelines").glob("*.py")} - {"__init__"}
+    modules = {p.stem for p in (ROOT / "pipelines").glob("*.py")} - {"__init__", "dependencies"}
     assert modules == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
-    listed = code_deps(stage)
-    needed = {f.relative_to(ROOT).as_posix() for f in closure(entry(stage))} | {"pipelines/__init__.py"}
-    files = {d for d in listed if d.endswith(".py")}
-    folders = {d for d in listed if not d.endswith(".py")}
-    assert len(listed) == len(files) + len(folders), "nothing is listed twice"
-    assert all((ROOT / d).is_dir() for d in folders)
-    inside = {f for f in needed if any(f.startswith(f"{d}/") for d in folders)}
-    assert needed - inside - files == set(), "imported, but a change of it would not run the stage again"
-    assert files - needed == set(), "listed, but not imported: a change of it would run the stage for nothing"
-    assert files & inside == set(), "listed by its folder already"
-    for folder in folders:
-        assert any(f.startswith(f"{folder}/") for f in needed), f"nothing of {folder} is imported"
+def test_the_code_of_a_stage_is_written_down(stage: str) -> None:
+    assert f"pipelines/code/{stage}.txt" in BODIES[stage]["deps"]
+    assert not any(d.startswith("qkt_clinical") for d in BODIES[stage]["deps"])
+    written = (ROOT / "pipelines" / "code" / f"{stage}.txt").read_text()
+    assert written == code_list(stage), "the code has changed: run 'make deps' and commit what it writes"
+
+
+def test_comments_and_docstrings_are_no_change_of_the_code() -> None:
+    plain = 'x = "a # b"\n\n\ndef f():\n    return f"{x} # {1}"\n'
+    told = (
+        '"""What it is."""\n# Why.\nx = "a # b"  # said\n'
+        '\ndef f():\n    """Says."""\n    return f"{x} # {1}"\n'
+    )
+    assert code_text(told) == code_text(plain)
+    assert code_text(plain.replace("1", "2")) != code_text(plain)
+
+
+def test_what_a_package_carries_counts_too() -> None:
+    assert "qkt_clinical/ingest/templates/integrity.html" in code_list("ingest")
+    assert "qkt_clinical/report/templates/base.html" in code_list("report")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -124,7 +88,7 @@ def test_the_command_is_the_stages_module(stage: str) -> None:
 def params_read(stage: str) -> set[str]:
     """Keys of params.yaml that the room a stage calls reads, as ``params.<key>``."""
     found: set[str] = set()
-    for module in imports(entry(stage)) - {"qkt_clinical.config", "qkt_clinical.console"}:
+    for module in imports(entry(stage)) - {"qkt_clinical.config.params", "qkt_clinical.common.console"}:
         for file in files_of(module)[1:]:
             room = sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
             if room[0].parent.name == "stages":

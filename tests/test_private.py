@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qkt_clinical.card import read_card
-from qkt_clinical.config import PrivacyParams, TrainParams, load_params, parse
+from qkt_clinical.common.extras import require_extra
+from qkt_clinical.config.loading import load_params, parse
+from qkt_clinical.config.params import PrivacyParams, TrainParams
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import ConfigError, QktError
-from qkt_clinical.extras import require_extra
-from qkt_clinical.networks import Classifier, build
-from qkt_clinical.private import (
+from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.records.card import read_card
+from qkt_clinical.stages.train import train_site
+from qkt_clinical.training.classifier import train_teacher
+from qkt_clinical.training.loop import History
+from qkt_clinical.training.private import (
     COUNTING,
     check_delta,
     log_prior,
@@ -22,8 +27,6 @@ from qkt_clinical.private import (
     set_gradients,
     train_private,
 )
-from qkt_clinical.stages.train import train_site
-from qkt_clinical.training import History, to_input, train_teacher
 from tests.shapes import CPU, same, shapes, spec, state
 from tests.test_federation import PARAMS as WORKSPACE
 from tests.test_federation import write_hospital
@@ -134,11 +137,11 @@ def test_delta_is_below_one_over_the_images() -> None:
 
 
 def test_without_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkt_clinical.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("qkt_clinical.common.extras.find_spec", lambda name: None)
     with pytest.raises(QktError, match=r"qkt-clinical\[privacy\]") as caught:
         train()
     assert caught.value.code == "opacus-missing"
-    monkeypatch.setattr("qkt_clinical.extras.find_spec", util.find_spec)
+    monkeypatch.setattr("qkt_clinical.common.extras.find_spec", util.find_spec)
     require_extra("opacus")
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qkt_clinical.card import CARD, MASK, WEIGHTS
-from qkt_clinical.config import QueryConfig, Workspace
-from qkt_clinical.data import Manifest, read_manifest
+from qkt_clinical.common.files import digest_file, digest_folder, write_json
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import Manifest, read_manifest
 from qkt_clinical.errors import BundleError, ConfigError, PreparedError, QktError, QueryError
-from qkt_clinical.files import digest_file, digest_folder, write_json
-from qkt_clinical.query import SHARED, Asking, Offer, Plan, at_risk, make_plan, plan_query, read_offer
-from qkt_clinical.stages.transfer import read_plan
+from qkt_clinical.models.offers import read_offer
+from qkt_clinical.qkt.planning import at_risk, make_plan
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS
+from qkt_clinical.records.plan import SHARED, Asking, Offer, Plan, read_plan
+from qkt_clinical.stages.plan import plan_query
 from tests.four_hospitals import PARAMS, SHAPE, SITES, ask, write_hospitals, write_teacher
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from qkt_clinical.card import CARD
 from qkt_clinical.cli import main
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.decisions import (
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.errors import OutputsError
+from qkt_clinical.records.card import CARD
+from qkt_clinical.records.decisions import (
     Decision,
     RegistryError,
     champion_of,
@@ -20,11 +23,9 @@ from qkt_clinical.decisions import (
     keep_decision,
     read_decisions,
 )
-from qkt_clinical.errors import OutputsError
-from qkt_clinical.files import digest_folder
-from qkt_clinical.registry import open_registry
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.tracking import track
+from qkt_clinical.tracking.mirror import track
+from qkt_clinical.tracking.registry import open_registry
 from tests.sample_run import sample_params, write_sample_run
 
 NAME = "student.h0.q0"

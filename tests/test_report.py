@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.counts import shown_count
-from qkt_clinical.decisions import Decision, keep_decision
+from qkt_clinical.common.disclosure import shown_count
+from qkt_clinical.common.files import digest_folder, to_json, write_json, write_text
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.files import digest_folder, to_json, write_json, write_text
-from qkt_clinical.gate import Rule
-from qkt_clinical.query import at_risk
+from qkt_clinical.qkt.planning import at_risk
+from qkt_clinical.records.decisions import Decision, keep_decision
+from qkt_clinical.records.evaluation import Evaluation, Flip
+from qkt_clinical.records.outputs import published, read_outputs, told
+from qkt_clinical.records.verdict import Rule
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.index_page import gain_map
-from qkt_clinical.report.outputs import Evaluation, Flip, published, read_outputs, told
 from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
 from qkt_clinical.report.pictures import MOST, choose, png
 from qkt_clinical.report.query_page import relevant, rule_figure, rule_threshold, voices
@@ -487,7 +489,7 @@ def test_so_it_is_in_every_other_file(tmp_path: Path, file: str, damage: Callabl
 
 def test_a_file_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sample_run(tmp_path, sample_params())
-    monkeypatch.setattr("qkt_clinical.report.outputs.LARGEST_FILE", 1000)
+    monkeypatch.setattr("qkt_clinical.records.outputs.LARGEST_FILE", 1000)
     with pytest.raises(OutputsError, match="larger than 1,000 bytes"):
         write_report(tmp_path, sample_params())
 

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from qkt_clinical.bundle import load_bundle
-from qkt_clinical.card import REFERENCE
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.files import to_json, write_json, write_text
-from qkt_clinical.model_card import ModelCard, to_summary
-from qkt_clinical.registry import open_registry
+from qkt_clinical.common.files import to_json, write_json, write_text
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.records.card import REFERENCE
+from qkt_clinical.records.model_card import ModelCard
+from qkt_clinical.report.model_card_text import to_summary
 from qkt_clinical.serving import Answerer, _load_pyfunc
-from qkt_clinical.tracking import ALIAS, DIGEST, track
-from qkt_clinical.unlike import make_reference
+from qkt_clinical.tracking.mirror import ALIAS, track
+from qkt_clinical.tracking.registry import open_registry
+from qkt_clinical.tracking.runs import DIGEST
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 from tests.servers import mlflow_server, post, postgres, postgres_programs, served_model
 
@@ -75,7 +78,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def qkt(root: Path, *words: str) -> Any:
-    code = "from qkt_clinical.cli import main; main()"
+    code = "from qkt_clinical.cli.stages import main; main()"
     command = [sys.executable, "-c", code, *words, "--root", str(root), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr

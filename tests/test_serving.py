@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from qkt_clinical.bundle import load_bundle
-from qkt_clinical.card import REFERENCE, read_card
-from qkt_clinical.config import Workspace
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import BundleError, InputError
-from qkt_clinical.files import write_json
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.qkt.prediction import predict_scores
+from qkt_clinical.records.card import REFERENCE, read_card
 from qkt_clinical.serving import BATCH, UNLIKE_COLUMNS, Answerer, _load_pyfunc, operating_point
-from qkt_clinical.training import to_input
-from qkt_clinical.transfer import predict_scores
-from qkt_clinical.unlike import make_reference
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()

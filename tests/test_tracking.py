@@ -16,34 +16,19 @@ import pytest
 import requests
 import yaml
 
-from qkt_clinical.card import CARD, MASK, REFERENCE, WEIGHTS
-from qkt_clinical.config import GateParams, Params, Workspace
+from qkt_clinical.common.files import digest_folder, write_json
+from qkt_clinical.config.params import GateParams, Params
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError, QktError
-from qkt_clinical.files import digest_folder, write_json
-from qkt_clinical.model_card import (
-    ModelCard,
-    student_model_card,
-    teacher_model_card,
-    to_markdown,
-    to_summary,
-)
-from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.records.card import CARD, MASK, REFERENCE, WEIGHTS
+from qkt_clinical.records.model_card import ModelCard
+from qkt_clinical.records.outputs import flat, read_outputs
+from qkt_clinical.report.model_card import student_model_card, teacher_model_card
+from qkt_clinical.report.model_card_text import to_markdown, to_summary
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.tracking import (
-    ALIAS,
-    DIGEST,
-    KIND,
-    Item,
-    _existing,
-    _run,
-    _Runs,
-    curves_of,
-    flat,
-    key,
-    registry_client,
-    track,
-    tracking_uri,
-)
+from qkt_clinical.tracking.client import registry_client, tracking_uri
+from qkt_clinical.tracking.mirror import ALIAS, _existing, _run, _Runs, track
+from qkt_clinical.tracking.runs import DIGEST, KIND, Item, curves_of, key
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()

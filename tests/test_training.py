@@ -15,22 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qkt_clinical.config import TrainParams
-from qkt_clinical.networks import Classifier
-from qkt_clinical.training import (
+from qkt_clinical.config.params import TrainParams
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.generator import generator
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.training.classifier import balanced_sample_weights, mean_recall, train_teacher
+from qkt_clinical.training.loop import (
     Checkpoint,
     History,
     Schedule,
-    balanced_sample_weights,
     batches_per_epoch,
     fit,
-    generator,
     learning_rate_factor,
-    mean_recall,
-    predict,
     shuffled,
-    to_input,
-    train_teacher,
 )
 from tests.shapes import CPU, shapes, spec
 
@@ -120,7 +118,7 @@ def test_a_killed_process_ends_in_the_same_weights(
     code = """
 import sys, time
 from pathlib import Path
-from qkt_clinical.training import Checkpoint
+from qkt_clinical.training.classifier import Checkpoint
 from tests.test_training import train
 train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and time.sleep(600))
 """

@@ -10,30 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkt_clinical.bundle import load_bundle, write_bundle
-from qkt_clinical.card import MASK, InputSpec, Mask
 from qkt_clinical.catalog import METHODS, Method
-from qkt_clinical.config import DistillationParams, TransferParams
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.params import DistillationParams, TransferParams
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
-from qkt_clinical.files import write_json
-from qkt_clinical.networks import Classifier, build
-from qkt_clinical.objectives import consensus, consensus_rows, margin
+from qkt_clinical.models.bundle import load_bundle, write_bundle
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.qkt.answer import Answer, LocalData, _some, answer_query, refine_head
+from qkt_clinical.qkt.consensus import consensus, consensus_rows, margin
+from qkt_clinical.qkt.distillation import carry_rows
+from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
+from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.stages.transfer import correct_masks
-from qkt_clinical.training import Checkpoint, mean_recall, predict, to_input
-from qkt_clinical.transfer import (
-    Answer,
-    LocalData,
-    Teacher,
-    _some,
-    answer_query,
-    carry_rows,
-    make_views,
-    mirrored,
-    predict_scores,
-    refine_head,
-    scores_of,
-    view_batches,
-)
+from qkt_clinical.training.augment import make_views, view_batches
+from qkt_clinical.training.classifier import mean_recall
+from qkt_clinical.training.loop import Checkpoint
 from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teacher
 
 BUDGET = 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkt_clinical.trust import (
+from qkt_clinical.qkt.teacher_screening import (
     FALSE_ALARM,
     Verdict,
     agreement,

@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qkt_clinical.bundle import load_bundle
-from qkt_clinical.card import REFERENCE, NetworkSpec, Reference, read_card, read_reference
-from qkt_clinical.config import Workspace
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import BundleError
-from qkt_clinical.files import write_json
-from qkt_clinical.networks import build
-from qkt_clinical.query import SHARED
-from qkt_clinical.training import to_input
-from qkt_clinical.unlike import (
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.networks import build
+from qkt_clinical.models.out_of_distribution import (
     LARGEST_SCORE,
     first_convolution,
     load_reference,
@@ -25,6 +23,8 @@ from qkt_clinical.unlike import (
     scores,
     threshold_of,
 )
+from qkt_clinical.records.card import REFERENCE, NetworkSpec, Reference, read_card, read_reference
+from qkt_clinical.records.plan import SHARED
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkt_clinical.config import Workspace
-from qkt_clinical.data import write_prepared
-from qkt_clinical.files import digest_file, digest_folder
+from qkt_clinical.common.files import digest_file, digest_folder
+from qkt_clinical.common.system_metrics import EVERY, SWITCH, keep_usage, read_usage, watched
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import write_prepared
 from qkt_clinical.stages.train import train_site
-from qkt_clinical.tracking import Item, with_usage
-from qkt_clinical.usage import EVERY, SWITCH, keep_usage, read_usage, watched
+from qkt_clinical.tracking.runs import Item, with_usage
 from tests.four_hospitals import CLASSES, PARAMS, SHAPE
 
 BUNDLE = "0" * 64

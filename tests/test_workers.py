@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from qkt_clinical import workers
-from qkt_clinical.workers import in_order, start_method
+from qkt_clinical.common import workers
+from qkt_clinical.common.workers import in_order, start_method
 
 
 def work(item: int, *, deadly: frozenset[int] = frozenset(), home: int = 0) -> tuple[int, int]:

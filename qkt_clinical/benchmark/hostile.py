@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from qkt_clinical.benchmark.settings import Bad
-from qkt_clinical.masking import mixed
-from qkt_clinical.networks import Classifier
-from qkt_clinical.training import predict
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.qkt.masks import mixed
 
 PROBES = 256
 SHARE = 0.99

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkt_clinical.baselines.averaging import average_networks
+from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
+from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.hostile import draw_bad, spoil
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
@@ -28,22 +31,16 @@ from qkt_clinical.benchmark.settings import (
 )
 from qkt_clinical.benchmark.simulate import Question, Split
 from qkt_clinical.benchmark.store import Store
-from qkt_clinical.card import MIRRORS, Decision
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
-from qkt_clinical.networks import Classifier, multiply_adds
-from qkt_clinical.objectives import decide, kept_today, offset_for_budget, query_scores
-from qkt_clinical.peers.averaging import average_networks
-from qkt_clinical.peers.ensembles import mean_logit_scores, mean_probability_scores, restrict
-from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import (
-    LocalData,
-    Teacher,
-    answer_query,
-    routed_consensus,
-    scores_of,
-)
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier, multiply_adds
+from qkt_clinical.qkt.answer import LocalData, answer_query
+from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
+from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.prediction import routed_consensus, scores_of
+from qkt_clinical.records.card import MIRRORS, Decision
 
 
 @dataclass(frozen=True)

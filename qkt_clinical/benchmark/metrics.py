@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.data import Labels
-from qkt_clinical.evaluation import DIGITS, Floats, expected_calibration_error, recalls, softmax
+from qkt_clinical.data.prepared import Labels
+from qkt_clinical.evaluation.metrics import DIGITS, Floats, expected_calibration_error, recalls, softmax
 
 
 def rank_auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from qkt_clinical.common.workers import Pool
 from qkt_clinical.errors import QktError
-from qkt_clinical.workers import Pool
 
 Task = TypeVar("Task")
 

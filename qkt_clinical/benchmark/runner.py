@@ -26,12 +26,12 @@ from qkt_clinical.benchmark.settings import FEDERATED, FINETUNED, ON_TEACHERS, R
 from qkt_clinical.benchmark.simulate import Federation, Question, read, simulate
 from qkt_clinical.benchmark.store import MASKS, Store
 from qkt_clinical.benchmark.summary import NOTE, budget_curves, markdown, mask_figures, summarise
-from qkt_clinical.console import Step
+from qkt_clinical.common.console import Step
+from qkt_clinical.common.files import digest_file, write_json, write_text
+from qkt_clinical.common.workers import cores
 from qkt_clinical.errors import ConfigError
-from qkt_clinical.evaluation import DIGITS
-from qkt_clinical.files import digest_file, write_json, write_text
-from qkt_clinical.networks import pick_device
-from qkt_clinical.workers import cores
+from qkt_clinical.evaluation.metrics import DIGITS
+from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
 WORK, KEY = "work", "key.json"
@@ -264,7 +264,7 @@ def run(
 
     federations = [task for task in networks if task.name.split("/")[0] in FEDERATED]
     if any(map(missing, federations)):
-        from qkt_clinical.extras import require_extra
+        from qkt_clinical.common.extras import require_extra
 
         require_extra("nvflare")
     _claim(out, settings.key(digest, device.type), resume)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from qkt_clinical import __version__
+from qkt_clinical.baselines.params import PeerParams
 from qkt_clinical.catalog import (
     BENCHMARK_METHODS,
     ESTIMATORS,
@@ -25,10 +26,10 @@ from qkt_clinical.catalog import (
     Partition,
     Regime,
 )
-from qkt_clinical.config import MaskParams, Strict, TrainParams, TransferParams
+from qkt_clinical.common.files import digest_bytes
+from qkt_clinical.config.base import Strict
+from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
 from qkt_clinical.errors import ConfigError
-from qkt_clinical.files import digest_bytes
-from qkt_clinical.peers.params import PeerParams
 
 Variant = Literal["full", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"]
 """What a network was trained on: all images of a hospital, a tenth of them, wrong labels among them, or at

@@ -16,21 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.card import NetworkSpec
 from qkt_clinical.catalog import Network, Partition, Regime
-from qkt_clinical.data import Images, Labels
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.prepared import Images, Labels
+from qkt_clinical.datasets.medmnist import class_names
+from qkt_clinical.datasets.medmnist_file import Part, read_medmnist
+from qkt_clinical.datasets.partition import Indices, dirichlet_shares, divide, pathological_shares
 from qkt_clinical.errors import ConfigError
-from qkt_clinical.federate import (
-    Indices,
-    Part,
-    dirichlet_shares,
-    divide,
-    pathological_shares,
-    read_medmnist,
-)
-from qkt_clinical.fetch import class_names
-from qkt_clinical.networks import check_size
-from qkt_clinical.seeding import derive
+from qkt_clinical.models.networks import check_size
+from qkt_clinical.records.card import NetworkSpec
 
 CALIBRATION = 0.15
 """Share of a hospital's training images (whole patients) that is held out for the operating point."""
@@ -255,7 +249,7 @@ def read(source: Path) -> tuple[dict[str, Part], tuple[str, ...]]:
     """A MedMNIST-layout npz and its classes' names in label order.
 
     Raises:
-        SourceError: see :func:`qkt_clinical.federate.read_medmnist`.
+        SourceError: see :func:`qkt_clinical.datasets.medmnist_file.read_medmnist`.
     """
     parts = read_medmnist(source)
     needed = max(int(p.labels.max()) for p in parts.values()) + 1

@@ -19,23 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkt_clinical.baselines.distill import distill_all
+from qkt_clinical.baselines.federated import Participant
+from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, Settings, Variant
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
 from qkt_clinical.benchmark.variants import vary
-from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
-from qkt_clinical.card import MASK, InputSpec, Mask
 from qkt_clinical.catalog import ESTIMATORS
-from qkt_clinical.files import new_folder, write_json
-from qkt_clinical.masking import compute_mask, shown_classes
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.distill import distill_all
-from qkt_clinical.peers.federated import Participant
-from qkt_clinical.peers.finetune import finetune
-from qkt_clinical.query import SHARED
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import Checkpoint, predict, to_input, train_teacher
-from qkt_clinical.transfer import hear
+from qkt_clinical.common.files import new_folder, write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.qkt.masks import compute_mask, shown_classes
+from qkt_clinical.qkt.prediction import hear
+from qkt_clinical.records.card import MASK, InputSpec, Mask
+from qkt_clinical.records.plan import SHARED
+from qkt_clinical.training.classifier import train_teacher
+from qkt_clinical.training.loop import Checkpoint
 
 LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
 FEDERATIONS = "federations"

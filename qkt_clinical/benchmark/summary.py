@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from qkt_clinical.benchmark.settings import Settings
 from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, METHODS, PEERS
-from qkt_clinical.evaluation import DIGITS, Floats
-from qkt_clinical.seeding import derive
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.evaluation.metrics import DIGITS, Floats
 
 Row = Mapping[str, Any]
 Interval = dict[str, float]
@@ -144,8 +144,8 @@ def mask_figures(judged: Sequence[Mapping[str, Any]], settings: Settings) -> dic
     """
     import torch
 
+    from qkt_clinical.benchmark.mask_quality import quality, threshold_curve
     from qkt_clinical.benchmark.methods import primary_truth
-    from qkt_clinical.mask_quality import quality, threshold_curve
 
     truths = {kind: torch.tensor([j[kind] for j in judged]) for kind in ("held", "recalled")}
     primary = primary_truth(settings)

@@ -9,9 +9,9 @@ import numpy as np
 
 from qkt_clinical.benchmark.settings import Variant
 from qkt_clinical.benchmark.simulate import Hospital, Split
-from qkt_clinical.data import Labels
-from qkt_clinical.federate import Indices
-from qkt_clinical.seeding import derive
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.data.prepared import Labels
+from qkt_clinical.datasets.partition import Indices
 
 WEAK = 0.1
 """Share of its training images on which a weak teacher is trained."""

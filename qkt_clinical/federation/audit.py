@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from qkt_clinical.config import Strict
+from qkt_clinical.common.files import digest_bytes
+from qkt_clinical.config.base import Strict
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.files import digest_bytes
 
 RECORD = Path("federation", "audit.jsonl")
 """Where in its workspace a site keeps it."""

@@ -25,7 +25,8 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from qkt_clinical.config import load_policy, parse
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.loading import load_policy, parse
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import (
     ANSWER,
@@ -46,7 +47,6 @@ from qkt_clinical.federation.policy import check_outbound
 from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE, Settings
 from qkt_clinical.federation.site import Site
-from qkt_clinical.files import write_json
 
 SAID = "qkt"
 """Where in a FLARE message, and among a job's results, ours stands."""

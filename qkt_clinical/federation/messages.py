@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from qkt_clinical.config import Name, QueryConfig
+from qkt_clinical.config.base import Name
+from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.query import Asking
+from qkt_clinical.records.plan import Asking
 
 CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_answer"
 """Names of the tasks that a server gives to sites."""

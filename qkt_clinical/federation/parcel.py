@@ -8,14 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qkt_clinical.bundle import Bundle, load_bundle
-from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, Card, Mask, read_card, read_mask
-from qkt_clinical.config import NAME
+from qkt_clinical.config.base import NAME
 from qkt_clinical.errors import BundleError
-from qkt_clinical.query import SHARED, check_teacher
+from qkt_clinical.models.bundle import Bundle, load_bundle
+from qkt_clinical.models.offers import check_teacher
+from qkt_clinical.records.card import (
+    CARD,
+    MASK,
+    MAX_JSON_BYTES,
+    REMEDY,
+    WEIGHTS,
+    Card,
+    Mask,
+    read_card,
+    read_mask,
+)
+from qkt_clinical.records.plan import SHARED
 
 Files = Mapping[str, bytes]
-"""Name to content: of a teacher those in :data:`qkt_clinical.query.SHARED`."""
+"""Name to content: of a teacher those in :data:`qkt_clinical.records.plan.SHARED`."""
 
 
 def pack(folder: Path, names: tuple[str, ...] = SHARED) -> dict[str, bytes]:
@@ -74,7 +85,7 @@ def unpack_teacher(files: Any, site: str, folder: Path) -> Bundle:
     """Write a teacher's files into an empty folder after every check that a bundle gets.
 
     Raises:
-        BundleError: see :func:`qkt_clinical.bundle.load_bundle`; also if it is not the site's teacher.
+        BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`; also if it is not the site's teacher.
     """
     found = check_files(files, site)
     with _laid_out({n: found[n] for n in (CARD, MASK)}, site) as light:
@@ -106,7 +117,7 @@ def unpack_student(files: Any, site: str, folder: Path) -> Bundle:
     """Write a student's files into an empty folder after every check that a bundle gets.
 
     Raises:
-        BundleError: see :func:`qkt_clinical.bundle.load_bundle`.
+        BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`.
     """
     names = [str(n) for n in files] if isinstance(files, Mapping) else []
     experts = sorted({n.split("/")[1] for n in names if n.startswith("experts/") and n.count("/") == 2})

@@ -33,12 +33,12 @@ from nvflare.app_opt.pt.fedproxloss import PTFedProxLoss
 from nvflare.app_opt.pt.scaffold import PTScaffoldHelper
 from torch import Tensor
 
-from qkt_clinical.card import NetworkSpec
+from qkt_clinical.baselines.federated import first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.params import FederatedParams
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.flare import workspace_of
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import first_network, round_draw, round_rate, train_round
-from qkt_clinical.peers.params import FederatedParams
-from qkt_clinical.training import to_input
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.records.card import NetworkSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -66,7 +66,7 @@ class Trainer(Executor):  # type: ignore[misc]
 
     Args:
         spec: of the network.
-        params: see :class:`~qkt_clinical.peers.params.FederatedParams`.
+        params: see :class:`~qkt_clinical.baselines.params.FederatedParams`.
         seed: of order and views of the images.
         device: where it trains.
         threads: of torch on the CPU; the last digits of a network depend on how many.

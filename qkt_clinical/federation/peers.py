@@ -1,7 +1,7 @@
 """FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: what QKT is compared with, run in FLARE's simulator.
 
 One process per hospital and one for the server, all on this machine. FLARE's own controllers send, wait
-and average; a hospital's round is :func:`qkt_clinical.peers.federated.train_round`.
+and average; a hospital's round is :func:`qkt_clinical.baselines.federated.train_round`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from qkt_clinical.card import NetworkSpec
-from qkt_clinical.config import Strict
+from qkt_clinical.baselines.federated import Participant, first_network
+from qkt_clinical.baselines.params import FederatedParams
+from qkt_clinical.common.extras import require_extra
+from qkt_clinical.common.files import write_json
+from qkt_clinical.config.base import Strict
 from qkt_clinical.errors import QktError
-from qkt_clinical.extras import require_extra
 from qkt_clinical.federation.run import PATIENT, kill
 from qkt_clinical.federation.settings import FILE
-from qkt_clinical.files import write_json
-from qkt_clinical.networks import Classifier
-from qkt_clinical.peers.federated import Participant, first_network
-from qkt_clinical.peers.params import FederatedParams
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.records.card import NetworkSpec
 
 Algorithm = Literal["fedavg", "fedprox", "scaffold"]
 PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "server"

@@ -1,4 +1,4 @@
-"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.Policy`.
+"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.policy.Policy`.
 
 Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named.
 """
@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qkt_clinical.card import Mask
-from qkt_clinical.config import POLICY, Policy
+from qkt_clinical.config.policy import POLICY, Policy
 from qkt_clinical.errors import BundleError, PolicyError, QueryError
 from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
+from qkt_clinical.records.card import Mask
 
 
 def refusal(policy: Policy, question: Question, helped: int) -> str | None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qkt_clinical.config import Params
+from qkt_clinical.common.extras import require_extra
+from qkt_clinical.common.files import new_folder, write_json, write_text
+from qkt_clinical.config.params import Params
 from qkt_clinical.errors import ConfigError, QktError
-from qkt_clinical.extras import require_extra
 from qkt_clinical.federation.messages import TASKS
 from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE
-from qkt_clinical.files import new_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from nvflare.job_config.api import FedJob

@@ -13,14 +13,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qkt_clinical.card import CARD
-from qkt_clinical.config import Strict, Workspace, load_params
+from qkt_clinical.common.files import digest_bytes, digest_file, new_folder, write_json
+from qkt_clinical.config.base import Strict
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import BundleError, OutputsError
 from qkt_clinical.federation.messages import Answered, Asked, Contributed, Offered, Refused
 from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.federation.signing import check_signature
-from qkt_clinical.files import digest_bytes, digest_file, new_folder, write_json
-from qkt_clinical.query import SHARED, Offer, Plan, make_plan
+from qkt_clinical.qkt.planning import make_plan
+from qkt_clinical.records.card import CARD
+from qkt_clinical.records.plan import SHARED, Offer, Plan
 
 SIGNATURE = "signature"
 """File beside a teacher that was signed."""
@@ -143,7 +146,7 @@ class Server:
         return Offer(card, mask, size, digest)
 
     def plan(self, hospital: str, query: str, asked: Asked, offers: Mapping[str, Offer]) -> Plan:
-        """The plan of a query. See :func:`qkt_clinical.query.make_plan`."""
+        """The plan of a query. See :func:`qkt_clinical.qkt.planning.make_plan`."""
         return make_plan(hospital, query, asked.query, asked.asking, offers.values())
 
     def bundles(self, plan: Plan, shown: Mapping[str, Offered]) -> dict[str, dict[str, bytes]]:

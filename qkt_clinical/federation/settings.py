@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.config import Name, PublicKey, Strict
+from qkt_clinical.config.base import Name, Strict
+from qkt_clinical.config.policy import PublicKey
 
 FILE = "qkt.json"
 

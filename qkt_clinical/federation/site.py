@@ -16,9 +16,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from qkt_clinical import __version__
-from qkt_clinical.card import CARD, MASK, read_card, read_mask
-from qkt_clinical.config import Params, Policy, QueryRef, Workspace, load_params, load_policy, load_query
-from qkt_clinical.data import read_manifest
+from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.loading import load_params, load_policy, load_query
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.policy import Policy
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import read_manifest
 from qkt_clinical.errors import BundleError, OutputsError, QktError, QueryError
 from qkt_clinical.federation.audit import RECORD, Event, count_since, record
 from qkt_clinical.federation.messages import (
@@ -40,9 +45,9 @@ from qkt_clinical.federation.messages import (
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.federation.signing import check_signature, sign
-from qkt_clinical.files import digest_bytes, digest_file, digest_folder, to_json, write_json
-from qkt_clinical.locks import hold_query
-from qkt_clinical.query import Asking, Plan, write_fetched
+from qkt_clinical.records.card import CARD, MASK, read_card, read_mask
+from qkt_clinical.records.plan import Asking, Plan
+from qkt_clinical.stages.plan import write_fetched
 
 DAY_S = 24 * 3600.0
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest.codes import reading, reject
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.common.workers import in_order
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected, SourceError
 from qkt_clinical.ingest.arrays import Picture, prepare
 from qkt_clinical.ingest.codes import quiet, reading, reject
 from qkt_clinical.ingest.nifti import pairs
 from qkt_clinical.ingest.source import Found, SourceFile, is_side_file, list_all, opened, suffix
 from qkt_clinical.ingest.tiff import MAGICS
-from qkt_clinical.workers import in_order
 
 LONGEST_SIDE = {2: 1024, 3: 256}
 """Pixels, by number of axes, beyond which an image is shrunk to be judged."""

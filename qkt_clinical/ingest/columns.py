@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from qkt_clinical.config import Column, SiteConfig, Subgroup
+from qkt_clinical.config.site import Column, SiteConfig, Subgroup
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import reject
 from qkt_clinical.ingest.deidentify import salted

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
+from qkt_clinical.common.workers import in_order
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest import dicom
 from qkt_clinical.ingest.arrays import Picture, prepare
@@ -17,7 +18,6 @@ from qkt_clinical.ingest.codes import quiet
 from qkt_clinical.ingest.leakage import hashes_of
 from qkt_clinical.ingest.source import Decoded, Outcome, Ready, Refusal, Request, SourceFile
 from qkt_clinical.ingest.store import FORGOTTEN, Result, Store, as_text
-from qkt_clinical.workers import in_order
 
 Unit = TypeVar("Unit")
 Numbered = tuple[int, Decoded]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qkt_clinical.common.files import digest_file
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.files import digest_file
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
 from qkt_clinical.ingest.codes import DAMAGE, reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text

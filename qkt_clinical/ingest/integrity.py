@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.counts import shown_count
-from qkt_clinical.data import ImageStack, Labels, Manifest
+from qkt_clinical.common.disclosure import shown_count
+from qkt_clinical.data.prepared import ImageStack, Labels, Manifest
 from qkt_clinical.ingest.codes import REASONS
 from qkt_clinical.ingest.leakage import Hashes, flat, look_alike
 
@@ -79,7 +79,7 @@ def render_integrity(
         integrity: rows of ``integrity.json``.
         spacings: of the images as stored.
     """
-    from qkt_clinical.html import page_environment
+    from qkt_clinical.common.html import page_environment
 
     environment = page_environment("qkt_clinical.ingest")
     environment.filters["count"] = shown_count

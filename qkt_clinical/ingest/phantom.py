@@ -15,7 +15,7 @@ def read(request: Request) -> Reading:
     Raises:
         ConfigError: no phantom hospital has that name.
     """
-    from qkt_clinical.phantom import render_images
+    from qkt_clinical.datasets.phantom import render_images
 
     images, labels, patients = render_images(request.site, seed=request.seed)
     colour = images.shape[-1] == 3

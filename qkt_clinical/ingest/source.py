@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from numpy.typing import NDArray
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest.arrays import Picture
 from qkt_clinical.ingest.codes import reading, reject
 

@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.config import Params, SiteConfig, Workspace, load_site, site_folder
-from qkt_clinical.data import Consent, Manifest, load_prepared, write_prepared
+from qkt_clinical.common.files import write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.loading import load_site
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.site import SiteConfig
+from qkt_clinical.config.workspace import Workspace, site_folder
+from qkt_clinical.data.prepared import Consent, Manifest, load_prepared, write_prepared
 from qkt_clinical.errors import FileRejected, PreparedError, SourceError
-from qkt_clinical.files import write_json
 from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
@@ -43,7 +47,6 @@ from qkt_clinical.ingest.source import (
 from qkt_clinical.ingest.splits import assign, keep_given
 from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
 from qkt_clinical.ingest.subgroups import pooled
-from qkt_clinical.seeding import derive
 
 MEGABYTE = 1_000_000
 REMEMBERED = frozenset({"dicom", "nifti", "images"})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.counts import SMALLEST_COUNT
+from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import DAMAGE
 from qkt_clinical.ingest.deidentify import KEPT, coarsened_age

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qkt_clinical.config import Column
+from qkt_clinical.config.site import Column
 from qkt_clinical.errors import ConfigError, FileRejected
 from qkt_clinical.ingest.identity import normal_name
 from qkt_clinical.ingest.source import SourceFile, stem, whole_file

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from qkt_clinical.amalgam import FEWEST, WORK
-from qkt_clinical.card import MIRRORS, Card, NetworkSpec
 from qkt_clinical.catalog import Method
-from qkt_clinical.config import TransferParams
-from qkt_clinical.data import Manifest
-from qkt_clinical.networks import build, convolutions, multiply_adds
+from qkt_clinical.config.params import TransferParams
+from qkt_clinical.data.prepared import Manifest
+from qkt_clinical.models.low_rank import convolutions
+from qkt_clinical.models.networks import build, multiply_adds
+from qkt_clinical.qkt.low_rank_merge import FEWEST, WORK
+from qkt_clinical.records.card import MIRRORS, Card, NetworkSpec
 
 PROBED = 64
 """Images of the probe."""

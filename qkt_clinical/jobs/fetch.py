@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from qkt_clinical.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
-from qkt_clinical.config import Params, QueryConfig, Workspace
+from qkt_clinical.common.files import digest_file, passing_folder, sweep
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import BundleError, QueryError
-from qkt_clinical.files import digest_file, passing_folder, sweep
-from qkt_clinical.query import SHARED, Offer, check_teacher
-from qkt_clinical.tracking import Registered, fetch_file, registered_teachers, registry_client, tracking_uri
+from qkt_clinical.models.offers import check_teacher
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
+from qkt_clinical.records.plan import SHARED, Offer
+from qkt_clinical.tracking.client import registry_client, tracking_uri
+from qkt_clinical.tracking.teachers import Registered, fetch_file, registered_teachers
 
 SQLITE = "sqlite:///"
 FETCHED = "fetch"

@@ -8,20 +8,14 @@ from pathlib import Path
 
 import yaml
 
-from qkt_clinical.card import CARD
-from qkt_clinical.config import (
-    Params,
-    QueryConfig,
-    QueryRef,
-    Workspace,
-    load_params,
-    parse,
-    query_file,
-    read_yaml,
-)
+from qkt_clinical.common.files import write_text
+from qkt_clinical.common.locks import lock
+from qkt_clinical.config.loading import load_params, parse, read_yaml
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryConfig, QueryRef
+from qkt_clinical.config.workspace import Workspace, query_file
 from qkt_clinical.errors import ConfigError, QueryError
-from qkt_clinical.files import write_text
-from qkt_clinical.locks import lock
+from qkt_clinical.records.card import CARD
 
 
 def new_query(

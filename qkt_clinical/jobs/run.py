@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qkt_clinical import __version__
-from qkt_clinical.card import read_card
-from qkt_clinical.config import Params, QueryConfig, QueryRef, Workspace, load_query
-from qkt_clinical.data import Manifest, read_manifest
+from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, sweep, to_json
+from qkt_clinical.common.locks import Busy
+from qkt_clinical.config.loading import load_query
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryConfig, QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import Manifest, read_manifest
 from qkt_clinical.errors import ConfigError, QktError, QueryError
-from qkt_clinical.files import digest_bytes, digest_file, digest_folder, sweep, to_json
 from qkt_clinical.jobs.failures import typed
 from qkt_clinical.jobs.fetch import Shelf, open_shelf
 from qkt_clinical.jobs.new import tell_pipeline
@@ -32,8 +35,10 @@ from qkt_clinical.jobs.state import (
     Job,
     asked,
 )
-from qkt_clinical.locks import Busy
-from qkt_clinical.query import Asking, Plan, at_risk, make_plan, write_fetched
+from qkt_clinical.qkt.planning import at_risk, make_plan
+from qkt_clinical.records.card import read_card
+from qkt_clinical.records.plan import Asking, Plan
+from qkt_clinical.stages.plan import write_fetched
 
 Report = Callable[[Job], None]
 """Called whenever a job's record changes."""
@@ -46,7 +51,7 @@ class Preview(NamedTuple):
     versions: dict[str, str]
     """Site to version of its registered teacher."""
     risks: list[tuple[str, tuple[str, ...]]]
-    """See :func:`qkt_clinical.query.at_risk`."""
+    """See :func:`qkt_clinical.qkt.planning.at_risk`."""
     seconds: float
     """What the transfer takes on this machine, about."""
     fetched_bytes: int
@@ -80,7 +85,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
         QktError: the registry cannot be reached.
     """
     from qkt_clinical.jobs.cost import expected_seconds
-    from qkt_clinical.networks import pick_device
+    from qkt_clinical.models.networks import pick_device
 
     query = load_query(root, hospital, name)
     where = pick_device(device or params.device)
@@ -256,8 +261,8 @@ class _Worker:
 
     def _register(self) -> None:
         self._begin("register")
-        from qkt_clinical.stages.transfer import read_plan
-        from qkt_clinical.tracking import track_answer
+        from qkt_clinical.records.plan import read_plan
+        from qkt_clinical.tracking.mirror import track_answer
 
         version = track_answer(self.board.root, self.params, self.job.hospital, self.job.query)
         self._say(version=version)

@@ -15,10 +15,13 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qkt_clinical.config import NAME, QueryConfig, Strict, Workspace, load_query, query_file, site_folder
+from qkt_clinical.common.files import digest_bytes, to_json, write_json
+from qkt_clinical.common.locks import Busy, hold_query
+from qkt_clinical.config.base import NAME, Strict
+from qkt_clinical.config.loading import load_query
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.config.workspace import Workspace, query_file, site_folder
 from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.files import digest_bytes, to_json, write_json
-from qkt_clinical.locks import Busy, hold_query
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")

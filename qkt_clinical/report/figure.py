@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkt_clinical.config import Workspace, load_params
-from qkt_clinical.report.charts import words
-from qkt_clinical.report.outputs import read_outputs
+from qkt_clinical.common.wording import words
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.records.outputs import read_outputs
 
 OWN, ANSWERED, LINE = "#8a94a0", "#0b5c8a", "#c9d0d6"
 
@@ -17,7 +18,7 @@ def write_figure(root: Path) -> Path:
     Same outputs and same matplotlib: same bytes.
 
     Raises:
-        OutputsError, BundleError, PreparedError: see :func:`qkt_clinical.report.outputs.read_outputs`.
+        OutputsError, BundleError, PreparedError: see :func:`qkt_clinical.records.outputs.read_outputs`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -7,9 +7,10 @@ from typing import Any
 
 from qkt_clinical import __version__
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.model_card import teacher_model_card
+from qkt_clinical.records.evaluation import Interval
+from qkt_clinical.records.outputs import Outputs, QueryOutputs, SiteOutputs
 from qkt_clinical.report import charts
-from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs, SiteOutputs
+from qkt_clinical.report.model_card import teacher_model_card
 from qkt_clinical.report.page import environment, gain_bars
 
 

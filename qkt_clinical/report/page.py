@@ -12,10 +12,12 @@ from functools import cache
 
 from jinja2 import Environment
 
-from qkt_clinical.counts import shown_count
-from qkt_clinical.html import page_environment
+from qkt_clinical.common import wording
+from qkt_clinical.common.disclosure import shown_count
+from qkt_clinical.common.html import page_environment
+from qkt_clinical.records.evaluation import Interval
+from qkt_clinical.records.outputs import Outputs, QueryOutputs
 from qkt_clinical.report import charts
-from qkt_clinical.report.outputs import Interval, Outputs, QueryOutputs
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Bar:
 def _before_after(before: Interval | None, after: Interval | None) -> str:
     if before is None and after is None:
         return "too few images"
-    one, two = ("too few images" if v is None else charts.percent(v.value) for v in (before, after))
+    one, two = ("too few images" if v is None else wording.percent(v.value) for v in (before, after))
     return f"{one} → {two}"
 
 
@@ -46,10 +48,10 @@ def gain_bars(outputs: Outputs) -> list[Bar]:
     """Balanced accuracy before and after, per query."""
     return [
         Bar(
-            f"{q.evaluation.hospital}: {charts.words(q.evaluation.classes)}",
+            f"{q.evaluation.hospital}: {wording.words(q.evaluation.classes)}",
             q.evaluation.before.balanced_accuracy,
             q.evaluation.after.balanced_accuracy,
-            f"{charts.points(q.evaluation.gain.value)} points",
+            f"{wording.points(q.evaluation.gain.value)} points",
             q.evaluation.gain.value < 0,
         )
         for q in outputs.queries
@@ -84,9 +86,9 @@ def reliability_curves(query: QueryOutputs) -> list[charts.Curve]:
 def environment() -> Environment:
     """The pages' templates and filters."""
     made = page_environment("qkt_clinical.report")
-    for function in (charts.percent, charts.percents, charts.points, charts.size, charts.words):
+    for function in (wording.percent, wording.percents, wording.points, wording.size, wording.words):
         made.filters[function.__name__] = function
-    made.filters["figure"] = charts.figure
+    made.filters["figure"] = wording.figure
     made.filters["count"] = lambda number: number if isinstance(number, str) else shown_count(number)
     return made
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.config import Workspace
-from qkt_clinical.data import PreparedSite, load_prepared
-from qkt_clinical.report.outputs import Flip, Outputs, QueryOutputs
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import PreparedSite, load_prepared
+from qkt_clinical.records.evaluation import Flip
+from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
 MOST = 12
 """Pictures of one direction at most."""

@@ -8,12 +8,15 @@ from importlib import metadata
 from typing import Any
 
 from qkt_clinical import __version__
-from qkt_clinical.decisions import Decision, champions
-from qkt_clinical.gate import Rule
-from qkt_clinical.model_card import student_model_card, unmeasured_model_card
-from qkt_clinical.query import at_risk
+from qkt_clinical.common import wording
+from qkt_clinical.qkt.planning import at_risk
+from qkt_clinical.records.decisions import Decision, champions
+from qkt_clinical.records.evaluation import Share
+from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, flat, shares
+from qkt_clinical.records.phases import Phase1
+from qkt_clinical.records.verdict import Rule
 from qkt_clinical.report import charts
-from qkt_clinical.report.outputs import AnswerOutputs, Outputs, Phase1, QueryOutputs, Share, flat, shares
+from qkt_clinical.report.model_card import student_model_card, unmeasured_model_card
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
 from qkt_clinical.report.pictures import MOST, Flipped
 
@@ -102,12 +105,12 @@ def rule_figure(rule: Rule) -> str:
     """A rule's figure as its page shows it."""
     if rule.figure is None:
         return rule.note or "unknown"
-    return f"{rule.figure:,.0f}" if rule.rule.endswith("_images") else charts.percent(rule.figure)
+    return f"{rule.figure:,.0f}" if rule.rule.endswith("_images") else wording.percent(rule.figure)
 
 
 def rule_threshold(rule: Rule) -> str:
     """A rule's threshold in the same unit."""
-    return f"{rule.threshold:,.0f}" if rule.rule.endswith("_images") else charts.percent(rule.threshold)
+    return f"{rule.threshold:,.0f}" if rule.rule.endswith("_images") else wording.percent(rule.threshold)
 
 
 def standing(decisions: tuple[Decision, ...], model: str, digest: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.files import new_folder, write_text
+from qkt_clinical.common.files import new_folder, write_text
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.report.index_page import render_index
-from qkt_clinical.report.outputs import read_outputs
 from qkt_clinical.report.pictures import flipped_cases
 from qkt_clinical.report.query_page import render_query, render_unmeasured
 
@@ -18,7 +19,7 @@ def write_report(root: Path, params: Params) -> Path:
     Pages of queries that are no longer answered are gone afterwards.
 
     Raises:
-        OutputsError, BundleError, PreparedError: see :func:`qkt_clinical.report.outputs.read_outputs` and
+        OutputsError, BundleError, PreparedError: see :func:`qkt_clinical.records.outputs.read_outputs` and
             :func:`qkt_clinical.report.pictures.flipped_cases`.
     """
     reports = Workspace(root).reports

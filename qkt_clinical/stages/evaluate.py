@@ -19,19 +19,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkt_clinical.bundle import load_bundle
-from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.counts import shown_parts, shown_total, too_few
-from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.common.disclosure import shown_parts, shown_total, too_few
+from qkt_clinical.common.files import digest_bytes, digest_folder, write_json, write_text
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.evaluation import TestSet, assess, by_subgroup, share_given_away
-from qkt_clinical.files import digest_bytes, digest_folder, write_json, write_text
-from qkt_clinical.locks import hold_query
-from qkt_clinical.networks import pick_device
-from qkt_clinical.seeding import derive
-from qkt_clinical.stages.transfer import read_plan
-from qkt_clinical.training import predict, to_input
-from qkt_clinical.transfer import predict_scores
+from qkt_clinical.evaluation.metrics import TestSet, assess, by_subgroup, share_given_away
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import pick_device
+from qkt_clinical.qkt.prediction import predict_scores
+from qkt_clinical.records.plan import read_plan
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")

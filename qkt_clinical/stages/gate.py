@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qkt_clinical.config import Params, QueryRef, Workspace
-from qkt_clinical.decisions import champion_of
+from qkt_clinical.common.files import digest_folder, write_json
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError, QktError
-from qkt_clinical.files import digest_folder, write_json
-from qkt_clinical.gate import Verdict, judge
-from qkt_clinical.locks import hold_query
+from qkt_clinical.evaluation.gate import judge
+from qkt_clinical.records.decisions import champion_of
+from qkt_clinical.records.verdict import Verdict
 
 
 class NotMeasured(OutputsError):

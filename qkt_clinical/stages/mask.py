@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkt_clinical.bundle import load_bundle
-from qkt_clinical.card import MASK, Mask
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.files import write_json
-from qkt_clinical.masking import compute_mask
-from qkt_clinical.seeding import derive
+from qkt_clinical.common.files import write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.qkt.masks import compute_mask
+from qkt_clinical.records.card import MASK, Mask
 
 
 def mask_site(root: Path, site: str, params: Params) -> Mask:

@@ -9,18 +9,22 @@ from typing import Any
 import torch
 
 from qkt_clinical import __version__
-from qkt_clinical.bundle import write_bundle
-from qkt_clinical.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
-from qkt_clinical.config import Params, Workspace
-from qkt_clinical.counts import withhold
-from qkt_clinical.data import PreparedSite, load_prepared
+from qkt_clinical.common.disclosure import withhold
+from qkt_clinical.common.files import digest_bytes, digest_file, to_json, write_json
+from qkt_clinical.common.system_metrics import keep_usage, watched
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
-from qkt_clinical.files import digest_bytes, digest_file, to_json, write_json
-from qkt_clinical.networks import check_size, pick_device
-from qkt_clinical.private import train_private
-from qkt_clinical.training import Checkpoint, History, predict, to_input, train_teacher
-from qkt_clinical.unlike import make_reference
-from qkt_clinical.usage import keep_usage, watched
+from qkt_clinical.models.bundle import write_bundle
+from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import check_size, pick_device
+from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.training.classifier import train_teacher
+from qkt_clinical.training.loop import Checkpoint, History
+from qkt_clinical.training.private import train_private
 
 METRICS, CURVES = "metrics.json", "curves.json"
 

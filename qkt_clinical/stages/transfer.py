@@ -8,38 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from qkt_clinical import __version__
-from qkt_clinical.bundle import Bundle, load_bundle, write_bundle
-from qkt_clinical.card import CARD, MASK, REFERENCE
-from qkt_clinical.config import Params, Workspace, load_query
-from qkt_clinical.counts import shown_count, shown_total, too_few, withhold
-from qkt_clinical.data import load_prepared
+from qkt_clinical.common.disclosure import shown_count, shown_total, too_few, withhold
+from qkt_clinical.common.files import digest_bytes, digest_file, new_folder, to_json, write_json
+from qkt_clinical.common.seeding import derive
+from qkt_clinical.common.system_metrics import keep_usage, watched
+from qkt_clinical.config.loading import load_query
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import load_prepared
 from qkt_clinical.errors import QueryError
-from qkt_clinical.files import digest_bytes, digest_file, new_folder, to_json, write_json
-from qkt_clinical.masking import shown_classes
-from qkt_clinical.networks import pick_device
-from qkt_clinical.query import Plan
-from qkt_clinical.seeding import derive
-from qkt_clinical.training import Checkpoint
-from qkt_clinical.transfer import Answer, LocalData, Teacher, answer_query
-from qkt_clinical.unlike import make_reference
-from qkt_clinical.usage import keep_usage, watched
-
-
-def read_plan(folder: Path) -> Plan:
-    """Read ``plan.json``.
-
-    Raises:
-        QueryError: absent or not a plan.
-    """
-    try:
-        return Plan.model_validate_json((folder / "plan.json").read_bytes())
-    except (OSError, ValidationError):
-        raise QueryError(
-            "no readable plan", remedy="Run 'qkt plan' for this query first.", file=folder, code="no-plan"
-        ) from None
+from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.models.networks import pick_device
+from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
+from qkt_clinical.qkt.masks import shown_classes
+from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.records.card import CARD, MASK, REFERENCE
+from qkt_clinical.records.plan import Plan, read_plan
+from qkt_clinical.training.loop import Checkpoint
 
 
 def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:

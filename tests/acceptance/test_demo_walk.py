@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qkt_clinical.config import load_params
-from qkt_clinical.files import digest_folder
-from qkt_clinical.tracking import registry_client
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.tracking.client import registry_client
 from tests.acceptance.test_query_jobs import absent, assert_shown, qkt, versions
 from tests.chromium import needs_chromium
 from tests.servers import mlflow_server

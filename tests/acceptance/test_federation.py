@@ -15,18 +15,19 @@ from typing import Any
 import psutil
 import pytest
 
-from qkt_clinical.config import Workspace, load_params
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.datasets.phantom import phantom_params, write_federation
+from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.federation import run
 from qkt_clinical.federation.audit import RECORD, read_record
 from qkt_clinical.federation.server import Server
-from qkt_clinical.files import digest_folder
 from qkt_clinical.ingest import ingest_site
-from qkt_clinical.phantom import phantom_params, write_federation
-from qkt_clinical.query import plan_query
 from qkt_clinical.stages.mask import mask_site
+from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
-from qkt_clinical.workspace import write_workspace
 from tests.servers import Line, free_port
 
 pytest.importorskip("nvflare", reason="the extra 'federation' is not installed")

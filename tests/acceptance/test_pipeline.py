@@ -14,10 +14,12 @@ import nibabel
 import pydicom
 import pytest
 
-from qkt_clinical.config import Params, Workspace, parse
-from qkt_clinical.files import digest_file, digest_folder
-from qkt_clinical.phantom import phantom_params, write_federation
-from qkt_clinical.workspace import write_workspace
+from qkt_clinical.common.files import digest_file, digest_folder
+from qkt_clinical.config.loading import parse
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.datasets.phantom import phantom_params, write_federation
+from qkt_clinical.datasets.workspace import write_workspace
 from tests.ingest_files import IDENTITIES, IDENTITY, plant_identities
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
@@ -200,9 +202,9 @@ def test_one_hospitals_change_leaves_the_others_alone(volumes: tuple[Path, str])
 def pipeline(root: Path, params: Params) -> None:
     """Every stage in this process, in the order of ``params``."""
     from qkt_clinical.ingest import ingest_site
-    from qkt_clinical.query import plan_query
     from qkt_clinical.stages.evaluate import evaluate_queries
     from qkt_clinical.stages.mask import mask_site
+    from qkt_clinical.stages.plan import plan_query
     from qkt_clinical.stages.train import train_site
     from qkt_clinical.stages.transfer import transfer_query
 

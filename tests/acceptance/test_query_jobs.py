@@ -21,15 +21,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from qkt_clinical.card import CARD, WEIGHTS
-from qkt_clinical.config import Params, Workspace, load_params
-from qkt_clinical.files import digest_file, digest_folder, write_json
+from qkt_clinical.common.files import digest_file, digest_folder, write_json
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.datasets.phantom import phantom_params, write_federation
+from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.ingest import ingest_site
-from qkt_clinical.phantom import phantom_params, write_federation
+from qkt_clinical.records.card import CARD, WEIGHTS
 from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.train import train_site
-from qkt_clinical.tracking import registry_client, track
-from qkt_clinical.workspace import write_workspace
+from qkt_clinical.tracking.client import registry_client
+from qkt_clinical.tracking.mirror import track
 from tests.chromium import chromium, needs_chromium
 from tests.servers import mlflow_server
 

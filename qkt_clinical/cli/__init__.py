@@ -1,0 +1,14 @@
+"""The command line ``qkt``: thin, one module per group of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can act on end as one line on standard error and exit code 1."""
+    from qkt_clinical.cli.app import app
+    from qkt_clinical.common.console import errors_as_lines
+
+    with errors_as_lines():
+        app(args=None if arguments is None else list(arguments))

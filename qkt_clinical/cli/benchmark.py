@@ -1,0 +1,83 @@
+"""``qkt benchmark``: every method on simulated hospitals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkt_clinical.catalog import BENCHMARK_METHODS, Device, EvaluationSplit, Network, Partition, Regime
+from qkt_clinical.cli.options import Json, print_json
+from qkt_clinical.common.console import progress
+from qkt_clinical.errors import QktError
+
+
+def benchmark(
+    data: Annotated[Path, typer.Option(help="Labelled npz in MedMNIST's layout.", metavar="FILE.npz")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results and for what a resumed run needs.", file_okay=False)
+    ],
+    partition: Annotated[
+        Partition, typer.Option(help="A few classes for each hospital, or skewed proportions.")
+    ] = "pathological",
+    hospitals: Annotated[int, typer.Option(min=2, help="How many.")] = 6,
+    classes_per_hospital: Annotated[int, typer.Option(min=2, help="For pathological.")] = 3,
+    beta: Annotated[float, typer.Option(min=0.001, help="Concentration for dirichlet.")] = 0.3,
+    regime: Annotated[Regime, typer.Option(help="Ask for classes without, or with a few images.")] = "absent",
+    samples_per_rare_class: Annotated[int, typer.Option(min=1, max=50, help="For rare.")] = 20,
+    query_size: Annotated[int, typer.Option(min=1, help="Classes per query.")] = 1,
+    seeds: Annotated[str, typer.Option(help="Each divides the data and trains anew.")] = "0,1,2",
+    methods: Annotated[
+        str, typer.Option(help=f"all ({', '.join(BENCHMARK_METHODS)}), ablations, or names with commas.")
+    ] = "all",
+    rounds: Annotated[
+        str, typer.Option(help="Federations are trained for so many each; the best on val counts.")
+    ] = "20,50",
+    network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
+    max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0001, max=0.9999, help="Share of own images given away at most.")
+    ] = 0.02,
+    split: Annotated[EvaluationSplit, typer.Option(help="Tune on val, report on test.")] = "test",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one per core, or one on CUDA.", show_default=False)
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where networks run.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare all methods on simulated hospitals: every query of every seed, one table."""
+    from qkt_clinical.benchmark.runner import run
+    from qkt_clinical.benchmark.settings import Settings, parse_list, parse_numbers
+    from qkt_clinical.benchmark.summary import methods_table
+    from qkt_clinical.config.params import TrainParams
+
+    settings = Settings(
+        partition=partition,
+        hospitals=hospitals,
+        classes_per_hospital=classes_per_hospital,
+        beta=beta,
+        regime=regime,
+        samples_per_rare_class=samples_per_rare_class,
+        query_size=query_size,
+        seeds=parse_numbers(seeds, "--seeds"),
+        methods=parse_list(methods),
+        rounds=parse_numbers(rounds, "--rounds", least=1),
+        max_queries=max_queries,
+        budget=budget,
+        split=split,
+        device=device,
+        train=TrainParams(network=network),
+    )
+    try:
+        with progress("benchmark", quiet=as_json) as step:
+            result = run(data, out, settings, workers=workers, resume=resume, progress=step)
+    except KeyboardInterrupt:
+        raise QktError(
+            "stopped; what was finished is kept", remedy="Add --resume to go on.", code="stopped"
+        ) from None
+    if as_json:
+        print_json(result["summary"])
+    else:
+        print(f"{methods_table(result['summary'])}\n\nfiles: {out}")

@@ -1,0 +1,70 @@
+"""What the commands of ``qkt`` have in common."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qkt_clinical.catalog import Device
+from qkt_clinical.config.params import Params
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.errors import ConfigError
+
+Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
+
+Hospital = Annotated[str | None, typer.Argument(help="The asking hospital; all queries where none is named.")]
+
+Query = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
+
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes that decode; one per core.", show_default=False),
+]
+
+
+def named_sites(params: Params, sites: list[str] | None) -> list[str]:
+    """The hospitals named on the command line, or all of them."""
+    return list(sites) if sites else list(params.sites)
+
+
+def named_queries(params: Params, hospital: str | None, query: str | None) -> list[tuple[str, str]]:
+    """The queries meant: one, all of a hospital, or all."""
+    if hospital and query:
+        return [(hospital, query)]
+    chosen = [(r.hospital, r.query) for _, r in sorted(params.queries.items())]
+    if hospital:
+        chosen = [c for c in chosen if c[0] == hospital]
+    if not chosen:
+        raise ConfigError(
+            f"no query of {hospital or 'any hospital'} in params.yaml",
+            remedy="Name hospital and query, or add the query to params.yaml.",
+        )
+    return chosen
+
+
+def named_refs(params: Params, hospital: str | None, query: str | None) -> list[QueryRef]:
+    """:func:`named_queries` as references."""
+    return [QueryRef(hospital=h, query=q) for h, q in named_queries(params, hospital, query)]
+
+
+EPILOG = "Exit codes: 0 ok, 1 failed (the message says what to do), 2 wrong use."
+
+HERE = Path()
+
+Root = Annotated[
+    Path, typer.Option("--root", "-C", help="Workspace: the folder with params.yaml.", file_okay=False)
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+OnDevice = Annotated[
+    Device | None, typer.Option("--device", help="Overrides 'device' in params.yaml.", show_default=False)
+]
+
+
+def print_json(value: Any) -> None:
+    """A command's result on standard output."""
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))

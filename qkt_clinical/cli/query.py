@@ -1,0 +1,315 @@
+"""``qkt query``: ask, look at what it would cost, have it answered, see how far it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkt_clinical.catalog import Method
+from qkt_clinical.cli.options import EPILOG, HERE, Json, OnDevice, Root, print_json
+from qkt_clinical.common.console import progress
+from qkt_clinical.common.files import digest_folder
+from qkt_clinical.config.loading import load_params, load_query
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.errors import QktError
+
+if TYPE_CHECKING:
+    from qkt_clinical.jobs import Job
+    from qkt_clinical.jobs.run import Report
+
+query_app = typer.Typer(
+    epilog=EPILOG,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Ask for a class, and have this hospital's machine answer with teachers from the registry.",
+)
+Asking = Annotated[str, typer.Argument(metavar="HOSPITAL", help="Who asks.")]
+Named = Annotated[str, typer.Argument(metavar="QUERY", help="Name of the query file without '.yaml'.")]
+Only = Annotated[str | None, typer.Argument(metavar="[HOSPITAL]", help="Of one hospital alone.")]
+DEFAULTS = QueryConfig(classes=("any",))
+
+
+@query_app.command("new", epilog=EPILOG)
+def query_new(
+    hospital: Asking,
+    query: Named,
+    classes: Annotated[str, typer.Option("--classes", help="Classes to learn, with commas.")],
+    method: Annotated[Method, typer.Option(help="How it is answered.")] = DEFAULTS.method,
+    budget: Annotated[
+        float, typer.Option(help="Give away at most this share of the images that are classified today.")
+    ] = DEFAULTS.budget,
+    max_teachers: Annotated[
+        int | None, typer.Option(help="Hear at most so many.", show_default=False)
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Hospitals not to hear, with commas.", show_default=False)
+    ] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Write a query file, hospitals/HOSPITAL/queries/QUERY.yaml; nothing is run."""
+    from qkt_clinical.jobs.new import new_query
+
+    path = new_query(
+        root,
+        hospital,
+        query,
+        _words(classes),
+        load_params(root),
+        method=method,
+        budget=budget,
+        max_teachers=max_teachers,
+        exclude_teachers=_words(exclude or ""),
+    )
+    if as_json:
+        print_json({"hospital": hospital, "query": query, "file": path.as_posix()})
+    else:
+        print(f"{path}: look it over, then 'qkt query plan {hospital} {query}'")
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
+@query_app.command("plan", epilog=EPILOG)
+def query_plan(
+    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+) -> None:
+    """Show who would answer, why, and what it costs; nothing is fetched but cards and masks."""
+    from qkt_clinical.common.wording import size, words
+    from qkt_clinical.jobs import preview
+
+    seen = preview(root, hospital, query, load_params(root), device=device)
+    plan = seen.plan
+    if as_json:
+        print_json(
+            plan.model_dump(mode="json")
+            | {
+                "versions": seen.versions,
+                "risks": {asked: list(names) for asked, names in seen.risks},
+                "fetched_bytes": seen.fetched_bytes,
+                "expected_seconds": round(seen.seconds, 1),
+            }
+        )
+        return
+    print(f"{hospital} asks for {words(plan.classes)}; method {plan.method}, budget {plan.budget:g}")
+    for teacher in plan.teachers:
+        scores = ", ".join(f"{c} {s:.2f}" for c, s in teacher.scores.items())
+        number = f" version {seen.versions[teacher.site]}," if teacher.relevant else ""
+        print(
+            f"  {'+' if teacher.relevant else '-'} {teacher.site}:{number} {teacher.reason}; mask {scores} "
+            f"(known from {teacher.threshold:.2f}), {size(teacher.bytes)}"
+        )
+    print(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
+    for asked, names in seen.risks:
+        print(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
+
+
+@contextmanager
+def _shown(quiet: bool) -> Iterator[Report]:
+    """Steps of a job as they go: a line each, and progress within."""
+    last: tuple[str, str | None] | None = None
+    with progress("  transfer", quiet=quiet) as step:
+
+        def show(job: Job) -> None:
+            nonlocal last
+            if quiet or job.state != "running":
+                return
+            if (job.name, job.step) != last and job.step:
+                last = (job.name, job.step)
+                typer.echo(f"{job.name}: {job.step}", err=True)
+            if job.step == "transfer" and job.total:
+                step(job.done, job.total)
+
+        yield show
+
+
+def _say(job: Job) -> None:
+    extra = ""
+    if job.state in ("running", "failed", "interrupted") and job.step:
+        extra = f" at {job.step}" + (f" {job.done}/{job.total}" if job.total else "")
+    if job.version:
+        extra += f", version {job.version} of student.{job.hospital}.{job.query}"
+    print(f"{job.name}: {job.state}{extra}")
+    if job.error:
+        print(f"  {job.error.message}. {job.error.remedy}")
+    if job.note:
+        print(f"  {job.note}")
+
+
+def _as_json(job: Job) -> dict[str, Any]:
+    return job.model_dump(mode="json", exclude={"format", "asked", "transferred"})
+
+
+@query_app.command("run", epilog=EPILOG)
+def query_run(
+    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+) -> None:
+    """Answer a query: fetch the relevant teachers, transfer, register the student.
+
+    Interrupted, it goes on where it was; what has not changed is not done again.
+    """
+    from qkt_clinical.jobs import run
+
+    with _shown(as_json) as report:
+        job = run(root, hospital, query, load_params(root), device=device, report=report)
+    print_json(_as_json(job)) if as_json else _say(job)
+
+
+@query_app.command("resume", epilog=EPILOG)
+def query_resume(
+    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+) -> None:
+    """Go on with a query that was interrupted, has failed or was cancelled."""
+    from qkt_clinical.jobs import resume
+
+    with _shown(as_json) as report:
+        job = resume(root, hospital, query, load_params(root), device=device, report=report)
+    print_json(_as_json(job)) if as_json else _say(job)
+
+
+@query_app.command("work", epilog=EPILOG)
+def query_work(
+    hospital: Only = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+) -> None:
+    """Answer all waiting and interrupted queries; start one such worker per device.
+
+    Exit code 1 if a query failed.
+    """
+    from qkt_clinical.jobs import work
+
+    with _shown(as_json) as report:
+        jobs = work(root, load_params(root), hospital=hospital, device=device, report=report)
+    if as_json:
+        print_json([_as_json(job) for job in jobs])
+    else:
+        for job in jobs:
+            _say(job)
+        print(f"{len(jobs)} queries taken up by this worker")
+    if any(job.state == "failed" for job in jobs):
+        raise typer.Exit(1)
+
+
+@query_app.command("list", epilog=EPILOG)
+def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Name all queries: what is asked, how, and how far the answer is."""
+    from qkt_clinical.jobs import Board
+
+    jobs = Board(root).jobs(hospital)
+    if as_json:
+        print_json(
+            [
+                {"hospital": j.hospital, "query": j.query, "state": j.state}
+                | (load_query(root, j.hospital, j.query).model_dump(mode="json") if _readable(j) else {})
+                for j in jobs
+            ]
+        )
+        return
+    for job in jobs:
+        words = ""
+        if _readable(job):
+            asked = load_query(root, job.hospital, job.query)
+            words = f"; {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}"
+        print(f"{job.name}: {job.state}{words}")
+    print(f"{len(jobs)} queries")
+
+
+def _readable(job: Job) -> bool:
+    """Whether the query's file says what is asked."""
+    return job.error is None or job.error.code != "config"
+
+
+@query_app.command("status", epilog=EPILOG)
+def query_status(
+    hospital: Annotated[str | None, typer.Argument(help="Of one hospital alone.")] = None,
+    query: Annotated[str | None, typer.Argument(help="One query alone.")] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Say how far the answers are, and why one failed."""
+    from qkt_clinical.jobs import Board
+
+    board = Board(root)
+    if hospital and query:
+        job = board.read(hospital, query)
+        print_json(_as_json(job)) if as_json else _say(job)
+        return
+    jobs = board.jobs(hospital)
+    if as_json:
+        print_json([_as_json(job) for job in jobs])
+    else:
+        for job in jobs:
+            _say(job)
+
+
+@query_app.command("show", epilog=EPILOG)
+def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
+    """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
+    from qkt_clinical.jobs import Board
+
+    space = Workspace(root)
+    folder = space.student(hospital, query)
+    measured = _read(space.reports / "evaluation" / hospital / f"{query}.json") or {}
+    judged = _read(space.reports / "gate" / hospital / f"{query}.json") or {}
+    digest = digest_folder(folder)  # what was said of another student is not said of this one
+    found = {
+        "query": load_query(root, hospital, query).model_dump(mode="json"),
+        "job": _as_json(Board(root).read(hospital, query)),
+        "plan": _read(folder / "plan.json"),
+        "phases": _read(folder / "phases.json"),
+        "evaluation": measured if measured.get("student") == digest else None,
+        "gate": judged if judged.get("digest") == digest else None,
+    }
+    if as_json:
+        print_json(found)
+        return
+    asked = found["query"]
+    print(f"asks for {', '.join(asked['classes'])} by {asked['method']}, budget {asked['budget']:g}")
+    _say(Board(root).read(hospital, query))
+    if found["plan"]:
+        heard = [t for t in found["plan"]["teachers"] if t["relevant"]]
+        for teacher in heard:
+            print(f"  {teacher['site']}: {teacher['reason']}")
+    if found["phases"]:
+        second = found["phases"]["phase2"]
+        given = "a share" if second["given_away"] is None else f"{second['given_away']:.1%}"
+        print(f"given away: {given} of own calibration images, budget {second['budget']:.1%}")
+    if found["evaluation"]:
+        for side in ("before", "after"):
+            figures = found["evaluation"][side]
+            named = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+            print(f"{side}: " + ", ".join(f"{n} {figures[n]['value']:.3f}" for n in named))
+    elif found["plan"]:
+        print("nobody has measured this student")
+    if found["gate"]:
+        unmet = [r["rule"] for r in found["gate"]["rules"] if not r["passed"]]
+        print(f"gate: {'passed' if found['gate']['passed'] else 'not passed: ' + ', '.join(unmet)}")
+
+
+def _read(path: Any) -> Any:
+    """A JSON file of the workspace, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise QktError(
+            "cannot be read", remedy="Run 'dvc repro' to make it again.", file=path, code="outputs"
+        ) from None
+
+
+@query_app.command("cancel", epilog=EPILOG)
+def query_cancel(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
+    """Take a query back: workers leave it alone, and who answers it now stops; 'run' asks it again."""
+    from qkt_clinical.jobs import Board
+
+    job = Board(root).cancel(hospital, query)
+    if as_json:
+        print_json(_as_json(job))
+    else:
+        print(f"{job.name}: {'cancelled' if job.state == 'cancelled' else 'will stop soon'}")

@@ -1,0 +1,234 @@
+"""The stages of the pipeline as commands: ``qkt train``, ``qkt mask`` and so on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from qkt_clinical.cli.options import (
+    HERE,
+    Hospital,
+    Json,
+    OnDevice,
+    Query,
+    Root,
+    Sites,
+    named_queries,
+    named_refs,
+    named_sites,
+    print_json,
+)
+from qkt_clinical.common.console import progress, tell_skipped
+from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.loading import load_params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.errors import ConfigError
+
+
+def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
+    """Train each hospital's teacher on its own images."""
+    from qkt_clinical.stages.train import train_site
+
+    params = load_params(root)
+    done = {}
+    for site in named_sites(params, sites):
+        with progress(f"train {site}", quiet=as_json) as step:
+            done[site] = train_site(root, site, params, device=device, progress=step)
+        if not as_json:
+            print(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
+    if as_json:
+        print_json(done)
+
+
+def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Find out which classes each teacher knows, without any image."""
+    from qkt_clinical.stages.mask import mask_site
+
+    params = load_params(root)
+    done = {}
+    for site in named_sites(params, sites):
+        found = mask_site(root, site, params)
+        known = [c for c, k in zip(found.classes, found.known, strict=True) if k]
+        done[site] = {
+            "known": known,
+            "scores": dict(zip(found.classes, found.scores, strict=True)),
+            "threshold": found.threshold,
+        }
+        if not as_json:
+            print(f"{site}: knows {', '.join(known)}")
+    if as_json:
+        print_json(done)
+
+
+def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Choose the relevant teachers of a query and fetch their bundles."""
+    from qkt_clinical.stages.plan import plan_query
+
+    params = load_params(root)
+    done = []
+    for site, name in named_queries(params, hospital, query):
+        with hold_query(root, site, name):
+            made = plan_query(root, site, name, params)
+        done.append(made.model_dump(mode="json"))
+        if not as_json:
+            print(f"{site}/{name}: {', '.join(made.relevant)}; {made.bytes_moved:,} bytes")
+            for teacher in made.teachers:
+                print(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
+    if as_json:
+        print_json(done)
+
+
+def transfer(
+    hospital: Hospital = None,
+    query: Query = None,
+    root: Root = HERE,
+    device: OnDevice = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a query on the asking hospital's images: phase 1 and phase 2.
+
+    Makes the plan first where there is none.
+    """
+    from qkt_clinical.stages.plan import plan_query
+    from qkt_clinical.stages.transfer import transfer_query
+
+    params = load_params(root)
+    done = []
+    for site, name in named_queries(params, hospital, query):
+        with hold_query(root, site, name):
+            if not (Workspace(root).fetched(site, name) / "plan.json").is_file():
+                plan_query(root, site, name, params)
+            with progress(f"transfer {site}/{name}", quiet=as_json) as step:
+                phases = transfer_query(root, site, name, params, device=device, progress=step)
+        done.append({"hospital": site, "query": name, **phases})
+        if not as_json:
+            given = phases["phase2"]["given_away"]
+            share = "a share" if given is None else f"{given:.1%}"
+            print(f"{site}/{name}: answered by {phases['method']}; {share} of own images given away")
+    if as_json:
+        print_json(done)
+
+
+def evaluate(
+    hospital: Hospital = None,
+    query: Query = None,
+    root: Root = HERE,
+    device: OnDevice = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every answer on held-out patients, before and after; one query alone where it is named.
+
+    Of several, a query without test images here is left out.
+    """
+    from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one, evaluate_queries
+
+    params = load_params(root)
+    if hospital or query:
+        rows = []
+        for ref in named_refs(params, hospital, query):
+            try:
+                with hold_query(root, ref.hospital, ref.query):
+                    rows.append(evaluate_one(root, ref, params, sites=params.sites, device=device))
+            except NoTestImages as error:
+                if query:
+                    raise
+                tell_skipped(ref, error)
+    else:
+        rows = evaluate_queries(root, params, device=device, skipped=tell_skipped)
+    if as_json:
+        print_json(rows)
+    else:
+        _table(rows)
+
+
+def gate(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+    """Judge every answer by the rules of params.yaml, or one; exit code 1 if one does not pass.
+
+    An answer that nobody has measured is not judged, and does not pass.
+    """
+    from qkt_clinical.stages.gate import gate_one, gate_queries
+
+    params = load_params(root)
+    refs = named_refs(params, hospital, query)
+    if hospital and query:
+        with hold_query(root, hospital, query):
+            verdicts = [gate_one(root, refs[0], params)]
+    else:
+        verdicts = gate_queries(root, params, refs, skipped=tell_skipped)
+    if as_json:
+        print_json([v.model_dump(mode="json") for v in verdicts])
+    else:
+        for v in verdicts:
+            print(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
+            for r in v.rules:
+                print(f"  {r.said}: {'met' if r.passed else 'NOT MET'} ({r.meaning})")
+    if len(verdicts) < len(refs) or not all(v.passed for v in verdicts):
+        raise typer.Exit(1)
+
+
+def report(root: Root = HERE, as_json: Json = False) -> None:
+    """Write the HTML report, reports/index.html and a page per query."""
+    from qkt_clinical.report import write_figure, write_report
+
+    params = load_params(root)
+    written = [write_report(root, params), write_figure(root)]
+    if as_json:
+        print_json({"files": [p.as_posix() for p in written]})
+    else:
+        print(f"report: {written[0]}")
+
+
+def track(root: Root = HERE, as_json: Json = False) -> None:
+    """Mirror the outputs to MLflow; running it again changes nothing, and rebuilds an empty database."""
+    from qkt_clinical.tracking.mirror import track as mirror
+
+    done = mirror(root, load_params(root))
+    if as_json:
+        print_json(done)
+    else:
+        print(f"track: {len(done['models'])} registered models")
+
+
+def summary(root: Root = HERE, as_json: Json = False) -> None:
+    """Print the table of answered queries, and where report and database are."""
+    path = Workspace(root).reports / "queries.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path) from None
+    if as_json:
+        print_json(rows)
+        return
+    _table(rows)
+    for label, file in (("report", "reports/index.html"), ("MLflow database", "mlflow.db")):
+        if (root / file).exists():
+            print(f"{label}: {(root / file).resolve()}")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def change(row: dict[str, Any], key: str) -> str:
+        return f"{row['before'][key]:.3f} → {row['after'][key]:.3f}"
+
+    table = Table(title="Accuracy on held-out patients: own model → answer")
+    for column in ("hospital", "query", "method", "query acc.", "retained acc.", "balanced acc.", "teachers"):
+        table.add_column(column, overflow="fold")
+    table.add_column("moved", justify="right")
+    for row in rows:
+        table.add_row(
+            row["hospital"],
+            row["query"],
+            row["method"],
+            *(change(row, k) for k in ("query_accuracy", "retained_accuracy", "balanced_accuracy")),
+            ", ".join(row["teachers"]),
+            f"{row['bytes_moved'] / 1e6:.1f} MB",
+        )
+    # Without a terminal the width is unknown; a wide table reads better in a log than a folded one.
+    console = Console() if sys.stdout.isatty() else Console(width=132)
+    console.print(table)

@@ -1,0 +1,63 @@
+"""What a person sees in a terminal: progress bars, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qkt_clinical.config.query import QueryRef
+from qkt_clinical.errors import QktError
+
+Step = Callable[[int, int], None]
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
+    """Yield a function to call with (done, total). Progress goes to standard error.
+
+    A bar on a terminal, else a plain line at the start of every quarter, both with the time that is left.
+    """
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        shown = -1
+        start = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal shown
+            quarter = 4 * done // max(1, total)
+            if quarter != shown:
+                shown = quarter
+                left = (time.monotonic() - start) / done * (total - done) if done else 0.0
+                words = f", about {left:.0f} s left" if left >= 1 else ""
+                print(f"{label}: {done}/{total}{words}", file=sys.stderr, flush=True)
+
+        yield line
+
+
+def tell_skipped(ref: QueryRef, why: QktError) -> None:
+    """Name a query that a stage leaves out, on standard error."""
+    print(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}", file=sys.stderr)
+
+
+@contextmanager
+def errors_as_lines(stage: str | None = None) -> Iterator[None]:
+    """End the process with one line on standard error and exit code 1 for what a user can put right."""
+    try:
+        yield
+    except QktError as error:
+        print(f"error [{error.code}]: {error.at(stage=stage)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,105 @@
+"""What a stage takes of the machine while it runs, for MLflow's pages.
+
+Kept outside a stage's outputs, since no two runs take the same. Asked for as in MLflow itself, by
+``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=true``. MLflow's own monitor needs an open run; here runs are mirrored
+when the stages are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qkt_clinical.common.files import write_json
+
+SWITCH, EVERY = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
+EVERY_S, MOST = 1.0, 10_000
+"""Seconds between two samples unless said otherwise; samples kept at most."""
+
+Sample = dict[str, float]
+
+
+def asked() -> bool:
+    """Whether the environment asks for system metrics."""
+    return os.environ.get(SWITCH, "").lower() in ("1", "true")
+
+
+def _every() -> float:
+    try:
+        return max(float(os.environ.get(EVERY, "")), 0.05)
+    except ValueError:
+        return EVERY_S
+
+
+def _sample() -> Sample:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    taken = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": round(memory.used / 1e6, 1),
+        "system_memory_usage_percentage": memory.percent,
+        "process_memory_usage_megabytes": round(psutil.Process().memory_info().rss / 1e6, 1),
+    }
+    import torch
+
+    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        free, total = torch.cuda.mem_get_info(i)
+        taken[f"gpu_{i}_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
+        taken[f"gpu_{i}_memory_usage_percentage"] = round(100 * (total - free) / total, 1)
+    return taken
+
+
+@contextmanager
+def watched() -> Iterator[list[Sample]]:
+    """Samples of processor, memory and graphics memory, taken at intervals while the block runs.
+
+    The list is whole when the block has ended, and stays empty where nobody asked.
+    """
+    samples: list[Sample] = []
+    if not asked():
+        yield samples
+        return
+    import psutil
+
+    psutil.cpu_percent()  # the first call has nothing to compare with
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_every()) and len(samples) < MOST:
+            samples.append(_sample())
+
+    watcher = threading.Thread(target=watch, name="usage", daemon=True)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        watcher.join()
+        samples.append(_sample())
+
+
+def _file(scratch: Path, bundle: str) -> Path:
+    return scratch / "usage" / f"{bundle}.json"
+
+
+def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
+    """Keep what making a bundle took, if anything was sampled.
+
+    Args:
+        bundle: digest of its card, so that figures never pass for those of another model.
+    """
+    if samples:
+        write_json(_file(scratch, bundle), samples)
+
+
+def read_usage(scratch: Path, bundle: str) -> list[Sample]:
+    """What making a bundle took, in the order of time; empty where nobody asked."""
+    try:
+        return list(json.loads(_file(scratch, bundle).read_bytes()))
+    except (OSError, ValueError):  # scratch may be removed or torn at any time
+        return []

@@ -1,0 +1,1 @@
+"""Configuration files: params.yaml, site.yaml, query files, policy.yaml."""

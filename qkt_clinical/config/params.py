@@ -1,0 +1,173 @@
+"""``params.yaml``: every key with its bounds and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Estimator, Network, Split
+from qkt_clinical.config.base import Fraction, Name, Strict
+from qkt_clinical.config.query import QueryRef
+
+
+class SplitFractions(Strict):
+    """Shares of a site's images per split; they sum to 1. Patients are never divided."""
+
+    train: Fraction = 0.55
+    calibration: Fraction = 0.15
+    val: Fraction = 0.10
+    test: Fraction = 0.20
+
+    @model_validator(mode="after")
+    def _sum(self) -> SplitFractions:
+        total = self.train + self.calibration + self.val + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the four shares sum to {total:g}, not 1")
+        return self
+
+    def of(self, split: Split) -> float:
+        """Share of one split."""
+        return float(getattr(self, split))
+
+
+class IngestParams(Strict):
+    """Stage ``ingest``."""
+
+    splits: SplitFractions = SplitFractions()
+    max_file_mb: Annotated[int, Field(ge=1, le=100_000)] = 2_000
+    """Files whose stored or declared pixels exceed this are rejected before pixels are allocated."""
+
+
+class PrivacyParams(Strict):
+    """Differential privacy of a teacher (DP-SGD), for single images of the training split."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] = 8.0
+    """What the whole training may spend at most."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    """Must be below one over the number of training images."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Norm to which every image's gradient is cut."""
+
+
+class TrainParams(Strict):
+    """Stage ``train``: one teacher per site."""
+
+    network: Network = "resnet-small"
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 30
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-2
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Stop when balanced accuracy on validation images has not risen for so many epochs."""
+    augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """Strength of augmentation; 0 turns it off."""
+    privacy: PrivacyParams | None = None
+    """Differential privacy; null: none. With it, the last epoch counts."""
+
+    @model_validator(mode="after")
+    def _image_by_image(self) -> TrainParams:
+        if self.privacy is not None and self.network not in WITHOUT_BATCH_NORM:
+            raise ValueError(f"privacy needs a network without batch norm: {', '.join(WITHOUT_BATCH_NORM)}")
+        return self
+
+
+class MaskParams(Strict):
+    """Stage ``mask``: which classes a teacher knows, from its weights alone."""
+
+    estimator: Estimator = "combined"
+    threshold: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """lambda of the paper: scores at or above it count as known; ``auto``: the gap in the scores."""
+    probes: Annotated[int, Field(ge=8, le=100_000)] = 256
+
+
+class DistillationParams(Strict):
+    """Phase 1 where something is trained, by ``distill`` or ``joint``; ``none`` takes the views alone."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    views: Annotated[int, Field(ge=1, le=64)] = 8
+    """Augmented views per local image; each teacher sees each view once."""
+
+
+class TransferParams(Strict):
+    """Stage ``transfer``: phases 1 and 2."""
+
+    phase1: Literal["transplant", "distill", "joint", "none"] = "transplant"
+    """How the student takes up the teachers: their extractors made smaller, their features learned, their
+    answers learned together with the labels, or not at all: then only the head learns."""
+    phase2: bool = True
+    """Whether the head is refined on rare samples and given its operating point."""
+    rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the rank of a teacher's convolutions that ``qkt`` keeps."""
+    light_rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
+    """The same for ``qkt-light``."""
+    images: Annotated[int, Field(ge=1, le=100_000)] = 400
+    """Local images, one view each, on which a teacher's layers are reproduced; as many of every class."""
+    augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
+    flips: bool = True
+    """Whether the networks of a ``routed`` answer see mirror images of an image too."""
+    trust: bool = True
+    """Whether teachers are held against the hospital's own images, and those that fail are not heard."""
+    distillation: DistillationParams = DistillationParams()
+
+
+class EvaluateParams(Strict):
+    """Stage ``evaluate``."""
+
+    bootstrap: Annotated[int, Field(ge=0, le=100_000)] = 500
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+
+
+class GateParams(Strict):
+    """Stage ``gate``: what an answer must reach to pass."""
+
+    query_recall: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Recall of every class asked for, at the lower end of its interval, at least."""
+    forgetting: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Retained accuracy lost, at the upper end of its interval, at most."""
+    calibration: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Expected calibration error, at the upper end of its interval, at most."""
+    query_images: Annotated[int, Field(ge=0)] = 20
+    """Test images of every class asked for at least: of fewer, nobody can say how good an answer is."""
+    worse_than_champion: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Balanced accuracy by which a version may lie below the champion that it is to replace."""
+
+
+class TrackParams(Strict):
+    """Stage ``track``."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: ``sqlite:///<workspace>/mlflow.db``."""
+    experiment: str = "qkt-clinical"
+
+
+class Params(Strict):
+    """``params.yaml``."""
+
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    classes: tuple[str, ...] = Field(min_length=2, max_length=1000)
+    """The federation's label space; its order is the order of every network's outputs."""
+    sites: tuple[Name, ...] = Field(min_length=1)
+    queries: dict[Name, QueryRef]
+    ingest: IngestParams = IngestParams()
+    train: TrainParams = TrainParams()
+    mask: MaskParams = MaskParams()
+    transfer: TransferParams = TransferParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    gate: GateParams = GateParams()
+    track: TrackParams = TrackParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        for what, names in (("classes", self.classes), ("sites", self.sites)):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what} names {', '.join(twice)} twice")
+        for key, ref in self.queries.items():
+            if ref.hospital not in self.sites:
+                raise ValueError(f"query {key} belongs to {ref.hospital!r}, which is not among sites")
+        return self

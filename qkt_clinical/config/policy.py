@@ -1,0 +1,59 @@
+"""``policy.yaml``: what a hospital lets out of the house, and whom it hears."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qkt_clinical.config.base import Name, Strict
+
+# --- params.yaml ---------------------------------------------------------------------------------
+
+
+PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""Ed25519, in hexadecimal."""
+
+
+class Share(Strict):
+    """What leaves a site for the federation."""
+
+    teacher: bool = False
+    """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
+    metrics: bool = False
+    """Figures of its own students, with intervals and without counts."""
+    student: bool = False
+    """Its own students' bundles."""
+
+
+class Policy(Strict):
+    """``policy.yaml``: what a site gives to a federation, and to whom; what is not said is refused."""
+
+    share: Share = Share()
+    mask: Literal["all", "query"] = "query"
+    """Whether others see the mask of every class, or of those asked for and the asking hospital's own."""
+    refuse_classes: tuple[str, ...] = ()
+    """Classes about which the site answers nobody."""
+    refuse_requesters: tuple[Name, ...] = ()
+    """Hospitals that the site does not answer."""
+    queries_per_day: Annotated[int, Field(ge=0)] = 0
+    """Queries that the site helps to answer at most within any 24 hours."""
+    keys: dict[Name, PublicKey] = Field(default_factory=dict)
+    """Whose teachers are heard only if they are signed: site to its Ed25519 public key."""
+
+
+POLICY = "policy.yaml"
+
+OPEN_POLICY = """\
+# What may leave this hospital for a federation, and whose questions it hears; what is not said is refused.
+share:
+  teacher: true # its network and what it knows, for other hospitals' queries
+  metrics: true # figures of its own students, with intervals, without counts
+  student: false # its own students
+mask: all # all | query: others see only whether we know the classes asked for and the asking hospital's own
+refuse_classes: []
+refuse_requesters: []
+queries_per_day: 1000
+keys: {} # hospital: its public key; whoever is named is heard only if its teacher is signed
+"""
+"""What generated and simulated hospitals begin with."""

@@ -1,0 +1,31 @@
+"""Query files, and how a query is named."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qkt_clinical.catalog import Method
+from qkt_clinical.config.base import Name, Strict
+
+# --- hospitals/<site>/queries/<query>.yaml --------------------------------------------------------
+
+
+class QueryConfig(Strict):
+    """What a hospital asks: ``hospitals/<site>/queries/<query>.yaml``."""
+
+    classes: tuple[str, ...] = Field(min_length=1)
+    """Classes to learn, in the federation's label space."""
+    method: Method = "qkt"
+    budget: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    """Give away at most this share of the images that the hospital classifies today."""
+    max_teachers: Annotated[int, Field(ge=1, le=64)] | None = None
+    exclude_teachers: tuple[Name, ...] = ()
+
+
+class QueryRef(Strict):
+    """A query that the pipeline answers: ``hospitals/<hospital>/queries/<query>.yaml``."""
+
+    hospital: Name
+    query: Name

@@ -1,0 +1,88 @@
+"""Where things lie in a workspace."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from qkt_clinical.config.base import NAME
+from qkt_clinical.errors import ConfigError
+
+
+def query_file(root: Path, site: str, query: str) -> Path:
+    """``<root>/hospitals/<site>/queries/<query>.yaml``, whether it exists or not.
+
+    Raises:
+        ConfigError: a name is malformed, or there is no such hospital.
+    """
+    return site_folder(root, site) / "queries" / f"{check_name(query, 'query')}.yaml"
+
+
+def check_name(value: str, what: str) -> str:
+    """The name itself, if it is one of a site or query: it becomes a part of paths.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    if not NAME.fullmatch(value):
+        raise ConfigError(
+            f"{value!r} is no {what} name",
+            remedy="Use lower-case letters, digits, '-' and '_', at most 63.",
+        )
+    return value
+
+
+def site_folder(root: Path, site: str) -> Path:
+    """``<root>/hospitals/<site>``.
+
+    Raises:
+        ConfigError: the name is malformed or the folder does not exist.
+    """
+    folder = root / "hospitals" / check_name(site, "site")
+    if not folder.is_dir():
+        known = sorted(p.name for p in (root / "hospitals").glob("*") if (p / "site.yaml").is_file())
+        near = difflib.get_close_matches(site, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        hint += f"Known sites: {', '.join(known) or 'none'}."
+        raise ConfigError(f"no hospital {site!r}", remedy=hint, site=site)
+    return folder
+
+
+# --- where things lie -------------------------------------------------------------------------------
+
+
+class Workspace:
+    """Paths of a workspace: the folder with ``params.yaml``, ``dvc.yaml`` and ``hospitals/``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepared(self, site: str) -> Path:
+        """Prepared site: arrays, splits, manifest, integrity report."""
+        return self.root / "data" / "prepared" / site
+
+    def consent(self, site: str) -> Path:
+        """What a site lets others see."""
+        return self.root / "data" / "consent" / f"{site}.json"
+
+    def teacher(self, site: str) -> Path:
+        """Teacher bundle of a site."""
+        return self.root / "models" / "teachers" / site
+
+    def fetched(self, site: str, query: str) -> Path:
+        """Plan of a query and the teacher bundles fetched for it."""
+        return self.root / "models" / "fetched" / site / query
+
+    def student(self, site: str, query: str) -> Path:
+        """Student bundle of a query."""
+        return self.root / "models" / "students" / site / query
+
+    @property
+    def scratch(self) -> Path:
+        """Checkpoints and caches that survive DVC's removal of outs; never an output."""
+        return self.root / ".qkt"
+
+    @property
+    def reports(self) -> Path:
+        """Evaluation, plots and the HTML report."""
+        return self.root / "reports"

@@ -1,0 +1,1 @@
+"""Prepared sites: arrays, splits and manifest."""

@@ -1,0 +1,1 @@
+"""Hospitals to try things on: generated, or a public data set divided."""

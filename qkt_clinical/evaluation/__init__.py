@@ -1,0 +1,1 @@
+"""Figures on held-out images, and the gate that judges them."""

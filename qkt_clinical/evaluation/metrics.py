@@ -1,0 +1,419 @@
+"""Metrics of an answer on held-out images, with bootstrap intervals over patients. Pure functions.
+
+Predictions are the argmax over the relevant classes R. *Query accuracy* is the mean recall over the query,
+*retained accuracy* over the hospital's own classes, *balanced accuracy* over R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkt_clinical.common.disclosure import SMALLEST_COUNT
+
+Floats = NDArray[np.float64]
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Held-out images of the relevant classes, without the images.
+
+    ``labels`` (N,) indices into ``relevant``; ``patients`` (N,) any hashable ids.
+    """
+
+    labels: NDArray[np.int64]
+    patients: NDArray[np.str_]
+    classes: int
+    query: tuple[int, ...]
+    """Positions of the query classes among the relevant ones."""
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """Positions of the hospital's own classes."""
+        return tuple(c for c in range(self.classes) if c not in self.query)
+
+
+def patient_weights(patients: NDArray[np.str_], draws: int, seed: int) -> NDArray[np.int64]:
+    """How often each image counts in each bootstrap draw, (draws, N): patients drawn with replacement."""
+    unique, inverse = np.unique(patients, return_inverse=True)
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=draws)
+    return drawn[:, inverse].astype(np.int64)
+
+
+def recalls(correct: NDArray[np.bool_], labels: NDArray[np.int64], classes: int, weights: Floats) -> Floats:
+    """Recall per class (draws, classes) under weights (draws, N); NaN where a class has no weight."""
+    member = (labels[:, None] == np.arange(classes)[None]).astype(np.float64)
+    total = weights @ member
+    right = weights @ (member * correct[:, None])
+    out: Floats = np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)
+    return out
+
+
+def auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Area under the ROC curve (draws,) as the Mann-Whitney statistic, ties counted half.
+
+    Written out, since scikit-learn takes one weighting at a time and a bootstrap has hundreds.
+    """
+    above = scores[positive][:, None] - scores[~positive][None]
+    wins = (above > 0) + 0.5 * (above == 0)
+    w_pos, w_neg = weights[:, positive], weights[:, ~positive]
+    total = w_pos.sum(axis=1) * w_neg.sum(axis=1)
+    value = ((w_pos @ wins) * w_neg).sum(axis=1)
+    out: Floats = np.divide(value, total, out=np.full(len(total), np.nan), where=total > 0)
+    return out
+
+
+def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Area under the precision-recall curve (draws,) by steps, as scikit-learn has it; ties share a step.
+
+    Written out for the same reason as :func:`auroc`.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of the images with one score
+    drawn = weights[:, order]
+    found = np.cumsum(drawn * positive[order], axis=1)[:, last]
+    taken = np.cumsum(drawn, axis=1)[:, last]
+    total = found[:, -1:]
+    precision = np.divide(found, taken, out=np.zeros_like(found), where=taken > 0)
+    steps = np.diff(found, axis=1, prepend=0.0)
+    area = (precision * steps).sum(axis=1)
+    out: Floats = np.divide(area, total[:, 0], out=np.full(len(area), np.nan), where=total[:, 0] > 0)
+    return out
+
+
+def precisions(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int, weights: Floats
+) -> Floats:
+    """Precision per class (draws, classes) under weights (draws, N); NaN where a class is never predicted."""
+    return recalls(predicted == labels, predicted, classes, weights)
+
+
+def _binned(confidence: Floats, bins: int) -> NDArray[np.int64]:
+    """Which equal-width bin of [0, 1] each confidence falls into."""
+    return np.minimum((confidence * bins).astype(np.int64), bins - 1)
+
+
+def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> list[dict[str, float | int]]:
+    """Per bin that holds an answer: mean confidence, accuracy, number of images."""
+    which = _binned(confidence, bins)
+    return [
+        {
+            "confidence": round(float(confidence[which == b].mean()), DIGITS),
+            "accuracy": round(float(right[which == b].mean()), DIGITS),
+            "images": int((which == b).sum()),
+        }
+        for b in sorted(set(which.tolist()))
+    ]
+
+
+def reliability(
+    probabilities: Floats, labels: NDArray[np.int64], bins: int = 10
+) -> list[dict[str, float | int]]:
+    """Reliability curve of the top class.
+
+    Returns:
+        Per equal-width bin of confidence that holds an image: mean confidence, accuracy, number of images.
+    """
+    return _curve(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
+
+
+def paired_p(
+    test: TestSet, before: NDArray[np.bool_], after: NDArray[np.bool_], *, draws: int, seed: int
+) -> float:
+    """Two-sided p of the gain in balanced accuracy, swapping both models patient by patient.
+
+    Args:
+        test: labels and patients.
+        before, after: (N,) whether each model is right.
+        draws: swaps at most, at random where there are more ways to swap. Without any, or with one patient,
+            p is 1.
+        seed: of the swaps.
+    """
+    from scipy.stats import permutation_test
+
+    counts = np.bincount(test.labels, minlength=test.classes)
+    change = after.astype(np.float64) - before.astype(np.float64)
+    share = change / (counts[test.labels] * np.count_nonzero(counts))
+    _, owner = np.unique(test.patients, return_inverse=True)
+    of_patient = np.bincount(owner, weights=share)
+    if draws == 0 or len(of_patient) < 2:
+        return 1.0
+    # A single sample has its signs changed: that is what swapping both models does to a difference.
+    tested = permutation_test(
+        (of_patient,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=draws,
+        rng=np.random.default_rng(seed),
+    )
+    return round(float(tested.pvalue), DIGITS)
+
+
+def calibration_errors(
+    confidence: Floats, right: NDArray[np.bool_], weights: Floats, bins: int = 15
+) -> Floats:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by size.
+
+    Args:
+        confidence: (N,) in [0, 1].
+        right: (N,) whether that came true.
+        weights: (draws, N); every draw holds an image.
+
+    Returns:
+        (draws,).
+    """
+    member = (_binned(confidence, bins)[:, None] == np.arange(bins)[None]).astype(np.float64)
+    gaps = np.abs(weights @ (member * (right - confidence)[:, None]))
+    out: Floats = gaps.sum(axis=1) / weights.sum(axis=1)
+    return out
+
+
+def _gap(confidence: Floats, right: NDArray[np.bool_], bins: int) -> float:
+    return float(calibration_errors(confidence, right, np.ones((1, len(right))), bins)[0])
+
+
+def expected_calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = 15) -> float:
+    """:func:`calibration_errors` of the top class, every image counted once."""
+    return _gap(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
+
+
+def class_calibration(
+    probability: Floats, member: NDArray[np.bool_], bins: int = 15
+) -> tuple[float, list[dict[str, float | int]]]:
+    """How far one class's probability (N,) is its frequency among those images; ``member`` (N,) are of it.
+
+    Returns:
+        Calibration error over equal-width bins, weighted by size, and the reliability curve.
+    """
+    return _gap(probability, member, bins), _curve(probability, member, 10)
+
+
+def _interval(value: float, draws: Floats, confidence: float) -> dict[str, float]:
+    draws = draws[np.isfinite(draws)]
+    if len(draws) == 0:
+        return {"value": round(value, DIGITS), "low": round(value, DIGITS), "high": round(value, DIGITS)}
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {
+        "value": round(value, DIGITS),
+        "low": round(float(low), DIGITS),
+        "high": round(float(high), DIGITS),
+    }
+
+
+def error_interval(errors: Floats, confidence: float) -> dict[str, float]:
+    """A calibration error with its interval, mirrored about the figure and widened to hold it.
+
+    A sample's calibration error is larger than that of all patients, by chance alone, and so is a draw's
+    larger than the sample's. The quantiles of the draws, which serve other figures, would count that twice:
+    of 150 images, their upper end is about 0.13 for a model that is calibrated perfectly. Mirrored (the
+    *basic* bootstrap), they count it off.
+
+    Args:
+        errors: (1 + draws,) of :func:`calibration_errors`; the first is the figure itself.
+    """
+    value = float(errors[0])
+    drawn = _interval(value, errors[1:], confidence)
+    return {
+        "value": drawn["value"],
+        "low": round(max(0.0, min(value, 2 * value - drawn["high"])), DIGITS),
+        "high": round(min(1.0, max(value, 2 * value - drawn["low"])), DIGITS),
+    }
+
+
+def _mean(recall: Floats, which: Sequence[int]) -> Floats:
+    """Mean over classes that were drawn at all; NaN where none was."""
+    part = recall[:, list(which)]
+    present = np.isfinite(part)
+    total = np.where(present, part, 0.0).sum(axis=1)
+    count = present.sum(axis=1)
+    out: Floats = np.divide(total, count, out=np.full(len(part), np.nan), where=count > 0)
+    return out
+
+
+def _accuracies(recall: Floats, test: TestSet) -> dict[str, Floats]:
+    return {
+        "query_accuracy": _mean(recall, test.query),
+        "retained_accuracy": _mean(recall, test.local),
+        "balanced_accuracy": _mean(recall, range(test.classes)),
+    }
+
+
+def softmax(scores: Floats) -> Floats:
+    """Softmax over the last axis."""
+    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out: Floats = exp / exp.sum(axis=-1, keepdims=True)
+    return out
+
+
+def assess(
+    test: TestSet, before: Floats, after: Floats, *, draws: int, confidence: float, seed: int
+) -> dict[str, Any]:
+    """Figures of the site's own model (before) and of the answer (after), and their paired differences.
+
+    Args:
+        before, after: scores (N, classes) over the relevant classes.
+
+    Returns:
+        ``before`` and ``after`` with query_accuracy, retained_accuracy, balanced_accuracy, auroc (the query
+        against the rest), per class recall, precision, class_auroc, class_auprc, class_ece and
+        class_reliability (one against the rest), their means over classes macro_precision, macro_auroc and
+        macro_auprc, ece and reliability of the answer, and confusion; ``gain`` (balanced accuracy) and
+        ``gain_p`` (:func:`paired_p`), ``query_gain``, ``forgetting`` (retained accuracy lost) and
+        ``class_forgetting`` (recall lost, per class). Figures as value, low, high; None where there is none.
+        A class that is never predicted has no precision and does not count in their mean. For the interval
+        of ece see :func:`error_interval`.
+    """
+    ones = np.ones((1, len(test.labels)))
+    weights = np.concatenate([ones, patient_weights(test.patients, draws, seed).astype(np.float64)])
+    is_query = np.isin(test.labels, test.query)
+    result: dict[str, Any] = {}
+    curves: dict[str, dict[str, Floats]] = {}
+    recalled: dict[str, Floats] = {}
+    right: dict[str, NDArray[np.bool_]] = {}
+
+    def per_class(figures: Floats) -> list[dict[str, float] | None]:
+        """An interval per class of (1 + draws, classes); the first row is the figure itself."""
+        return [
+            _interval(float(column[0]), column[1:], confidence) if np.isfinite(column[0]) else None
+            for column in figures.T
+        ]
+
+    for name, scores in (("before", before), ("after", after)):
+        predicted = scores.argmax(axis=1)
+        right[name] = predicted == test.labels
+        recall = recalled[name] = recalls(right[name], test.labels, test.classes, weights)
+        probabilities = softmax(scores)
+        # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
+        one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
+        means = _accuracies(recall, test)
+        per_label = {
+            "precision": precisions(predicted, test.labels, test.classes, weights),
+            "auroc": np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1),
+            "auprc": np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1),
+        }
+        calibrated = [class_calibration(*pair) for pair in one_to_rest]
+        macro = {name: _mean(figures, range(test.classes)) for name, figures in per_label.items()}
+        with np.errstate(invalid="ignore"):
+            best = scores[:, list(test.query)].max(axis=1) - scores[:, list(test.local)].max(axis=1)
+        curves[name] = means
+        errors = calibration_errors(probabilities.max(axis=1), right[name], weights)
+        confusion = np.zeros((test.classes, test.classes), dtype=int)
+        np.add.at(confusion, (test.labels, predicted), 1)
+        result[name] = {
+            **{k: _interval(float(v[0]), v[1:], confidence) for k, v in means.items()},
+            "recall": per_class(recall),
+            "precision": per_class(per_label["precision"]),
+            "class_auroc": per_class(per_label["auroc"]),
+            "class_auprc": per_class(per_label["auprc"]),
+            "class_ece": [round(error, DIGITS) for error, _ in calibrated],
+            "class_reliability": [curve for _, curve in calibrated],
+            "macro_precision": per_class(macro["precision"][:, None])[0],
+            "macro_auroc": per_class(macro["auroc"][:, None])[0],
+            "macro_auprc": per_class(macro["auprc"][:, None])[0],
+            "auroc": None,
+            "ece": error_interval(errors, confidence),
+            "reliability": reliability(probabilities, test.labels),
+            "confusion": confusion.tolist(),
+        }
+        if is_query.any() and not is_query.all():
+            area = auroc(best, is_query, weights)
+            result[name]["auroc"] = _interval(float(area[0]), area[1:], confidence)
+    for name, key, sign in (
+        ("gain", "balanced_accuracy", 1.0),
+        ("query_gain", "query_accuracy", 1.0),
+        ("forgetting", "retained_accuracy", -1.0),
+    ):
+        difference = sign * (curves["after"][key] - curves["before"][key])
+        result[name] = _interval(float(difference[0]), difference[1:], confidence)
+    result["class_forgetting"] = per_class(recalled["before"] - recalled["after"])
+    result["gain_p"] = paired_p(test, right["before"], right["after"], draws=draws, seed=seed)
+    return result
+
+
+def share_given_away(
+    test: TestSet, own: NDArray[np.bool_], after: Floats, *, draws: int, confidence: float, seed: int
+) -> dict[str, float] | None:
+    """Share of a hospital's own images of its own classes that the answer gives to the query.
+
+    Args:
+        test: labels and patients.
+        own: (N,) which images are the hospital's.
+        after: scores (N, classes) of the answer.
+        draws, confidence, seed: of the interval, by patient.
+
+    Returns:
+        value, low, high; None where the hospital has no such image.
+    """
+    held = own & np.isin(test.labels, test.local)
+    if not held.any():
+        return None
+    given = np.isin(after[held].argmax(axis=1), test.query).astype(np.float64)
+    weights = patient_weights(test.patients[held], draws, seed).astype(np.float64)
+    return _interval(float(given.mean()), weights @ given / weights.sum(axis=1), confidence)
+
+
+def by_subgroup(
+    test: TestSet,
+    before: Floats,
+    after: Floats,
+    columns: Mapping[str, NDArray[np.str_]],
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures of the groups of patients.
+
+    Args:
+        test: labels and patients.
+        before, after: scores (N, classes).
+        columns: column to the group of each image (N,), empty where its hospital has no such column.
+        draws, confidence, seed: of the intervals, by patient.
+
+    Returns:
+        Column to group to the numbers of ``images`` and ``patients``, and ``before`` and ``after`` with
+        query_accuracy, retained_accuracy and balanced_accuracy: means over those classes that the group has,
+        None where it has none, or fewer than :data:`SMALLEST_COUNT` patients stand behind
+        it.
+    """
+    sides = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
+    return {
+        column: {
+            str(group): _group(test, sides, groups == group, draws=draws, confidence=confidence, seed=seed)
+            for group in np.unique(groups[groups != ""])
+        }
+        for column, groups in sorted(columns.items())
+    }
+
+
+def _group(
+    test: TestSet,
+    predicted: Mapping[str, NDArray[np.int64]],
+    member: NDArray[np.bool_],
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    labels, patients = test.labels[member], test.patients[member]
+    of = {"query_accuracy": test.query, "retained_accuracy": test.local}
+    people = {name: len(np.unique(patients[np.isin(labels, classes)])) for name, classes in of.items()}
+    # Of the balanced accuracy and one part the other could be told: it is shown where both could be.
+    parts = [number for number in people.values() if number]
+    people["balanced_accuracy"] = min(parts)
+    ones = np.ones((1, len(labels)))
+    weights = np.concatenate([ones, patient_weights(patients, draws, seed).astype(np.float64)])
+    found: dict[str, Any] = {"images": len(labels), "patients": len(np.unique(patients))}
+    for side, answers in predicted.items():
+        recall = recalls(answers[member] == labels, labels, test.classes, weights)
+        found[side] = {
+            name: _interval(float(mean[0]), mean[1:], confidence) if people[name] >= SMALLEST_COUNT else None
+            for name, mean in _accuracies(recall, test).items()
+        }
+    return found

@@ -1,0 +1,1 @@
+"""Networks, and the files in which they travel."""

@@ -1,0 +1,143 @@
+"""The masked networks' common view of an image: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qkt_clinical.qkt.losses import balanced_cross_entropy
+from qkt_clinical.qkt.operating_point import decide
+
+OWN_WEIGHTS = (1.0, 2.0, 4.0)
+"""What the hospital's own network may count for in the consensus, a teacher being 1."""
+
+NEAR = 0.05
+"""A smaller weight is as good as the best one if its loss is higher by this share at most."""
+
+TEMPERATURES = torch.logspace(-1, 1, 25).tolist()
+"""At which scores are tried as logits."""
+
+
+def rivals_of(named: int, known: Sequence[int], classes: int) -> list[int]:
+    """What a network compares a class with: the other classes it knows, or all others if it knows none."""
+    return [c for c in sorted(set(known)) if c != named] or [c for c in range(classes) if c != named]
+
+
+def margin(logits: Tensor, named: int, known: Sequence[int]) -> Tensor:
+    """How much a network prefers a class to all else that it knows: ``z_c - mean z_rival``, (N,).
+
+    Linear in the logits, so that a head's row can say it (:func:`margin_row`).
+
+    Args:
+        logits: (N, C) of one network.
+        named: index of the class.
+        known: indices of the classes that the network knows.
+    """
+    rivals = rivals_of(named, known, logits.shape[1])
+    return logits[:, named] - logits[:, rivals].mean(dim=1)
+
+
+def margin_row(weight: Tensor, bias: Tensor, named: int, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """:func:`margin` as a row of the head: row (F,) and bias ().
+
+    Args:
+        weight, bias: of the network's head, (C, F) and (C,).
+    """
+    rivals = rivals_of(named, known, len(weight))
+    return weight[named] - weight[rivals].mean(dim=0), bias[named] - bias[rivals].mean()
+
+
+def _shares(named: int, known: Sequence[Sequence[int]], own: float) -> list[float]:
+    """Each network's share in the consensus on a class; 0 for those that do not know it."""
+    weights = [(own if i == 0 else 1.0) * (named in k) for i, k in enumerate(known)]
+    return [w / sum(weights) for w in weights]
+
+
+def consensus(
+    logits: Sequence[Tensor],
+    known: Sequence[Sequence[int]],
+    relevant: Sequence[int],
+    own: float,
+) -> Tensor:
+    """The masked networks' common view: for each class the mean margin of the networks that know it.
+
+    Args:
+        logits: (N, C) each, one per network, the hospital's own first.
+        known: the classes that each network knows; every relevant class is known to one at least.
+        relevant: R.
+        own: what the hospital's own network counts for.
+
+    Returns:
+        (N, C), 0 outside R.
+    """
+    out = torch.zeros_like(logits[0])
+    for c in relevant:
+        shares = _shares(c, known, own)
+        heard = [(s, z, k) for s, z, k in zip(shares, logits, known, strict=True) if s]
+        out[:, c] = torch.stack([s * margin(z, c, k) for s, z, k in heard]).sum(dim=0)
+    return out
+
+
+def consensus_rows(
+    heads: Sequence[tuple[Tensor, Tensor]],
+    known: Sequence[Sequence[int]],
+    relevant: Sequence[int],
+    own: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`consensus` as rows: one weight (C, F_i) and bias (C,) per network.
+
+    The consensus is the sum over the networks of ``features_i @ weight_i.T + bias_i``.
+
+    Args:
+        heads: weight (C, F_i) and bias (C,) per network, the hospital's own first.
+        known, relevant, own: see :func:`consensus`.
+    """
+    rows = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in heads]
+    for c in relevant:
+        for i, share in enumerate(_shares(c, known, own)):
+            if share:
+                row, shift = margin_row(*heads[i], c, known[i])
+                rows[i][0][c], rows[i][1][c] = share * row, share * shift
+    return rows
+
+
+def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+    """Class-balanced cross-entropy among some classes, at the temperature that suits the scores best.
+
+    Args:
+        scores: (N, C).
+        labels: (N,), each in ``classes``.
+    """
+    among = decide(scores.double(), classes, (), torch.zeros(0))
+    return min(float(balanced_cross_entropy(among / t, labels, classes)) for t in TEMPERATURES)
+
+
+def own_weight(
+    logits: Sequence[Tensor], known: Sequence[Sequence[int]], local: Sequence[int], labels: Tensor
+) -> float:
+    """What the hospital's own network counts for in the consensus, a teacher being 1.
+
+    Teachers are strangers to the hospital's scanner and stain, some more than others. How much to trust
+    them is seen on the hospital's own held-out images, of which it knows the class: by how well the local
+    classes are told apart. The loss decides, not the accuracy, for such images are few. In doubt the
+    smaller weight: the own network takes images of the query for local ones, which they do not show.
+
+    Args:
+        logits: (N, C) each, one per network, the hospital's own first, of held-out images.
+        known: the classes that each network knows.
+        local: the hospital's own classes beside the query.
+        labels: (N,); images of other classes are not used.
+
+    Returns:
+        One of ``OWN_WEIGHTS``.
+    """
+    used = torch.isin(labels, torch.tensor(list(local)))
+    if not bool(used.any()):
+        return OWN_WEIGHTS[0]
+    seen = [z[used] for z in logits]
+    losses = {
+        own: calibrated_loss(consensus(seen, known, local, own), labels[used], local) for own in OWN_WEIGHTS
+    }
+    return next(own for own, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))

@@ -1,0 +1,225 @@
+"""Phase 1 by transplant: a teacher's extractor, made smaller without being trained again.
+
+A network that learns a teacher's features on local images alone follows the teacher there and nowhere
+else: of what the teacher makes of a class that the hospital does not have, little is left. The teacher's own
+filters keep it. So a student takes up the extractors themselves, each convolution reduced to the output
+directions that matter, one layer after the other, so that later layers make up for what earlier ones lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkt_clinical.models.generator import generator
+from qkt_clinical.models.low_rank import Convolution, convolutions, factorised, replace_module
+from qkt_clinical.models.networks import Classifier, build, multiply_adds
+from qkt_clinical.records.card import Branch, NetworkSpec
+
+SAMPLES = 4096
+"""Patches at most on which a layer is reproduced."""
+WORK = 2e11
+"""Multiply-adds, about, that go into seeing what layers are given at most: deep networks see fewer views."""
+FEWEST = 16
+"""Views at least."""
+AT_ONCE = 2**22
+"""Values of input at most in one pass, so that large images and volumes fit into memory."""
+PULL = 0.1
+"""How strongly the weights are held to the teacher's, in units of the patches' mean square."""
+LARGEST_PATCH = 5000
+"""Layers of larger patches are not corrected: the linear system would take minutes."""
+ISOTROPIC = 0.3
+"""Share of the output directions' weight that does not depend on local images: other classes need others."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Where a layer was looked at, and what the teacher's own layer said there."""
+
+    index: tuple[Tensor, ...]
+    """Image number, then one output position per spatial axis; each (S,)."""
+    output: Tensor
+    """(S, out), without bias."""
+
+
+def patches(convolution: Convolution, inputs: Tensor, index: Sequence[Tensor]) -> Tensor:
+    """What a convolution sees at some output positions: (S, in * kernel), as ``weight.flatten(1)`` counts.
+
+    Args:
+        inputs: (N, in, *spatial).
+        index: image number, then output positions, each (S,).
+    """
+    padding: Any = convolution.padding
+    pads = [p for size in reversed(padding) for p in (size, size)]
+    view = F.pad(inputs, pads)
+    dims = len(convolution.kernel_size)
+    for axis in range(dims):
+        view = view.unfold(2 + axis, convolution.kernel_size[axis], convolution.stride[axis])
+    images, *positions = index
+    # (N, in, *out, *kernel) at (image, position): (S, in, *kernel).
+    at: Any = (images, slice(None), *positions)
+    return view[at].reshape(len(images), -1)
+
+
+def _observe(
+    source: nn.Module, layers: dict[str, Convolution], views: Tensor, samples: int, draw: torch.Generator
+) -> dict[str, _Seen]:
+    """One pass of the teacher over views: every layer's output at random positions, in running order."""
+    seen: dict[str, _Seen] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+            count, _channels, *spatial = output.shape
+            total = count * math.prod(spatial)
+            flat = torch.randperm(total, generator=draw)[:samples]
+            index = torch.unravel_index(flat, (count, *spatial))
+            images, *positions = (i.to(output.device) for i in index)
+            at: Any = (images, slice(None), *positions)
+            values = output[at]
+            bias = module.bias
+            seen[name] = _Seen((images, *positions), values - bias if isinstance(bias, Tensor) else values)
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        source(views)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+class _Reached(Exception):
+    """A layer was reached; what follows need not be computed."""
+
+
+def _inputs_of(network: nn.Module, layer: nn.Module, views: Tensor) -> Tensor:
+    """What a layer is given when the network sees the views."""
+    given: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given.append(inputs[0])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        network(views)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return given[0]
+
+
+def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A layer's weights (out, P) as ``wide @ narrow`` of the given rank, made for what it now sees.
+
+    The weights are first corrected so that the patches ``inputs`` (S, P), which earlier layers changed, give
+    the teacher's ``outputs`` (S, out) again: least squares, held to the old weights. Then the ``rank``
+    directions of the outputs that carry most are kept, their weight being partly that of these patches,
+    partly that of patches of any kind.
+
+    Returns:
+        wide (out, rank), narrow (rank, P), and the share of the outputs' energy that is lost on the patches.
+    """
+    # Products of many patches in single precision, which is enough for them; what is solved in double.
+    w, u, y = weight.double(), inputs, outputs
+    if w.shape[1] <= LARGEST_PATCH:
+        held = PULL * float((u**2).mean().clamp(min=1e-12))
+        system = (u.T @ u).double() / len(u) + held * torch.eye(w.shape[1], dtype=w.dtype)
+        w = torch.linalg.solve(system, (u.T @ y).double() / len(u) + held * w.T).T
+    said = (u @ w.T.to(u.dtype)).double()
+    local, anywhere = said.T @ said, w @ w.T
+    weights = (1 - ISOTROPIC) * local / local.trace().clamp(min=1e-12)
+    weights = weights + ISOTROPIC * anywhere / anywhere.trace().clamp(min=1e-12)
+    directions = torch.linalg.eigh(weights).eigenvectors[:, -rank:]
+    narrow = directions.T @ w
+    kept = said @ directions @ directions.T
+    lost = ((kept - y) ** 2).sum() / (y**2).sum().clamp(min=1e-12)
+    return directions.to(weight.dtype), narrow.to(weight.dtype), float(lost)
+
+
+def whole(source: Classifier) -> tuple[nn.Module, Branch]:
+    """A network's own extractor as it is, and what a card says of it."""
+    return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
+
+
+@torch.no_grad()
+def transplant(
+    source: Classifier, share: float, views: Tensor, *, seed: int, device: torch.device
+) -> tuple[nn.Module, Branch, list[float]]:
+    """A network's extractor with ``share`` of its convolutions' rank.
+
+    Args:
+        source: left as it is; it sees the views once.
+        share: 1 keeps the extractor bit for bit.
+        views: (N, C, *spatial) of local images.
+
+    Returns:
+        The extractor on the CPU in evaluation mode, what a card says of it, and the energy lost per layer.
+    """
+    extractor = copy.deepcopy(source.extractor).to(device).eval().requires_grad_(False)
+    branch = Branch.model_validate({"name": source.spec.name, "rank": share})
+    layers = convolutions(extractor, share)
+    if not layers:
+        return extractor.cpu(), branch, []
+    with torch.device("meta"):
+        work = multiply_adds(build(source.spec).eval().extractor, views.shape[1:])
+    prefixes = work * (len(layers) + 1) / 2
+    views = views[: max(FEWEST, int(WORK / prefixes))].to(device)
+    parts = views.split(max(1, AT_ONCE // views[0].numel()))
+    draw = generator(seed, "transplant")
+    plain = {name: layer for name, (layer, _) in layers.items()}
+    shares = [math.ceil(SAMPLES * len(part) / len(views)) for part in parts]
+    seen = [_observe(extractor, plain, part, n, draw) for part, n in zip(parts, shares, strict=True)]
+    losses = []
+    for name in seen[0]:
+        layer, rank = layers[name]
+        given = [
+            patches(layer, _inputs_of(extractor, layer, part), looked[name].index).cpu()
+            for part, looked in zip(parts, seen, strict=True)
+        ]
+        said = [looked[name].output.cpu() for looked in seen]
+        wide, narrow, lost = reduce_layer(
+            layer.weight.flatten(1).cpu(), torch.cat(given), torch.cat(said), rank
+        )
+        smaller = factorised(layer, rank).to(device)
+        weights = smaller.state_dict()
+        weights["0.weight"].copy_(narrow.reshape(weights["0.weight"].shape))
+        weights["1.weight"].copy_(wide.reshape(weights["1.weight"].shape))
+        if layer.bias is not None:
+            weights["1.bias"].copy_(layer.bias)
+        replace_module(extractor, name, smaller)
+        losses.append(lost)
+    return extractor.cpu(), branch, losses
+
+
+@torch.no_grad()
+def amalgam(
+    source: Classifier,
+    parts: Sequence[tuple[nn.Module, Branch]],
+    rows: Sequence[tuple[Tensor, Tensor]],
+) -> Classifier:
+    """One network of all extractors; its head is the sum of the rows, each over its own extractor's features.
+
+    Args:
+        source: the asking hospital's network, for what is not a matter of branches.
+        parts: extractor and branch, in order.
+        rows: weight (C, F_i) and bias (C,) per part, see :func:`qkt_clinical.qkt.consensus.consensus_rows`.
+    """
+    branches = tuple(b for _, b in parts)
+    spec = NetworkSpec.model_validate({**dict(source.spec), "name": "amalgam", "branches": branches})
+    network = build(spec, seed=0)
+    for number, (extractor, _) in enumerate(parts):
+        network.get_submodule(f"extractor.branches.{number}").load_state_dict(extractor.state_dict())
+    network.head.weight.copy_(torch.cat([weight for weight, _ in rows], dim=1))
+    network.head.bias.copy_(torch.stack([bias for _, bias in rows]).sum(dim=0))
+    return network.eval()

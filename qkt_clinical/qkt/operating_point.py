@@ -1,0 +1,80 @@
+"""Operating points: how many of the hospital's own images may go to the query."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-5
+"""Relative; single precision rounds by a hundredth of it."""
+
+
+def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
+    """``z_q - max z_local`` (N, Q): above minus the offset, an image goes to the query.
+
+    Args:
+        logits: (N, C).
+    """
+    return logits[:, list(query)] - logits[:, list(local)].max(dim=1, keepdim=True).values
+
+
+def allowed(budget: float, count: int) -> int:
+    """How many of ``count`` calibration images may go to the query.
+
+    The k-th largest of n scores is exceeded by a new image of the same kind with probability k / (n + 1)
+    (conformal prediction), so that k images given away are paid for as k + 1. With fewer than 1 / budget
+    images no offset can promise the budget; then none may go.
+    """
+    return max(0, math.floor(budget * (count + 1)) - 1)
+
+
+def offset_for_budget(scores: Tensor, budget: float) -> float:
+    """The operating point: the offset at which at most ``budget`` of the images go to the query.
+
+    A Neyman-Pearson operating point: a bound on what is given away, most of the query for it. All query
+    classes, absent or rare, share the offset: their margins decide between them.
+
+    Args:
+        scores: (N, Q) from :func:`query_scores` on the student's own held-out images, none of a query
+            class.
+        budget: share of these images, in (0, 1).
+    """
+    highest = scores.max(dim=1).values.sort(descending=True).values
+    # A hair lower, so that rounding in ``decide`` does not give the image at the bound away.
+    hair = ROUNDING * float(scores.abs().max().clamp(min=1))
+    return -float(highest[allowed(budget, len(highest))]) - hair
+
+
+def given_away(scores: Tensor, offsets: Tensor) -> float:
+    """Share of images (N, Q) that go to the query at these offsets (Q,)."""
+    return float(((scores + offsets).max(dim=1).values > 0).double().mean())
+
+
+def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
+    """Which images the hospital's own model tells from a rare query today: only those can be given away.
+
+    Args:
+        logits: (N, C) of the own model.
+
+    Returns:
+        (N,) bool; all of them where it tells none.
+    """
+    today = decide(logits, local, query, torch.zeros(len(query))).argmax(dim=1)
+    kept = ~torch.isin(today, torch.tensor(list(query)))
+    return kept if bool(kept.any()) else torch.ones_like(kept)
+
+
+def decide(logits: Tensor, local: Sequence[int], query: Sequence[int], offsets: Tensor) -> Tensor:
+    """Scores (N, C) over the relevant label space, minus infinity elsewhere; the answer is the argmax.
+
+    Args:
+        logits: (N, C).
+        offsets: (Q,), added to the query's logits.
+    """
+    scores = torch.full_like(logits, -math.inf)
+    scores[:, list(local)] = logits[:, list(local)]
+    scores[:, list(query)] = logits[:, list(query)] + offsets.to(logits)
+    return scores

@@ -1,0 +1,147 @@
+"""A query's plan: which teachers are relevant, why, and what fetching them costs. Free of torch.
+
+Plans are made from cards and masks alone; the weights of a teacher that is not relevant are never moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.errors import QueryError
+from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
+
+
+def judge(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
+    """Decide whether a teacher says anything about the query, from its card and mask.
+
+    One that knows only classes of the hospital's own does too: images of the query are strange to it.
+    ``qkt-light`` goes without those.
+    """
+    card, mask = offer.card, offer.mask
+    wanted = [c for c in query.classes if c in mask.classes]
+    teaches = tuple(c for c in wanted if mask.knows(c))
+    rivals = tuple(c for c in asking.local(query) if mask.knows(c))
+    heard = bool(rivals) and query.method != "qkt-light"
+    if card.site in query.exclude_teachers:
+        reason = "excluded by the query"
+    elif card.classes != asking.classes:
+        reason = "has another label space"
+    elif card.input.shape != asking.shape or card.input.normalisation != asking.normalisation:
+        shapes = ["x".join(map(str, s)) for s in (card.input.shape, asking.shape)]
+        reason = (
+            f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {asking.normalisation}"
+        )
+    elif not teaches and not heard:
+        reason = "does not know " + " or ".join(query.classes)
+        reason += " or a class of the hospital's own" if query.method != "qkt-light" else ""
+    else:
+        reason = ""
+    return Candidate(
+        site=card.site,
+        relevant=not reason,
+        reason=reason or "knows " + " and ".join(teaches or rivals) + ("" if teaches else ", no query class"),
+        teaches=teaches,
+        rivals=rivals,
+        known=tuple(c for c, k in zip(mask.classes, mask.known, strict=True) if k),
+        scores={c: mask.scores[mask.classes.index(c)] for c in wanted},
+        threshold=mask.threshold,
+        bytes=offer.bytes,
+        digest=offer.digest,
+    )
+
+
+def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candidate]:
+    """Keep at most ``max_teachers``, those with the highest scores, but one for every class taught."""
+    if query.max_teachers is None:
+        return list(candidates)
+    kept: set[str] = set()
+    ranked = sorted(
+        (c for c in candidates if c.relevant),
+        key=lambda c: (-max((c.scores[n] for n in c.teaches), default=0.0), c.site),
+    )
+    for name in query.classes:
+        first = next((c.site for c in ranked if name in c.teaches), None)
+        if first is not None and not any(c.site in kept and name in c.teaches for c in ranked):
+            kept.add(first)
+    for candidate in ranked:
+        if len(kept) < query.max_teachers:
+            kept.add(candidate.site)
+    return [
+        c
+        if not c.relevant or c.site in kept
+        else c.model_copy(update={"relevant": False, "reason": f"beyond max_teachers {query.max_teachers}"})
+        for c in candidates
+    ]
+
+
+def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offers: Iterable[Offer]) -> Plan:
+    """Plan a query.
+
+    Args:
+        hospital: the asking site; its own teacher is left out.
+        asking: the asking site.
+        offers: of all teachers there are, in any order.
+
+    Raises:
+        QueryError: a class is unknown to the federation, or no teacher knows it, or the hospital has no class
+            of its own beside the query.
+    """
+    strange = [c for c in query.classes if c not in asking.classes]
+    if strange:
+        raise QueryError(
+            f"query {name!r} asks for {', '.join(strange)}, which is no class of the federation",
+            remedy=f"Choose among {', '.join(asking.classes)}.",
+            site=hospital,
+            stage="plan",
+        )
+    others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
+    candidates = _capped([judge(offer, asking, query) for offer in others], query)
+    covered = {c for t in candidates if t.relevant for c in t.teaches}
+    uncovered = tuple(c for c in query.classes if c not in covered)
+    if uncovered:
+        scores = {
+            c: ", ".join(f"{t.site} {t.scores[c]:.2f}" for t in candidates if c in t.scores)
+            for c in uncovered
+        }
+        raise QueryError(
+            f"no usable teacher knows {', '.join(uncovered)} (mask scores: "
+            + "; ".join(f"{c}: {s or 'none'}" for c, s in scores.items())
+            + ")",
+            remedy="Ask for a class that some hospital knows, or lower mask.threshold in params.yaml.",
+            code="uncovered",
+            site=hospital,
+            stage="plan",
+        )
+    local = asking.local(query)
+    if not local:
+        raise QueryError(
+            "the hospital has no class of its own beside the query",
+            remedy="Add training images of at least one other class.",
+            site=hospital,
+            stage="plan",
+        )
+    return Plan(
+        hospital=hospital,
+        query=name,
+        classes=query.classes,
+        method=query.method,
+        budget=query.budget,
+        local=local,
+        teachers=tuple(candidates),
+        uncovered=(),
+        bytes_moved=sum(c.bytes for c in candidates if c.relevant),
+    )
+
+
+def at_risk(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+    """Per class asked for, the hospital's own classes that no fetched teacher learned to tell it from.
+
+    Such a teacher would know both: nobody has ever seen images of the two side by side.
+    """
+    found = []
+    for asked in plan.classes:
+        told = {c for t in plan.teachers if t.relevant and asked in t.known for c in t.known}
+        if apart := tuple(c for c in plan.local if c not in told):
+            found.append((asked, apart))
+    return found

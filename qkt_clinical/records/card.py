@@ -1,0 +1,274 @@
+"""Cards: what a bundle says of itself in JSON. Free of torch, so that a plan costs no framework import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from qkt_clinical.catalog import Estimator, Method, Network
+from qkt_clinical.common.files import to_json
+from qkt_clinical.config.base import Name, Strict
+from qkt_clinical.errors import BundleError
+
+CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
+MAX_JSON_BYTES = 4_000_000
+REMEDY = "Ask the site that made it to send it again; nothing of it was used."
+
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+"""Axes along which an image is mirrored at prediction: the flips that training has seen."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Index = Annotated[int, Field(ge=0, lt=1000)]
+
+
+class Branch(Strict):
+    """One extractor in an amalgam: of which network, and what share of its convolutions' rank is kept."""
+
+    name: Network
+    rank: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class NetworkSpec(Strict):
+    """What is needed to build a network; nothing in it can run code."""
+
+    name: Network | Literal["amalgam"]
+    spatial_dims: Literal[2, 3]
+    in_channels: Annotated[int, Field(ge=1, le=16)]
+    classes: Annotated[int, Field(ge=2, le=1000)]
+    branches: tuple[Branch, ...] = Field(default=(), max_length=65)
+    """Of an amalgam: extractors side by side under one head, the own one and those of 64 teachers at most."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NetworkSpec:
+        if (self.name == "amalgam") != bool(self.branches):
+            raise ValueError("an amalgam has branches, other networks have none")
+        return self
+
+
+class Mask(Strict):
+    """What a mask file says: ``mask.json``."""
+
+    format: Literal["qkt-mask/1"] = "qkt-mask/1"
+    estimator: Estimator
+    probes: int
+    seed: int
+    classes: tuple[str, ...]
+    scores: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...]
+    """Per class of the label space, the largest 1."""
+    threshold: float
+    """lambda: scores at or above it count as known."""
+    automatic: bool
+    """Whether the threshold came from the gap in the scores."""
+    known: tuple[bool, ...]
+
+    def knows(self, class_name: str) -> bool:
+        """Whether the teacher knows the class."""
+        return class_name in self.classes and self.known[self.classes.index(class_name)]
+
+
+class Reference(Strict):
+    """``reference.json``: what the first layer makes of the training images. Other hospitals do not fetch it.
+
+    Per filter the mean of its responses over an image and their spread, the means of all filters first.
+    """
+
+    format: Literal["qkt-reference/1"] = "qkt-reference/1"
+    weights: Sha256
+    """Of the network that it belongs to."""
+    mean: tuple[float, ...] = Field(min_length=2, max_length=4096)
+    """Over the training images."""
+    spread: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=2, max_length=4096)
+    """Standard deviation over the training images."""
+    threshold: Annotated[float, Field(ge=0.0)] | None
+    """An image with a higher score is unlike them. None where there was no calibration image."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Reference:
+        if len(self.mean) != len(self.spread) or len(self.mean) % 2:
+            raise ValueError("mean and spread do not match")
+        return self
+
+
+class InputSpec(Strict):
+    """What the network takes: shape (C, H, W) or (C, D, H, W) and how images are normalised."""
+
+    shape: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=3, max_length=4)
+    normalisation: Literal["unit", "zscore"]
+    spacing_mm: tuple[float, ...] | None
+
+
+class Weights(Strict):
+    """The weights file that belongs to the card."""
+
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+
+class Decision(Strict):
+    """How a student's logits become an answer over the relevant label space R.
+
+    Local classes keep their logits, query classes have their offset added, and the answer is the class of
+    the highest score. The offset is the operating point, set so that at most ``budget`` of the hospital's
+    own held-out images are given away to the query.
+    """
+
+    method: Method
+    local: tuple[Index, ...] = Field(min_length=1)
+    query: tuple[Index, ...] = Field(min_length=1)
+    rare: tuple[Index, ...] = ()
+    """Query classes of which the hospital has a few images: its own network counts among those who know."""
+    offsets: tuple[float, ...]
+    """One per query class, in the order of ``query``."""
+    budget: float
+    own_weight: float = Field(gt=0, le=1000)
+    """What the hospital's own network counts for in the consensus, a teacher being 1."""
+    experts: tuple[Name, ...] = ()
+    """Sites whose networks answer along (``routed``)."""
+    flips: bool = False
+    """Whether every network sees an image and its mirror images, and the mean counts (``routed``)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Decision:
+        if set(self.local) & set(self.query) or not set(self.rare) <= set(self.query):
+            raise ValueError("local and query overlap, or a rare class is not in the query")
+        if len(self.offsets) != len(self.query):
+            raise ValueError("offsets do not match query")
+        return self
+
+    @property
+    def passes(self) -> int:
+        """Passes of a network that one prediction takes."""
+        return (1 + len(self.experts)) * (len(MIRRORS) if self.flips else 1)
+
+    @property
+    def relevant(self) -> tuple[int, ...]:
+        """R, the local and query classes, sorted."""
+        return tuple(sorted({*self.local, *self.query}))
+
+
+class Card(Strict):
+    """``bundle.json``: what a bundle is. No class counts, no paths, no people."""
+
+    format: Literal["qkt-bundle/1"] = "qkt-bundle/1"
+    kind: Literal["teacher", "student"]
+    site: Name
+    query: Name | None = None
+    network: NetworkSpec
+    classes: tuple[str, ...]
+    input: InputSpec
+    training: dict[str, float | int | str | bool | None]
+    weights: Weights
+    decision: Decision | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Card:
+        if len(self.classes) != self.network.classes:
+            raise ValueError(
+                f"{len(self.classes)} class names for a network of {self.network.classes} classes"
+            )
+        if (
+            self.input.shape[0] != self.network.in_channels
+            or len(self.input.shape) != self.network.spatial_dims + 1
+        ):
+            raise ValueError("input shape does not fit the network")
+        if (self.kind == "student") != (self.decision is not None):
+            raise ValueError("a student has a decision, a teacher has none")
+        if self.kind == "teacher" and self.network.branches:
+            raise ValueError("a teacher is no amalgam")
+        if self.decision and max(self.decision.relevant) >= len(self.classes):
+            raise ValueError("the decision names a class that is not there")
+        return self
+
+
+def _read_json(path: Path, site: str | None) -> Any:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BundleError(f"larger than {MAX_JSON_BYTES} bytes", remedy=REMEDY, file=path, site=site)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        to_json(data).encode()  # NaN and lone surrogates could not be written into a plan again
+        return data
+    except OSError:
+        raise BundleError(
+            "cannot be read",
+            remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
+            file=path,
+            site=site,
+            code="bundle-missing",
+        ) from None
+    except (ValueError, RecursionError):
+        raise BundleError("not JSON", remedy=REMEDY, file=path, site=site, code="bundle-card") from None
+
+
+def read_card(folder: Path) -> Card:
+    """Read and validate ``bundle.json`` alone; no tensor is touched.
+
+    Raises:
+        BundleError: absent, too large, not JSON, or not a card.
+    """
+    path = folder / CARD
+    data = _read_json(path, folder.name)
+    try:
+        return Card.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise BundleError(
+            f"not a bundle card: {where} {first['msg']}".strip(),
+            remedy=REMEDY,
+            file=path,
+            site=folder.name,
+            code="bundle-card",
+        ) from None
+
+
+def read_mask(folder: Path, card: Card) -> Mask | None:
+    """The mask beside a card, or None.
+
+    Raises:
+        BundleError: not a mask, or of another label space.
+    """
+    path = folder / MASK
+    if not path.exists():
+        return None
+    try:
+        mask = Mask.model_validate(_read_json(path, card.site))
+    except ValidationError:
+        raise BundleError(
+            "not a mask", remedy=REMEDY, file=path, site=card.site, code="bundle-mask"
+        ) from None
+    count = len(card.classes)
+    if mask.classes != card.classes or len(mask.scores) != count or len(mask.known) != count:
+        raise BundleError(
+            "mask and network have other classes",
+            remedy=REMEDY,
+            file=path,
+            site=card.site,
+            code="bundle-mask",
+        )
+    return mask
+
+
+def read_reference(folder: Path, card: Card) -> Reference | None:
+    """The reference beside a card, or None.
+
+    Raises:
+        BundleError: not a reference, or that of other weights.
+    """
+    path = folder / REFERENCE
+    if not path.exists():
+        return None
+    remedy = "Run 'qkt train' or 'qkt transfer' again, or remove the file; answers then carry no flag."
+    try:
+        reference = Reference.model_validate(_read_json(path, card.site))
+    except ValidationError:
+        raise BundleError(
+            "not a reference", remedy=remedy, file=path, site=card.site, code="bundle-reference"
+        ) from None
+    if reference.weights != card.weights.sha256:
+        raise BundleError(
+            "a reference of other weights", remedy=remedy, file=path, site=card.site, code="bundle-reference"
+        )
+    return reference

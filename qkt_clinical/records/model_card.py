@@ -1,0 +1,147 @@
+"""Model cards as data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qkt_clinical.config.base import Strict
+from qkt_clinical.records.card import InputSpec, NetworkSpec
+
+FailureKind = Literal[
+    "low-recall", "forgotten", "confused", "no-gain", "few-test-images", "gate", "not-judged", "not-tested"
+]
+
+
+class Estimate(Strict):
+    """A figure as a fraction, with its bootstrap interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Figure(Strict):
+    """One figure before and after the query; of a teacher only ``after``, that of its own training."""
+
+    name: str
+    class_name: str | None = None
+    before: Estimate | None = None
+    after: Estimate | None = None
+    change: Estimate | None = None
+    """After less before, paired; below 0 is a loss."""
+
+
+class Data(Strict):
+    """What the hospital's own manifest says, in counts that may be shown."""
+
+    site: str
+    source_kind: str
+    digest: str
+    images: dict[str, dict[str, str]]
+    """Split to class to number of images."""
+    patients: dict[str, str]
+    """Split to number of patients."""
+
+
+class Tested(Strict):
+    """The images that the figures rest on."""
+
+    on: str
+    sites: tuple[str, ...]
+    images: dict[str, str]
+    """Class to number of images."""
+    confidence: float | None
+    """Of the intervals, such as 0.95; None where there are none."""
+
+
+class Source(Strict):
+    """A teacher that a student learnt from."""
+
+    site: str
+    digest: str
+    teaches: tuple[str, ...]
+    reason: str
+
+
+class MethodFacts(Strict):
+    """How the model was made, what it takes and what it answers."""
+
+    name: str
+    words: str
+    network: NetworkSpec
+    settings: dict[str, float | int | str | bool | None]
+    teachers: tuple[Source, ...] = ()
+    input: InputSpec
+    request: str = "float32 images as prepared; 8-bit images divided by 255"
+    response: str = (
+        "label and one probability per class, 0 for classes it does not answer for; the operating point; "
+        "whether the image is unlike the training images, by coarse looks, where the bundle has a reference"
+    )
+    bytes: int
+    passes_per_prediction: int
+
+
+class Calibration(Strict):
+    """How far probabilities can be trusted, and the operating point."""
+
+    ece_before: Estimate | None
+    ece: Estimate | None
+    """Expected calibration error; None where nobody has measured."""
+    budget: float
+    """Share of the hospital's own held-out images that may be given away to the query."""
+    given_away: float | None
+    """Share that was, on the calibration images; None where they are too few to tell."""
+    calibration_images: str
+    offsets: dict[str, float]
+    """Added to the logit of each class asked for: the operating point."""
+
+
+class Failure(Strict):
+    """Something that the figures say against the model, found by rule."""
+
+    kind: FailureKind
+    classes: tuple[str, ...] = ()
+    figure: float | None = None
+    threshold: float | None = None
+    text: str
+
+
+class Provenance(Strict):
+    """SHA-256 digests of what the model and its figures were made from, and the versions that did it."""
+
+    bundle: str
+    weights: str
+    data: str | None
+    """None where the hospital's data is not here."""
+    teachers: dict[str, str]
+    parameters: str
+    evaluation: str | None
+    trained_with: str | None
+    described_with: str
+
+
+class ModelCard(Strict):
+    """``model_card.json``."""
+
+    format: Literal["qkt-model-card/3"] = "qkt-model-card/3"
+    name: str
+    """In the registry."""
+    kind: Literal["teacher", "student"]
+    site: str
+    query: str | None
+    intended_use: str
+    not_intended: str
+    answers_for: tuple[str, ...]
+    asked: tuple[str, ...]
+    data: Data | None
+    """None where the hospital's data is not here."""
+    tested: Tested | None
+    method: MethodFacts
+    figures: tuple[Figure, ...]
+    gain_p: float | None
+    """Of the gain in balanced accuracy; None for a teacher."""
+    calibration: Calibration | None
+    gate: Literal["passed", "failed", "not judged"]
+    known_failures: tuple[Failure, ...]
+    privacy: tuple[str, ...]
+    provenance: Provenance

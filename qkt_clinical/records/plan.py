@@ -1,0 +1,108 @@
+"""``plan.json``: which teachers a query takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qkt_clinical.catalog import Method
+from qkt_clinical.config.base import Strict
+from qkt_clinical.config.query import QueryConfig
+from qkt_clinical.data.prepared import Manifest
+from qkt_clinical.errors import QueryError
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card, Mask
+
+SHARED = (CARD, WEIGHTS, MASK)
+"""The files of a teacher bundle that leave its site: no metrics, no curves."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a plan needs to know of a teacher: its card and mask, not its weights."""
+
+    card: Card
+    mask: Mask
+    bytes: int
+    """Of the files in :data:`SHARED`."""
+    digest: str
+    """SHA-256 of the card, which holds that of the weights."""
+
+
+class Candidate(Strict):
+    """One teacher as the plan sees it."""
+
+    site: str
+    relevant: bool
+    reason: str
+    teaches: tuple[str, ...]
+    """Query classes that it knows."""
+    rivals: tuple[str, ...]
+    """Classes of the hospital's own that it knows."""
+    known: tuple[str, ...]
+    scores: dict[str, float]
+    """Mask score per query class."""
+    threshold: float
+    bytes: int
+    digest: str
+
+
+class Plan(Strict):
+    """``plan.json``."""
+
+    format: Literal["qkt-plan/1"] = "qkt-plan/1"
+    hospital: str
+    query: str
+    classes: tuple[str, ...]
+    method: Method
+    budget: float
+    local: tuple[str, ...]
+    teachers: tuple[Candidate, ...]
+    uncovered: tuple[str, ...]
+    bytes_moved: int
+
+    @property
+    def relevant(self) -> tuple[str, ...]:
+        """Sites whose bundles are fetched."""
+        return tuple(t.site for t in self.teachers if t.relevant)
+
+
+class Asking(Strict):
+    """What a plan needs to know of the asking hospital; no number of images."""
+
+    classes: tuple[str, ...]
+    """The federation's label space."""
+    held: tuple[str, ...]
+    """Classes of which it has training images."""
+    shape: tuple[int, ...]
+    normalisation: Literal["unit", "zscore"]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Asking:
+        """The hospital whose prepared data these are."""
+        return cls(
+            classes=manifest.classes,
+            held=tuple(manifest.counts["train"]),
+            shape=manifest.shape,
+            normalisation=manifest.normalisation,
+        )
+
+    def local(self, query: QueryConfig) -> tuple[str, ...]:
+        """The hospital's own classes beside the query."""
+        return tuple(c for c in self.held if c not in query.classes)
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read ``plan.json``.
+
+    Raises:
+        QueryError: absent or not a plan.
+    """
+    try:
+        return Plan.model_validate_json((folder / "plan.json").read_bytes())
+    except (OSError, ValidationError):
+        raise QueryError(
+            "no readable plan", remedy="Run 'qkt plan' for this query first.", file=folder, code="no-plan"
+        ) from None
