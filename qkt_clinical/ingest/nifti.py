@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 16_000_000
 """Voxels that begin later are refused: what comes before them is a header's extensions."""
 CHUNK = 1 << 17
+GZIP = b"\x1f\x8b"
+"""How gzip files and their members begin."""
 CIFTI_INTENTS = range(3000, 3100)
 RGB_VECTOR = 2003
 """Intent of vectors that are colours."""
@@ -50,10 +52,15 @@ class Gunzipped(io.RawIOBase):
     Args:
         stream: of the file.
         limit: bytes that it may hold.
+
+    Raises:
+        FileRejected: ``not-nifti``, where it is no gzip file.
     """
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream, self._limit = stream, limit
+        if stream.read(len(GZIP)) != GZIP:
+            raise reject("not-nifti")
         self._restart()
 
     def _restart(self) -> None:
@@ -98,7 +105,7 @@ class Gunzipped(io.RawIOBase):
         while size and not self._ended:
             feed = self._machine.unconsumed_tail or self._machine.unused_data or self._stream.read(CHUNK)
             if self._machine.eof:
-                self._ended = not feed.startswith(b"\x1f\x8b")
+                self._ended = not feed.startswith(GZIP)
                 self._machine = zlib.decompressobj(wbits=31)
                 if self._ended:
                     break
@@ -151,6 +158,8 @@ def _header(stream: BinaryIO) -> Any:
                 block += stream.read(540 - 348)
         except EOFError:  # gzip
             raise reject("truncated") from None
+        except zlib.error:  # read ahead
+            raise reject("pixels-undecodable") from None
     for length, start, magics, kind in (
         (348, 344, (b"n+1\0", b"ni1\0"), Nifti1Header),
         (540, 4, (b"n+2\0", b"ni2\0"), Nifti2Header),

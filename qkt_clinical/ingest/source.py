@@ -336,9 +336,12 @@ def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise reject("not-a-file" if error.errno == errno.ENXIO else "unreadable") from None
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         _bounded(os.fstat(descriptor), max_bytes)
+        stream = os.fdopen(descriptor, "rb", closefd=False)
         yield stream
+    finally:
+        os.close(descriptor)
 
 
 def whole_file(path: Path, max_bytes: int) -> bytes:
