@@ -36,6 +36,9 @@ CODES: tuple[tuple[str, str], ...] = (
 OLDEST = 89
 """Years; who is older becomes 90, as the HIPAA Safe Harbor has it."""
 
+LARGEST = 1e7
+"""Numbers from here on may be a birthday written as one (19420317) or the number of a record; they go."""
+
 
 def _terms(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -125,7 +128,9 @@ def _age(value: Any, _: bytes) -> str | None:
 
 
 def _number(value: Any, _: bytes) -> float | int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value) or abs(value) >= LARGEST:
         return None
     return int(value) if isinstance(value, int) else float(value)
 
