@@ -17,7 +17,9 @@ from qkt_clinical.cli import main
 from qkt_clinical.config import SplitFractions
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest.splits import SEATS, assign, empty_splits, keep_given
-from tests.ingest_files import CLASSES, SITE, dicom, hospital, ingest, noise, save
+from qkt_clinical.stages.evaluate import NoTestImages, _test_images
+from qkt_clinical.stages.train import train_site
+from tests.ingest_files import CLASSES, SITE, dicom, hospital, ingest, noise, params, save
 
 SHARES = {s: getattr(SplitFractions(), s) for s in SPLITS}
 
@@ -225,6 +227,18 @@ def test_one_patient_is_told_on_the_command_line(
     assert "warning [split-empty]" in err
     assert "calibration and val and test" in err
     assert SITE in err
+
+
+def test_later_stages_name_an_empty_split(tmp_path: Path) -> None:
+    data = hospital(tmp_path, "dicom", patient=PATIENTS["tag"])
+    for i in range(6):
+        save(dicom(noise(i, 8, 8), patient="P-1"), data / CLASSES[i % 2] / f"{i}.dcm")
+    _, site = ingest(tmp_path)
+    with pytest.raises(SourceError) as raised:
+        train_site(tmp_path, SITE, params(), device="cpu")
+    assert (raised.value.code, raised.value.where.site) == ("split-empty", SITE)
+    with pytest.raises(NoTestImages):
+        _test_images({SITE: site}, SITE, (0,), (1,))
 
 
 def test_files_are_found_by_keys_in_another_form_of_unicode(tmp_path: Path) -> None:

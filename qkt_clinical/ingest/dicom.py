@@ -201,7 +201,8 @@ def _refuse_mosaic(data: Dataset) -> None:
         FileRejected: ``mosaic``.
     """
     tags = data.keys()  # to go over the data set itself converts every element
-    if "MOSAIC" in _types(data) or (any(tag.is_private for tag in tags) and _tiles(data) > 1):
+    siemens = any(tag >> 16 in (0x0019, 0x0029) for tag in tags)
+    if "MOSAIC" in _types(data) or (siemens and _tiles(data) > 1):
         raise reject("mosaic")
 
 
