@@ -201,6 +201,8 @@ def test_dates(date: str, kept: str | None) -> None:
         ({"SeriesDescription": "Dose Report"}, True),
         ({"SeriesDescription": "Patient Protocol"}, True),
         ({"SeriesDescription": "low dose thorax"}, False),
+        ({"Modality": "MR", "ImageType": ["ORIGINAL", "PRIMARY", "ASL", "LABEL"]}, False),
+        ({"Modality": "GM", "ImageType": ["ORIGINAL", "PRIMARY", "LABEL"]}, True),
         ({"Modality": "OT"}, True),
         ({"Modality": "HC"}, True),
         ({"ConversionType": "SD"}, True),

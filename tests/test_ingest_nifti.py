@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_colour_as_rgb24_or_as_vectors(tmp_path: Path) -> None:
         image = one(tmp_path / name, voxels, channels=3)
         assert image.dtype == np.uint8
         np.testing.assert_array_equal(image, picture.transpose(2, 0, 1), err_msg=name)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_spacing_that_is_no_number_is_not_told(tmp_path: Path, number: float) -> None:
+    path = nifti(tmp_path / "a.nii", noise(1, 6, 8, 4))
+    head = bytearray(path.read_bytes())
+    head[80:84] = struct.pack("<f", number)
+    path.write_bytes(head)
+    (row,) = check_folder(tmp_path)
+    json.dumps(row, allow_nan=False)
+    assert row["spacing_mm"] is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
