@@ -26,7 +26,7 @@ from qkt_clinical.cli_federation import federation_app
 from qkt_clinical.cli_options import EPILOG, HERE, Json, OnDevice, Root, print_json
 from qkt_clinical.cli_query import query_app
 from qkt_clinical.config import Params, QueryRef, Workspace, load_params
-from qkt_clinical.console import errors_as_lines, progress, tell_skipped
+from qkt_clinical.console import errors_as_lines, progress, tell_skipped, tell_warnings
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.locks import hold_query
 
@@ -96,8 +96,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
 
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
-    from qkt_clinical.ingest import ingest_site
-    from qkt_clinical.ingest.splits import empty_splits
+    from qkt_clinical.ingest import ingest_site, warnings_of
     from qkt_clinical.workers import cores
 
     params = load_params(root)
@@ -106,9 +105,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
         with progress(f"ingest {site}", quiet=as_json) as step:
             manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
-        warning = empty_splits(manifest.patients, params.ingest.splits.model_dump())
-        if warning is not None:
-            print(f"warning [split-empty]: {warning} (stage ingest, site {site})", file=sys.stderr)
+        tell_warnings("ingest", site, warnings_of(manifest, params.ingest.splits.model_dump()))
         if not as_json:
             rejected = sum(manifest.rejected.values())
             print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")

@@ -16,6 +16,7 @@ from qkt_clinical.catalog import SPLITS
 from qkt_clinical.cli import main
 from qkt_clinical.config import SplitFractions
 from qkt_clinical.errors import SourceError
+from qkt_clinical.ingest import warnings_of
 from qkt_clinical.ingest.splits import SEATS, assign, empty_splits, keep_given
 from qkt_clinical.stages.evaluate import NoTestImages, _test_images
 from qkt_clinical.stages.train import train_site
@@ -200,13 +201,14 @@ def test_patients_who_only_look_alike_are_two(tmp_path: Path, source: str) -> No
 
 @pytest.mark.parametrize("source", PATIENTS)
 @pytest.mark.parametrize("word", ["ANONYMOUS", "Anonymous", "NA", "0", "0000000", "unknown", "De-Identified"])
-def test_a_placeholder_for_all_patients_is_an_error(tmp_path: Path, source: str, word: str) -> None:
+def test_a_placeholder_for_all_patients_is_told_and_keeps_nobody_together(
+    tmp_path: Path, source: str, word: str
+) -> None:
     site_of(tmp_path, source, [word] * 3)
-    with pytest.raises(SourceError) as raised:
-        ingest(tmp_path)
-    assert raised.value.code == "patients-unknown"
-    assert raised.value.where.site == SITE
-    assert not (tmp_path / "data").exists()
+    manifest, prepared = ingest(tmp_path)[:2]
+    assert len(set(prepared.groups)) == 3
+    assert manifest.risks == {"patients-unknown": 3}
+    assert [code for code, _ in warnings_of(manifest, FRACTIONS)] == ["patients-unknown", "split-empty"]
 
 
 def test_a_placeholder_among_ids_keeps_its_images_together(tmp_path: Path) -> None:
