@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,51 @@ def test_coronal_and_sagittal_planes_have_the_head_at_the_top(tmp_path: Path) ->
     np.testing.assert_array_equal(one(tmp_path / "s", PICTURE.T[None, :, ::-1])[0], PICTURE)
 
 
-def test_colour_as_rgb24_or_as_a_last_axis(tmp_path: Path) -> None:
+def test_colour_as_rgb24_or_as_vectors(tmp_path: Path) -> None:
     picture = noise(6, 8, 6, 3)
     columns_first = np.ascontiguousarray(picture.transpose(1, 0, 2))
     for name, voxels in {
         "rgb24": columns_first.view(RGB24)[..., 0][:, :, None],
         "rgb24-flat": columns_first.view(RGB24)[..., 0],
-        "four axes": columns_first[:, :, None, :],
-        "three axes": columns_first,
         "vector": columns_first[:, :, None, None, :],
     }.items():
         image = one(tmp_path / name, voxels, channels=3)
         assert image.dtype == np.uint8
         np.testing.assert_array_equal(image, picture.transpose(2, 0, 1), err_msg=name)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_spacing_that_is_no_number_is_not_told(tmp_path: Path, number: float) -> None:
+    path = nifti(tmp_path / "a.nii", noise(1, 6, 8, 4))
+    head = bytearray(path.read_bytes())
+    head[80:84] = struct.pack("<f", number)
+    path.write_bytes(head)
+    (row,) = check_folder(tmp_path)
+    json.dumps(row, allow_nan=False)
+    assert row["spacing_mm"] is None
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize(
+    ("shape", "code"), [((6, 8, 3), "dimensions"), ((8, 8, 3), "dimensions"), ((6, 8, 1, 3), "time-series")]
+)
+def test_three_slices_are_no_colour_picture(
+    tmp_path: Path, shape: tuple[int, ...], code: str, dtype: type[np.generic]
+) -> None:
+    folder = hospital(tmp_path, "nifti", image={**FLAT, "channels": 3})
+    nifti(folder / "solid" / "good.nii", PICTURE.T[:, :, None])
+    nifti(folder / "solid" / "bad.nii", noise(2, *shape).astype(dtype))
+    assert ingest(tmp_path)[0].rejected == {code: 1}
+
+
+@pytest.mark.parametrize("intent", ["vector", "displacement vector"])
+def test_vectors_that_are_no_colours_are_refused(tmp_path: Path, intent: str) -> None:
+    folder = hospital(tmp_path, "nifti", image={**FLAT, "channels": 3})
+    nifti(folder / "solid" / "good.nii", PICTURE.T[:, :, None])
+    image = nibabel.Nifti1Image(noise(2, 6, 8, 1, 1, 3), np.eye(4))
+    image.header.set_intent(intent)
+    nibabel.save(image, folder / "solid" / "bad.nii")
+    assert ingest(tmp_path)[0].rejected == {"colour-unknown": 1}
 
 
 def test_scaled_voxels_and_units(tmp_path: Path) -> None:

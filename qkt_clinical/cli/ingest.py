@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from typer.core import TyperGroup
 
 from qkt_clinical.catalog import STAGES
 from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, Sites, Workers, named_sites, print_json, say
-from qkt_clinical.common.console import progress
+from qkt_clinical.common.console import progress, tell_warnings
 from qkt_clinical.config.loading import load_params
 
 
@@ -40,8 +39,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
     from qkt_clinical.common.workers import cores
-    from qkt_clinical.ingest import ingest_site
-    from qkt_clinical.ingest.splits import empty_splits
+    from qkt_clinical.ingest import ingest_site, warnings_of
 
     params = load_params(root)
     done = {}
@@ -49,9 +47,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
         with progress(f"ingest {site}", quiet=as_json) as step:
             manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
-        warning = empty_splits(manifest.patients, params.ingest.splits.model_dump())
-        if warning is not None:
-            print(f"warning [split-empty]: {warning} (stage ingest, site {site})", file=sys.stderr)
+        tell_warnings("ingest", site, warnings_of(manifest, params.ingest.splits.model_dump()))
         if not as_json:
             rejected = sum(manifest.rejected.values())
             say(f"{site}: {manifest.count} images accepted, {rejected} files rejected")

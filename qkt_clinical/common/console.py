@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qkt_clinical.config.query import QueryRef
@@ -54,6 +54,12 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 def tell_skipped(ref: QueryRef, why: QktError) -> None:
     """Name a query that a stage leaves out, on standard error."""
     print(visible(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}"), file=sys.stderr)
+
+
+def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) -> None:
+    """Say on standard error what is no error but should be known; pairs of code and words."""
+    for code, words in warnings:
+        print(visible(f"warning [{code}]: {words} (stage {stage}, site {site})"), file=sys.stderr)
 
 
 @contextmanager

@@ -36,6 +36,9 @@ CODES: tuple[tuple[str, str], ...] = (
 OLDEST = 89
 """Years; who is older becomes 90, as the HIPAA Safe Harbor has it."""
 
+LARGEST = 1e7
+"""Numbers from here on may be a birthday written as one (19420317) or the number of a record; they go."""
+
 
 def _terms(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -125,7 +128,9 @@ def _age(value: Any, _: bytes) -> str | None:
 
 
 def _number(value: Any, _: bytes) -> float | int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value) or abs(value) >= LARGEST:
         return None
     return int(value) if isinstance(value, int) else float(value)
 
@@ -278,7 +283,7 @@ _SLIDES = frozenset(f"{_STORAGE}77.1.{number}" for number in ("2", "3", "6"))
 _SHOWS_LABEL = _terms("LABEL OVERVIEW LOCALIZER")
 """Of a slide: its label, the slide with its label, and the older word for the latter."""
 _SCREENS = re.compile(
-    r"SCREEN|REPORT|CAPTURE|SNAP.?SHOT|PASTED|HARD.?COPY|\bPRINT|DOSE.?(INFO|SUMMARY|SHEET)|\bPROT(OCOL)?\b|\bLABEL\b"
+    r"SCREEN|REPORT|CAPTURE|SNAP.?SHOT|PASTED|HARD.?COPY|\bPRINT|DOSE.?(INFO|SUMMARY|SHEET)|\bPROT(OCOL)?\b"
 )
 _REPORTS = re.compile(
     r"SCREEN.?(SAVE|SHOT|CAPTURE|DUMP)|DOSE.?(REPORT|INFO|SUMMARY|SHEET)|PATIENT.?PROTOCOL|SCANNED.?DOC"
@@ -299,12 +304,14 @@ def suspects_text(data: Dataset) -> bool:
     types = tuple(str(value).strip(" \0").upper() for value in values(data, "ImageType"))
     slide = word(data, "Modality") == "SM" or word(data, "SOPClassUID") in _SLIDES
     said = word(data, "BurnedInAnnotation")
-    if slide and "LABEL" in types:
+    label = "LABEL" in types and word(data, "Modality") != "MR"  # there: blood that was labelled
+    if slide and label:
         return True
     if said in ("YES", "NO"):
         return said == "YES"
     return (
-        _of_a_kind_with_writing(data)
+        label
+        or _of_a_kind_with_writing(data)
         or (slide and not _SHOWS_LABEL.isdisjoint(types))
         or word(data, "SpecimenLabelInImage") == "YES"
         or _SCREENS.search(" ".join(types)) is not None

@@ -200,7 +200,9 @@ def _refuse_mosaic(data: Dataset) -> None:
     Raises:
         FileRejected: ``mosaic``.
     """
-    if "MOSAIC" in _types(data) or (any(tag.is_private for tag in data) and _tiles(data) > 1):
+    tags = data.keys()  # to go over the data set itself converts every element
+    siemens = any(tag >> 16 in (0x0019, 0x0029) for tag in tags)
+    if "MOSAIC" in _types(data) or (siemens and _tiles(data) > 1):
         raise reject("mosaic")
 
 
@@ -677,7 +679,7 @@ def _part(data: Dataset, series: str, salt: bytes) -> Part | None:
     number = whole(data, "InConcatenationNumber", 0)
     named = _uid(data, "ConcatenationUID") or _uid(data, "SOPInstanceUIDOfConcatenationSource")
     total = whole(data, "InConcatenationTotalNumber", 0)
-    if not named and max(number, total) < 2:
+    if (not number and _frames(data) == 1) or (not named and max(number, total) < 2):
         return None
     return Part(salted(salt, "value", named or series), number, total)
 

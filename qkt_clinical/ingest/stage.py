@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from qkt_clinical.ingest.source import (
     suffix,
     whole_file,
 )
-from qkt_clinical.ingest.splits import assign, keep_given
+from qkt_clinical.ingest.splits import assign, empty_splits, keep_given
 from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
 from qkt_clinical.ingest.subgroups import pooled
 
@@ -52,6 +52,7 @@ MEGABYTE = 1_000_000
 REMEMBERED = frozenset({"dicom", "nifti", "images"})
 """Kinds of source of which decoded files are kept for the next run."""
 FACE = "facial-surface"
+UNKNOWN_PATIENTS = "patients-unknown"
 """Risk of an image from which a face could be rendered."""
 
 
@@ -300,8 +301,10 @@ def ingest_site(
         labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
         faces = sum(gathered.faces[i] for i in kept)
         patients = [gathered.patients[i] for i in kept]
-        _refuse_placeholders(config, patients, salt)
         prints = [gathered.prints[i] for i in kept]
+        unknown = _are_placeholders(config, patients, salt)
+        if unknown:
+            patients = [f"image {fingerprint}" for fingerprint in prints]
         splits = _split(
             config, params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
         )
@@ -336,7 +339,7 @@ def ingest_site(
             transforms=in_words(config.image),
             integrity=integrity,
             headers=map(store.header, numbers) if config.source.kind == "dicom" else None,
-            risks={FACE: faces} if faces else {},
+            risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
             hashes=hashes,
             subgroups=subgroups,
             page=lambda manifest: render_integrity(
@@ -410,24 +413,38 @@ def _refuse_copies(
         )
 
 
-def _refuse_placeholders(config: SiteConfig, patients: Sequence[str], salt: bytes) -> None:
-    """Refuse a site of which an anonymiser has written the same word in place of every patient's id.
+def _are_placeholders(config: SiteConfig, patients: Sequence[str], salt: bytes) -> int:
+    """The number of images, if one word of an anonymiser stands for the patients of them all; else 0.
 
-    Raises:
-        SourceError: ``patients-unknown``.
+    Nobody can tell these patients apart then. Taken for one they would leave every split but one empty, so
+    that each image counts as a patient of its own, as with ``patient: {from: none}``, and people are told.
     """
     words: Iterable[str] = PLACEHOLDERS
     if config.patient.source == "tag":
         words = (salted(salt, "value", word) for word in PLACEHOLDERS)
-    if len(patients) > 1 and len(set(patients)) == 1 and patients[0] in words:
-        raise SourceError(
-            f"all {len(patients)} images have one word in place of a patient id, as anonymisers write it",
-            remedy="Export them with pseudonyms, or name a column of ids (patient in site.yaml): without ids "
-            "patients cannot be kept apart.",
-            code="patients-unknown",
-            stage="ingest",
-            site=config.name,
+    alike = len(patients) > 1 and len(set(patients)) == 1
+    return len(patients) if alike and patients[0] in words else 0
+
+
+def warnings_of(manifest: Manifest, fractions: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Code and words of what a person should know of a site that was taken: no error, but not well either.
+
+    Args:
+        manifest: of the site.
+        fractions: wanted share of each split.
+    """
+    found = []
+    if UNKNOWN_PATIENTS in manifest.risks:
+        found.append(
+            (
+                UNKNOWN_PATIENTS,
+                "one word of an anonymiser stands for the patients of all images, so that one patient's may "
+                "stand in two splits and figures may be too good. Export with pseudonyms, or name a column "
+                "of ids under patient in site.yaml.",
+            )
         )
+    empty = empty_splits(manifest.patients, fractions)
+    return [*found, ("split-empty", empty)] if empty else found
 
 
 def _words(config: SiteConfig, params: Params, salt: bytes) -> dict[str, int]:
