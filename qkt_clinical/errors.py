@@ -155,3 +155,10 @@ def refused_by_system(error: OSError) -> QktError:
         remedy="Check disk and permissions of the workspace, then run the same command again.",
         code="system",
     )
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, a log or a record: what is no character that shows stands as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

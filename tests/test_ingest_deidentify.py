@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import dcmread
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from qkt_clinical.ingest.deidentify import (
     KEPT,
@@ -23,6 +27,8 @@ from tests.ingest_files import IDENTITIES, dicom, plant_identities
 
 SALT = b"0123456789abcdef0123456789abcdef"
 PIXELS = np.zeros((4, 4), dtype=np.uint8)
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+SLIDE = {"Modality": "SM", "SOPClassUID": WHOLE_SLIDE}
 
 
 def deidentify(data: Dataset, salt: bytes) -> Dataset:
@@ -103,6 +109,49 @@ def test_uids_are_remapped_alike_within_a_site_and_not_across_sites() -> None:
     assert first.SOPClassUID == one.SOPClassUID, "a UID of the standard names no object"
 
 
+MADE_UP = [
+    "1.2.840.10008.19420317.4711",
+    "1.2.840.10008.5.1.4.1.1.4.20240115.101112.4711",
+    "1.2.840.10008.1.2.0",
+    "1.2.840.10008",
+    "1.2.840.113619.2.55.19420317",
+    "2.25.19420317",
+]
+
+
+@pytest.mark.parametrize("made_up", MADE_UP)
+@pytest.mark.parametrize("keyword", [name for name in KEPT if name.endswith("UID")])
+def test_only_uids_that_the_standard_lists_stay(keyword: str, made_up: str) -> None:
+    data = dicom(PIXELS)
+    data.add_new(keyword, "UI", made_up)
+    assert f"'{made_up}'" not in repr(to_json(data, SALT))
+    assert getattr(deidentify(data, SALT), keyword) == remap_uid(made_up, SALT) != made_up
+    for listed in ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.4.1.1"):
+        data.add_new(keyword, "UI", listed)
+        assert getattr(deidentify(data, SALT), keyword) == listed
+
+
+NUMBERS = [name for name in KEPT if dictionary_VR(name) in ("DS", "IS", "FD", "FL")]
+
+
+@pytest.mark.parametrize("text", ["NaN", "nan", "inf", "-Infinity", "1e999", "19420317", "1.5\\NaN"])
+@pytest.mark.parametrize("keyword", NUMBERS)
+def test_a_number_that_is_none_or_may_be_a_date_goes(keyword: str, text: str) -> None:
+    data = dicom(PIXELS)
+    tag = Tag(keyword)
+    data[tag] = RawDataElement(tag, "DS", len(text), text.encode(), 0, False, True)
+    kept = json.loads(json.dumps(to_json(data, SALT), allow_nan=False))
+    assert f"{int(tag):08X}" not in kept
+    assert "19420317" not in repr(kept)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"), [("PatientWeight", 4711), ("PatientSize", 1942), ("PatientSize", -1)]
+)
+def test_a_number_that_cannot_be_true_goes(keyword: str, value: float) -> None:
+    assert keyword not in deidentify(dicom(PIXELS, **{keyword: value}), SALT)
+
+
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=6))
 def test_a_remapped_uid_is_a_uid(parts: list[int]) -> None:
     new = remap_uid(".".join(map(str, (1, 3, *parts))), SALT)
@@ -144,6 +193,30 @@ def test_dates(date: str, kept: str | None) -> None:
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, True),
         ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, True),
         ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL"]}, False),
+        ({"ImageType": ["DERIVED", "SECONDARY", "DOSE_INFO"]}, True),
+        ({"ImageType": ["ORIGINAL", "SECONDARY", "AXIAL", "DOSE_INFO"]}, True),
+        ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 PROT"]}, True),
+        ({"ImageType": ["DERIVED", "SECONDARY", "Screen Capture"]}, True),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, False),
+        ({"SeriesDescription": "Dose Report"}, True),
+        ({"SeriesDescription": "Patient Protocol"}, True),
+        ({"SeriesDescription": "low dose thorax"}, False),
+        ({"Modality": "MR", "ImageType": ["ORIGINAL", "PRIMARY", "ASL", "LABEL"]}, False),
+        ({"Modality": "GM", "ImageType": ["ORIGINAL", "PRIMARY", "LABEL"]}, True),
+        ({"Modality": "OT"}, True),
+        ({"Modality": "HC"}, True),
+        ({"ConversionType": "SD"}, True),
+        ({"ConversionType": "DF"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}, True),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.4"}, True),
+        ({**SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "LABEL", "NONE"]}, True),
+        ({**SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "label", "NONE"], "BurnedInAnnotation": "NO"}, True),
+        ({**SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "OVERVIEW", "NONE"]}, True),
+        ({**SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER", "RESAMPLED"]}, True),
+        ({**SLIDE, "ImageType": ["DERIVED", "PRIMARY", "OVERVIEW"], "BurnedInAnnotation": "NO"}, False),
+        ({**SLIDE, "ImageType": ["DERIVED", "PRIMARY", "VOLUME", "NONE"]}, False),
+        ({**SLIDE, "SpecimenLabelInImage": "YES"}, True),
+        ({"SOPClassUID": WHOLE_SLIDE, "ImageType": ["ORIGINAL", "PRIMARY", "LABEL"]}, True),
     ],
 )
 def test_text_in_the_pixels_is_suspected_by_rules(tags: dict[str, Any], suspected: bool) -> None:

@@ -2,23 +2,30 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
+import json
 import random
 import shutil
+import struct
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence as Items
+from pydicom.tag import Tag
 
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
 from qkt_clinical.ingest.dicom import coded_size
+from qkt_clinical.ingest.elements import tag_of
 from tests.ingest_files import (
     CLASSES,
     dicom,
@@ -501,6 +508,249 @@ def test_enhanced_multi_frame_is_placed_by_its_frames(tmp_path: Path) -> None:
     image = {**IMAGE, "window": {"center": 240, "width": 500}}  # 2 x - 10 from -10 to 490
     save(enhanced(), hospital(tmp_path, "dicom", image=image) / "solid" / "e.dcm")
     np.testing.assert_allclose(ingest(tmp_path)[1].images[0], EXPECTED, atol=1e-6)
+
+
+def part(start: int, stop: int, **tags: Any) -> FileDataset:
+    """Slices of the volume as one file of a concatenation, each frame at its place."""
+    data = dicom(VOLUME[start:stop], PixelSpacing=None, SeriesInstanceUID=uid("parts"), **tags)
+    if stop - start == 1:
+        data.NumberOfFrames = 1
+    shared, measures, turn = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, turn.ImageOrientationPatient = [1, 1], [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = Items([measures]), Items([turn])
+    data.SharedFunctionalGroupsSequence = Items([shared])
+    frames = []
+    for k in range(start, stop):
+        place, frame = Dataset(), Dataset()
+        place.ImagePositionPatient = [0, 0, 2.0 * k]
+        frame.PlanePositionSequence = Items([place])
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = Items(frames)
+    return data
+
+
+def parts(folder: Path, *ends: int, total: bool = True, leave_out: Sequence[int] = ()) -> None:
+    """The volume cut at ``ends``."""
+    cuts = [0, *ends, SIZE[0]]
+    said = {"InConcatenationTotalNumber": len(cuts) - 1} if total else {}
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts), start=1):
+        if number not in leave_out:
+            data = part(start, stop, ConcatenationUID=uid("whole"), InConcatenationNumber=number, **said)
+            save(data, folder / f"{9 - number}.dcm")
+
+
+@pytest.mark.parametrize("total", [True, False])
+@pytest.mark.parametrize("ends", [(2,), (1, 3), (1, 2, 3)])
+def test_parts_of_a_concatenation_are_one_volume(tmp_path: Path, ends: tuple[int, ...], total: bool) -> None:
+    parts(volumes(tmp_path) / "solid", *ends, total=total)
+    manifest, site = ingest(tmp_path)
+    assert manifest.rejected == {}
+    np.testing.assert_allclose(site.images, EXPECTED[None], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ends", "total", "leave_out"),
+    [((2,), True, (1,)), ((2,), True, (2,)), ((2,), False, (1,)), ((2,), False, (2,)), ((1, 3), False, (2,))],
+)
+def test_a_concatenation_of_which_a_part_is_missing_is_refused_whole(
+    tmp_path: Path, ends: tuple[int, ...], total: bool, leave_out: tuple[int, ...]
+) -> None:
+    folder = volumes(tmp_path)
+    series(folder / "solid" / "good", VOLUME + 1)
+    parts(folder / "solid", *ends, total=total, leave_out=leave_out)
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 1
+    assert manifest.rejected == {"slice-missing": len(ends)}
+
+
+def test_a_concatenation_of_one_file_is_whole(tmp_path: Path) -> None:
+    parts(volumes(tmp_path) / "solid")
+    np.testing.assert_allclose(ingest(tmp_path)[1].images[0], EXPECTED, atol=1e-6)
+
+
+def csa(tiles: int | None) -> bytes:
+    """A Siemens CSA2 header with one element."""
+    items = [] if tiles is None else [str(tiles).encode()]
+    block = b"SV10\x04\x03\x02\x01" + struct.pack("<II", 1, 77)
+    block += b"NumberOfImagesInMosaic".ljust(64, b"\0") + struct.pack("<i4siii", 1, b"US", 6, 6, 77)
+    for n in range(6):
+        text = items[n] + b"\0" if n < len(items) else b""
+        block += struct.pack("<iiii", len(text), len(text), 77, len(text)) + text + bytes(-len(text) % 4)
+    return block
+
+
+def mosaic_by_type(data: FileDataset) -> None:
+    data.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "NORM", "MOSAIC"]
+
+
+def mosaic_of_asl(data: FileDataset) -> None:
+    data.ImageType = ["DERIVED", "PRIMARY", "ASL", "PERFUSION", "ASL_MOSAIC"]
+
+
+def mosaic_by_private_number(data: FileDataset) -> None:
+    data.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0A, "US", 9)
+
+
+def mosaic_by_unknown_number(data: FileDataset) -> None:
+    data.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0A, "UN", b"\x09\0")
+
+
+def mosaic_by_csa(data: FileDataset) -> None:
+    data.private_block(0x0029, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB", csa(9))
+
+
+def mosaic_by_frame_type(data: FileDataset) -> None:
+    shared, kind = Dataset(), Dataset()
+    kind.FrameType = ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]
+    shared.MRImageFrameTypeSequence = Items([kind])
+    data.SharedFunctionalGroupsSequence = Items([shared])
+
+
+@pytest.mark.parametrize("volume", [False, True])
+@pytest.mark.parametrize(
+    "tell",
+    [
+        mosaic_by_type,
+        mosaic_of_asl,
+        mosaic_by_private_number,
+        mosaic_by_unknown_number,
+        mosaic_by_csa,
+        mosaic_by_frame_type,
+    ],
+)
+def test_a_mosaic_is_neither_a_picture_nor_a_slice(
+    tmp_path: Path, tell: Callable[[FileDataset], None], volume: bool
+) -> None:
+    folder = volumes(tmp_path) if volume else hospital(tmp_path, "dicom")
+    for k in range(3):
+        data = dicom(noise(k, 24, 24), Modality="MR", ImagePositionPatient=[0, 0, 2.0 * k])
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        tell(data)
+        save(data, folder / "solid" / f"{k}.dcm")
+    with pytest.raises(SourceError, match="3 mosaic"):
+        ingest(tmp_path)
+
+
+@pytest.mark.parametrize("header", [csa(None), csa(1), b"SV10", b"no CSA header", b""])
+def test_a_single_slice_of_siemens_is_taken(tmp_path: Path, header: bytes) -> None:
+    data = dicom(RAMP, Modality="MR", ImageType=["ORIGINAL", "PRIMARY", "M", "ND"])
+    data.private_block(0x0029, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB", header)
+    np.testing.assert_array_equal(one(tmp_path, data), RAMP[None])
+
+
+@pytest.mark.parametrize("kind", [["ORIGINAL", "PRIMARY", "LOCALIZER"], ["DERIVED", "PRIMARY", "SCOUT"]])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_a_scout_is_no_part_of_the_volume_of_its_series(
+    tmp_path: Path, kind: list[str], modality: str
+) -> None:
+    folder = volumes(tmp_path)
+    series(folder / "solid" / "s", VOLUME, Modality=modality)
+    for k in range(2):
+        scout = dicom(
+            VOLUME[k] + 1, Modality=modality, ImageType=kind, ImageOrientationPatient=[1, 0, 0, 0, 1, 0]
+        )
+        scout.SeriesInstanceUID, scout.ImagePositionPatient = uid(folder / "solid" / "s"), [0, 0, 8.0 + 2 * k]
+        save(scout, folder / "solid" / "s" / f"scout{k}.dcm")
+    manifest, site = ingest(tmp_path)
+    assert manifest.rejected == {"localiser": 2}
+    np.testing.assert_allclose(site.images, EXPECTED[None], atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize("coded", [False, True])
+def test_more_frames_than_the_header_counts_are_no_picture(tmp_path: Path, frames: int, coded: bool) -> None:
+    folder = hospital(tmp_path, "dicom", image={"size": [8, 8], "channels": 3})
+    save(dicom(RAMP), folder / "solid" / "good.dcm")
+    data = dicom(noise(1, frames, 8, 8))
+    if coded:
+        data.compress("1.2.840.10008.1.2.5")
+    for name, said in (("missing", None), ("one", 1)):
+        if said is None:
+            del data.NumberOfFrames
+        else:
+            data.NumberOfFrames = said
+        save(data, folder / "solid" / f"{name}.dcm")
+    manifest, _ = ingest(tmp_path)
+    assert (manifest.count, manifest.rejected) == (1, {"multi-frame": 2})
+
+
+def test_three_grey_frames_are_no_colour_picture(tmp_path: Path) -> None:
+    save(
+        dicom(noise(1, 3, 8, 8)),
+        hospital(tmp_path, "dicom", image={"size": [8, 8], "channels": 3}) / "solid" / "a",
+    )
+    with pytest.raises(SourceError, match="multi-frame"):
+        ingest(tmp_path)
+
+
+def test_an_empty_slice_with_a_slope_of_zero_is_its_intercept(tmp_path: Path) -> None:
+    """Scanners scale PET slice by slice by its highest value, which is 0 in an empty one."""
+    folder = volumes(tmp_path)
+    volume = VOLUME.copy()
+    volume[3] = 0
+
+    def scaled(k: int, data: Any) -> None:
+        data.RescaleSlope, data.RescaleIntercept = (0 if k == 3 else 1), 0
+
+    per_slice(series(folder / "solid" / "s", volume), scaled)
+    np.testing.assert_allclose(ingest(tmp_path)[1].images[0], volume[None] / 250, atol=1e-6)
+
+
+def test_a_slope_of_zero_over_a_picture_is_damage(tmp_path: Path) -> None:
+    folder = hospital(tmp_path, "dicom")
+    save(dicom(RAMP), folder / "solid" / "good.dcm")
+    save(dicom(RAMP, RescaleSlope=0, RescaleIntercept=5), folder / "solid" / "bad.dcm")
+    assert ingest(tmp_path)[0].rejected == {"header-unreadable": 1}
+
+
+@pytest.mark.parametrize("keyword", ["PatientWeight", "KVP", "SliceThickness", "EchoTime", "WindowCenter"])
+@pytest.mark.parametrize("text", ["NaN", "-inf", "1e999"])
+def test_a_header_number_that_is_none_ends_no_site(tmp_path: Path, keyword: str, text: str) -> None:
+    folder = hospital(tmp_path, "dicom")
+    for k in range(2):
+        data = dicom(noise(k, 8, 8))
+        raw = text.encode()
+        raw += b" " * (len(raw) % 2)
+        tag = tag_of(keyword)[0]
+        data[tag] = RawDataElement(Tag(tag), "DS", len(raw), raw, 0, False, True)
+        save(data, folder / "solid" / f"{k}.dcm")
+    assert ingest(tmp_path)[0].count == 2
+
+    def strict(word: str) -> None:
+        raise AssertionError(word)
+
+    for path in (tmp_path / "data").rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=strict)
+
+
+@pytest.mark.parametrize("spacing", [[1e5, 1e5], [9e5, 9e5], [9e5, 1e-4], [1e-5, 1e-5], [1e-5, 1.0]])
+@pytest.mark.parametrize("volume", [False, True])
+def test_an_absurd_spacing_is_refused_before_anything_is_allocated(
+    tmp_path: Path, spacing: list[float], volume: bool
+) -> None:
+    image = {
+        "size": [4, 8, 8] if volume else [8, 8],
+        "channels": 1,
+        "spacing_mm": [1.0] * (3 if volume else 2),
+    }
+    folder = hospital(tmp_path, "dicom", image=image)
+    for name, mm in (("good", [1.0, 1.0]), ("bad", spacing)):
+        if volume:
+            series(folder / "solid" / name, noise(len(name), 4, 8, 8), spacing=mm)
+        else:
+            save(dicom(noise(len(name), 8, 8), PixelSpacing=mm), folder / "solid" / f"{name}.dcm")
+    manifest, _ = ingest(tmp_path)
+    assert manifest.count == 1
+    assert set(manifest.rejected) <= {"resampled-too-large", "geometry-invalid"}
+    assert sum(manifest.rejected.values()) == (4 if volume else 1)
+
+
+@pytest.mark.parametrize("step", [1e5, 1e7])
+def test_an_absurd_distance_of_slices_is_refused(tmp_path: Path, step: float) -> None:
+    folder = hospital(tmp_path, "dicom", image={"size": [4, 8, 8], "channels": 1, "spacing_mm": [1, 1, 1]})
+    series(folder / "solid" / "good", noise(1, 4, 8, 8))
+    series(folder / "solid" / "bad", noise(2, 4, 64, 64), step=step)
+    assert ingest(tmp_path)[0].rejected == {"resampled-too-large": 4}
 
 
 def test_multi_frame_without_positions_is_no_volume(tmp_path: Path) -> None:

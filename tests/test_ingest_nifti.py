@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,51 @@ def test_coronal_and_sagittal_planes_have_the_head_at_the_top(tmp_path: Path) ->
     np.testing.assert_array_equal(one(tmp_path / "s", PICTURE.T[None, :, ::-1])[0], PICTURE)
 
 
-def test_colour_as_rgb24_or_as_a_last_axis(tmp_path: Path) -> None:
+def test_colour_as_rgb24_or_as_vectors(tmp_path: Path) -> None:
     picture = noise(6, 8, 6, 3)
     columns_first = np.ascontiguousarray(picture.transpose(1, 0, 2))
     for name, voxels in {
         "rgb24": columns_first.view(RGB24)[..., 0][:, :, None],
         "rgb24-flat": columns_first.view(RGB24)[..., 0],
-        "four axes": columns_first[:, :, None, :],
-        "three axes": columns_first,
         "vector": columns_first[:, :, None, None, :],
     }.items():
         image = one(tmp_path / name, voxels, channels=3)
         assert image.dtype == np.uint8
         np.testing.assert_array_equal(image, picture.transpose(2, 0, 1), err_msg=name)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_spacing_that_is_no_number_is_not_told(tmp_path: Path, number: float) -> None:
+    path = nifti(tmp_path / "a.nii", noise(1, 6, 8, 4))
+    head = bytearray(path.read_bytes())
+    head[80:84] = struct.pack("<f", number)
+    path.write_bytes(head)
+    (row,) = check_folder(tmp_path)
+    json.dumps(row, allow_nan=False)
+    assert row["spacing_mm"] is None
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize(
+    ("shape", "code"), [((6, 8, 3), "dimensions"), ((8, 8, 3), "dimensions"), ((6, 8, 1, 3), "time-series")]
+)
+def test_three_slices_are_no_colour_picture(
+    tmp_path: Path, shape: tuple[int, ...], code: str, dtype: type[np.generic]
+) -> None:
+    folder = hospital(tmp_path, "nifti", image={**FLAT, "channels": 3})
+    nifti(folder / "solid" / "good.nii", PICTURE.T[:, :, None])
+    nifti(folder / "solid" / "bad.nii", noise(2, *shape).astype(dtype))
+    assert ingest(tmp_path)[0].rejected == {code: 1}
+
+
+@pytest.mark.parametrize("intent", ["vector", "displacement vector"])
+def test_vectors_that_are_no_colours_are_refused(tmp_path: Path, intent: str) -> None:
+    folder = hospital(tmp_path, "nifti", image={**FLAT, "channels": 3})
+    nifti(folder / "solid" / "good.nii", PICTURE.T[:, :, None])
+    image = nibabel.Nifti1Image(noise(2, 6, 8, 1, 1, 3), np.eye(4))
+    image.header.set_intent(intent)
+    nibabel.save(image, folder / "solid" / "bad.nii")
+    assert ingest(tmp_path)[0].rejected == {"colour-unknown": 1}
 
 
 def test_scaled_voxels_and_units(tmp_path: Path) -> None:
@@ -255,3 +288,78 @@ def test_real_files() -> None:
     assert verdicts["functional.nii"] is None
     assert verdicts["nifti2.hdr"] == "pair-missing"
     assert verdicts["row_major.dconn.nii"] == "non-image-object"
+
+
+def quaternion(parts: tuple[float, float, float], sform: bool) -> bytes:
+    """A volume with this quaternion in its qform."""
+    image = coded((-1, -1, 1) if sform else None, (-1, -1, 1))
+    blob = bytearray(image.to_bytes())
+    blob[256:268] = np.array(parts, "<f4").tobytes()
+    return bytes(blob)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sform", "code"),
+    [
+        ((0, 0, 1), False, None),
+        ((0, 0, 1.0000002), False, None),
+        ((0, 0, 1.0000002), True, None),
+        ((0, 0, 1.0004), False, None),
+        ((0, 0, 3), False, "geometry-invalid"),
+        ((0, 0, 3), True, None),
+        ((0, 0, np.nan), False, "geometry-invalid"),
+        ((0, 0, np.nan), True, None),
+        ((0, np.inf, 0), True, None),
+        ((0, 1.0000002, 0), True, "affine-conflict"),
+    ],
+)
+def test_rounding_in_a_quaternion(
+    tmp_path: Path, parts: tuple[float, float, float], sform: bool, code: str | None
+) -> None:
+    folder = hospital(tmp_path, "nifti", image=DEEP) / "solid"
+    nifti(folder / "good.nii", VOLUME // 2)
+    (folder / "other.nii").write_bytes(quaternion(parts, sform))
+    manifest, site = ingest(tmp_path)
+    assert manifest.rejected == ({} if code is None else {code: 1})
+    assert verdict(folder / "other.nii") == code
+    if code is None:
+        np.testing.assert_array_equal(site.images[1, 0], VOLUME.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "code"),
+    [
+        (np.nan, np.nan, None),
+        (np.inf, 0, None),
+        (0, 5, None),
+        (2, np.nan, "header-unreadable"),
+        (2, np.inf, "header-unreadable"),
+    ],
+)
+def test_slopes_that_are_no_numbers(tmp_path: Path, slope: float, intercept: float, code: str | None) -> None:
+    """A slope that is none means that nothing is scaled, as the format's own library has it."""
+    blob = bytearray(good())
+    blob[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(blob)
+    assert verdict(tmp_path / "a.nii") == code
+
+
+@pytest.mark.parametrize("size", [4, 64])
+@pytest.mark.parametrize("tail", [b"", b"\0" * 40, b"garbage", b"\x1f\x8b", gzip.compress(b"more")[:12]])
+def test_what_stands_behind_a_gzip_file(tmp_path: Path, size: int, tail: bytes) -> None:
+    """Left out as gzip does; but the checksum of what it holds is read."""
+    image = nibabel.Nifti1Image(noise(0, size, size, 4), np.eye(4))
+    packed = gzip.compress(image.to_bytes())
+    (tmp_path / "a.nii.gz").write_bytes(packed + tail)
+    broken = tail.startswith(b"\x1f\x8b")  # another member that is none
+    assert verdict(tmp_path / "a.nii.gz") == ("truncated" if broken else None)
+    (tmp_path / "b.nii.gz").write_bytes(packed[:-8] + bytes(4) + packed[-4:] + tail)
+    assert verdict(tmp_path / "b.nii.gz") == "pixels-undecodable"
+
+
+def test_several_members_are_one_file_and_bombs_are_bounded(tmp_path: Path) -> None:
+    data = nibabel.Nifti1Image(noise(0, 16, 16, 4), np.eye(4)).to_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]))
+    assert verdict(tmp_path / "a.nii.gz") is None
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(data + bytes(40_000_000)))
+    assert verdict(tmp_path / "b.nii.gz") == "too-large"

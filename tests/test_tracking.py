@@ -372,6 +372,22 @@ def test_a_damaged_database_is_refused_at_once(root: Path, tmp_path: Path) -> No
     with pytest.raises(OutputsError) as caught:
         track(root, sample_params(track={"uri": f"sqlite:///{path}"}))
     assert caught.value.code == "damaged-database"
+    assert "Remove it" in caught.value.remedy
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_that_is_not_the_workspaces_is_never_to_be_removed(
+    root: Path, tmp_path: Path, linked: bool
+) -> None:
+    other = tmp_path / "passwd"
+    other.write_text("root:x:0:0:root:/root:/bin/sh\n")
+    path = tmp_path / "mlflow.db" if linked else other
+    if linked:
+        path.symlink_to(other)
+    with pytest.raises(OutputsError) as caught:
+        track(root, sample_params(track={"uri": f"sqlite:///{path}"}))
+    assert "Remove" not in str(caught.value)
+    assert "track.uri" in caught.value.remedy
 
 
 def test_a_store_that_cannot_be_reached_is_one_typed_error(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 
@@ -10,5 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from qkt_clinical.cli.app import app
     from qkt_clinical.common.console import errors_as_lines
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is escaped, no error
+            stream.reconfigure(errors="backslashreplace")
     with errors_as_lines():
         app(args=None if arguments is None else list(arguments))

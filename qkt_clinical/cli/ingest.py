@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 from qkt_clinical.catalog import STAGES
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, Sites, Workers, named_sites, print_json
-from qkt_clinical.common.console import progress
+from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, Sites, Workers, named_sites, print_json, say
+from qkt_clinical.common.console import progress, tell_warnings
 from qkt_clinical.config.loading import load_params
 
 
@@ -39,7 +39,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
     from qkt_clinical.common.workers import cores
-    from qkt_clinical.ingest import ingest_site
+    from qkt_clinical.ingest import ingest_site, warnings_of
 
     params = load_params(root)
     done = {}
@@ -47,9 +47,10 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
         with progress(f"ingest {site}", quiet=as_json) as step:
             manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
+        tell_warnings("ingest", site, warnings_of(manifest, params.ingest.splits.model_dump()))
         if not as_json:
             rejected = sum(manifest.rejected.values())
-            print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
+            say(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
     if as_json:
         print_json(done)
 
@@ -71,11 +72,11 @@ def ingest_check(
         print_json(rows)
     else:
         for row in rows:
-            print(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
+            say(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
         for code in sorted({r["code"] for r in rejected if r["code"]}):
             meaning, remedy = reasons[code]
-            print(f"{code}: {meaning} {remedy}")
-        print(f"{len(rows) - len(rejected)} accepted, {len(rejected)} rejected")
+            say(f"{code}: {meaning} {remedy}")
+        say(f"{len(rows) - len(rejected)} accepted, {len(rejected)} rejected")
     if rejected:
         raise typer.Exit(1)
 
@@ -96,7 +97,7 @@ def ingest_locate(
         print_json(found)
     else:
         for name, path in found.items():
-            print(f"{name}: {path or 'unknown'}")
+            say(f"{name}: {path or 'unknown'}")
     if None in found.values():
         raise typer.Exit(1)
 
@@ -114,9 +115,9 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
         print_json([c._asdict() for c in crossings])
     else:
         for c in crossings:
-            print(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
+            say(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
             if c.patients:
-                print(f"  patients at {c.tests}: {', '.join(c.patients)}")
-        print(f"{len(crossings)} pairs of hospitals share images or patients between training and test")
+                say(f"  patients at {c.tests}: {', '.join(c.patients)}")
+        say(f"{len(crossings)} pairs of hospitals share images or patients between training and test")
     if any(c.images or c.patients for c in crossings):
         raise typer.Exit(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 from qkt_clinical.catalog import Device
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
-from qkt_clinical.errors import ConfigError
+from qkt_clinical.errors import ConfigError, visible
 
 Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
 
@@ -66,5 +68,32 @@ OnDevice = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """A command's result on standard output."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    """A command's result on standard output; what is no character that shows is escaped.
+
+    Strict JSON in any locale: numbers that are not finite are null, and of names that are no text in UTF-8
+    the bytes that are none stand as their escapes.
+    """
+    text = json.dumps(_strict(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    plain = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+
+    def shows(character: str) -> bool:
+        return character == "\n" or (character.isprintable() and (character.isascii() or not plain))
+
+    print("".join(c if shows(c) else json.dumps(c)[1:-1] for c in text))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_strict(key): _strict(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(held) for held in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return "".join(visible(c) if "\ud800" <= c <= "\udfff" else c for c in value)
+    return value
+
+
+def say(line: str) -> None:
+    """Print a line on standard output; what is no character that shows, in a name or tag, is escaped."""
+    print(visible(line))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qkt_clinical.config.query import QueryRef
-from qkt_clinical.errors import QktError
+from qkt_clinical.errors import QktError, visible
 
 Step = Callable[[int, int], None]
 
@@ -19,13 +19,19 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 
     A bar on a terminal, else a plain line at the start of every quarter, both with the time that is left.
     """
+    label = visible(label)
     if quiet:
         yield lambda done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -47,7 +53,13 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 
 def tell_skipped(ref: QueryRef, why: QktError) -> None:
     """Name a query that a stage leaves out, on standard error."""
-    print(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}", file=sys.stderr)
+    print(visible(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}"), file=sys.stderr)
+
+
+def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) -> None:
+    """Say on standard error what is no error but should be known; pairs of code and words."""
+    for code, words in warnings:
+        print(visible(f"warning [{code}]: {words} (stage {stage}, site {site})"), file=sys.stderr)
 
 
 @contextmanager
@@ -56,7 +68,7 @@ def errors_as_lines(stage: str | None = None) -> Iterator[None]:
     try:
         yield
     except QktError as error:
-        print(f"error [{error.code}]: {error.at(stage=stage)}", file=sys.stderr)
+        print(visible(f"error [{error.code}]: {error.at(stage=stage)}"), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -9,6 +9,7 @@ alike, since both are brought there by their own geometry (see :func:`to_head_ba
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.config.site import ImageSpec
-from qkt_clinical.ingest.codes import reject
+from qkt_clinical.ingest.codes import reading, reject
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -29,6 +30,10 @@ F64 = NDArray[np.float64]
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue (ITU-R BT.601), as Pillow uses them."""
 PERCENTILES = (0.5, 99.5)
+MOST_RESAMPLED = 2**27
+"""Pixels after resampling that are always allowed: 512 MB, and several times as much while it is done."""
+GROWTH = 4
+"""Beyond that, so many times the pixels of the file at most."""
 SAME_SPACING = 1e-3
 """Relative difference up to which two spacings count as equal: header figures are rounded."""
 
@@ -204,14 +209,16 @@ def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) 
     only if it has something to do.
 
     Raises:
-        FileRejected: ``spacing-missing``.
+        FileRejected: ``spacing-missing``, ``resampled-too-large``.
     """
     if spec.spacing_mm is None:
         return image if image.shape[1:] == spec.size else _resized(image, spec.size)
     if spacing_mm is None:
         raise reject("spacing-missing")
     if not _same(spacing_mm, spec.spacing_mm):
-        image = _respaced(image, spacing_mm, spec.spacing_mm)
+        _bounded(image.shape[1:], spacing_mm, spec.spacing_mm)
+        with reading("resampled-too-large"):  # torch wants memory as RuntimeError
+            image = _respaced(image, spacing_mm, spec.spacing_mm)
     if image.shape[1:] == spec.size:
         return image
     pad_or_crop = _monai().ResizeWithPadOrCrop
@@ -279,6 +286,22 @@ def _smoothed(image: F32, factors: Sequence[float]) -> F32:
     return smooth[tuple(slice(m, length - m) for m, length in zip(margin, smooth.shape, strict=True))]
 
 
+def _bounded(shape: Sequence[int], old: Sequence[float], new: Sequence[float]) -> None:
+    """Refuse a change of spacing that would fill the memory or leave nothing, before anything is allocated.
+
+    A spacing in the wrong unit makes a picture of a few pixels millions wide, or its smoothing margin.
+
+    Raises:
+        FileRejected: ``resampled-too-large``.
+    """
+    factors = [b / a for a, b in zip(old, new, strict=True)]
+    after = [n / f for n, f in zip(shape, factors, strict=True)]
+    smoothed = [n + 2 * math.ceil(2 * max(0.0, f - 1)) for n, f in zip(shape, factors, strict=True)]
+    most = max(math.prod(after), math.prod(smoothed))
+    if not most <= max(MOST_RESAMPLED, GROWTH * math.prod(shape)) or min(after) < 0.5:
+        raise reject("resampled-too-large")
+
+
 def _respaced(image: F32, old: tuple[float, ...], new: tuple[float, ...]) -> F32:
     import torch
 
@@ -302,7 +325,7 @@ def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
         else float32.
 
     Raises:
-        FileRejected: ``dimensions``, ``no-finite-values`` or ``spacing-missing``.
+        FileRejected: ``dimensions``, ``no-finite-values``, ``spacing-missing`` or ``resampled-too-large``.
     """
     if len(picture.size) != len(spec.size):
         raise reject("dimensions")

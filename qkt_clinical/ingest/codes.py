@@ -34,6 +34,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
             "a link leads out of the source folder",
             "Copy the file into the source folder, or link data/ itself.",
         ),
+        "path-too-long": Reason(
+            "its path is longer than the system can open",
+            "Move it up, or give the folders above it shorter names.",
+        ),
         "empty": Reason("the file has no bytes", "Export it again."),
         "too-large": Reason(
             "stored or declared size exceeds ingest.max_file_mb",
@@ -52,10 +56,18 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "label-unknown": Reason(
             "the label is no class of the federation", "Add the word to label_map, or leave the file out."
         ),
+        "label-ambiguous": Reason(
+            "the row of the label table fits another file too",
+            "List every file of that name by its path, relative to the source folder.",
+        ),
         "label-conflict": Reason(
             "two labels for one image", "Leave one row or one value per image or series."
         ),
         "patient-missing": Reason("no patient id", "Add it: without it patients cannot be kept apart."),
+        "patient-ambiguous": Reason(
+            "the row of the patient table fits another file too",
+            "List every file of that name by its path, relative to the source folder.",
+        ),
         "patient-conflict": Reason("two patient ids for one image", "Leave one patient per image or series."),
         # any image
         "dimensions": Reason(
@@ -70,6 +82,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "no-finite-values": Reason("every value is NaN or infinite", "Export it again."),
         "colour-unknown": Reason(
             "a colour space that cannot be turned into RGB", "Export it as RGB or greyscale."
+        ),
+        "resampled-too-large": Reason(
+            "at image.spacing_mm the image would have far too many pixels, or none",
+            "Check its pixel spacing and image.spacing_mm in site.yaml.",
         ),
         "header-unreadable": Reason("the header is damaged", "Export it again."),
         "truncated": Reason("the file ends before its pixels do", "Copy or export it again."),
@@ -92,6 +108,13 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
         "burned-in-suspected": Reason(
             "writing may be burned into the pixels, by what the header says",
             "Look at the images; if none shows a name, set burned_in: accept in site.yaml.",
+        ),
+        "mosaic": Reason(
+            "many slices as tiles of one picture (Siemens mosaic)",
+            "Convert it to NIfTI or to single slices, with dcm2niix for one.",
+        ),
+        "localiser": Reason(
+            "a scout from which a scan was planned, no part of a volume", "Nothing to do: leave it out."
         ),
         "geometry-missing": Reason(
             "no series, position, orientation or spacing",
@@ -186,7 +209,9 @@ def reading(code: str, *more: type[Exception]) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the reading libraries: their warnings and log lines quote values from the files."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel", "nibabel.global", "PIL")]
+    loggers = [
+        logging.getLogger(name) for name in ("pydicom", "nibabel", "nibabel.global", "PIL", "tifffile")
+    ]
     before = [logger.disabled for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

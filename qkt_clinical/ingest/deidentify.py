@@ -13,6 +13,7 @@ Nothing here makes an image anonymous. Pixels may show a name (:func:`suspects_t
 from __future__ import annotations
 
 import hmac
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -34,6 +35,9 @@ CODES: tuple[tuple[str, str], ...] = (
 """De-identification Method Code Sequence (CID 7050), scheme DCM."""
 OLDEST = 89
 """Years; who is older becomes 90, as the HIPAA Safe Harbor has it."""
+
+LARGEST = 1e7
+"""Numbers from here on may be a birthday written as one (19420317) or the number of a record; they go."""
 
 
 def _terms(text: str) -> frozenset[str]:
@@ -74,7 +78,6 @@ Rule = Callable[[Any, bytes], Any]
 """Value and salt to what is kept of it; None: nothing."""
 
 _UID = re.compile(r"[0-9.]{1,64}")
-_STANDARD = "1.2.840.10008."
 
 
 def salted(salt: bytes, *words: str) -> str:
@@ -86,9 +89,12 @@ def salted(salt: bytes, *words: str) -> str:
 def remap_uid(value: str, salt: bytes) -> str:
     """A UID of the site's own making: the same for the same UID and salt, useless without the salt.
 
-    UIDs of the standard itself (transfer syntaxes, SOP classes) name no object and stay.
+    UIDs that the standard lists name no object and stay. A root is no sign of one: devices make UIDs below
+    the standard's own, with dates and numbers of patients in them.
     """
-    if value.startswith(_STANDARD):
+    from pydicom.uid import UID
+
+    if UID(value).type:  # of PS3.6 Annex A
         return value
     digest = hmac.digest(salt, b"uid\0" + value.encode("utf-8", "surrogateescape"), "sha256")
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"
@@ -124,7 +130,19 @@ def _age(value: Any, _: bytes) -> str | None:
 def _number(value: Any, _: bytes) -> float | int | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    if not math.isfinite(value) or abs(value) >= LARGEST:
+        return None
     return int(value) if isinstance(value, int) else float(value)
+
+
+def _up_to(largest: float) -> Rule:
+    """A number that can be what it says: a birthday or a record's number in its place goes."""
+
+    def rule(value: Any, salt: bytes) -> float | int | None:
+        number = _number(value, salt)
+        return number if number is not None and 0 <= number <= largest else None
+
+    return rule
 
 
 def _among(allowed: frozenset[str]) -> Rule:
@@ -158,8 +176,8 @@ KEPT: Mapping[str, Rule] = MappingProxyType(
         # the patient's characteristics
         "PatientSex": _among(frozenset({"M", "F", "O"})),
         "PatientAge": _age,
-        "PatientSize": _number,
-        "PatientWeight": _number,
+        "PatientSize": _up_to(3.0),
+        "PatientWeight": _up_to(1000.0),
         # what was looked at
         "BodyPartExamined": _among(BODY_PARTS),
         "Laterality": _LATERALITY,
@@ -249,35 +267,70 @@ def _code(value: str, meaning: str) -> dict[str, Any]:
 
 # --- what a header cannot take away -----------------------------------------------------------------
 
-_CAPTURES = frozenset(
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_WRITTEN = frozenset(
     {
-        "1.2.840.10008.5.1.4.1.1.7",  # secondary capture
-        "1.2.840.10008.5.1.4.1.1.7.1",
-        "1.2.840.10008.5.1.4.1.1.7.2",
-        "1.2.840.10008.5.1.4.1.1.7.3",
-        "1.2.840.10008.5.1.4.1.1.7.4",
+        *(f"{_STORAGE}7{rest}" for rest in ("", ".1", ".2", ".3", ".4")),  # secondary capture
+        *(f"{_STORAGE}{number}" for number in ("3", "3.1", "6", "6.1", "6.2")),  # ultrasound
+        *(f"{_STORAGE}77.1.{number}" for number in ("1", "1.1", "4", "4.1")),  # endoscopy, photographs
+        *(f"1.2.840.10008.5.1.1.{number}" for number in ("29", "30")),  # prints
     }
 )
-_WRITES_ON_IMAGES = frozenset({"US", "IVUS", "BDUS", "SC", "ES", "XC", "DOC"})
-"""Modalities whose devices often write names and dates into the picture."""
-_SCREENS = re.compile(r"SCREEN|REPORT|CAPTURE|SNAPSHOT|PASTED")
+"""Kinds of objects that often show writing."""
+_WRITES_ON_IMAGES = _terms("US IVUS BDUS SC ES XC DOC OT SR ECG HC RG")
+"""Modalities whose devices often write names and dates into the picture, or that are pictures of writing."""
+_SLIDES = frozenset(f"{_STORAGE}77.1.{number}" for number in ("2", "3", "6"))
+_SHOWS_LABEL = _terms("LABEL OVERVIEW LOCALIZER")
+"""Of a slide: its label, the slide with its label, and the older word for the latter."""
+_SCREENS = re.compile(
+    r"SCREEN|REPORT|CAPTURE|SNAP.?SHOT|PASTED|HARD.?COPY|\bPRINT|DOSE.?(INFO|SUMMARY|SHEET)|\bPROT(OCOL)?\b"
+)
+_REPORTS = re.compile(
+    r"SCREEN.?(SAVE|SHOT|CAPTURE|DUMP)|DOSE.?(REPORT|INFO|SUMMARY|SHEET)|PATIENT.?PROTOCOL|SCANNED.?DOC"
+)
+_CONVERTED = _terms("DV DF SD SI DRW")
+"""Conversion types of video, film, paper and drawings."""
 _HEADS = _terms("HEAD BRAIN SKULL FACE HEADNECK ORBIT SINUS JAW MAXILLA MANDIBLE IAC EAR NOSE")
 
 
 def suspects_text(data: Dataset) -> bool:
     """Whether writing may be burned into the pixels, by what the header says.
 
-    ``BurnedInAnnotation`` decides where it is set. Else suspect are secondary captures, modalities whose
-    devices write on the picture, and image types of screens and reports.
+    A slide's label is writing, whatever its header says: converters write ``BurnedInAnnotation`` without
+    looking. Else that decides where it is set. Without it suspect are secondary captures, prints and scans,
+    modalities whose devices write on the picture, pictures of slides that show the label, and image types or
+    series of screens and reports.
     """
+    types = tuple(str(value).strip(" \0").upper() for value in values(data, "ImageType"))
+    slide = word(data, "Modality") == "SM" or word(data, "SOPClassUID") in _SLIDES
     said = word(data, "BurnedInAnnotation")
+    label = "LABEL" in types and word(data, "Modality") != "MR"  # there: blood that was labelled
+    if slide and label:
+        return True
     if said in ("YES", "NO"):
         return said == "YES"
-    types = " ".join(map(str, values(data, "ImageType"))).upper()
     return (
-        word(data, "SOPClassUID") in _CAPTURES
+        label
+        or _of_a_kind_with_writing(data)
+        or (slide and not _SHOWS_LABEL.isdisjoint(types))
+        or word(data, "SpecimenLabelInImage") == "YES"
+        or _SCREENS.search(" ".join(types)) is not None
+        or _REPORTS.search(_description(data)) is not None
+    )
+
+
+def _description(data: Dataset) -> str:
+    """What the series is called, in capitals; ASCII is all that is looked for, whatever its character set."""
+    item: Any = data.get_item(tag_of("SeriesDescription")[0])
+    raw = "" if item is None else item.value
+    return (raw.decode("latin-1") if isinstance(raw, bytes) else str(raw)).upper()
+
+
+def _of_a_kind_with_writing(data: Dataset) -> bool:
+    return (
+        word(data, "SOPClassUID") in _WRITTEN
         or word(data, "Modality") in _WRITES_ON_IMAGES
-        or _SCREENS.search(types) is not None
+        or word(data, "ConversionType") in _CONVERTED
     )
 
 

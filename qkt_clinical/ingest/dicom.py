@@ -7,12 +7,13 @@ InstanceNumber, drops slices without one, averages the spacing and ignores MONOC
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from qkt_clinical.common.files import digest_file
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
-from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.codes import DAMAGE, reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text
 from qkt_clinical.ingest.elements import has, number, tag_of, values, whole, word
+from qkt_clinical.ingest.identity import normal_patient
 from qkt_clinical.ingest.source import (
     Found,
     Header,
@@ -78,6 +80,10 @@ LITTLE_ENDIAN = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED}
 COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
 GREYS = frozenset({"MONOCHROME1", "MONOCHROME2"})
 PALETTE = "PALETTE COLOR"
+
+PLANNED = frozenset({"CT", "MR", "PT"})
+"""Modalities whose scans are planned on a scout."""
+_SCOUT = re.compile(r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVEYVIEW|CT_SOM\d+ TOP")
 
 ORIENTATION_TOLERANCE = 1e-3
 POSITION_ROUNDING_MM = 0.101
@@ -176,6 +182,47 @@ def _check_header(data: Dataset, max_bytes: int) -> None:
     )
 
 
+def _types(data: Dataset) -> str:
+    """The image type, and that of the first frame where there are frames, as one line in capitals."""
+    found = [*values(data, "ImageType")]
+    for macro in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence"):
+        frame = _item(data, 0, macro)
+        found += () if frame is None else values(frame, "FrameType")
+    return "\\".join(str(value).upper() for value in found)
+
+
+def _refuse_mosaic(data: Dataset) -> None:
+    """Refuse a matrix in which Siemens tiled the slices of a volume, by image type or private elements.
+
+    Exports sometimes write the image type anew; how many tiles there are stands in the private group 0019
+    and in the CSA header as well.
+
+    Raises:
+        FileRejected: ``mosaic``.
+    """
+    tags = data.keys()  # to go over the data set itself converts every element
+    siemens = any(tag >> 16 in (0x0019, 0x0029) for tag in tags)
+    if "MOSAIC" in _types(data) or (siemens and _tiles(data) > 1):
+        raise reject("mosaic")
+
+
+def _tiles(data: Dataset) -> int:
+    """Slices in a Siemens mosaic, 0 where no private element says so."""
+    from nibabel.nicom.csareader import CSAError, get_csa_header, get_n_mosaic
+
+    damage: tuple[type[Exception], ...] = (*DAMAGE, CSAError)
+    try:
+        said = data.private_block(0x0019, "SIEMENS MR HEADER")[0x0A].value
+        return int.from_bytes(said, "little") if isinstance(said, bytes) else int(said)
+    except damage:
+        pass  # absent, or no number
+    try:
+        csa = get_csa_header(data, "image")  # type: ignore[no-untyped-call]
+        return 0 if csa is None else int(get_n_mosaic(csa) or 0)  # type: ignore[no-untyped-call]
+    except damage:
+        return 0
+
+
 def _frames(data: Dataset) -> int:
     return whole(data, "NumberOfFrames", 1)
 
@@ -210,6 +257,7 @@ def _stored(data: FileDataset) -> NDArray[Any]:
         plugin = DECODERS[str(syntax)]
         if plugin and plugin not in get_decoder(syntax).available_plugins:
             raise reject("transfer-syntax-unsupported")
+        _refuse_more_frames(data, coded=bool(plugin))
         if plugin:
             _check_frames(data)
         pixels = None if plugin else _native(data)
@@ -249,6 +297,34 @@ def _native(data: FileDataset) -> NDArray[Any] | None:
         raise reject("truncated")
     kind = np.dtype(f"<{'i' if sign[0] else 'u'}{bits // 8}")
     return np.frombuffer(held.value, kind, count).reshape(shape)
+
+
+def _refuse_more_frames(data: Dataset, *, coded: bool) -> None:
+    """Refuse pixels of more frames than the header says: the first would be taken for the whole.
+
+    Args:
+        data: the elements.
+        coded: whether the pixels are compressed; then the table of offsets tells.
+
+    Raises:
+        FileRejected: ``multi-frame``.
+    """
+    from pydicom.encaps import parse_basic_offsets
+    from pydicom.pixels.utils import get_expected_length
+
+    held = data.get_item(tag_of("PixelData")[0])
+    raw = None if held is None else held.value
+    if not isinstance(raw, bytes):
+        return
+    frames = _frames(data)
+    if coded:
+        more = len(parse_basic_offsets(raw)) > frames
+    else:
+        wanted = get_expected_length(data)
+        # Room for one more; a byte may be padding.
+        more = len(raw) * frames >= wanted * (frames + 1) and len(raw) > wanted + 1
+    if more:
+        raise reject("multi-frame")
 
 
 def _check_frames(data: Dataset) -> None:
@@ -329,16 +405,20 @@ def _padding(data: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
     return mask if mask.any() and not mask.all() else None
 
 
-def _rescale(data: Dataset, frame: int) -> tuple[float, float]:
+def _rescale(data: Dataset, frame: int, stored: NDArray[Any]) -> tuple[float, float]:
     """Slope and intercept from stored values of one frame to the modality's units.
 
+    An empty slice of PET often has a slope of 0: where all stored values are alike, that loses nothing.
+
     Raises:
-        FileRejected: ``header-unreadable`` for a slope of 0, or a value that is no number.
+        FileRejected: ``header-unreadable`` for a slope of 0 else, or a value that is no number.
     """
     source = _item(data, frame, "PixelValueTransformationSequence") or data
     slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
     if slope is None or intercept is None:
         return 1.0, 0.0
+    if slope == 0 and np.isfinite(intercept) and stored.min() == stored.max():
+        return 1.0, intercept - float(stored.flat[0])
     if slope == 0 or not np.isfinite(slope) or not np.isfinite(intercept):
         raise reject("header-unreadable")
     return slope, intercept
@@ -381,7 +461,7 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
     if has(data, "ModalityLUTSequence") and data.ModalityLUTSequence:
         stored, limits = np.asarray(apply_modality_lut(stored, data)), None
     else:
-        slope, intercept = _rescale(data, frame)
+        slope, intercept = _rescale(data, frame, stored)
     if limits is not None:
         ends = sorted(x * slope + intercept for x in limits)
         limits = ends[0], ends[1]
@@ -435,14 +515,15 @@ def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
 
 
 def _tags(data: Dataset, names: Sequence[str]) -> dict[str, str]:
-    """The values of tags as text; a sequence has none."""
+    """The values of tags as text, without the padding of their representation; a sequence has none."""
     found = {}
     for name in names:
         value = data.get(name)
         if value is None or data[name].VR == "SQ":
             continue
         several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        found[name] = ("\\".join(map(str, value)) if several else str(value)).strip(" \0")
+        parts = [normal_patient(str(part), tag_of(name)[1]) for part in (value if several else [value])]
+        found[name] = "\\".join(parts)
     return {name: text for name, text in found.items() if text}
 
 
@@ -479,6 +560,7 @@ def read(file: SourceFile, request: Request) -> Sample:
         data = _open(file.path, request.max_bytes, pixels=True)
         if _frames(data) > 1:
             raise reject("multi-frame")
+        _refuse_mosaic(data)
         _refuse_text(data, request)
         header = _kept(data, request)
         stored = _stored(data)
@@ -511,6 +593,17 @@ class Slice:
     """Rows, columns, samples per pixel and photometric interpretation."""
 
 
+class Part(NamedTuple):
+    """One file of a concatenation: an object of many frames that was divided among files."""
+
+    whole: str
+    """Salted UID of the concatenation."""
+    number: int
+    """From 1."""
+    total: int
+    """Files in all; 0 if not said."""
+
+
 @dataclass(frozen=True)
 class Scan:
     """A file's header, with nothing in it that names a patient: UIDs and tags are salted."""
@@ -523,6 +616,8 @@ class Scan:
     code: str | None
     """Why it has no place in space."""
     tags: dict[str, str]
+    part: Part | None = None
+    """Its place in a concatenation."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without the file."""
@@ -536,6 +631,7 @@ class Scan:
             "slices": slices,
             "code": self.code,
             "tags": self.tags,
+            "part": self.part,
         }
 
     @staticmethod
@@ -545,7 +641,8 @@ class Scan:
             Slice(file, frame, np.array(place), np.array(turn), (spacing[0], spacing[1]), tuple(kind))
             for frame, place, turn, spacing, kind in held["slices"]
         )
-        return Scan(file=file, **(held | {"slices": slices}))
+        part = held["part"] and Part(*held["part"])
+        return Scan(file=file, **(held | {"slices": slices, "part": part}))
 
 
 def scan(file: SourceFile, request: Request) -> Scan:
@@ -565,13 +662,26 @@ def scan(file: SourceFile, request: Request) -> Scan:
         if frames > 1 and code == "geometry-missing":
             code = "multi-frame"
         series = _uid(data, "SeriesInstanceUID")
+        _refuse_mosaic(data)
         _refuse_text(data, request)
+        if word(data, "Modality") in PLANNED and _SCOUT.search(_types(data)):
+            raise reject("localiser")
         if not series:
             raise reject("geometry-missing")
         acquisition = str(whole(data, "AcquisitionNumber", 0))
         tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
         words = (salted(request.salt, "value", w) for w in (series, acquisition))
-        return Scan(file, next(words), next(words), frames, slices, code, tags)
+        part = _part(data, series, request.salt)
+        return Scan(file, next(words), next(words), frames, slices, code, tags, part)
+
+
+def _part(data: Dataset, series: str, salt: bytes) -> Part | None:
+    number = whole(data, "InConcatenationNumber", 0)
+    named = _uid(data, "ConcatenationUID") or _uid(data, "SOPInstanceUIDOfConcatenationSource")
+    total = whole(data, "InConcatenationTotalNumber", 0)
+    if (not number and _frames(data) == 1) or (not named and max(number, total) < 2):
+        return None
+    return Part(salted(salt, "value", named or series), number, total)
 
 
 def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
@@ -710,7 +820,7 @@ def _copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[SourceFile]]:
 def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
     """One volume's files (a group of :func:`series`) to one sample or its refusals."""
     files = tuple(s.file for s in scans)
-    lost = next((s.code for s in scans if s.code is not None), None)
+    lost = next((s.code for s in scans if s.code is not None), None) or _gap(scans)
     if lost is not None:
         yield Refusal(files, lost)
         return
@@ -737,16 +847,29 @@ def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
     yield Sample(files, picture, tags=tags, keys=(scans[0].series,), header=kept, subgroups=groups)
 
 
+def _gap(scans: Sequence[Scan]) -> str | None:
+    """``slice-missing`` where a file of a concatenation is not there, as far as the others can tell."""
+    parts = [s.part for s in scans if s.part is not None]
+    if not parts:
+        return None
+    said = max(part.total for part in parts)
+    total = max(said or 2, *(part.number for part in parts))
+    return None if {part.number for part in parts} == {*range(1, total + 1)} else "slice-missing"
+
+
 def series(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:
     """The files of each volume, sorted.
 
-    A file of several frames is a volume by itself. The others belong together by their series; one that
-    holds several acquisitions of the same place (phases of a contrast agent, repetitions) is one volume
-    per acquisition.
+    A file of several frames is a volume by itself, or with the others of its concatenation. The rest belong
+    together by their series; one that holds several acquisitions of the same place (phases of a contrast
+    agent, repetitions) is one volume per acquisition.
     """
     groups: dict[tuple[str, ...], list[Scan]] = {}
     for found in scans:
-        alone = (found.file.name,) if found.frames > 1 else ()
+        if found.part is not None:
+            alone: tuple[str, ...] = ("part", found.part.whole)
+        else:
+            alone = ("file", found.file.name) if found.frames > 1 else ()
         groups.setdefault((found.series, *alone), []).append(found)
     volumes = []
     for group in groups.values():
@@ -765,7 +888,7 @@ def _overlap(scans: Sequence[Scan]) -> bool:
     return any(at.setdefault(place, acquisition) != acquisition for place, acquisition in places)
 
 
-def check(path: Path, max_bytes: int) -> Found:
+def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
     """Decode every frame of a file by itself, whatever site it may belong to.
 
     Raises:
@@ -777,5 +900,5 @@ def check(path: Path, max_bytes: int) -> Found:
         colour = _photometric(data) in COLOURS
         frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
         for i, frame in enumerate(frames):
-            _frame_picture(data, frame, i, lookup=True)
+            judge(_frame_picture(data, frame, i, lookup=True))
         return Found(stored.shape, str(stored.dtype), _pixel_spacing(data))

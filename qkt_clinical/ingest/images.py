@@ -1,123 +1,145 @@
-"""PNG, JPEG and TIFF files, read by Pillow.
+"""PNG, JPEG and TIFF files.
 
 EXIF orientation is applied; palettes, CMYK and YCbCr become RGB; transparency is laid over black, which
-is the background of most medical images. 16-bit and floating-point greys keep their values.
+is the background of most medical images. More than 8 bits and floating point keep their values. JPEG is
+decoded by Pillow, PNG by libpng (Pillow cuts its colour of 16 bits to 8), TIFF by tifffile.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
+from qkt_clinical.ingest import tiff
+from qkt_clinical.ingest.arrays import Picture
 from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.raster import Pixels, on_black, picture_of, upright
 from qkt_clinical.ingest.source import (
     Found,
     Request,
     Sample,
     SourceFile,
     bounded_pixels,
-    bounded_size,
+    opened,
+    whole_file,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "TIFF")
-DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
-"""Pillow's modes with more than 8 bits, all grey."""
-BANDS = {"1": 1, "L": 1, "P": 3, "LA": 2, "La": 2, "PA": 4, "RGB": 3, "RGBA": 4, "RGBa": 4, "RGBX": 4}
-OTHER_COLOURS = {"CMYK": 4, "YCbCr": 3}
+FORMATS = ("PNG", "JPEG")
+BANDS = {"1": 1, "L": 1, "P": 3, "LA": 2, "I;16": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "YCbCr": 3}
+"""Pillow's modes of these formats, with bytes that a pixel takes."""
+PNG_DEPTH = 24
+"""Place of the bits per sample in a PNG file."""
+MOST_SCANS = 200
+"""Of a progressive JPEG, of which ten are usual: each is a pass over all pixels, however short it is."""
+SCAN = re.compile(rb"\xff\xda")
+ORIENTATION = 0x0112
 
 
-def _open(path: Path, max_bytes: int) -> Image:
-    """Open a file lazily after checking its declared size.
+def _open(data: bytes, max_bytes: int) -> Image:
+    """Open a PNG or JPEG file lazily after checking its declared size.
 
     Raises:
         FileRejected: any code of one file.
     """
     import PIL.Image
 
-    bounded_size(path, max_bytes)
     try:
         with warnings.catch_warnings():
             # Large sizes are judged below against max_file_mb, not by Pillow's own guess.
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             with reading("not-picture", PIL.UnidentifiedImageError):
-                image = PIL.Image.open(path, formats=FORMATS)
+                image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except PIL.Image.DecompressionBombError:
         raise reject("too-large") from None
-    bands = BANDS.get(image.mode) or OTHER_COLOURS.get(image.mode) or (4 if image.mode in DEEP else None)
-    if bands is None:
-        image.close()
+    if image.mode not in BANDS:
         raise reject("colour-unknown")
-    try:
-        bounded_pixels((frames(image), image.height, image.width, bands), 8, max_bytes)
-    except FileRejected:
-        image.close()
-        raise
+    deep = image.format == "PNG" and data[PNG_DEPTH] == 16
+    with reading("header-unreadable"):
+        # A camera's preview behind its picture (MPO) is none of its own; frames of an APNG are.
+        frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    bounded_pixels((frames, image.height, image.width, BANDS[image.mode]), 16 if deep else 8, max_bytes)
+    if frames > 1:
+        raise reject("multi-frame")
     return image
 
 
-def frames(image: Image) -> int:
-    """Number of pages or animation frames.
-
-    Raises:
-        FileRejected: ``header-unreadable``.
-    """
+def _orientation(image: Image) -> int:
     with reading("header-unreadable"):
-        return int(getattr(image, "n_frames", 1))
+        found = image.getexif().get(ORIENTATION, 1)
+        return found if isinstance(found, int) else 1
 
 
-def _pixels(image: Image) -> NDArray[Any]:
-    """Decoded pixels of the current frame: (H, W) grey or (H, W, 3)."""
-    import PIL.Image
-    from PIL import ImageOps
+def _png(data: bytes) -> Pixels:
+    """Samples as stored, palettes painted, fewer than 8 bits brought to 8, opacity laid over black."""
+    import imagecodecs
 
     try:
         with reading("pixels-undecodable"):
-            try:
-                image.load()
-            except OSError as error:
-                raise reject("truncated" if "truncated" in str(error) else "pixels-undecodable") from None
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in DEEP:
-                return np.asarray(upright)
-            if upright.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in upright.info:
-                solid = upright.convert("RGBA")
-                black = PIL.Image.new("RGBA", solid.size, (0, 0, 0, 255))
-                flat = PIL.Image.alpha_composite(black, solid)
-                return np.asarray(flat.convert("L" if upright.mode in ("LA", "La", "L", "1") else "RGB"))
-            return np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
-    except PIL.Image.DecompressionBombError:
-        raise reject("too-large") from None
+            held: Pixels = imagecodecs.png_decode(data)
+    except FileRejected:
+        raise reject("pixels-undecodable" if b"IEND" in data[-1024:] else "truncated") from None
+    if held.ndim == 2:
+        return held
+    colour, opacity = held[..., : held.shape[-1] // 2 * 2 - 1], held[..., -1]
+    if held.shape[-1] % 2 == 0:
+        held = on_black(colour, opacity)
+    return held[..., 0] if held.shape[-1] == 1 else held
 
 
-def _picture(image: Image, *, volumes: bool) -> Picture:
-    count = frames(image)
-    if not volumes:
-        if count > 1:
-            raise reject("multi-frame")
-        pixels = _pixels(image)
-    else:
-        if count < 2:
-            raise reject("dimensions")
-        pages = []
-        for number in range(count):
-            with reading("pixels-undecodable"):
-                image.seek(number)
-            pages.append(_pixels(image))
-        if len({(page.shape, page.dtype) for page in pages}) > 1:
-            raise reject("sizes-mixed")
-        pixels = np.stack(pages)
-    limits = eight_bit_limits(pixels.dtype)
-    colour = pixels.ndim == (4 if volumes else 3)
-    return Picture(pixels, colour=colour, limits=limits, eight_bit=limits is not None)
+def _jpeg(image: Image, data: bytes) -> Pixels:
+    """Decoded pixels: (H, W) grey or (H, W, 3)."""
+    if sum(1 for _ in SCAN.finditer(data)) > MOST_SCANS:
+        raise reject("pixels-undecodable")
+    with reading("pixels-undecodable"):
+        try:
+            image.load()
+        except OSError as error:
+            raise reject("truncated" if "truncated" in str(error) else "pixels-undecodable") from None
+        return np.asarray(image if image.mode == "L" else image.convert("RGB"))
+
+
+def _pages(path: Path, max_bytes: int, *, volumes: bool | None) -> tuple[list[Pixels], bool]:
+    """Upright pages of a file, and whether low values are bright.
+
+    Args:
+        path: of the file.
+        max_bytes: that it may take, decoded too.
+        volumes: whether the pages are slices of one; where they are not, only one is read. None: whatever
+            the file holds.
+    """
+    with opened(path, max_bytes) as stream:
+        if stream.read(4) in tiff.MAGICS:
+            if volumes is False and tiff.count_pages(stream) > 1:
+                raise reject("multi-frame")
+            pages = list(tiff.read_pages(stream, max_bytes))
+            if len({page.inverted for page in pages}) > 1:
+                raise reject("sizes-mixed")
+            return [page.pixels for page in pages], pages[0].inverted
+    data = whole_file(path, max_bytes)
+    with _open(data, max_bytes) as image:
+        orientation = _orientation(image) if image.format != "PNG" or _has_words(data) else 1
+        pixels = _png(data) if image.format == "PNG" else _jpeg(image, data)
+    return [upright(pixels, orientation)], False
+
+
+def _has_words(data: bytes) -> bool:
+    """Whether a PNG file may say an orientation: to be sure that it does not, Pillow decodes all pixels."""
+    return any(kind in data for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+
+
+def _picture(path: Path, max_bytes: int, *, volumes: bool | None) -> Picture:
+    pages, inverted = _pages(path, max_bytes, volumes=volumes)
+    return picture_of(pages, volumes=len(pages) > 1 if volumes is None else volumes, inverted=inverted)
 
 
 def read(file: SourceFile, request: Request) -> Sample:
@@ -126,16 +148,15 @@ def read(file: SourceFile, request: Request) -> Sample:
     Raises:
         FileRejected: any code of one file.
     """
-    with _open(file.path, request.max_bytes) as image:
-        return Sample((file,), _picture(image, volumes=request.volumes))
+    return Sample((file,), _picture(file.path, request.max_bytes, volumes=request.volumes))
 
 
-def check(path: Path, max_bytes: int) -> Found:
-    """Decode every frame of a file.
+def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
+    """Decode a file by itself, whatever its number of pages.
 
     Raises:
         FileRejected: with the reason.
     """
-    with _open(path, max_bytes) as image:
-        pixels = _picture(image, volumes=frames(image) > 1).pixels
-    return Found(pixels.shape, str(pixels.dtype))
+    picture = _picture(path, max_bytes, volumes=None)
+    judge(picture)
+    return Found(picture.pixels.shape, str(picture.pixels.dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +30,7 @@ from qkt_clinical.ingest.source import (
     Sample,
     SourceFile,
     bounded_pixels,
-    bounded_size,
+    opened,
 )
 
 PARTS = ("train", "val", "test")
@@ -43,6 +44,21 @@ class _Member:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fortran: bool
+
+
+@contextmanager
+def _opened(path: Path, max_bytes: int) -> Iterator[zipfile.ZipFile]:
+    """The archive of a plain, bounded file.
+
+    Raises:
+        FileRejected: any code of one file.
+    """
+    with (
+        opened(path, max_bytes) as stream,
+        reading("not-npz", zipfile.BadZipFile),
+        zipfile.ZipFile(stream) as archive,
+    ):
+        yield archive
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -71,7 +87,10 @@ def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> _Member:
 def _members(archive: zipfile.ZipFile, max_bytes: int) -> dict[str, _Member]:
     """Headers of the arrays that the layout knows; others are left unread."""
     known = {f"{part}_{what}" for part in PARTS for what in ("images", "labels", "groups")}
-    present = {name.removesuffix(".npy") for name in archive.namelist()}
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    present = set(names)
+    if any(names.count(name) > 1 for name in known & present):
+        raise reject("npz-layout")  # two arrays of one name: which is meant?
     # Any object array is refused, even one that would not be read: such a file is not what it should be.
     members = {name: _member(archive, name, max_bytes) for name in sorted(known & present)}
     if "train_images" not in members:
@@ -155,7 +174,7 @@ def _samples(
 
 def _all(file: SourceFile, request: Request) -> Iterator[Outcome]:
     try:
-        with reading("not-npz", zipfile.BadZipFile), zipfile.ZipFile(file.path) as archive:
+        with _opened(file.path, request.max_bytes) as archive:
             members = _members(archive, request.max_bytes)
             yield from _guarded(_samples(file, archive, members, request))
     except FileRejected as rejected:
@@ -178,8 +197,7 @@ def count(path: Path, max_bytes: int) -> int:
     Raises:
         FileRejected: the file's own code.
     """
-    bounded_size(path, max_bytes)
-    with reading("not-npz", zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+    with _opened(path, max_bytes) as archive:
         members = _members(archive, max_bytes)
         return sum(member.shape[0] for name, member in members.items() if name.endswith("_images"))
 
@@ -200,14 +218,14 @@ def check(path: Path, max_bytes: int) -> Found:
     Raises:
         FileRejected: with the reason.
     """
-    count(path, max_bytes)
-    with reading("pixels-undecodable", zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+    with _opened(path, max_bytes) as archive:
         members = _members(archive, max_bytes)
         for name, member in members.items():
-            if name.endswith("_images"):
-                for _ in _rows(archive, member):
-                    pass
-            else:
-                _column(archive, member)
+            with reading("pixels-undecodable", zipfile.BadZipFile):
+                if name.endswith("_images"):
+                    for _ in _rows(archive, member):
+                        pass
+                else:
+                    _column(archive, member)
         images = members["train_images"]
         return Found(images.shape, str(images.dtype))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from numpy.typing import NDArray
 
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest.arrays import Picture
-from qkt_clinical.ingest.codes import reject
+from qkt_clinical.ingest.codes import reading, reject
 
 SIDE_SUFFIXES = frozenset(
     f".{ending}"
@@ -46,6 +48,9 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "npz": (".npz",),
 }
 """Name endings per source kind. DICOM files need none: scanners often write UIDs as names."""
+
+LONGEST_PATH = os.pathconf("/", "PC_PATH_MAX")
+"""Bytes of a path from which on the system opens nothing by it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -202,43 +207,69 @@ def _belongs(name: str, kind: str) -> bool:
     return suffix(name) in SUFFIXES[kind]
 
 
-def _walk(folder: Path, root: Path, prefix: str = "") -> Iterator[tuple[SourceFile, str | None]]:
-    """Every entry below ``folder`` that is no folder, and the code where it must not be opened.
+def _walk(root: Path) -> Iterator[tuple[SourceFile, str | None]]:
+    """Every entry below ``root`` that is no folder, and the code where it must not be opened.
 
-    Only of links is it asked where they lead: resolving every path would take a tenth of reading it.
+    Folder after folder without recursion, since backups of backups nest by the thousand. A folder that is
+    one of those above it (a mount or junction in a circle) is not entered again.
     """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    except OSError:
-        yield SourceFile(prefix.rstrip("/") or ".", str(folder)), "unreadable"
-        return
-    for entry in entries:
-        name = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), root, f"{name}/")
+    above: list[tuple[int, int]] = []
+    waiting: list[tuple[str, str, int]] = [(str(root), "", 0)]
+    while waiting:
+        place, prefix, depth = waiting.pop()
+        file = SourceFile(prefix.rstrip("/") or ".", place)
+        if len(os.fsencode(place)) >= LONGEST_PATH:
+            yield file, "path-too-long"
             continue
-        file = SourceFile(name, entry.path)
+        try:
+            state = Path(place).stat(follow_symlinks=False)
+            with os.scandir(place) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            yield file, "unreadable"
+            continue
+        del above[depth:]
+        if (state.st_dev, state.st_ino) in above:
+            continue
+        above.append((state.st_dev, state.st_ino))
+        for entry in entries:
+            if _is_folder(entry):
+                waiting.append((entry.path, f"{prefix}{entry.name}/", depth + 1))
+            else:
+                yield from _judged(entry, prefix, root)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _judged(entry: os.DirEntry[str], prefix: str, root: Path) -> Iterator[tuple[SourceFile, str | None]]:
+    """An entry that is no folder and the code that bars it; none for a link to a folder inside.
+
+    Only of links is it asked where they lead: resolving every path would take a tenth of reading it. A link
+    to a file inside the source stands for that file, which is opened by its own path.
+    """
+    file = SourceFile(prefix + entry.name, entry.path)
+    if len(os.fsencode(entry.path)) >= LONGEST_PATH:
+        yield file, "path-too-long"
+        return
+    try:
         if entry.is_file(follow_symlinks=False):
             yield file, None
-        elif (code := _barred(file.path, root)) != "link":
-            yield file, code
-
-
-def _barred(path: Path, root: Path) -> str | None:
-    """Why a link or another thing that is no plain file must not be opened.
-
-    ``link`` for a link to a folder inside, which is walked anyway.
-    """
-    try:
-        real = path.resolve()
+            return
+        real = Path(entry.path).resolve()
         if not real.is_relative_to(root):
-            return "outside-source"
+            yield file, "outside-source"
+            return
         mode = real.stat().st_mode
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
-        return "unreadable"
-    if stat.S_ISDIR(mode):
-        return "link"
-    return None if stat.S_ISREG(mode) else "not-a-file"
+        yield file, "unreadable"
+        return
+    if not stat.S_ISDIR(mode):
+        yield SourceFile(file.name, str(real)), None if stat.S_ISREG(mode) else "not-a-file"
 
 
 def list_files(folder: Path, kind: str) -> Listing:
@@ -250,7 +281,7 @@ def list_files(folder: Path, kind: str) -> Listing:
     root = folder.resolve()
     files: list[SourceFile] = []
     refused: list[Refusal] = []
-    for file, barred in _walk(root, root):
+    for file, barred in _walk(root):
         if is_side_file(file.name):
             continue
         code = barred or (None if _belongs(file.name, kind) else "other-kind")
@@ -264,25 +295,63 @@ def list_files(folder: Path, kind: str) -> Listing:
 def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:
     """Every visible file below ``folder`` with the code that bars it from being opened, sorted."""
     root = folder.resolve()
-    found = [pair for pair in _walk(root, root) if not pair[0].name.rpartition("/")[2].startswith(".")]
+    found = [pair for pair in _walk(root) if not pair[0].name.rpartition("/")[2].startswith(".")]
     return sorted(found, key=lambda pair: pair[0].name)
 
 
 def bounded_size(path: Path, max_bytes: int) -> int:
-    """Size of a file in bytes.
+    """Size of a plain file in bytes.
 
     Raises:
-        FileRejected: ``unreadable``, ``empty`` or ``too-large``.
+        FileRejected: ``unreadable``, ``not-a-file``, ``empty`` or ``too-large``.
     """
     try:
-        size = path.stat().st_size
+        state = path.stat()
     except OSError:
         raise reject("unreadable") from None
-    if size == 0:
+    return _bounded(state, max_bytes)
+
+
+def _bounded(state: os.stat_result, max_bytes: int) -> int:
+    if not stat.S_ISREG(state.st_mode):
+        raise reject("not-a-file")
+    if state.st_size == 0:
         raise reject("empty")
-    if size > max_bytes:
+    if state.st_size > max_bytes:
         raise reject("too-large")
-    return size
+    return state.st_size
+
+
+@contextmanager
+def opened(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+    """A plain file, open for reading, after a look at its kind and size.
+
+    What is looked at is what is read: a link is not followed, and a pipe or device, which could hang or
+    never end, is not waited for.
+
+    Raises:
+        FileRejected: as of :func:`bounded_size`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise reject("not-a-file" if error.errno == errno.ENXIO else "unreadable") from None
+    try:
+        _bounded(os.fstat(descriptor), max_bytes)
+        stream = os.fdopen(descriptor, "rb", closefd=False)
+        yield stream
+    finally:
+        os.close(descriptor)
+
+
+def whole_file(path: Path, max_bytes: int) -> bytes:
+    """All bytes of a plain file; of one that grows meanwhile as many as it had.
+
+    Raises:
+        FileRejected: as of :func:`bounded_size`.
+    """
+    with opened(path, max_bytes) as stream, reading("unreadable"):
+        return stream.read(os.fstat(stream.fileno()).st_size)
 
 
 def bounded_pixels(shape: Sequence[int], bits: int, max_bytes: int) -> None:

@@ -81,6 +81,24 @@ def assign(
     }
 
 
+def empty_splits(patients: Mapping[str, int], fractions: Mapping[str, float]) -> str | None:
+    """What to tell of a site of which a split that should have images has none; None if all is well.
+
+    Args:
+        patients: split to its number of patients.
+        fractions: as of :func:`assign`.
+    """
+    empty = [s for s in SPLITS if fractions.get(s, 0.0) > 0 and not patients[s]]
+    if not empty:
+        return None
+    count = sum(patients.values())
+    one = " (is it an id that an anonymiser wrote for everybody?)" if count == 1 else ""
+    return (
+        f"no images for {' and '.join(empty)}: the site has {count} patient{'s' * (count != 1)}{one}, and a "
+        f"patient is never divided. Add patients, or correct patient in site.yaml."
+    )
+
+
 def keep_given(
     given: Sequence[str],
     patients: Sequence[str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
 from qkt_clinical.ingest.decode import Numbered, decoded, finished
 from qkt_clinical.ingest.deidentify import salted
+from qkt_clinical.ingest.elements import tag_of
+from qkt_clinical.ingest.identity import PLACEHOLDERS, normal_name, normal_patient
 from qkt_clinical.ingest.integrity import render_integrity
 from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
 from qkt_clinical.ingest.source import (
@@ -40,8 +42,9 @@ from qkt_clinical.ingest.source import (
     list_files,
     stem,
     suffix,
+    whole_file,
 )
-from qkt_clinical.ingest.splits import assign, keep_given
+from qkt_clinical.ingest.splits import assign, empty_splits, keep_given
 from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
 from qkt_clinical.ingest.subgroups import pooled
 
@@ -49,6 +52,7 @@ MEGABYTE = 1_000_000
 REMEMBERED = frozenset({"dicom", "nifti", "images"})
 """Kinds of source of which decoded files are kept for the next run."""
 FACE = "facial-surface"
+UNKNOWN_PATIENTS = "patients-unknown"
 """Risk of an image from which a face could be rendered."""
 
 
@@ -75,7 +79,16 @@ def read_salt(folder: Path) -> bytes:
             pass
         finally:
             part.unlink()
-    salt = path.read_bytes().strip()
+    try:
+        salt = whole_file(path.resolve(), MEGABYTE).strip()
+    except FileRejected as rejected:
+        raise SourceError(
+            f"the salt cannot be read: {rejected.message}",
+            remedy="It is a text file of one line, readable by its owner: bring it back from a copy.",
+            stage="ingest",
+            site=folder.name,
+            file=path,
+        ) from None
     if len(salt) < 32:
         raise SourceError(
             "the salt is shorter than 32 characters",
@@ -143,6 +156,8 @@ def _list(config: SiteConfig, path: Path) -> Listing:
     """The files to read; a source may also be one file."""
     if path.is_dir():
         return list_files(path, config.source.kind)
+    if not path.is_file():
+        return Listing([], [Refusal((SourceFile(path.name, str(path)),), "not-a-file")])
     return Listing([SourceFile(path.name, str(path.resolve()))], [])
 
 
@@ -263,10 +278,11 @@ def ingest_site(
     else:
         path = _source_path(root, config)
         source, listing = path if path.is_dir() else path.parent, _list(config, path)
-    label = Lookup(config.label, "label", source, site=site, salt=salt)
-    patient = Lookup(config.patient, "patient", source, site=site, salt=salt)
+    files = listing.files
+    label = Lookup(config.label, "label", source, site=site, salt=salt, files=files)
+    patient = Lookup(config.patient, "patient", source, site=site, salt=salt, files=files)
     columns = [
-        GroupLookup(name, column, source, site=site, salt=salt)
+        GroupLookup(name, column, source, site=site, salt=salt, files=files)
         for name, column in sorted(config.subgroups.items())
     ]
     classes = _words(config, params, salt)
@@ -286,6 +302,9 @@ def ingest_site(
         faces = sum(gathered.faces[i] for i in kept)
         patients = [gathered.patients[i] for i in kept]
         prints = [gathered.prints[i] for i in kept]
+        unknown = _are_placeholders(config, patients, salt)
+        if unknown:
+            patients = [f"image {fingerprint}" for fingerprint in prints]
         splits = _split(
             config, params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
         )
@@ -320,7 +339,7 @@ def ingest_site(
             transforms=in_words(config.image),
             integrity=integrity,
             headers=map(store.header, numbers) if config.source.kind == "dicom" else None,
-            risks={FACE: faces} if faces else {},
+            risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
             hashes=hashes,
             subgroups=subgroups,
             page=lambda manifest: render_integrity(
@@ -394,13 +413,50 @@ def _refuse_copies(
         )
 
 
+def _are_placeholders(config: SiteConfig, patients: Sequence[str], salt: bytes) -> int:
+    """The number of images, if one word of an anonymiser stands for the patients of them all; else 0.
+
+    Nobody can tell these patients apart then. Taken for one they would leave every split but one empty, so
+    that each image counts as a patient of its own, as with ``patient: {from: none}``, and people are told.
+    """
+    words: Iterable[str] = PLACEHOLDERS
+    if config.patient.source == "tag":
+        words = (salted(salt, "value", word) for word in PLACEHOLDERS)
+    alike = len(patients) > 1 and len(set(patients)) == 1
+    return len(patients) if alike and patients[0] in words else 0
+
+
+def warnings_of(manifest: Manifest, fractions: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Code and words of what a person should know of a site that was taken: no error, but not well either.
+
+    Args:
+        manifest: of the site.
+        fractions: wanted share of each split.
+    """
+    found = []
+    if UNKNOWN_PATIENTS in manifest.risks:
+        found.append(
+            (
+                UNKNOWN_PATIENTS,
+                "one word of an anonymiser stands for the patients of all images, so that one patient's may "
+                "stand in two splits and figures may be too good. Export with pseudonyms, or name a column "
+                "of ids under patient in site.yaml.",
+            )
+        )
+    empty = empty_splits(manifest.patients, fractions)
+    return [*found, ("split-empty", empty)] if empty else found
+
+
 def _words(config: SiteConfig, params: Params, salt: bytes) -> dict[str, int]:
     """A site's words, as :class:`Lookup` gives them, to indices of the federation's classes."""
     if config.source.kind == "npz" and not config.label_map:
         return {str(index): index for index in range(len(params.classes))}
     words = {name: name for name in params.classes} | config.label_map
     if config.label.source == "tag":
-        words = {salted(salt, "value", word): name for word, name in words.items()}
+        vr = tag_of(config.label.tag or "")[1]
+        words = {salted(salt, "value", normal_patient(word, vr)): name for word, name in words.items()}
+    else:
+        words = {normal_name(word): name for word, name in words.items()}
     return {word: params.classes.index(name) for word, name in words.items()}
 
 

@@ -74,7 +74,11 @@ class _Held:
 def _test_images(
     sites: dict[str, PreparedSite], hospital: str, local: tuple[int, ...], query: tuple[int, ...]
 ) -> _Held:
-    """The hospital's own test images of R, and every other hospital's of the query."""
+    """The hospital's own test images of R, and every other hospital's of the query.
+
+    Raises:
+        NoTestImages: there is none.
+    """
     images, labels, patients, own, used, places, digests = [], [], [], [], [], [], []
     columns = sorted(set().union(*(site.subgroups for site in sites.values())))
     groups: dict[str, list[NDArray[np.str_]]] = {column: [] for column in columns}
@@ -94,6 +98,13 @@ def _test_images(
                 parts_of.append(np.full(len(index), "") if held is None else held[index])
             parts = (pixels.tobytes(), labels[-1].tobytes(), "\n".join(patients[-1].tolist()).encode())
             digests += [digest_bytes(part) for part in parts]
+    if not images:
+        raise NoTestImages(
+            "no hospital here has a test image of these classes",
+            remedy="Evaluate where test images of the class are prepared.",
+            site=hospital,
+            stage="evaluate",
+        )
     return _Held(
         inputs=torch.cat(images),
         labels=np.concatenate(labels),

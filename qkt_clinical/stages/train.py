@@ -80,7 +80,8 @@ def train_site(
         The metrics on validation images, as in ``metrics.json``.
 
     Raises:
-        SourceError: fewer than two classes, or too few images, to train on.
+        SourceError: fewer than two classes, or too few images, to train on, or none to validate with
+            (``split-empty``).
         QktError: differential privacy is asked for and cannot be had, see :func:`~.private.train_private`.
     """
     space = Workspace(root)
@@ -91,6 +92,15 @@ def train_site(
         raise SourceError(
             f"training images of {len(classes)} class",
             remedy="A teacher needs at least two classes; check label_map in site.yaml.",
+            site=site,
+            stage="train",
+        )
+    if len(prepared.splits["val"]) == 0:
+        raise SourceError(
+            "no validation images",
+            remedy="Every split but test needs a patient: add patients, correct patient in site.yaml, or "
+            "give val a share in ingest.splits.",
+            code="split-empty",
             site=site,
             stage="train",
         )

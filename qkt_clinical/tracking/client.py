@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+DATABASE = "mlflow.db"
+"""The workspace's own, which may be removed: it is rebuilt from the workspace."""
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -53,9 +55,12 @@ def check_database(uri: str) -> None:
     with path.open("rb") as stream:
         head = stream.read(16)
     if head not in (b"", b"SQLite format 3\0"):
+        own = path.name == DATABASE and not path.is_symlink()
         raise OutputsError(
             "not a database",
-            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace.",
+            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace."
+            if own
+            else "Leave it as it is: name a database of MLflow, or none, in track.uri of params.yaml.",
             file=path,
             stage="track",
             code="damaged-database",
@@ -64,7 +69,7 @@ def check_database(uri: str) -> None:
 
 def tracking_uri(root: Path, params: Params) -> str:
     """``track.uri`` of params.yaml, or the workspace's own database."""
-    return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/mlflow.db"
+    return params.track.uri or f"sqlite:///{root.resolve().as_posix()}/{DATABASE}"
 
 
 @contextmanager
