@@ -18,7 +18,7 @@ from pydicom.sequence import Sequence as Items
 
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
-from qkt_clinical.ingest.dicom import coded_size
+from qkt_clinical.ingest.pixels import read_stream
 from tests.ingest_files import (
     CLASSES,
     dicom,
@@ -33,6 +33,8 @@ from tests.ingest_files import (
 )
 
 CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+READABLE = {"pydicom/JPEG-lossy.dcm"}
+"""Sound files that the manifest calls broken, since pydicom decodes no JPEG of 12 bits."""
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
@@ -260,14 +262,16 @@ def test_damage_anywhere_in_the_header_is_never_an_exception(tmp_path: Path) -> 
     assert 0 < verdicts.count(None) < 300
 
 
-def test_coded_size_of_compressed_streams() -> None:
+def test_size_that_compressed_streams_declare() -> None:
     for syntax in ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.80"):
         data = dicom(noise(0, 32, 40))
         data.compress(syntax)
         (frame,) = generate_frames(data.PixelData, number_of_frames=1)
-        assert coded_size(frame) == (32, 40)
-    assert coded_size(b"\xff\xd8\xff") is None
-    assert coded_size(b"RLE") is None
+        stream = read_stream(frame)
+        assert stream is not None
+        assert stream[:4] == (32, 40, 1, 8)
+    assert read_stream(b"\xff\xd8\xff") is None
+    assert read_stream(b"RLE") is None
 
 
 # --- series -----------------------------------------------------------------------------------------
@@ -524,7 +528,9 @@ def test_conformance_files_get_the_right_verdict() -> None:
         verdict = got[row["file"]]
         assert verdict["accepted"] == (verdict["code"] is None)
         assert verdict["accepted"] or verdict["code"] in reasons
-        if row["expected"] == "broken":
+        if row["file"] in READABLE:
+            assert verdict["accepted"], (row["file"], verdict["code"])
+        elif row["expected"] == "broken":
             assert not verdict["accepted"], row["file"]
         elif row["kind"] != "image" or "SEG" in row["special"]:
             assert verdict["code"] == "non-image-object", row["file"]
