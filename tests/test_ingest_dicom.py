@@ -18,6 +18,7 @@ from pydicom.sequence import Sequence as Items
 
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
+from qkt_clinical.ingest.dicom import _open, _stored
 from qkt_clinical.ingest.pixels import read_stream
 from tests.ingest_files import (
     CLASSES,
@@ -550,3 +551,12 @@ def test_same_pixels_in_every_encoding(tmp_path: Path) -> None:
         shutil.copy(path, folder / "solid" / path.name)
     manifest, _ = ingest(tmp_path)
     assert (manifest.count, manifest.rejected) == (1, {"duplicate": 5})
+
+
+@pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="needs ../shared/data/dicom-conformance")
+def test_a_real_bone_scan_of_twelve_bits() -> None:
+    """JPEG Extended; LargestImagePixelValue, of before it was compressed, is 278."""
+    data = _open(CONFORMANCE / "pydicom" / "JPEG-lossy.dcm", 10**7, pixels=True)
+    pixels = _stored(data)
+    assert (pixels.shape, pixels.dtype) == ((1024, 256), np.uint16)
+    assert 250 < pixels.max() <= 278
