@@ -217,7 +217,8 @@ def _inflated(stream: BinaryIO) -> Iterator[bytes]:
     machine = zlib.decompressobj(-zlib.MAX_WBITS)
     while piece := stream.read(PIECE):
         while piece:
-            yield machine.decompress(piece, PIECE)
+            if found := machine.decompress(piece, PIECE):
+                yield found
             piece = machine.unconsumed_tail
 
 

@@ -31,7 +31,7 @@ CODESTREAM = b"\xff\x4f\xff\x51"
 """Start of a JPEG 2000 codestream; in a JP2 file, boxes stand before it."""
 FRAME_HEADERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
-JPEG_LS = 0xF7
+EXTENDED, JPEG_LS = 0xC1, 0xF7
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 RLE_PADDING = 16
 """Bytes that a segment of RLE may be too long."""
@@ -63,7 +63,11 @@ class Stream(NamedTuple):
 
 
 def read_stream(frame: bytes) -> Stream | None:
-    """The header of a JPEG, JPEG-LS or JPEG 2000 stream; None where it is none or makes no sense."""
+    """The header of a JPEG, JPEG-LS or JPEG 2000 stream; None where it is none or makes no sense.
+
+    An extended sequential JPEG makes none if its scan says that it holds other coefficients than 0 to 63
+    (ITU-T T.81 table B.3): some decoders refuse it, others go on as if it had not said so.
+    """
     if frame[:2] == b"\xff\xd8":
         return _jpeg(frame)
     start = frame.find(CODESTREAM)
@@ -102,6 +106,8 @@ def _jpeg(frame: bytes) -> Stream | None:
     if len(headers) != 1 or len(headers[0][1]) < 6 or not scan:
         return None
     process, content = headers[0]
+    if process == EXTENDED and scan[2 + 2 * scan[0] :][:1] != b"\x3f":
+        return None
     count = content[5]
     transforms = process not in LOSSLESS and process != JPEG_LS
     return Stream(
