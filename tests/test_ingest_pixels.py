@@ -168,6 +168,12 @@ def test_bits_that_cannot_be_are_refused(tmp_path: Path, used: int, allocated: i
     assert verdict(save(dicom(pixels, BitsStored=used), tmp_path / "a.dcm")) == "header-unreadable"
 
 
+@pytest.mark.parametrize("sign", [None, 2])
+def test_pixels_of_unknown_sign_are_refused(tmp_path: Path, sign: int | None) -> None:
+    data = dicom(noise(0, 8, 8).astype(np.uint16), PixelRepresentation=sign)
+    assert verdict(save(data, tmp_path / "a.dcm")) == "header-unreadable"
+
+
 def test_a_high_bit_that_cannot_be_is_the_usual_one(tmp_path: Path) -> None:
     pixels = noise(0, 8, 8).astype(np.uint16)
     for high in (3, 16, 200):

@@ -271,14 +271,19 @@ def _stored(data: FileDataset) -> NDArray[Any]:
 
 
 def _bits(data: Dataset) -> Bits:
-    """Where the value of a sample stands; a HighBit that cannot be is taken as BitsStored - 1."""
+    """Where the value of a sample stands; a HighBit that cannot be is taken as BitsStored - 1.
+
+    Raises:
+        FileRejected: ``header-unreadable`` where the number of bits or the sign is not told.
+    """
     allocated, stored = whole(data, "BitsAllocated", 0), whole(data, "BitsStored", 0)
-    if not 1 <= stored <= allocated:
+    sign = values(data, "PixelRepresentation")
+    if not 1 <= stored <= allocated or sign not in ((0,), (1,)):
         raise reject("header-unreadable")
     high = whole(data, "HighBit", 0)
     if not stored <= high + 1 <= allocated:
         high = stored - 1
-    return Bits(allocated, stored, high, signed=whole(data, "PixelRepresentation", 0) == 1 < allocated)
+    return Bits(allocated, stored, high, signed=sign == (1,) and allocated > 1)
 
 
 def _plain_samples(data: Dataset, plugin: str) -> NDArray[Any]:
