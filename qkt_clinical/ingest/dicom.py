@@ -70,8 +70,8 @@ DECODERS: dict[str, str] = {
     DEFLATED: "",
     "1.2.840.10008.1.2.4.50": "imagecodecs",
     "1.2.840.10008.1.2.4.51": "imagecodecs",
-    "1.2.840.10008.1.2.4.57": "gdcm",
-    "1.2.840.10008.1.2.4.70": "gdcm",
+    "1.2.840.10008.1.2.4.57": "imagecodecs",
+    "1.2.840.10008.1.2.4.70": "imagecodecs",
     "1.2.840.10008.1.2.4.80": "pyjpegls",
     "1.2.840.10008.1.2.4.81": "pyjpegls",
     "1.2.840.10008.1.2.4.90": "pylibjpeg",
@@ -356,8 +356,8 @@ def _decompressed(data: FileDataset, plugin: str) -> NDArray[Any]:
 
     def finished(pixels: NDArray[Any], stream: Stream | None) -> NDArray[Any]:
         pixels = stored_values(pixels, bits, stream)
-        turned = plugin == "imagecodecs" or not is_ybr(stream, kind)
-        return pixels if turned else to_rgb(pixels, bits.stored)
+        turned = plugin == "imagecodecs" and stream is not None and stream.lossy
+        return to_rgb(pixels, bits.stored) if is_ybr(stream, kind) and not turned else pixels
 
     if len(set(streams)) == 1:
         pixels = finished(samples, streams[0])

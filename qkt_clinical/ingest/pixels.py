@@ -152,7 +152,7 @@ def _jpeg2000(frame: bytes, start: int) -> Stream | None:
 
 
 def decode_jpeg(frame: bytes, stream: Stream, photometric: str) -> NDArray[Any]:
-    """Decode one frame of lossy JPEG, of 8 or 12 bits.
+    """Decode one frame of JPEG: lossy of 8 or 12 bits, or lossless of 2 to 16.
 
     Args:
         frame: the whole stream.
@@ -160,7 +160,7 @@ def decode_jpeg(frame: bytes, stream: Stream, photometric: str) -> NDArray[Any]:
         photometric: PhotometricInterpretation.
 
     Returns:
-        (H, W) or (H, W, 3) in RGB; uint8 or uint16.
+        (H, W) or (H, W, 3); uint8 or uint16. Of lossy JPEG in RGB, of lossless as it was compressed.
 
     Raises:
         FileRejected: ``pixels-undecodable`` where the stream has no end; what imagecodecs raises is a
@@ -173,7 +173,7 @@ def decode_jpeg(frame: bytes, stream: Stream, photometric: str) -> NDArray[Any]:
     if stream.components == 1:
         return np.asarray(imagecodecs.jpeg8_decode(frame))
     rgb = photometric not in YBR_OF_JPEG if stream.rgb is None else stream.rgb
-    colours = "RGB" if rgb else "YCBCR"
+    colours = "RGB" if rgb or not stream.lossy else "YCBCR"
     return np.asarray(imagecodecs.jpeg8_decode(frame, colorspace=colours, outcolorspace="RGB"))
 
 

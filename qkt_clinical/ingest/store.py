@@ -33,7 +33,7 @@ LAYOUT = 1
 """Of the tables; a file of another is thrown away."""
 LIBRARIES = (
     *("imagecodecs", "monai", "nibabel", "numpy", "pillow", "pydicom", "pyjpegls", "pylibjpeg"),
-    *("pylibjpeg-openjpeg", "pylibjpeg-rle", "python-gdcm", "scipy", "tifffile", "torch"),
+    *("pylibjpeg-openjpeg", "pylibjpeg-rle", "scipy", "tifffile", "torch"),
 )
 FORGOTTEN = b""
 """Key of what is not to be found again."""
