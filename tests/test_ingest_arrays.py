@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pydicom import dcmread, dcmwrite
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
@@ -25,7 +26,7 @@ from pydicom.uid import (
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import PERCENTILES, Picture, _percentiles, prepare, resample
-from qkt_clinical.ingest.dicom import HEAD, _native, _open, may_be_deflated
+from qkt_clinical.ingest.dicom import HEAD, _native, _open, _uncompressed, may_be_deflated
 from qkt_clinical.ingest.elements import number, values, whole, word
 from tests.ingest_files import dicom, noise
 
@@ -80,6 +81,97 @@ def test_an_inverted_twin_is_the_same_to_the_last_bit(slope: float) -> None:
     np.testing.assert_allclose(alone, other, atol=1e-6)
 
 
+FLAT = ImageSpec(size=(64, 64), channels=1)
+
+
+def spots(kind: str, background: float, *others: float) -> NDArray[Any]:
+    """(64, 64) of one value but for 4 pixels of each of the others: less than 0.5 % in all."""
+    pixels = np.full((64, 64), background, dtype=kind)
+    for i, value in enumerate(others):
+        pixels[10 + i, 20:24] = value
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["u2", "i2", "i4", "f4", "f8"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_few_pixels_that_stand_out_are_kept(kind: str, inverted: bool) -> None:
+    bright = prepare(Picture(spots(kind, 0, 1000, 3000), inverted=inverted), FLAT)[0]
+    np.testing.assert_allclose(bright[:, 30], float(inverted))
+    np.testing.assert_allclose(bright[10, 20], abs(inverted - 1 / 3), atol=0.01)
+    np.testing.assert_allclose(bright[11, 20], float(not inverted), atol=0.01)
+    dark = prepare(Picture(spots(kind, 3000, 2000, 0), inverted=inverted), FLAT)[0]
+    np.testing.assert_allclose(dark[10, 20], abs(inverted - 2 / 3), atol=0.01)
+    np.testing.assert_allclose(dark[11, 20], float(inverted), atol=0.01)
+    both = prepare(Picture(spots(kind, 2000, 0, 3000), inverted=inverted), FLAT)[0]
+    np.testing.assert_allclose(both[:, 30], abs(inverted - 2 / 3), atol=1e-6)
+    assert {0.0, 1.0} < set(np.unique(both).tolist())
+
+
+def test_outliers_of_a_picture_are_still_cut_off() -> None:
+    pixels = np.random.default_rng(0).integers(0, 1000, (64, 64)).astype(np.uint16)
+    pixels[0, 0] = 60_000
+    image = prepare(Picture(pixels), FLAT)
+    assert np.median(image) > 0.45
+
+
+GREY = {"size": (64, 64), "channels": 1}
+RANDOM = noise(3, 64, 64)
+LOST = {
+    "window far below": (Picture(RANDOM.astype(np.int16)), {"window": {"center": -9000, "width": 10}}),
+    "window far above": (Picture(RANDOM.astype(np.float32)), {"window": {"center": 9000, "width": 10}}),
+    "window of the file": (Picture(RANDOM.astype(np.uint16), limits=(900.0, 901.0)), {}),
+    "window without end": (Picture(RANDOM.astype(np.uint16), limits=(0.0, 1e300)), {}),
+    "window too narrow to tell": (Picture(RANDOM.astype(np.uint16), limits=(0.0, 5e-324)), {}),
+    "values beyond what can be told": (Picture((RANDOM - 127.5) * 1.2e306), {}),
+    "rounded to 8 bits": (Picture(spots("u1", 7, 8), limits=(0.0, 255.0), eight_bit=True), {"size": (8, 8)}),
+    "averaged away": (
+        Picture(np.indices((64, 64)).sum(axis=0).astype(np.uint8) % 2 * 255, limits=(0.0, 255.0)),
+        {"size": (8, 8)},
+    ),
+    "colours of one brightness": (
+        Picture(
+            np.where(RANDOM[..., None] > 127, [255, 0, 0], [0, 130, 0]).astype(np.uint8),
+            colour=True,
+            limits=(0.0, 255.0),
+            eight_bit=True,
+        ),
+        {},
+    ),
+    "zero mean, unit spread": (
+        Picture(RANDOM.astype(np.uint16), limits=(900.0, 901.0)),
+        {"normalisation": "zscore"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LOST))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_image_that_would_become_constant_is_refused(name: str) -> None:
+    picture, changes = LOST[name]
+    with pytest.raises(FileRejected) as caught:
+        prepare(picture, ImageSpec.model_validate({**GREY, **changes}))
+    assert caught.value.code == "contrast-lost"
+
+
+@pytest.mark.parametrize("normalisation", ["unit", "zscore"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
+def test_a_constant_image_stays_one(kind: str, normalisation: str) -> None:
+    limits = (0.0, 255.0) if kind == "u1" else None
+    spec = ImageSpec.model_validate({**GREY, "size": (8, 8), "normalisation": normalisation})
+    image = prepare(Picture(np.full((64, 64), 51, kind), limits=limits, eight_bit=kind == "u1"), spec)
+    assert len(np.unique(image)) == 1
+    one_colour = np.broadcast_to(np.array([9, 99, 200], np.uint8), (64, 64, 3))
+    red = Picture(np.ascontiguousarray(one_colour), colour=True, limits=(0.0, 255.0), eight_bit=True)
+    assert prepare(red, ImageSpec(size=(64, 64), channels=3))[:, 0, 0].tolist() == [9, 99, 200]
+
+
+@pytest.mark.parametrize("limits", [(float("nan"), 1.0), (0.0, float("inf")), (float("-inf"), 5.0)])
+def test_limits_that_are_not_finite_count_as_absent(limits: tuple[float, float]) -> None:
+    pixels = RANDOM.astype(np.uint16)
+    expected = prepare(Picture(pixels), FLAT)
+    np.testing.assert_array_equal(prepare(Picture(pixels, limits=limits), FLAT), expected)
+
+
 def plain_values(data: Dataset, keyword: str) -> tuple[Any, ...]:
     """By pydicom's own conversion."""
     value = data.get(keyword)
@@ -130,7 +222,7 @@ def test_real_files_give_the_same_elements_and_pixels_as_pydicom() -> None:
     for path in sorted(CONFORMANCE.rglob("*")):
         try:
             data = _open(path, 10**8, pixels=True)
-            pixels = _native(data)
+            pixels = None if _native(data) is None else _uncompressed(data)
         except (FileRejected, IsADirectoryError):
             continue
         read = dcmread(path)
@@ -158,8 +250,8 @@ def test_uncompressed_integers_as_they_lie(tmp_path: Path, bits: int, sign: str,
         data.PixelRepresentation = int(sign == "i")
         data.save_as(tmp_path / "a.dcm", enforce_file_format=True)
         read = _open(tmp_path / "a.dcm", 10**6, pixels=True)
-        found = _native(read)
-        assert found is not None
+        assert _native(read) is not None
+        found = _uncompressed(read)
         np.testing.assert_array_equal(found, stored)
         np.testing.assert_array_equal(found, pixel_array(dcmread(tmp_path / "a.dcm")))
 

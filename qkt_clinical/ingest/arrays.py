@@ -34,6 +34,8 @@ MOST_RESAMPLED = 2**27
 """Pixels after resampling that are always allowed: 512 MB, and several times as much while it is done."""
 GROWTH = 4
 """Beyond that, so many times the pixels of the file at most."""
+ROUNDING = 1e-6
+"""What differs by no more, between 0 and 1, is the same."""
 SAME_SPACING = 1e-3
 """Relative difference up to which two spacings count as equal: header figures are rounded."""
 
@@ -138,25 +140,38 @@ def _limits(picture: Picture, spec: ImageSpec) -> tuple[float, float]:
     if spec.window is not None:
         half = spec.window.width / 2
         return spec.window.center - half, spec.window.center + half
-    if picture.limits is not None:
+    if picture.limits is not None and np.isfinite(picture.limits).all():
         return picture.limits
-    low, high = sorted(x * picture.slope + picture.intercept for x in _percentiles(picture.pixels))
+    low, high = sorted(x * picture.slope + picture.intercept for x in _extent(picture.pixels))
     return low, high
 
 
-def _percentiles(pixels: NDArray[Any]) -> tuple[float, float]:
-    """:data:`PERCENTILES` as numpy interpolates them; of 16-bit integers by counting, ten times as fast."""
+def _extent(pixels: NDArray[Any]) -> tuple[float, float]:
+    """The two intensities between which the pixels lie, but for the outermost at either end.
+
+    :data:`PERCENTILES`, unless an end falls on the median: then the outermost few are all that stands out
+    from a background, such as the lesions of a mask, and that end is the percentile of what lies beyond it.
+    """
+    low, middle, high = _percentiles(pixels, (PERCENTILES[0], 50.0, PERCENTILES[1]))
+    if low == middle and (beyond := pixels[pixels < middle]).size:
+        low = _percentiles(beyond, PERCENTILES[:1])[0]
+    if high == middle and (beyond := pixels[pixels > middle]).size:
+        high = _percentiles(beyond, PERCENTILES[1:])[0]
+    return low, high
+
+
+def _percentiles(pixels: NDArray[Any], percentiles: Sequence[float] = PERCENTILES) -> tuple[float, ...]:
+    """As numpy interpolates them; of 16-bit integers by counting, ten times as fast."""
     if pixels.dtype.kind not in "iu" or pixels.dtype.itemsize > 2:
-        low, high = np.percentile(pixels, PERCENTILES)
-        return float(low), float(high)
+        return tuple(map(float, np.percentile(pixels, percentiles)))
     lowest = int(pixels.min())
     ranked = np.cumsum(np.bincount(pixels.ravel().astype(np.intp) - lowest))
-    ends = []
-    for percentile in PERCENTILES:
+    found = []
+    for percentile in percentiles:
         rank = percentile / 100 * (pixels.size - 1)
         below, above = np.searchsorted(ranked, [int(rank), min(int(rank) + 1, pixels.size - 1)], side="right")
-        ends.append(lowest + float(below) + (rank - int(rank)) * float(above - below))
-    return ends[0], ends[1]
+        found.append(lowest + float(below) + (rank - int(rank)) * float(above - below))
+    return tuple(found)
 
 
 def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -174,20 +189,23 @@ def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
 def _unit(picture: Picture, limits: tuple[float, float]) -> F32:
     """Intensities to [0, 1], bright high; a constant image (no range at all) becomes 0, or 1 if inverted.
 
-    Differences are taken before anything is scaled: those of integers are exact, so that an image and its
-    inverted twin come out alike to the last bit.
+    So does one whose range cannot be told in floating point. Differences are taken before anything is scaled:
+    those of integers are exact, so that an image and its inverted twin come out alike to the last bit.
     """
     pixels = picture.pixels
-    if not limits[1] > limits[0]:
-        return np.full(pixels.shape, picture.inverted, dtype=np.float32)
-    black, white = ((x - picture.intercept) / picture.slope for x in limits)
-    if picture.inverted:
-        black, white = white, black
     # Integers of 16 bits are exact in single precision.
     exact = pixels.dtype.kind in "iub" and pixels.dtype.itemsize <= 2
     kind = np.float32 if exact else np.float64
+    black, white = ((x - picture.intercept) / picture.slope for x in limits)
+    with np.errstate(all="ignore"):
+        scale = kind(1 / np.float64(abs(white - black)))
+        known = bool(np.isfinite([kind(black), kind(white), scale]).all())
+    if not limits[1] > limits[0] or not known or scale == 0:
+        return np.full(pixels.shape, picture.inverted, dtype=np.float32)
+    if picture.inverted:
+        black, white = white, black
     unit = np.subtract(*((black, pixels) if white < black else (pixels, black)), dtype=kind)
-    unit *= kind(1 / abs(white - black))
+    unit *= scale
     np.clip(unit, 0.0, 1.0, out=unit)
     return np.asarray(unit, dtype=np.float32)
 
@@ -325,10 +343,31 @@ def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
         else float32.
 
     Raises:
-        FileRejected: ``dimensions``, ``no-finite-values``, ``spacing-missing`` or ``resampled-too-large``.
+        FileRejected: ``dimensions``, ``no-finite-values``, ``spacing-missing``, ``resampled-too-large``, or
+            ``contrast-lost`` where an image that is not constant would become so.
     """
     if len(picture.size) != len(spec.size):
         raise reject("dimensions")
+    image = _prepared(picture, spec)
+    if _even(image) and _varies(picture):
+        raise reject("contrast-lost")
+    return np.ascontiguousarray(_spread(image, spec.channels))
+
+
+def _even(image: NDArray[Any]) -> bool:
+    """Whether each channel of (C, ...) is one value, but for rounding."""
+    channels = image.reshape(len(image), -1)
+    return bool((channels.max(axis=1) - channels.min(axis=1) <= ROUNDING).all())
+
+
+def _varies(picture: Picture) -> bool:
+    """Whether the finite pixels differ from each other, whatever the colour of the whole."""
+    pixels = _finite(picture.pixels).reshape(-1, 3 if picture.colour else 1)
+    return bool((pixels != pixels[0]).any())
+
+
+def _prepared(picture: Picture, spec: ImageSpec) -> NDArray[Any]:
+    """The image as :func:`prepare` gives it, but for grey that is to be repeated."""
     pixels = _finite(picture.pixels)
     if pixels is not picture.pixels:
         picture = replace(picture, pixels=pixels, eight_bit=False)
@@ -340,18 +379,17 @@ def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
         or (picture.spacing_mm is not None and _same(picture.spacing_mm, spec.spacing_mm))
     )
     if eight and untouched and not grey and pixels.dtype == np.uint8 and limits == (0.0, 255.0):
-        exact = _channels_first(255 - pixels if picture.inverted else pixels, picture.colour)
-        return np.ascontiguousarray(_spread(exact, spec.channels))
+        return _channels_first(255 - pixels if picture.inverted else pixels, picture.colour)
     unit = _unit(picture, limits)
     image: F32 = (unit @ LUMINANCE)[None] if grey else _channels_first(unit, picture.colour)
     image = np.clip(resample(image, picture.spacing_mm, spec), 0.0, 1.0)
     if eight:
-        return np.ascontiguousarray(_spread(np.rint(image * 255).astype(np.uint8), spec.channels))
+        return np.rint(image * 255).astype(np.uint8)
     if spec.normalisation == "zscore":
         spread = float(image.std(dtype=np.float64))
         mean = float(image.mean(dtype=np.float64))
-        image = ((image - mean) / spread).astype(np.float32) if spread > 1e-6 else np.zeros_like(image)
-    return np.ascontiguousarray(_spread(image, spec.channels))
+        image = ((image - mean) / spread).astype(np.float32) if spread > ROUNDING else np.zeros_like(image)
+    return image
 
 
 def _channels_first(pixels: NDArray[Any], colour: bool) -> NDArray[Any]:

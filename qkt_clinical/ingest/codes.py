@@ -80,6 +80,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
             "Set image.spacing_mm to null, or add the spacing.",
         ),
         "no-finite-values": Reason("every value is NaN or infinite", "Export it again."),
+        "contrast-lost": Reason(
+            "an image became one even grey on the way to what site.yaml asks for",
+            "Correct image.window, or the window in the file; small findings need a larger image.size.",
+        ),
         "colour-unknown": Reason(
             "a colour space that cannot be turned into RGB", "Export it as RGB or greyscale."
         ),

@@ -6,6 +6,7 @@ InstanceNumber, drops slices without one, averages the spacing and ignores MONOC
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import zlib
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,18 @@ from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
 from qkt_clinical.ingest.codes import DAMAGE, reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text
-from qkt_clinical.ingest.elements import has, number, tag_of, values, whole, word
+from qkt_clinical.ingest.elements import has, number, sixteen_bits, tag_of, values, whole, word
 from qkt_clinical.ingest.identity import normal_patient
+from qkt_clinical.ingest.pixels import (
+    Bits,
+    Stream,
+    decode_jpeg,
+    decode_rle,
+    is_ybr,
+    read_stream,
+    stored_values,
+    to_rgb,
+)
 from qkt_clinical.ingest.source import (
     Found,
     Header,
@@ -47,15 +58,22 @@ F64 = NDArray[np.float64]
 HEAD = 4096
 """Bytes at a file's start, among which its transfer syntax stands as a rule."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
+PIECE = 1 << 20
+"""Bytes that are inflated at once."""
+HEADER_BYTES, HEADER_RATIO = 1 << 18, 8
+"""Bytes that a deflated data set may have beside its pixels, and how many more for each byte of its file."""
+ITEM, MOST_ITEMS = b"\xfe\xff\x00\xe0", 50_000
+"""Start of an item of a sequence, and how many a deflated data set may have: each takes pydicom 0.1 ms."""
+RLE = "packbits"
 DECODERS: dict[str, str] = {
     "1.2.840.10008.1.2": "",
     "1.2.840.10008.1.2.1": "",
     "1.2.840.10008.1.2.2": "",
     DEFLATED: "",
-    "1.2.840.10008.1.2.4.50": "pillow",
-    "1.2.840.10008.1.2.4.51": "pillow",
-    "1.2.840.10008.1.2.4.57": "gdcm",
-    "1.2.840.10008.1.2.4.70": "gdcm",
+    "1.2.840.10008.1.2.4.50": "imagecodecs",
+    "1.2.840.10008.1.2.4.51": "imagecodecs",
+    "1.2.840.10008.1.2.4.57": "imagecodecs",
+    "1.2.840.10008.1.2.4.70": "imagecodecs",
     "1.2.840.10008.1.2.4.80": "pyjpegls",
     "1.2.840.10008.1.2.4.81": "pyjpegls",
     "1.2.840.10008.1.2.4.90": "pylibjpeg",
@@ -63,7 +81,7 @@ DECODERS: dict[str, str] = {
     "1.2.840.10008.1.2.4.201": "pylibjpeg",
     "1.2.840.10008.1.2.4.202": "pylibjpeg",
     "1.2.840.10008.1.2.4.203": "pylibjpeg",
-    "1.2.840.10008.1.2.5": "pydicom",  # pylibjpeg's panics on damaged segments, which is no Exception
+    "1.2.840.10008.1.2.5": RLE,
 }
 """Transfer syntax to the one decoder used for it ("": uncompressed), so that the same file gives the same
 pixels whatever else is installed."""
@@ -154,22 +172,60 @@ def may_be_deflated(head: bytes) -> bool:
 
 
 def _bounded_inflation(path: Path, max_bytes: int) -> None:
-    """Inflate piece by piece and throw away, since pydicom inflates a whole data set at once."""
+    """Refuse a deflated data set that is larger than the pixels that it declares and a header.
+
+    It is inflated piece by piece: pydicom inflates all at once, and takes minutes over a few kilobytes that
+    become millions of empty elements.
+
+    Raises:
+        FileRejected: ``too-large``, ``header-unreadable``.
+    """
     from pydicom.filereader import read_dataset
 
-    machine = zlib.decompressobj(-zlib.MAX_WBITS)
-    total = 0
     with path.open("rb") as stream:
         stream.seek(132)
         meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
         if str(meta.get("TransferSyntaxUID", "")) != DEFLATED:
             return
-        while piece := stream.read(1 << 20):
-            while piece:
-                total += len(machine.decompress(piece, 1 << 20))
-                if total > max_bytes:
-                    raise reject("too-large")
-                piece = machine.unconsumed_tail
+        header = min(max_bytes, HEADER_BYTES + HEADER_RATIO * path.stat().st_size)
+        pieces = _inflated(stream)
+        head = b""
+        while len(head) < header and (piece := next(pieces, b"")):
+            head += piece
+        at_pixels = False
+
+        def reached(tag: int, vr: str | None, length: int) -> bool:
+            nonlocal at_pixels
+            at_pixels = tag >> 16 >= 0x7FE0
+            return at_pixels
+
+        if head.count(ITEM) > MOST_ITEMS:
+            raise reject("too-large")
+        whole_set = len(head) < header
+        with _reading("header-unreadable" if whole_set else "too-large"):
+            data = read_dataset(io.BytesIO(head), False, True, stop_when=reached)
+        if whole_set:
+            return
+        if not at_pixels:
+            raise reject("too-large")
+        _check_header(data, max_bytes)
+        samples = _frames(data) * math.prod(_matrix(data)) * _samples(data)
+        limit = min(max_bytes, header + samples * whole(data, "BitsAllocated", 0) // 8)
+        total = len(head)
+        for piece in pieces:
+            total += len(piece)
+            if total > limit:
+                raise reject("too-large")
+
+
+def _inflated(stream: BinaryIO) -> Iterator[bytes]:
+    """What a deflated stream holds, in pieces of a megabyte at most."""
+    machine = zlib.decompressobj(-zlib.MAX_WBITS)
+    while piece := stream.read(PIECE):
+        while piece:
+            if found := machine.decompress(piece, PIECE):
+                yield found
+            piece = machine.unconsumed_tail
 
 
 def _check_header(data: Dataset, max_bytes: int) -> None:
@@ -244,28 +300,15 @@ def _stored(data: FileDataset) -> NDArray[Any]:
 
     Raises:
         FileRejected: ``truncated``, ``pixels-undecodable``, ``transfer-syntax-unsupported``,
-            ``colour-unknown``.
+            ``colour-unknown``, ``header-unreadable``.
     """
-    from pydicom.pixels.decoders.base import get_decoder
-    from pydicom.pixels.utils import get_expected_length, pixel_array
-
     kind = _photometric(data)
     if kind not in COLOURS | GREYS | {PALETTE}:
         raise reject("colour-unknown")
     with _reading("pixels-undecodable"):
-        syntax = data.file_meta.TransferSyntaxUID
-        plugin = DECODERS[str(syntax)]
-        if plugin and plugin not in get_decoder(syntax).available_plugins:
-            raise reject("transfer-syntax-unsupported")
+        plugin = DECODERS[str(data.file_meta.TransferSyntaxUID)]
         _refuse_more_frames(data, coded=bool(plugin))
-        if plugin:
-            _check_frames(data)
-        pixels = None if plugin else _native(data)
-        if pixels is None:
-            if not plugin and "PixelData" in data and len(data.PixelData) < get_expected_length(data):
-                raise reject("truncated")
-            pixels = pixel_array(data, decoding_plugin=plugin)
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+        pixels = _decompressed(data, plugin) if plugin else _uncompressed(data)
     colour = _samples(data) == 3
     if colour != (kind in COLOURS):
         raise reject("colour-unknown")
@@ -275,17 +318,62 @@ def _stored(data: FileDataset) -> NDArray[Any]:
     return pixels
 
 
+def _bits(data: Dataset) -> Bits:
+    """Where the value of a sample stands; a HighBit that cannot be is taken as BitsStored - 1.
+
+    Raises:
+        FileRejected: ``header-unreadable`` where the number of bits or the sign is not told.
+    """
+    allocated, stored = whole(data, "BitsAllocated", 0), whole(data, "BitsStored", 0)
+    sign = values(data, "PixelRepresentation")
+    if not 1 <= stored <= allocated or sign not in ((0,), (1,)):
+        raise reject("header-unreadable")
+    high = whole(data, "HighBit", 0)
+    if not stored <= high + 1 <= allocated:
+        high = stored - 1
+    return Bits(allocated, stored, high, signed=sign == (1,) and allocated > 1)
+
+
+def _plain_samples(data: Dataset, plugin: str) -> NDArray[Any]:
+    """What pydicom and its decoder give: samples in the machine's byte order, nothing corrected or turned."""
+    from pydicom.pixels.utils import pixel_array
+
+    samples = pixel_array(
+        data,
+        raw=True,
+        decoding_plugin=plugin,
+        correct_unused_bits=False,
+        apply_j2k_sign_correction=False,
+        apply_jls_sign_correction=False,
+    )
+    return samples.astype(samples.dtype.newbyteorder("="), copy=False)
+
+
+def _uncompressed(data: FileDataset) -> NDArray[Any]:
+    from pydicom.pixels.utils import get_expected_length
+
+    samples = _native(data)
+    if samples is None:
+        if "PixelData" in data and len(data.PixelData) < get_expected_length(data):
+            raise reject("truncated")
+        samples = _plain_samples(data, "")
+    if samples.dtype.kind == "f":
+        return samples
+    bits = _bits(data)
+    pixels = stored_values(samples, bits)
+    return to_rgb(pixels, bits.stored) if is_ybr(None, _photometric(data)) else pixels
+
+
 def _native(data: FileDataset) -> NDArray[Any] | None:
-    """Uncompressed grey integers as they lie in the file, not copied; None for what pydicom should decode.
+    """Uncompressed grey samples as they lie in the file, not copied; None for what pydicom should decode.
 
     This is what scanners write as a rule; pydicom's way to the same array takes as long as reading the file.
 
     Raises:
         FileRejected: ``truncated``.
     """
-    bits, used = whole(data, "BitsAllocated", 0), whole(data, "BitsStored", 0)
-    sign = values(data, "PixelRepresentation")
-    plain = bits in (8, 16, 32) and 1 <= used <= bits and sign in ((0,), (1,)) and _samples(data) == 1
+    bits = whole(data, "BitsAllocated", 0)
+    plain = bits in (8, 16, 32) and _samples(data) == 1
     if not plain or str(data.file_meta.TransferSyntaxUID) not in LITTLE_ENDIAN or not has(data, "PixelData"):
         return None
     held = data.get_item(tag_of("PixelData")[0])
@@ -295,8 +383,7 @@ def _native(data: FileDataset) -> NDArray[Any] | None:
     count = math.prod(shape)
     if len(held.value) < count * bits // 8:
         raise reject("truncated")
-    kind = np.dtype(f"<{'i' if sign[0] else 'u'}{bits // 8}")
-    return np.frombuffer(held.value, kind, count).reshape(shape)
+    return np.frombuffer(held.value, f"<u{bits // 8}", count).reshape(shape)
 
 
 def _refuse_more_frames(data: Dataset, *, coded: bool) -> None:
@@ -327,39 +414,74 @@ def _refuse_more_frames(data: Dataset, *, coded: bool) -> None:
         raise reject("multi-frame")
 
 
-def _check_frames(data: Dataset) -> None:
-    """Refuse compressed frames whose own header declares another size than Rows and Columns.
+def _decompressed(data: FileDataset, plugin: str) -> NDArray[Any]:
+    """Pixels of compressed frames, each by what its own header declares."""
+    from pydicom.pixels.decoders.base import get_decoder
 
-    Decoders allocate by that inner header, which :func:`_check_header` has not seen.
+    own = {"imagecodecs": _jpeg_samples, RLE: _rle_samples}.get(plugin)
+    if own is None and plugin not in get_decoder(data.file_meta.TransferSyntaxUID).available_plugins:
+        raise reject("transfer-syntax-unsupported")
+    bits, kind = _bits(data), _photometric(data)
+    frames = _coded_frames(data)
+    streams = [None if plugin == RLE else _checked_stream(frame, data, bits) for frame in frames]
+    if own is not None:
+        samples = np.stack([own(data, *pair) for pair in zip(frames, streams, strict=True)])
+    else:
+        samples = _plain_samples(data, plugin)
+        samples = samples.reshape(-1, *samples.shape[samples.ndim - (2 if _samples(data) == 1 else 3) :])
+
+    def finished(pixels: NDArray[Any], stream: Stream | None) -> NDArray[Any]:
+        pixels = stored_values(pixels, bits, stream)
+        turned = plugin == "imagecodecs" and stream is not None and stream.lossy
+        return to_rgb(pixels, bits.stored) if is_ybr(stream, kind) and not turned else pixels
+
+    if len(set(streams)) == 1:
+        pixels = finished(samples, streams[0])
+    else:
+        pixels = np.stack([finished(*pair) for pair in zip(samples, streams, strict=True)])
+    return pixels[0] if len(frames) == 1 else pixels
+
+
+def _coded_frames(data: Dataset) -> list[bytes]:
+    """The compressed frames.
+
+    Raises:
+        FileRejected: ``pixels-undecodable`` where there are not as many as NumberOfFrames.
     """
     from pydicom.encaps import generate_frames
 
-    for frame in generate_frames(data.PixelData, number_of_frames=_frames(data)):
-        declared = coded_size(frame)
-        if declared is not None and declared != _matrix(data):
-            raise reject("pixels-undecodable")
+    offsets = (
+        (data.ExtendedOffsetTable, data.ExtendedOffsetTableLengths)
+        if has(data, "ExtendedOffsetTable")
+        else None
+    )
+    count = _frames(data)
+    frames = list(generate_frames(data.PixelData, number_of_frames=count, extended_offsets=offsets))
+    if len(frames) != count:
+        raise reject("pixels-undecodable")
+    return frames
 
 
-def coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream declares; None for another stream."""
+def _checked_stream(frame: bytes, data: Dataset, bits: Bits) -> Stream:
+    """The header of a compressed frame, unless it declares other pixels than the data set.
 
-    def number(start: int, length: int) -> int:
-        return int.from_bytes(frame[start : start + length], "big")
+    Decoders allocate by that inner header, which :func:`_check_header` has not seen.
+    """
+    stream = read_stream(frame)
+    wanted = (*_matrix(data), _samples(data))
+    if stream is None or stream[:3] != wanted or stream.precision > bits.allocated:
+        raise reject("pixels-undecodable")
+    return stream
 
-    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ follows at once
-        return number(12, 4) - number(20, 4), number(8, 4) - number(16, 4)
-    if frame[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 <= len(frame) and frame[at] == 0xFF:
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return number(at + 5, 2), number(at + 7, 2)
-        at += 2 + number(at + 2, 2)
-    return None
+
+def _jpeg_samples(data: Dataset, frame: bytes, stream: Stream | None) -> NDArray[Any]:
+    assert stream is not None  # of RLE alone
+    samples = decode_jpeg(frame, stream, _photometric(data))
+    return samples.astype(f"u{whole(data, 'BitsAllocated', 8) // 8}", copy=False)
+
+
+def _rle_samples(data: Dataset, frame: bytes, _stream: Stream | None) -> NDArray[Any]:
+    return decode_rle(frame, (*_matrix(data), _samples(data)), whole(data, "BitsAllocated", 8))
 
 
 # --- from stored values to the modality's units ---------------------------------------------------
@@ -381,27 +503,37 @@ def _item(data: Dataset, frame: int, macro: str) -> Dataset | None:
 
 
 def _window(data: Dataset) -> Limits | None:
-    """The file's first linear display window as (black, white); None where it has none that is sound."""
-    centre, width = number(data, "WindowCenter"), number(data, "WindowWidth")  # the first of several displays
-    if centre is None or width is None:
-        return None
+    """The file's first linear display window that is sound, as (black, white); None where it has none.
+
+    It is sound if it is finite and as wide as the standard asks: above 1 (PS3.3 section C.11.2.1.2.1; one of
+    width 1 shows a threshold, not an image), or above 0 where it is exact (C.11.2.1.3.2).
+    """
     function = word(data, "VOILUTFunction") or "LINEAR"
-    if function == "LINEAR" and width > 1:  # DICOM PS3.3 C.11.2.1.2.1
-        return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
-    if function == "LINEAR_EXACT" and width > 0:
-        return centre - width / 2, centre + width / 2
+    if function not in ("LINEAR", "LINEAR_EXACT"):
+        return None
+    trim = 1.0 if function == "LINEAR" else 0.0
+    centres, widths = values(data, "WindowCenter"), values(data, "WindowWidth")
+    for centre, width in zip(map(float, centres), map(float, widths), strict=False):
+        middle, half = centre - trim / 2, (width - trim) / 2
+        black, white = middle - half, middle + half
+        if width > trim and black < white and math.isfinite(black) and math.isfinite(white):
+            return black, white
     return None
+
+
+def _signed(data: Dataset) -> bool:
+    return whole(data, "PixelRepresentation", 0) == 1
 
 
 def _padding(data: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
     """Where the scanner filled up what lies outside its field of view."""
-    value = data.get("PixelPaddingValue") if has(data, "PixelPaddingValue") else None
-    if value is None or stored.dtype.kind not in "iu":
+    if stored.dtype.kind not in "iu" or not has(data, "PixelPaddingValue"):
         return None
-    low = int(value)
-    limit = data.get("PixelPaddingRangeLimit")
-    high = low if limit is None else int(limit)
-    mask = (stored >= min(low, high)) & (stored <= max(low, high))
+    names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ends = [end for name in names for end in sixteen_bits(data, name, signed=_signed(data))[:1]]
+    if not ends or not sixteen_bits(data, names[0], signed=False):
+        return None
+    mask = (stored >= min(ends)) & (stored <= max(ends))
     return mask if mask.any() and not mask.all() else None
 
 
@@ -419,24 +551,75 @@ def _rescale(data: Dataset, frame: int, stored: NDArray[Any]) -> tuple[float, fl
         return 1.0, 0.0
     if slope == 0 and np.isfinite(intercept) and stored.min() == stored.max():
         return 1.0, intercept - float(stored.flat[0])
-    if slope == 0 or not np.isfinite(slope) or not np.isfinite(intercept):
+    if not np.isfinite(intercept) or not 0 < abs(slope) < np.inf or not np.isfinite(1 / slope):
         raise reject("header-unreadable")
     return slope, intercept
 
 
+def _looked_up(values: NDArray[Any], table: Dataset, *, signed: bool) -> tuple[NDArray[Any], int]:
+    """Values through a look-up table of the file (PS3.3 section C.11.1.1), and the bits of its entries.
+
+    Args:
+        values: of any real type and shape.
+        table: an item of ModalityLUTSequence or VOILUTSequence.
+        signed: whether the first value that it maps is.
+
+    Raises:
+        FileRejected: ``header-unreadable`` for a table that is cut or has no entries.
+    """
+    count, _, bits = sixteen_bits(table, "LUTDescriptor", signed=False)
+    first = sixteen_bits(table, "LUTDescriptor", signed=signed)[1]
+    count = count or 1 << 16
+    entries = _entries(table, count, bits)
+    if len(entries) < count or not 1 <= bits <= 16:
+        raise reject("header-unreadable")
+    whole_numbers = np.rint(np.nan_to_num(values)) if values.dtype.kind == "f" else values.astype(np.int64)
+    place = np.clip(whole_numbers, first, first + count - 1).astype(np.int64)
+    return entries[place - first], bits
+
+
+def _entries(table: Dataset, count: int, bits: int) -> NDArray[np.uint16]:
+    """Of a look-up table: 16 bits each, or 8 where two stand in each word."""
+    held: Any = table.get_item(tag_of("LUTData")[0])
+    raw = held.value if held is not None else None
+    if bits <= 8 and isinstance(raw, bytes) and len(raw) in (count, count + count % 2):
+        return np.frombuffer(raw, np.uint8).astype(np.uint16)
+    return np.array(sixteen_bits(table, "LUTData", signed=False)[:count], dtype=np.uint16)
+
+
 def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits | None]:
     """RGB of a colour or palette image, and the range of its stored type."""
+    if _photometric(data) == PALETTE:
+        painted = _painted(data, stored)
+        return painted, (0.0, float(np.iinfo(painted.dtype).max))
+    bits = whole(data, "BitsStored", 8)
+    integer = stored.dtype.kind == "u"
+    return stored, eight_bit_limits(stored.dtype, bits) or ((0.0, 2.0**bits - 1) if integer else None)
+
+
+def _painted(data: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
+    """(..., 3) of 8 or 16 bits: each index as the palette colours it."""
+    from pydicom.dataelem import DataElement
     from pydicom.pixels.processing import apply_color_lut
 
-    if _photometric(data) != PALETTE:
-        bits = whole(data, "BitsStored", 8)
-        integer = stored.dtype.kind == "u"
-        return stored, eight_bit_limits(stored.dtype, bits) or ((0.0, 2.0**bits - 1) if integer else None)
-    painted = np.asarray(apply_color_lut(stored, data))[..., :3]
-    if painted.dtype == np.uint16:
-        # 16-bit palettes hold the colour in the high byte; some writers left it in the low one.
-        painted = (painted >> 8 if painted.max() > 255 else painted).astype(np.uint8)
-    return painted, (0.0, 255.0)
+    signed = _signed(data)
+    for name in ("Red", "Green", "Blue"):
+        keyword = f"{name}PaletteColorLookupTableDescriptor"
+        count, first, bits = sixteen_bits(data, keyword, signed=False)
+        if signed and first >= 1 << 15:
+            first -= 1 << 16
+        # As a representation that holds 60,000 entries and a first index of -5 alike.
+        data[keyword] = DataElement(tag_of(keyword)[0], "SL", [count, first, bits])
+    wide = stored.astype(np.int32, copy=False)  # an index less the first one may not fit its own type
+    painted = np.asarray(apply_color_lut(wide, data))[..., :3]
+    if painted.dtype != np.uint16:
+        return painted
+    # 8-bit colours stand in the high byte of 16, alone or in both; some writers left them in the low one.
+    low, high = painted & 0xFF, painted >> 8
+    if not high.any():
+        return low.astype(np.uint8)
+    eight = not low.any() or bool((low == high).all())
+    return high.astype(np.uint8) if eight else painted
 
 
 def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: bool) -> Picture:
@@ -449,8 +632,6 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
         lookup: whether a display look-up table or sigmoid of the file may be applied (not where
             site.yaml sets a window, nor for slices of a volume).
     """
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
-
     if _photometric(data) not in GREYS:
         values, limits = _coloured(data, stored)
         return Picture(values, colour=True, limits=limits, eight_bit=values.dtype == np.uint8)
@@ -459,7 +640,8 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
     limits = eight_bit_limits(stored.dtype, whole(data, "BitsStored", 8))
     slope, intercept = 1.0, 0.0
     if has(data, "ModalityLUTSequence") and data.ModalityLUTSequence:
-        stored, limits = np.asarray(apply_modality_lut(stored, data)), None
+        stored, _ = _looked_up(stored, data.ModalityLUTSequence[0], signed=_signed(data))
+        limits = None
     else:
         slope, intercept = _rescale(data, frame, stored)
     if limits is not None:
@@ -480,14 +662,10 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
             slope=slope,
             intercept=intercept,
         )
-    table = has(data, "VOILUTSequence") and bool(data.VOILUTSequence)
-    if lookup and source is data and (table or word(data, "VOILUTFunction") == "SIGMOID"):
-        values = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
-        shown = np.asarray(apply_voi_lut(values, data, prefer_lut=True))
-        if table:
-            bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
-            return Picture(shown, limits=(0.0, 2.0**bits - 1), inverted=inverted)
-        return Picture(shown, limits=(float(shown.min()), float(shown.max())), inverted=inverted)
+    if lookup and source is data:
+        shown = _displayed(data, stored, slope, intercept)
+        if shown is not None:
+            return Picture(shown[0], limits=shown[1], inverted=inverted)
     return Picture(
         stored,
         limits=limits,
@@ -496,6 +674,26 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
         slope=slope,
         intercept=intercept,
     )
+
+
+def _displayed(
+    data: Dataset, stored: NDArray[Any], slope: float, intercept: float
+) -> tuple[NDArray[Any], Limits] | None:
+    """What the file's own display makes of a frame, and its black and white, where it is not linear."""
+    from scipy.special import expit
+
+    table = has(data, "VOILUTSequence") and bool(data.VOILUTSequence)
+    if not table and word(data, "VOILUTFunction") != "SIGMOID":
+        return None
+    units = stored if (slope, intercept) == (1.0, 0.0) else stored * slope + intercept
+    if table:
+        negative = _signed(data) or bool(units.min() < 0)
+        shown, bits = _looked_up(units, data.VOILUTSequence[0], signed=negative)
+        return shown, (0.0, 2.0**bits - 1)
+    centre, width = number(data, "WindowCenter"), number(data, "WindowWidth")
+    if centre is None or width is None or not math.isfinite(centre) or not 0 < width < math.inf:
+        return None
+    return np.asarray(expit(4 * (units - centre) / width)), (0.0, 1.0)  # PS3.3 section C.11.2.1.3.1
 
 
 def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:

@@ -81,6 +81,31 @@ def _converted(value: Any) -> Iterator[Value]:
         yield int(part) if isinstance(part, int) else float(part) if isinstance(part, float) else str(part)
 
 
+def sixteen_bits(data: Dataset, keyword: str, *, signed: bool) -> tuple[int, ...]:
+    """All values of an element that is US or SS, by what it is compared with.
+
+    PS3.6 leaves its representation to PixelRepresentation. Implicit VR does not say it at all, explicit VR
+    often wrongly: a padding of -2000 is written as 63536.
+
+    Raises:
+        Exception: of :data:`~qkt_clinical.ingest.codes.DAMAGE`, where the bytes are no such value.
+    """
+    item: Any = data.get_item(tag_of(keyword)[0])
+    if item is None or item.value is None:
+        return ()
+    raw = item.value
+    if isinstance(raw, bytes) and item.VR in ("US", "SS", "OW", "UN", "US or SS", None):
+        order = "<" if getattr(item, "is_little_endian", True) else ">"
+        found: Iterator[int] = iter(struct.unpack(f"{order}{len(raw) // 2}H", raw))
+    else:
+        found = (int(value) for value in _converted(data[tag_of(keyword)[0]].value))
+    return tuple(_as_signed(value & 0xFFFF) if signed else value & 0xFFFF for value in found)
+
+
+def _as_signed(word: int) -> int:
+    return word - 0x10000 if word >= 0x8000 else word
+
+
 def number(data: Dataset, keyword: str) -> float | None:
     """First value of a numeric element."""
     found = values(data, keyword)

@@ -32,8 +32,8 @@ Result = Ready | Refusal | Scan
 LAYOUT = 1
 """Of the tables; a file of another is thrown away."""
 LIBRARIES = (
-    *("monai", "nibabel", "numpy", "pillow", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg"),
-    *("python-gdcm", "scipy", "torch"),
+    *("imagecodecs", "monai", "nibabel", "numpy", "pillow", "pydicom", "pyjpegls", "pylibjpeg"),
+    *("pylibjpeg-openjpeg", "pylibjpeg-rle", "scipy", "tifffile", "torch"),
 )
 FORGOTTEN = b""
 """Key of what is not to be found again."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from qkt_clinical.ingest.codes import reading, reject
-from qkt_clinical.ingest.dicom import coded_size
+from qkt_clinical.ingest.pixels import read_stream
 from qkt_clinical.ingest.raster import Pixels, on_black, rgb_of_inks, upright
 from qkt_clinical.ingest.source import bounded_pixels
 
@@ -171,8 +171,8 @@ def _check_segments(page: TiffPage) -> None:
         limit = [max(c, n) for c, n in zip(chunk, (1, 1), strict=True)]
         for at, length in places[:wanted]:
             page.parent.filehandle.seek(at)
-            declared = coded_size(page.parent.filehandle.read(length))
-            if declared is None or declared[0] > limit[0] or declared[1] > limit[1]:
+            declared = read_stream(page.parent.filehandle.read(length))
+            if declared is None or declared.rows > limit[0] or declared.columns > limit[1]:
                 raise reject("pixels-undecodable")
 
 
