@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
@@ -67,6 +68,12 @@ def picture(kind: str, pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def tiff(pixels: np.ndarray, **options: object) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, pixels, metadata=None, **options)
+    return stream.getvalue()
+
+
 def paletted() -> bytes:
     stream = io.BytesIO()
     PIL.Image.fromarray(COLOUR).quantize(16).save(stream, "PNG", transparency=3)
@@ -114,6 +121,10 @@ SAMPLES: dict[str, bytes] = {
     "palette.png": paletted(),
     "colour.jpg": picture("JPEG", COLOUR),
     "grey.tif": picture("TIFF", GREY),
+    "deep.tif": tiff(DEEP, photometric="miniswhite", rowsperstrip=5),
+    "colour.tif": tiff(COLOUR.astype(np.uint16) * 9, photometric="rgb", compression="lzw", predictor=True),
+    "tiles.tif": tiff(noise(8, 40, 40, 3), photometric="rgb", compression="jpeg", tile=(16, 16)),
+    "pages.tif": tiff(noise(9, 3, 24, 24), photometric="minisblack", compression="deflate"),
     "stored.npz": archive(np.savez),
     "deflated.npz": archive(np.savez_compressed),
 }
