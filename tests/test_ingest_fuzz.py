@@ -10,7 +10,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import imagecodecs
 import nibabel
 import numpy as np
 import PIL.Image
@@ -20,7 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
@@ -39,6 +49,7 @@ ROOM = 1_500_000_000
 SECONDS = 10
 """Of the processor, for one file."""
 GREY, DEEP, COLOUR = noise(1, 24, 24), noise(2, 24, 24).astype(np.uint16) * 200, noise(3, 24, 24, 3)
+TWELVE = DEEP & 0xFFF
 PLACE = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
 
 
@@ -54,9 +65,9 @@ def compressed(pixels: np.ndarray, syntax: str) -> bytes:
     return saved(data)
 
 
-def jpeg_dicom() -> bytes:
-    data = data_set(GREY, syntax="1.2.840.10008.1.2.4.50")
-    data.PixelData = encapsulate([picture("JPEG", GREY)])
+def jpeg_dicom(pixels: np.ndarray, syntax: str, stream: bytes, **tags: Any) -> bytes:
+    data = data_set(pixels, syntax=syntax, **tags)
+    data.PixelData = encapsulate([stream])
     data["PixelData"].VR = "OB"
     data["PixelData"].is_undefined_length = True
     return saved(data)
@@ -111,7 +122,17 @@ SAMPLES: dict[str, bytes] = {
     "rle.dcm": compressed(DEEP, RLELossless),
     "jpeg2000.dcm": compressed(noise(7, 64, 64), JPEG2000Lossless),
     "jpegls.dcm": compressed(GREY, JPEGLSLossless),
-    "jpeg.dcm": jpeg_dicom(),
+    "jpeg.dcm": jpeg_dicom(GREY, JPEGBaseline8Bit, picture("JPEG", GREY)),
+    "colour-jpeg.dcm": jpeg_dicom(
+        COLOUR, JPEGBaseline8Bit, picture("JPEG", COLOUR), PhotometricInterpretation="YBR_FULL_422"
+    ),
+    "extended.dcm": jpeg_dicom(
+        DEEP & 0xFFF,
+        JPEGExtended12Bit,
+        imagecodecs.jpeg8_encode(DEEP & 0xFFF, bitspersample=12),
+        BitsStored=12,
+    ),
+    "lossless.dcm": jpeg_dicom(DEEP, JPEGLosslessSV1, imagecodecs.jpeg8_encode(DEEP, lossless=True)),
     "one.nii": volume(nibabel.Nifti1Image),
     "two.nii": volume(nibabel.Nifti2Image),
     "one.nii.gz": gzipped(volume(nibabel.Nifti1Image)),
