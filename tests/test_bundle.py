@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import HEADER_BYTES, load_bundle, write_bundle
 from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.models.offers import read_offer
 from qkt_clinical.qkt.masks import compute_mask
 from qkt_clinical.records.card import (
     CARD,
@@ -30,6 +32,7 @@ from qkt_clinical.records.card import (
     read_card,
     read_mask,
 )
+from qkt_clinical.stages.plan import copy_bundle
 from tests.shapes import CLASSES, spec
 
 SHAPE = (3, 32, 32)
@@ -556,3 +559,117 @@ def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
     text = (original / CARD).read_text()
     assert str(original.parent) not in text
     assert not any(word in text for word in ("counts", "patients", "groups"))
+
+
+# --- what stands where a file should -----------------------------------------------------------------
+
+
+def in_place_of(name: str, make: Callable[[Path, Path], object]) -> Callable[[Path], None]:
+    """Move a file away and put something else where it was; ``make`` gets the place and the moved file."""
+
+    def attack(folder: Path) -> None:
+        moved = folder.with_name("elsewhere")
+        (folder / name).rename(moved)
+        make(folder / name, moved)
+
+    return attack
+
+
+STRANGE: dict[str, Callable[[Path, Path], object]] = {
+    "link": lambda place, moved: place.symlink_to(moved),
+    "link-to-a-device": lambda place, moved: place.symlink_to("/dev/zero"),
+    "link-to-nothing": lambda place, moved: place.symlink_to("nowhere"),
+    "pipe": lambda place, moved: os.mkfifo(place),
+    "folder": lambda place, moved: place.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", [CARD, WEIGHTS, MASK])
+def test_only_plain_files_are_read_and_nobody_waits(folder: Path, name: str, kind: str) -> None:
+    in_place_of(name, STRANGE[kind])(folder)
+    start = time.monotonic()
+    for read in (load_bundle, lambda f: copy_bundle(f, f.with_name("copy"), "birch")):
+        with pytest.raises(BundleError) as caught:
+            read(folder)
+        assert caught.value.code == "bundle-missing"
+    if name != WEIGHTS:
+        with pytest.raises(BundleError):
+            read_offer(folder, "birch")
+    assert time.monotonic() - start < 30
+
+
+def test_what_is_hashed_is_what_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are replaced between two readings: there is only one reading."""
+    wanted = {k: v.clone() for k, v in load_bundle(folder).network.state_dict().items()}
+    opened: list[str] = []
+    real = os.open
+
+    def replace_after(path: Any, *rest: Any, **named: Any) -> int:
+        descriptor = real(path, *rest, **named)
+        if Path(path).name in (CARD, WEIGHTS) and Path(path).parent == folder:
+            opened.append(Path(path).name)
+            Path(path).unlink()
+            Path(path).write_bytes(b"another file")
+        return descriptor
+
+    monkeypatch.setattr(os, "open", replace_after)
+    bundle = load_bundle(folder)
+    assert sorted(opened) == [CARD, WEIGHTS], "each once"
+    monkeypatch.undo()
+    assert all(bool((bundle.network.state_dict()[k] == v).all()) for k, v in wanted.items())
+    assert bundle.digest != digest_file(folder / CARD)
+
+
+@pytest.mark.parametrize("change", [{"kind": "student"}, {"classes": ["e", "f", "g", "h"]}])
+def test_nothing_of_an_expert_is_loaded_that_is_none(
+    original: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    student, expert = tmp_path / "student", tmp_path / "student" / "experts" / "birch"
+    shutil.copytree(original, student)
+    shutil.copytree(original, expert)
+    edit(student, kind="student", query="q", decision=DECISION)
+    edit(expert, **change, **({"decision": DECISION} if "kind" in change else {}))
+    (expert / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match="is no teacher of the same classes"):
+        load_bundle(student)
+
+
+def test_experts_behind_a_link_are_not_loaded(original: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(original, student)
+    edit(student, kind="student", query="q", decision=DECISION)
+    (student / "experts").mkdir()
+    (student / "experts" / "birch").symlink_to(student, target_is_directory=True)
+    with pytest.raises(BundleError, match="is no teacher of the same classes"):
+        load_bundle(student)
+
+
+NOT_CLASSES = [[*CLASSES[:3], CLASSES[0]], [*CLASSES[:3], ""], [*CLASSES[:3], "a\x1b[2J"], [*CLASSES[:3], 7]]
+
+
+@pytest.mark.parametrize("classes", NOT_CLASSES, ids=str)
+def test_classes_that_are_no_text_or_stand_there_twice_are_refused(folder: Path, classes: list[Any]) -> None:
+    edit(folder, classes=classes)
+    with pytest.raises(BundleError) as caught:
+        read_card(folder)
+    assert caught.value.code == "bundle-card"
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("site", ["../birch", "Birch", "", "a" * 64, "a\n", 7, None])
+@pytest.mark.parametrize("what", ["site", "query", "experts"])
+def test_names_on_a_card_are_names(folder: Path, what: str, site: Any) -> None:
+    if what == "query" and site is None:
+        site = ""
+    changes = {"decision": DECISION | {"experts": [site]}} if what == "experts" else {what: site}
+    edit(folder, **({"kind": "student", "decision": DECISION} | changes))
+    with pytest.raises(BundleError) as caught:
+        read_card(folder)
+    assert caught.value.code == "bundle-card"
+
+
+def test_an_expert_named_twice_is_refused(folder: Path) -> None:
+    edit(folder, kind="student", decision=DECISION | {"experts": ["birch", "birch"]})
+    with pytest.raises(BundleError, match="twice"):
+        read_card(folder)

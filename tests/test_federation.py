@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
+import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,8 @@ from qkt_clinical.config.loading import load_params, load_policy, parse
 from qkt_clinical.config.policy import OPEN_POLICY, POLICY, Policy
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import write_prepared
-from qkt_clinical.errors import BundleError, OutputsError, PolicyError, QktError, QueryError
+from qkt_clinical.errors import BundleError, ConfigError, OutputsError, PolicyError, QktError, QueryError
+from qkt_clinical.federation import audit
 from qkt_clinical.federation.audit import FIRST, RECORD, count_since, read_record, record
 from qkt_clinical.federation.messages import (
     ANSWER,
@@ -36,7 +42,7 @@ from qkt_clinical.federation.messages import (
 )
 from qkt_clinical.federation.parcel import pack, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
-from qkt_clinical.federation.server import Server
+from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.site import Site
 from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Mask
 from qkt_clinical.stages.mask import mask_site
@@ -241,8 +247,6 @@ def test_no_count_leaves_a_site(federation: Federation) -> None:
 @pytest.fixture
 def copy(federation: Federation, tmp_path: Path) -> Site:
     """Birch in a workspace that a test may change."""
-    import shutil
-
     target = tmp_path / "birch"
     shutil.copytree(federation.folder / "birch", target)
     return Site(target, "birch")
@@ -661,8 +665,6 @@ def test_who_is_known_by_a_key_is_kept_only_if_it_has_signed(
 def test_who_asks_checks_by_its_own_keys_whatever_the_server_says(
     federation: Federation, tmp_path: Path
 ) -> None:
-    import shutil
-
     from qkt_clinical.federation.signing import sign
 
     root = tmp_path / "aster"
@@ -692,8 +694,6 @@ def test_what_is_no_key_is_a_typed_error(copy: Site, tmp_path: Path) -> None:
 
 def test_the_server_registers_the_teachers_that_it_keeps(federation: Federation, tmp_path: Path) -> None:
     """In MLflow, from its workspace alone: it has nobody's prepared data."""
-    import shutil
-
     from qkt_clinical.tracking.mirror import track
 
     root = tmp_path / "server"
@@ -748,3 +748,394 @@ def test_wrong_words_and_a_server_that_is_not_there_are_one_line(
     assert said.startswith(error), said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# --- a record that a fault has hit -----------------------------------------------------------------------
+
+
+def fill(path: Path, number: int = 3) -> list[str]:
+    """A record of so many lines; the lines."""
+    for i in range(number):
+        record(path, "declined", {"query": str(i)})
+    return path.read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("half", [1, 20, -1])
+def test_half_a_line_is_set_aside_and_the_record_goes_on(tmp_path: Path, half: int) -> None:
+    path = tmp_path / "audit.jsonl"
+    lines = fill(path)
+    torn = lines[-1].replace('"number": 3', '"number": 4')[:half]
+    path.write_text("".join(lines) + torn)
+    assert len(list(read_record(path))) == 3, "it was never confirmed"
+    record(path, "declined", {"query": "after"})
+    entries = list(read_record(path))
+    assert [e.event for e in entries] == ["declined"] * 3 + ["repaired", "declined"]
+    assert entries[3].about == {"bytes": str(len(torn)), "digest": digest_bytes(torn.encode())}
+    assert path.with_suffix(".torn").read_text() == f"{torn}\n"
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_cut_end_is_seen(copy: Site, left: int) -> None:
+    lines = fill(copy.audit)
+    before = len(lines) - 3
+    copy.audit.write_text("".join(lines[: before + left]))
+    with pytest.raises(OutputsError, match="end was cut") as caught:
+        list(read_record(copy.audit))
+    assert caught.value.code == "audit-broken"
+    assert copy.reply(OFFER, QUESTION)["code"] == "audit-broken"
+
+
+def test_an_end_cut_within_the_last_line_is_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    lines = fill(path)
+    path.write_text("".join(lines)[:-1])
+    with pytest.raises(OutputsError, match="end was cut"):
+        list(read_record(path))
+
+
+@pytest.mark.parametrize(
+    "head", [None, "", "{", '{"count": -1}', '{"format": "qkt-audit-head/1", "count": 2}']
+)
+def test_a_head_that_is_gone_or_another_is_seen(tmp_path: Path, head: str | None) -> None:
+    path = tmp_path / "audit.jsonl"
+    fill(path)
+    place = path.with_suffix(".head.json")
+    place.unlink() if head is None else place.write_text(head)
+    with pytest.raises(OutputsError) as caught:
+        record(path, "declined", {})
+    assert caught.value.code == "audit-broken"
+    assert len(path.read_text().splitlines()) == 3, "nothing was added"
+
+
+def test_a_process_that_ended_between_line_and_head_breaks_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    fill(path, 2)
+    head = path.with_suffix(".head.json").read_bytes()
+    fill(path, 1)
+    path.with_suffix(".head.json").write_bytes(head)
+    assert len(list(read_record(path))) == 3
+    fill(path, 1)
+    assert [e.number for e in read_record(path)] == [1, 2, 3, 4]
+
+
+def test_a_record_that_was_taken_away_is_named_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    fill(path)
+    last = list(read_record(path))[-1].digest
+    path.unlink()
+    with pytest.raises(OutputsError, match="is gone"):
+        list(read_record(path))
+    record(path, "declined", {})
+    begun, _ = read_record(path)
+    assert (begun.event, begun.about) == ("begun", {"entries": "3", "digest": last})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("where", ["write", "fsync", "head"])
+def test_a_full_disk_leaves_the_record_whole_and_the_site_polite(
+    copy: Site, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    fill(copy.audit)
+    before = copy.audit.read_bytes()
+    write = os.write
+
+    def refuse(descriptor: int, content: bytes) -> int:
+        if len(content) < 40:
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, content[: len(content) // 2])
+
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        if where == "head":
+            patched.setattr(audit, "_write_head", fail)
+        else:
+            patched.setattr(os, where, refuse if where == "write" else fail)
+        said = copy.reply(OFFER, QUESTION)
+    wanted = "disk-full" if number in (errno.ENOSPC, errno.EDQUOT) else "system"
+    assert (said["kind"], said["code"]) == ("refused", wanted)
+    assert copy.audit.read_bytes() == before
+    assert copy.reply(OFFER, QUESTION)["kind"] == "offered", "when there is room again"
+    assert [e.event for e in read_record(copy.audit)][-1] == "offered"
+
+
+# --- names, sizes and numbers of what comes --------------------------------------------------------------
+
+NO_NAMES = [
+    "../../victim",
+    "/etc/passwd",
+    "a/b",
+    "..",
+    ".",
+    "",
+    "A",
+    "a.b",
+    "a\n",
+    "a\x1b[2J",
+    "a" * 64,
+    "x" * 50_000_000,
+    "\ud800",
+    7,
+    None,
+    ["a"],
+    {"a": 1},
+]
+
+
+def short(value: Any) -> str:
+    return f"{type(value).__name__}-{str(value)[:12]!a}-{len(str(value))}"
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=short)
+def test_a_name_that_is_none_is_refused_wherever_it_stands(copy: Site, name: Any) -> None:
+    """In a task, a question, a plan and a candidate: nothing is written elsewhere, and little recorded."""
+    plan = {
+        "hospital": "birch",
+        "query": "c",
+        "classes": ["c"],
+        "method": "qkt",
+        "budget": 0.05,
+        "local": ["a"],
+        "teachers": [],
+        "uncovered": [],
+        "bytes_moved": 0,
+    }
+    question = QUESTION["question"]
+    teacher = {
+        "site": name,
+        "relevant": True,
+        "reason": "",
+        "teaches": [],
+        "rivals": [],
+        "known": [],
+        "scores": {},
+        "threshold": 0.5,
+        "bytes": 1,
+        "digest": "0" * 64,
+    }
+    asked: list[tuple[str, Any]] = [
+        (ASK, {"query": name}),
+        (OFFER, {"question": question | {"hospital": name}}),
+        (OFFER, {"question": question | {"query": name}}),
+        (ANSWER, {"plan": plan | {"query": name}, "teachers": {}}),
+        (ANSWER, {"plan": plan | {"hospital": name}, "teachers": {}}),
+        (
+            ANSWER,
+            {"plan": plan | {"teachers": [teacher]}, "teachers": {name: {}} if isinstance(name, str) else {}},
+        ),
+    ]
+    outside = sorted(p.name for p in copy.root.parent.iterdir())
+    size = copy.audit.stat().st_size
+    for task, data in asked:
+        said = copy.reply(task, data | {"hospital": name})
+        assert (said["kind"], said["code"]) == ("refused", "task"), (task, said)
+        assert len(str(said)) < 10_000
+    assert copy.audit.stat().st_size - size < 600 * len(asked)
+    assert sorted(p.name for p in copy.root.parent.iterdir()) == outside
+    list(read_record(copy.audit))
+
+
+CLASSES_OF_NOBODY = [
+    ["c", "c"],
+    [""],
+    [" "],
+    ["a\x00b"],
+    ["\x1b[31mred"],
+    ["a\nb"],
+    ["x" * 101],
+    ["\ud800"],
+    [7],
+    [None],
+    "c",
+    None,
+    [f"c{i}" for i in range(1001)],
+]
+
+
+@pytest.mark.parametrize("classes", CLASSES_OF_NOBODY, ids=short)
+def test_classes_that_are_no_text_or_stand_there_twice_are_refused(
+    federation: Federation, classes: Any
+) -> None:
+    site = federation.sites["birch"]
+    said = site.reply(OFFER, {"question": QUESTION["question"] | {"classes": classes}})
+    assert (said["kind"], said["code"]) == ("refused", "task")
+    said = site.reply(OFFER, {"question": QUESTION["question"] | {"held": classes}})
+    assert (said["kind"], said["code"]) == ("refused", "task")
+    asked = site.reply(ASK, {"query": "c"}) | {"kind": "asked", "query": {"classes": classes}}
+    with pytest.raises(QueryError):
+        read_reply(asked, ASK, "birch")
+    files = pack(site.space.teacher("birch"))
+    try:
+        forged = mask_with(card_with(files, classes=classes), classes=classes)
+    except (TypeError, UnicodeEncodeError):
+        return  # no JSON either
+    with pytest.raises(BundleError):
+        unpack_teacher(forged, "birch", federation.folder)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "text",
+        7,
+        b"bytes",
+        {1: 2},
+        {"query": object()},
+        {"question": []},
+        {"plan": "text"},
+        {"teachers": 1},
+    ],
+    ids=short,
+)
+@pytest.mark.parametrize(
+    "task", [CONTRIBUTE, ASK, OFFER, ANSWER, "", "rm", None, 7, "x" * 1_000_000, "\ud800"], ids=short
+)
+def test_whatever_comes_a_site_replies(copy: Site, task: Any, data: Any) -> None:
+    said = copy.reply(task, data)
+    assert said["kind"] == ("contributed" if task == CONTRIBUTE else "refused")
+    assert said["kind"] == "contributed" or said["code"] == "task"
+
+
+FAULTS: list[Exception] = [
+    OSError(errno.ENOSPC, "No space left on device", "/data/patient-4711"),
+    PermissionError(errno.EACCES, "Permission denied", "/data/patient-4711"),
+    IsADirectoryError(errno.EISDIR, "Is a directory"),
+    KeyError("patient-4711"),
+    ValueError("patient-4711"),
+    TypeError("patient-4711"),
+    AttributeError("patient-4711"),
+    RecursionError("patient-4711"),
+    MemoryError("patient-4711"),
+    RuntimeError("CUDA out of memory: patient-4711"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"),
+    StopIteration(),
+    AssertionError("patient-4711"),
+    ZeroDivisionError("patient-4711"),
+    QktError("m" * 5000 + "\x1b[2J\ud800", remedy="r" * 5000, code="c" * 5000),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=short)
+def test_whatever_goes_wrong_a_site_replies_with_one_typed_refusal(
+    copy: Site, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(Site, "_contribute", fail)
+    said = read_reply(copy.reply(CONTRIBUTE, {}), CONTRIBUTE, "birch")
+    assert isinstance(said, Refused)
+    assert "4711" not in str(said)
+    assert said.message.isprintable()
+    assert [e.event for e in read_record(copy.audit)][-1] == "refused"
+    with monkeypatch.context() as patched:
+        patched.setattr(audit, "_writing", fail)
+        assert copy.reply(CONTRIBUTE, {}) == said.model_dump(), "nothing can be recorded, either"
+
+
+def test_no_more_than_allowed_pass_at_the_same_moment(copy: Site) -> None:
+    policy(copy.root, "birch", queries_per_day=3)
+    copy.audit.unlink()
+    with ThreadPoolExecutor(16) as pool:
+        kinds = list(pool.map(lambda _: copy.reply(OFFER, QUESTION)["kind"], range(16)))
+    assert sorted(kinds) == ["declined"] * 13 + ["offered"] * 3
+    assert [e.event for e in read_record(copy.audit)].count("offered") == 3
+
+
+def offer_once(path: Path) -> bool:
+    """In a process of its own."""
+    return audit.record_within(path, "offered", {}, 3, 0.0) is not None
+
+
+def test_no_more_than_allowed_pass_in_many_processes(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        assert sum(pool.map(offer_once, [path] * 16, chunksize=1)) == 3
+    assert len(list(read_record(path))) == 3
+
+
+@pytest.mark.parametrize("names", [("..", "c"), ("aster", "../../victim"), ("aster", "c.d"), ("", "c")])
+def test_the_server_writes_nothing_outside_its_workspace(
+    federation: Federation, names: tuple[str, str]
+) -> None:
+    before = sorted(federation.folder.rglob("*"))
+    bad = names[0] if names[1] == "c" else names[1]
+    for act in (
+        lambda: federation.server.note(Outcome(state="waiting"), "queries", *names),
+        lambda: federation.server.outcome("queries", *names),
+        lambda: federation.server.accept_teacher(bad, Refused(code="", message="", remedy="")),
+        lambda: federation.server.space.student(*names),
+        lambda: federation.server.space.fetched(*names),
+    ):
+        with pytest.raises(ConfigError, match="is no"):
+            act()
+    assert sorted(federation.folder.rglob("*")) == before
+
+
+def test_what_is_no_outcome_on_the_server_is_not_shown(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.note(Outcome(state="refused", reason="x\x1b[2J" + "y" * 5000), "queries", "aster", "c")
+    for name in (
+        "queries/Bad Name/c.json",
+        "queries/aster/\x1b[2J.json",
+        "audit.head.json",
+        "teachers/x.y.json",
+    ):
+        (tmp_path / "federation" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "federation" / name).write_text("{}")
+    (told,) = server.outcomes().values()
+    assert told.line("aster/c").isprintable()
+    assert len(str(told.reason)) <= 2000
+
+
+# --- a mask that is read otherwise makes another student ---------------------------------------------------
+
+
+def noting(made: list[str], name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same and notes that it was called."""
+
+    def noted(*given: Any, **named: Any) -> Any:
+        made.append(name)
+        return real(*given, **named)
+
+    return noted
+
+
+def test_after_the_mask_has_changed_the_federation_answers_anew(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qkt_clinical.stages.mask
+    import qkt_clinical.stages.train
+    import qkt_clinical.stages.transfer
+
+    root = tmp_path / "aster"
+    shutil.copytree(federation.folder / "aster", root)
+    replies, asked = federation.ask()
+    shown = {n: r for n, r in replies.items() if isinstance(r, Offered)}
+    offers = {n: federation.server.offer(n, r) for n, r in shown.items()}
+    plan = federation.server.plan("aster", "c", asked, offers)
+    data = {"plan": plan.model_dump(mode="json"), "teachers": federation.server.bundles(plan, shown)}
+    made: list[str] = []
+    for module, name in (
+        (qkt_clinical.stages.train, "train_site"),
+        (qkt_clinical.stages.mask, "mask_site"),
+        (qkt_clinical.stages.transfer, "transfer_query"),
+    ):
+        monkeypatch.setattr(module, name, noting(made, name, getattr(module, name)))
+    site = Site(root, "aster")
+    first = site.reply(ANSWER, data)
+    assert (first["kind"], made) == ("answered", [])
+    params = PARAMS | {"mask": {"probes": 16, "threshold": 0.01}}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    second = site.reply(ANSWER, data)
+    assert (second["kind"], made) == ("answered", ["mask_site", "transfer_query"])
+    made.clear()
+    assert site.reply(ANSWER, data) == second
+    (root / "params.yaml").write_text(yaml.safe_dump(params | {"gate": {"query_images": 3}}))
+    assert site.reply(ANSWER, data) == second
+    assert made == [], "nothing else makes it anew"
+    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    assert site.reply(ANSWER, data)["digest"] == first["digest"]

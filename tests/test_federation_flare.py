@@ -17,9 +17,22 @@ from nvflare.apis.workspace import Workspace as FlareWorkspace
 
 from qkt_clinical.config.policy import OPEN_POLICY, POLICY
 from qkt_clinical.errors import ConfigError, PolicyError, QktError
-from qkt_clinical.federation.flare import SAID, OutboundPolicy, SiteExecutor
+from qkt_clinical.federation.flare import (
+    SAID,
+    OutboundPolicy,
+    QueryController,
+    SiteExecutor,
+    settings_of,
+)
 from qkt_clinical.federation.messages import ASK
-from qkt_clinical.federation.run import provision, serve, server_start, write_local
+from qkt_clinical.federation.run import (
+    _parsed,
+    make_job,
+    provision,
+    serve,
+    server_start,
+    write_local,
+)
 
 ASKED = {
     "kind": "asked",
@@ -206,3 +219,60 @@ def test_a_slow_job_is_waited_for_and_a_lost_one_submitted_again(
         "the job is lost: its server was started again",
         "job job-1: 1 queries",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sites", "queries"),
+    [
+        (["birch"], ["../../victim"]),
+        (["birch"], ["../victim"]),
+        (["birch"], ["aster/../../victim"]),
+        (["birch"], ["aster"]),
+        (["birch"], ["aster/c\n"]),
+        (["birch"], ["/c"]),
+        (["birch"], [7]),
+        (["birch"], ["aster/" + "x" * 1_000_000]),
+        (["birch"], ["aster/c"] * 1001),
+        (["../birch"], ["aster/c"]),
+        (["birch", "birch"], ["aster/c"]),
+        (["birch", None], ["aster/c"]),
+        ("birch", "aster/c"),
+        (None, None),
+    ],
+)
+def test_a_job_that_names_what_is_no_name_is_no_job(sites: Any, queries: Any) -> None:
+    """At the server, where its names become paths, and before at the administrator's."""
+    for make in (QueryController, make_job):
+        with pytest.raises((ConfigError, TypeError)) as caught:
+            make(sites, queries)
+        assert len(str(caught.value)) < 2_000_000
+    QueryController(["birch"], ["aster/c"])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        [],
+        {"../../victim": {"state": "answered"}},
+        {"aster/c\x1b[2J": {"state": "answered"}},
+        {"aster/c": {"state": "lost"}},
+        {"aster/c": {"state": "answered", "teachers": ["../x"]}},
+        {"aster/c": {"state": "answered", "declined": {"../x": "no"}}},
+        {"aster/c": {"state": "answered", "digest": "x"}},
+        {7: {"state": "answered"}},
+    ],
+    ids=str,
+)
+def test_what_a_server_tells_of_a_job_is_checked(told: Any) -> None:
+    with pytest.raises(QktError) as caught:
+        _parsed(told)
+    assert caught.value.code == "reply"
+    assert _parsed({"teacher birch": {"state": "waiting"}, "aster/c": {"state": "refused"}})
+
+
+def test_a_site_by_no_name_has_no_workspace(context: FLContext, tmp_path: Path) -> None:
+    write_local(tmp_path / "kit" / "local", str(tmp_path / "sites" / "{site}"))
+    context.set_prop(ReservedKey.IDENTITY_NAME, "../../victim", private=True, sticky=False)
+    with pytest.raises(ConfigError, match="is no site name"):
+        settings_of(context)

@@ -3,20 +3,29 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import qkt_clinical
 from qkt_clinical.common.files import (
     CHUNK,
+    TooLarge,
+    copy_folder,
+    copy_plain,
     digest_bytes,
     digest_file,
     digest_folder,
     new_folder,
+    read_plain,
     sweep,
     to_json,
     write_json,
+    write_text,
 )
 from qkt_clinical.common.seeding import derive
 
@@ -165,3 +174,87 @@ def test_seeds_depend_on_every_name_and_its_place() -> None:
     # By hand: the first 8 bytes of sha256("7\0train"), without the lowest bit.
     digest = hashlib.sha256(b"7\0train").hexdigest()
     assert derive(7, "train") == int(digest[:16], 16) // 2
+
+
+# --- files of others ------------------------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+NOT_PLAIN: dict[str, Callable[[Path], object]] = {
+    "link": lambda p: p.symlink_to(p.with_name("other")),
+    "link to nothing": lambda p: p.symlink_to("nowhere"),
+    "link to an endless device": lambda p: p.symlink_to("/dev/zero"),
+    "pipe": pipe,
+    "folder": lambda p: p.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "other").write_bytes(b"secret")
+    path = tmp_path / "file"
+    NOT_PLAIN[kind](path)
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"\[Errno \d+\]"):
+        read_plain(path, 100)
+    with pytest.raises(OSError, match=r"\[Errno \d+\]"):
+        copy_plain(path, tmp_path / "copy", 100)
+    assert time.monotonic() - start < 5, "a pipe would wait for ever"
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_device_is_no_plain_file() -> None:
+    with pytest.raises(OSError, match="no plain file"):
+        read_plain(Path("/dev/zero"), 100)
+
+
+def test_no_more_is_read_than_may_be(tmp_path: Path) -> None:
+    path, copy = tmp_path / "file", tmp_path / "copy"
+    path.write_bytes(b"x" * 100)
+    assert read_plain(path, 100) == b"x" * 100
+    assert copy_plain(path, copy, 100) == digest_bytes(b"x" * 100)
+    assert copy.read_bytes() == b"x" * 100
+    copy.unlink()
+    for most in (0, 99):
+        with pytest.raises(TooLarge):
+            read_plain(path, most)
+        with pytest.raises(TooLarge):
+            copy_plain(path, copy, most)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_copied_folder_holds_plain_files_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "a").write_text("a")
+    for number, make in enumerate(NOT_PLAIN.values()):
+        make(source / f"n{number}")
+    (source / "out").symlink_to("/etc", target_is_directory=True)
+    copy_folder(source, tmp_path / "copy")
+    assert [p.name for p in sorted((tmp_path / "copy").rglob("*"))] == ["deep", "a"]
+
+
+def test_many_writers_of_one_file_leave_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    texts = [str(i) * 100_000 for i in range(8)]
+
+    def write(text: str) -> None:
+        for _ in range(10):
+            write_text(path, text)
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert path.read_text() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+FIXED = re.compile(r'"[^"{]*\.part"|\{path\.name\}\.part|\{site\}\.part')
+
+
+def test_nobody_writes_under_a_name_that_another_writer_has_too() -> None:
+    package = Path(qkt_clinical.__file__).parent
+    found = {f.name: FIXED.findall(f.read_text(encoding="utf-8")) for f in package.rglob("*.py")}
+    assert {name: names for name, names in found.items() if names} == {}

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.common.files import write_json
+from qkt_clinical.common.files import to_json, write_json
 from qkt_clinical.common.locks import Busy, hold_query
 from qkt_clinical.config.loading import load_params, load_query
 from qkt_clinical.config.query import QueryRef
@@ -360,3 +360,115 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     assert seconds("qkt", 2) == pytest.approx((3 + 2 * 3.5 * 16 * (layers + 1) / 2) * work / 1e6)
     monkeypatch.setattr(cost, "speed", lambda card, device: 2e6)
     assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)
+
+
+# --- damaged records --------------------------------------------------------------------------------
+
+RECORD: dict[str, object] = {"format": "qkt-job/1", "hospital": "aster", "query": "q", "state": "waiting"}
+DAMAGED: dict[str, object] = {
+    "nothing": b"",
+    "half": b'{"format": "qkt-jo',
+    "not text": b"\xff\xfe{",
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "a number": b"7",
+    "too large": b" " * 5_000_000,
+    "a way out": RECORD | {"hospital": "../../victim"},
+    "a query that leads out": RECORD | {"query": "../../victim"},
+    "another job's": RECORD | {"query": "other"},
+    "an unknown state": RECORD | {"state": "lost"},
+    "an unknown step": RECORD | {"step": "\x1b[2J"},
+    "a negative number": RECORD | {"interruptions": -1},
+    "a digest that is none": RECORD | {"asked": "x"},
+    "an unknown key": RECORD | {"more": 1},
+    "an error that is none": RECORD | {"error": "text"},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_record_fails_its_query_and_no_command(
+    root: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qkt_clinical.cli.app import main
+
+    new_query(root, "birch", "fine", ["c"], PARAMS)
+    said = DAMAGED[kind]
+    path = root / ".qkt" / "jobs" / "aster.q.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(said if isinstance(said, bytes) else to_json(said).encode())
+    states = {j.name: (j.state, j.error and j.error.code) for j in Board(root).jobs()}
+    assert states == {"aster/q": ("failed", "job-damaged"), "birch/fine": ("waiting", None)}
+    for words in (["list"], ["list", "--json"], ["status"], ["status", "--json"], ["show", "birch", "fine"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["query", *words, "--root", str(root)])
+        assert not ended.value.code, words
+    for words in (["status", "aster", "q"], ["show", "aster", "q"], ["cancel", "aster", "q"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["query", *words, "--root", str(root)])
+        assert ended.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error [job-damaged]: "), error
+        assert error.count("\n") == 1
+    assert not list(root.parent.glob("victim*"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("/dev/zero")])
+def test_a_record_that_is_no_file_holds_nobody_up(root: Path, make: Callable[[Path], None]) -> None:
+    path = root / ".qkt" / "jobs" / "aster.q.json"
+    path.parent.mkdir(parents=True)
+    make(path)
+    (found,) = Board(root).jobs()
+    assert (found.state, found.error and found.error.code) == ("failed", "job-damaged")
+
+
+def test_what_a_record_says_is_shown_without_control_characters(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qkt_clinical.cli.app import main
+
+    keep(root, state="answered", note="a\x1b[2J\nb", version="\x1b]0;x\x07")
+    with pytest.raises(SystemExit):
+        main(["query", "status", "--root", str(root)])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "a\\x1b[2J\\nb" in shown
+
+
+def test_folders_whose_names_are_none_are_no_hospitals(root: Path) -> None:
+    ask(root, "Not A Name", "q", classes=["c"])
+    ask(root, "..x", "q", classes=["c"])
+    assert [j.name for j in Board(root).jobs()] == ["aster/q"]
+
+
+@pytest.mark.parametrize("verb", ["run", "resume", "status", "show", "plan", "cancel"])
+@pytest.mark.parametrize("names", [("../..", "q"), ("aster", "../../x"), ("aster\x1b[2J", "q")])
+def test_names_that_are_none_are_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], verb: str, names: tuple[str, str]
+) -> None:
+    from qkt_clinical.cli.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["query", verb, *names, "--root", str(root)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error [config]: ")
+    assert (error.count("\n"), error.count("\x1b")) == (1, 0)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"teachers": 1}', b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("name", ["plan.json", "phases.json"])
+def test_showing_a_damaged_answer_is_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], name: str, damage: bytes
+) -> None:
+    from qkt_clinical.cli.app import main
+
+    student = Workspace(root).student("aster", "q")
+    student.mkdir(parents=True)
+    (student / name).write_bytes(damage)
+    with pytest.raises(SystemExit) as ended:
+        main(["query", "show", "aster", "q", "--root", str(root)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error [outputs]: ")
+    assert error.count("\n") == 1

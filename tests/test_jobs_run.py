@@ -17,15 +17,16 @@ import pytest
 import yaml
 
 from qkt_clinical.cli import main
+from qkt_clinical.common import files
+from qkt_clinical.common.console import errors_as_lines
 from qkt_clinical.common.files import digest_folder
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import write_prepared
-from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.errors import QktError, QueryError, typed
 from qkt_clinical.jobs import resume, run, work
-from qkt_clinical.jobs.failures import typed
 from qkt_clinical.jobs.run import _Worker
 from qkt_clinical.jobs.state import Board, Job
 from qkt_clinical.records.outputs import read_outputs
@@ -363,3 +364,181 @@ def test_a_hospital_that_is_not_there_is_named_with_those_that_are(
             1,
             "error [config]: no hospital 'nosuch' (site nosuch). Known sites: h0.\n",
         ), words
+
+
+# --- what a job is made of, and what it holds -----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_after_the_mask_has_changed_a_job_answers_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qkt_clinical.stages.transfer as stage
+
+    params = load_params(root)
+    made: list[Any] = []
+    transfer = stage.transfer_query
+
+    def noted(*given: Any, **named: Any) -> Any:
+        made.append(given)
+        return transfer(*given, **named)
+
+    monkeypatch.setattr(stage, "transfer_query", noted)
+
+    def transfers(changed: Params) -> int:
+        made.clear()
+        assert run(root, "h0", "rare", changed).state == "answered"
+        return len(made)
+
+    assert transfers(params) == 1
+    first = outputs_of(root)
+    assert transfers(params) == 0
+    threshold = params.model_copy(update={"mask": params.mask.model_copy(update={"threshold": 0.011})})
+    assert transfers(threshold) == 1, "it decides whom the transfer believes"
+    assert transfers(threshold) == 0
+    gate_alone = {"gate": threshold.gate.model_copy(update={"calibration": 0.9})}
+    assert transfers(threshold.model_copy(update=gate_alone)) == 0
+    assert transfers(params) == 1
+    assert outputs_of(root) == first
+
+
+@pytest.mark.slow
+def test_a_job_holds_what_it_needs_whatever_the_pipeline_removes(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``dvc repro`` clears a stage's outputs before the stage asks for the query's lock."""
+    params = load_params(root)
+    other = Path(shutil.copytree(root, tmp_path / "other", ignore=shutil.ignore_patterns("ml*")))
+    track(other, params)
+    assert run(other, "h0", "rare", params).state == "answered"
+    space = Workspace(root)
+
+    def clear() -> None:
+        for folder in (space.fetched("h0", "rare"), space.student("h0", "rare")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    begin = _Worker._begin
+
+    def begin_beside_a_pipeline(self: _Worker, step: str) -> None:
+        begin(self, step)
+        if step == "transfer":
+            clear()
+
+    put_back = _Worker._put_back
+
+    def put_back_after_a_pipeline(self: _Worker) -> None:
+        clear()
+        put_back(self)
+
+    monkeypatch.setattr(_Worker, "_begin", begin_beside_a_pipeline)
+    monkeypatch.setattr(_Worker, "_put_back", put_back_after_a_pipeline)
+    assert run(root, "h0", "rare", params).state == "answered"
+    assert outputs_of(root) == outputs_of(other)
+    assert [p.name for p in (space.scratch / "jobs").iterdir() if p.is_dir()] == [], "nothing is left of it"
+
+
+def test_what_a_job_may_work_with_is_not_cleared_before_its_lock_is_asked() -> None:
+    body = yaml.safe_load((Path(__file__).resolve().parent.parent / "dvc.yaml").read_text())["stages"]
+    for stage in ("plan", "transfer"):
+        for out in body[stage]["do"]["outs"]:
+            assert [settings["persist"] for settings in out.values()] == [True]
+
+
+# --- a disk that takes nothing --------------------------------------------------------------------
+
+COMMANDS = (
+    ["train", "h0"],
+    ["mask", "h0"],
+    ["gate"],
+    ["report"],
+    ["track"],
+    ["query", "new", "h0", "more", "--classes", "basophil"],
+    ["query", "run", "h0", "rare"],
+    ["query", "cancel", "h0", "rare"],
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with everything that any command reads."""
+    root = tmp_path_factory.mktemp("whole")
+    write_federation(root)
+    params = sample_params(sites=3, device="cpu", train={"epochs": 1, "batch_size": 8})
+    write_sample_run(root, params, weights=True)
+    prepare(root, params)
+    (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "disk-full"),
+        (errno.EDQUOT, "disk-full"),
+        (errno.EROFS, "system"),
+        (errno.EACCES, "system"),
+    ],
+)
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda w: "-".join(w[:2]))
+def test_a_disk_that_takes_nothing_is_one_typed_line(
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    number: int,
+    code: str,
+) -> None:
+    def refuse(target: Path, ending: str) -> Path:
+        raise OSError(number, os.strerror(number), str(target))
+
+    monkeypatch.setattr(files, "_passing", refuse)
+    before = digest_folder(whole / "models"), digest_folder(whole / "hospitals")
+    ended, said = command(whole, capsys, *words)
+    assert ended == 1
+    lines = [line for line in said.splitlines() if line.startswith("error")]
+    assert lines == [said.splitlines()[-1]]
+    assert lines[0].startswith(f"error [{code}]: "), said
+    assert "Traceback" not in said
+    if words[0] != "mask":  # whose own file is cleared, so that none of another bundle stays
+        assert (digest_folder(whole / "models"), digest_folder(whole / "hospitals")) == before
+
+
+@pytest.mark.parametrize("stage", ["train", "report"])
+def test_stages_of_the_pipeline_end_with_one_typed_line(
+    capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    with pytest.raises(SystemExit) as ended, errors_as_lines(stage):
+        raise full()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error [disk-full]: the disk is full (stage {stage}). Make room on it")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "code"), ENDS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+def test_whatever_ends_a_command_it_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: Exception, code: str
+) -> None:
+    with pytest.raises(SystemExit) as ended, errors_as_lines("report"):
+        raise error
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error [{code}]: ")
+    assert said.count("\n") == 1
+    assert "4711" not in said
+
+
+def test_an_error_that_wraps_a_full_disk_is_one() -> None:
+    def wrapped() -> None:
+        try:
+            raise full()
+        except OSError as error:
+            raise LibraryError("cannot be done") from error
+
+    with pytest.raises(LibraryError) as caught:
+        wrapped()
+    assert typed(caught.value).code == "disk-full"
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), errors_as_lines():
+        raise QktError("a\x1b[2J\r\nb\udcff", remedy="c\x07")
+    assert capsys.readouterr().err == "error [error]: a\\x1b[2J\\r\\nb\\udcff. c\\x07\n"

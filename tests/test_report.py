@@ -400,13 +400,16 @@ def test_an_answer_that_nobody_has_measured_has_a_page_with_its_card(tmp_path: P
     assert not (tmp_path / "reports" / "queries" / "h1").exists()
 
 
-def test_a_plan_of_another_query_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hospital", "what"), [("h1", "a plan of another query"), ("../../../escaped", "hospital: ")]
+)
+def test_a_plan_of_another_query_is_refused(tmp_path: Path, hospital: str, what: str) -> None:
     params = sample_params()
     write_sample_run(tmp_path, params)
     (Workspace(tmp_path).reports / "evaluation" / "h0" / "q0.json").unlink()
     path = Workspace(tmp_path).student("h0", "q0") / "plan.json"
-    write_json(path, json.loads(path.read_text()) | {"hospital": "../../../escaped"})
-    with pytest.raises(OutputsError, match="a plan of another query"):
+    write_json(path, json.loads(path.read_text()) | {"hospital": hospital})
+    with pytest.raises(OutputsError, match=what):
         write_report(tmp_path, params)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkt_clinical.benchmark.summary import best_peer, by_method
 from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS
+from qkt_clinical.common.files import passing_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,15 +130,13 @@ PLOTS = {
 
 def write_plots(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """Draw every figure that the rows allow into the folder and return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PLOTS.items():
         figure = draw(result)
         if figure is None:
             continue
         path = folder / f"{name}.png"
-        temporary = path.with_name(f".{path.name}.part")
-        figure.savefig(temporary, format="png", metadata={"Software": None}, facecolor="white")
-        temporary.replace(path)
+        with passing_file(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None}, facecolor="white")
         written.append(path)
     return written

@@ -12,7 +12,8 @@ import typer
 from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, print_json
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.params import Params
-from qkt_clinical.errors import ConfigError
+from qkt_clinical.config.workspace import check_name
+from qkt_clinical.errors import ConfigError, visible
 
 if TYPE_CHECKING:
     from qkt_clinical.federation.server import Outcome
@@ -59,6 +60,9 @@ def _asked(params: Params, queries: list[str] | None) -> list[str]:
     for one in queries:
         if one.count("/") != 1:
             raise ConfigError(f"{one!r} is no query", remedy="Write HOSPITAL/QUERY.")
+        hospital, _, query = one.partition("/")
+        check_name(hospital, "site")
+        check_name(query, "query")
     return queries
 
 
@@ -212,7 +216,7 @@ def fetch(
 
 @federation_app.command("audit", epilog=EPILOG)
 def audit(root: Root = HERE, as_json: Json = False) -> None:
-    """This site's record of what it was asked and what it decided; exit code 1 if somebody changed it."""
+    """This site's record of what it was asked and decided; exit code 1 if it was changed or its end cut."""
     from qkt_clinical.federation.audit import RECORD, read_record
 
     entries = list(read_record(root / RECORD))
@@ -224,5 +228,5 @@ def audit(root: Root = HERE, as_json: Json = False) -> None:
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry.time, datetime.UTC).isoformat(timespec="seconds")
         about = ", ".join(f"{k} {v}" for k, v in sorted(entry.about.items()))
-        print(f"{entry.number:5} {when} {entry.event}: {about}")
+        print(visible(f"{entry.number:5} {when} {entry.event}: {about}"))
     print(f"{len(entries)} entries, unbroken; the last digest is {entries[-1].digest if entries else 'none'}")

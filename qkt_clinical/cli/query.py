@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from qkt_clinical.catalog import Method
 from qkt_clinical.cli.options import EPILOG, HERE, Json, OnDevice, Root, print_json
 from qkt_clinical.common.console import progress
-from qkt_clinical.common.files import digest_folder
+from qkt_clinical.common.files import digest_folder, read_plain
 from qkt_clinical.config.loading import load_params, load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace
@@ -21,6 +23,9 @@ from qkt_clinical.errors import QktError
 if TYPE_CHECKING:
     from qkt_clinical.jobs import Job
     from qkt_clinical.jobs.run import Report
+
+LARGEST_FILE = 64_000_000
+"""Bytes of one of the workspace's records."""
 
 query_app = typer.Typer(
     epilog=EPILOG,
@@ -251,25 +256,28 @@ def query_status(
 def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
     """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
     from qkt_clinical.jobs import Board
+    from qkt_clinical.records.evaluation import Evaluation
+    from qkt_clinical.records.phases import Phases
+    from qkt_clinical.records.plan import Plan
+    from qkt_clinical.records.verdict import Verdict
 
-    space = Workspace(root)
+    space, asked = Workspace(root), load_query(root, hospital, query)
     folder = space.student(hospital, query)
-    measured = _read(space.reports / "evaluation" / hospital / f"{query}.json") or {}
-    judged = _read(space.reports / "gate" / hospital / f"{query}.json") or {}
+    measured = _read(space.reports / "evaluation" / hospital / f"{query}.json", Evaluation) or {}
+    judged = _read(space.reports / "gate" / hospital / f"{query}.json", Verdict) or {}
     digest = digest_folder(folder)  # what was said of another student is not said of this one
     found = {
-        "query": load_query(root, hospital, query).model_dump(mode="json"),
+        "query": asked.model_dump(mode="json"),
         "job": _as_json(Board(root).read(hospital, query)),
-        "plan": _read(folder / "plan.json"),
-        "phases": _read(folder / "phases.json"),
+        "plan": _read(folder / "plan.json", Plan),
+        "phases": _read(folder / "phases.json", Phases),
         "evaluation": measured if measured.get("student") == digest else None,
         "gate": judged if judged.get("digest") == digest else None,
     }
     if as_json:
         print_json(found)
         return
-    asked = found["query"]
-    print(f"asks for {', '.join(asked['classes'])} by {asked['method']}, budget {asked['budget']:g}")
+    print(f"asks for {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}")
     _say(Board(root).read(hospital, query))
     if found["plan"]:
         heard = [t for t in found["plan"]["teachers"] if t["relevant"]]
@@ -291,10 +299,12 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
         print(f"gate: {'passed' if found['gate']['passed'] else 'not passed: ' + ', '.join(unmet)}")
 
 
-def _read(path: Any) -> Any:
-    """A JSON file of the workspace, None where there is none."""
+def _read(path: Path, kind: type[BaseModel]) -> Any:
+    """A JSON file of the workspace as it stands there, if it is one of its kind; None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = read_plain(path, LARGEST_FILE)
+        kind.model_validate_json(content)
+        return json.loads(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

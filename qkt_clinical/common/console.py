@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qkt_clinical.config.query import QueryRef
-from qkt_clinical.errors import QktError, visible
+from qkt_clinical.errors import Boundary, QktError, visible
 
 Step = Callable[[int, int], None]
 
@@ -64,12 +64,13 @@ def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) ->
 
 @contextmanager
 def errors_as_lines(stage: str | None = None) -> Iterator[None]:
-    """End the process with one line on standard error and exit code 1 for what a user can put right."""
+    """End the process with one line on standard error and exit code 1, whatever went wrong."""
     try:
-        yield
-    except QktError as error:
-        print(visible(f"error [{error.code}]: {error.at(stage=stage)}"), file=sys.stderr)
-        sys.exit(1)
+        with Boundary() as end:
+            yield
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+    if end.error is not None:
+        print(visible(f"error [{end.error.code}]: {end.error.at(stage=stage)}"), file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,8 @@
-"""Writing files so that nothing is ever half-written, and digests of what was written."""
+"""Writing files so that nothing is ever half-written, reading those of others, and digests of both."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,12 +10,66 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHUNK = 1 << 20
+
+
+class TooLarge(OSError):
+    """A file holds more than it may."""
+
+
+@contextmanager
+def plain_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain file for reading; whoever made it cannot make the reader wait or look elsewhere.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "no plain file", str(path))
+        yield stream
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """A plain file's content by one handle: what is hashed and what is parsed are the same bytes.
+
+    Args:
+        most: bytes that it may hold.
+
+    Raises:
+        TooLarge: it holds more; no more than ``most`` were read.
+        OSError: see :func:`plain_file`.
+    """
+    with plain_file(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise TooLarge(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return content
+
+
+def copy_plain(source: Path, target: Path, most: int) -> str:
+    """Copy a plain file, piece by piece and in one step; SHA-256 of what was copied.
+
+    Raises:
+        TooLarge: it holds more than ``most`` bytes; nothing is left at ``target``.
+        OSError: see :func:`plain_file`.
+    """
+    total, left = hashlib.sha256(), most
+    with plain_file(source) as stream, passing_file(target) as temporary, temporary.open("wb") as out:
+        while piece := stream.read(min(CHUNK, left + 1)):
+            left -= len(piece)
+            if left < 0:
+                raise TooLarge(errno.EFBIG, f"larger than {most} bytes", str(source))
+            total.update(piece)
+            out.write(piece)
+    return total.hexdigest()
 
 
 def digest_bytes(data: bytes) -> str:
@@ -45,15 +100,41 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: temporary name first, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _passing(path, "part")
+def copy_folder(source: Path, target: Path, most: int = 1 << 34) -> None:
+    """Copy the plain files of a folder that came from elsewhere; links, pipes and devices are left out.
+
+    Args:
+        most: bytes of a file at most.
+
+    Raises:
+        TooLarge: a file holds more.
+    """
+    for folder, _, names in os.walk(source):
+        for name in names:
+            path = Path(folder) / name
+            if stat.S_ISREG(path.lstat().st_mode):
+                copy_plain(path, target / path.relative_to(source), most)
+
+
+@contextmanager
+def passing_file(target: Path) -> Iterator[Path]:
+    """Yield a name beside ``target`` that is nobody else's; after the block, what was written replaces it.
+
+    Where the block fails, or the disk does, ``target`` is as it was and nothing is left beside it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _passing(target, "part")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        yield temporary
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step: temporary name first, then rename."""
+    with passing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,7 +152,7 @@ def write_json_list(path: Path, values: Iterable[Any]) -> None:
 
 
 def _passing(target: Path, ending: str) -> Path:
-    """A name beside ``target`` that no other process has: numbers of processes come again."""
+    """A name beside ``target`` that nobody else has: numbers of processes come again."""
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{ending}")
 
 

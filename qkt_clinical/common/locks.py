@@ -49,6 +49,8 @@ def lock(path: Path, *, patience_s: float = math.inf) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= give_up:
                     raise
+            except OSError as error:  # a file system without locks
+                raise refused_by_system(error) from error
             time.sleep(0.01)
         yield
     finally:

@@ -7,20 +7,24 @@ when the stages are done.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
-from qkt_clinical.common.files import write_json
+from pydantic import Field, TypeAdapter
+
+from qkt_clinical.common.files import read_plain, write_json
 
 SWITCH, EVERY = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 EVERY_S, MOST = 1.0, 10_000
 """Seconds between two samples unless said otherwise; samples kept at most."""
 
-Sample = dict[str, float]
+Sample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+SAMPLES = TypeAdapter(list[Sample])
+MAX_BYTES = 20_000_000
 
 
 def asked() -> bool:
@@ -94,12 +98,13 @@ def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
         bundle: digest of its card, so that figures never pass for those of another model.
     """
     if samples:
-        write_json(_file(scratch, bundle), samples)
+        with suppress(OSError):  # what was made is whole without them
+            write_json(_file(scratch, bundle), samples)
 
 
 def read_usage(scratch: Path, bundle: str) -> list[Sample]:
     """What making a bundle took, in the order of time; empty where nobody asked."""
     try:
-        return list(json.loads(_file(scratch, bundle).read_bytes()))
+        return SAMPLES.validate_json(read_plain(_file(scratch, bundle), MAX_BYTES))
     except (OSError, ValueError):  # scratch may be removed or torn at any time
         return []

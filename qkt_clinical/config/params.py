@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Estimator, Network, Split
-from qkt_clinical.config.base import Fraction, Name, Strict
+from qkt_clinical.config.base import Classes, Fraction, Name, Names, Strict
 from qkt_clinical.config.query import QueryRef
 
 
@@ -149,9 +149,9 @@ class Params(Strict):
 
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    classes: tuple[str, ...] = Field(min_length=2, max_length=1000)
+    classes: Classes = Field(min_length=2)
     """The federation's label space; its order is the order of every network's outputs."""
-    sites: tuple[Name, ...] = Field(min_length=1)
+    sites: Names = Field(min_length=1)
     queries: dict[Name, QueryRef]
     ingest: IngestParams = IngestParams()
     train: TrainParams = TrainParams()
@@ -163,10 +163,6 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
-        for what, names in (("classes", self.classes), ("sites", self.sites)):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise ValueError(f"{what} names {', '.join(twice)} twice")
         for key, ref in self.queries.items():
             if ref.hospital not in self.sites:
                 raise ValueError(f"query {key} belongs to {ref.hospital!r}, which is not among sites")

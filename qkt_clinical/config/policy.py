@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qkt_clinical.config.base import Name, Strict
+from qkt_clinical.config.base import Classes, Name, Names, Strict
 
 # --- params.yaml ---------------------------------------------------------------------------------
 
@@ -32,9 +32,9 @@ class Policy(Strict):
     share: Share = Share()
     mask: Literal["all", "query"] = "query"
     """Whether others see the mask of every class, or of those asked for and the asking hospital's own."""
-    refuse_classes: tuple[str, ...] = ()
+    refuse_classes: Classes = ()
     """Classes about which the site answers nobody."""
-    refuse_requesters: tuple[Name, ...] = ()
+    refuse_requesters: Names = ()
     """Hospitals that the site does not answer."""
     queries_per_day: Annotated[int, Field(ge=0)] = 0
     """Queries that the site helps to answer at most within any 24 hours."""

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.config.base import Name, Strict
+from qkt_clinical.config.base import Classes, Name, Names, Strict
 
 # --- hospitals/<site>/queries/<query>.yaml --------------------------------------------------------
 
@@ -15,13 +15,13 @@ from qkt_clinical.config.base import Name, Strict
 class QueryConfig(Strict):
     """What a hospital asks: ``hospitals/<site>/queries/<query>.yaml``."""
 
-    classes: tuple[str, ...] = Field(min_length=1)
+    classes: Classes = Field(min_length=1)
     """Classes to learn, in the federation's label space."""
     method: Method = "qkt"
     budget: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     """Give away at most this share of the images that the hospital classifies today."""
     max_teachers: Annotated[int, Field(ge=1, le=64)] | None = None
-    exclude_teachers: tuple[Name, ...] = ()
+    exclude_teachers: Names = ()
 
 
 class QueryRef(Strict):

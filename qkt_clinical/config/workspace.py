@@ -24,9 +24,10 @@ def check_name(value: str, what: str) -> str:
     Raises:
         ConfigError: it is malformed.
     """
-    if not NAME.fullmatch(value):
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        shown = value[:80] if isinstance(value, str) else value.__class__.__name__
         raise ConfigError(
-            f"{value!r} is no {what} name",
+            f"{shown!r} is no {what} name",
             remedy="Use lower-case letters, digits, '-' and '_', at most 63.",
         )
     return value
@@ -52,30 +53,36 @@ def site_folder(root: Path, site: str) -> Path:
 
 
 class Workspace:
-    """Paths of a workspace: the folder with ``params.yaml``, ``dvc.yaml`` and ``hospitals/``."""
+    """Paths of a workspace: the folder with ``params.yaml``, ``dvc.yaml`` and ``hospitals/``.
+
+    Names are checked here too, wherever they come from: a path never leads out of the workspace.
+
+    Raises:
+        ConfigError: by every method, for a name that is none.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def prepared(self, site: str) -> Path:
         """Prepared site: arrays, splits, manifest, integrity report."""
-        return self.root / "data" / "prepared" / site
+        return self.root / "data" / "prepared" / check_name(site, "site")
 
     def consent(self, site: str) -> Path:
         """What a site lets others see."""
-        return self.root / "data" / "consent" / f"{site}.json"
+        return self.root / "data" / "consent" / f"{check_name(site, 'site')}.json"
 
     def teacher(self, site: str) -> Path:
         """Teacher bundle of a site."""
-        return self.root / "models" / "teachers" / site
+        return self.root / "models" / "teachers" / check_name(site, "site")
 
     def fetched(self, site: str, query: str) -> Path:
         """Plan of a query and the teacher bundles fetched for it."""
-        return self.root / "models" / "fetched" / site / query
+        return self.root / "models" / "fetched" / check_name(site, "site") / check_name(query, "query")
 
     def student(self, site: str, query: str) -> Path:
         """Student bundle of a query."""
-        return self.root / "models" / "students" / site / query
+        return self.root / "models" / "students" / check_name(site, "site") / check_name(query, "query")
 
     @property
     def scratch(self) -> Path:

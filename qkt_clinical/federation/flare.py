@@ -25,9 +25,10 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from qkt_clinical.common.files import write_json
-from qkt_clinical.config.loading import load_policy, parse
-from qkt_clinical.errors import ConfigError, QktError
+from qkt_clinical.common.files import read_plain, write_json
+from qkt_clinical.config.loading import MAX_CONFIG_BYTES, load_policy, parse
+from qkt_clinical.config.workspace import check_name
+from qkt_clinical.errors import Boundary, ConfigError, QktError
 from qkt_clinical.federation.messages import (
     ANSWER,
     ASK,
@@ -45,7 +46,7 @@ from qkt_clinical.federation.messages import (
 )
 from qkt_clinical.federation.policy import check_outbound
 from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE, Settings
+from qkt_clinical.federation.settings import FILE, Named, Settings
 from qkt_clinical.federation.site import Site
 
 SAID = "qkt"
@@ -66,12 +67,15 @@ def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
     name = str(fl_ctx.get_identity_name()).removeprefix("simulator_")
     place = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir()) / FILE
     try:
-        settings = parse(Settings, json.loads(place.read_bytes()), file=FILE)
-    except (OSError, ValueError):
+        settings = parse(Settings, json.loads(read_plain(place, MAX_CONFIG_BYTES)), file=FILE)
+    except (OSError, ValueError, RecursionError):
         raise ConfigError(
             "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
         ) from None
-    return settings.model_copy(update={"workspace": settings.workspace.replace("{site}", name)}), name
+    if "{site}" in settings.workspace:  # of a server the name is an address, and its workspace is its own
+        workspace = settings.workspace.replace("{site}", check_name(name, "site"))
+        settings = settings.model_copy(update={"workspace": workspace})
+    return settings, name
 
 
 def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
@@ -134,6 +138,15 @@ class OutboundPolicy(Filter):  # type: ignore[misc]
         return clean
 
 
+def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
+    """Let pass what a job names: sites, and queries as ``<hospital>/<query>``.
+
+    Raises:
+        ConfigError: a name is none, or there are more than a thousand.
+    """
+    parse(Named, {"sites": sites, "queries": queries}, file="the job")
+
+
 class QueryController(Controller):  # type: ignore[misc]
     """The server's end: collects teachers, then has queries answered, those of one hospital in turn.
 
@@ -155,6 +168,7 @@ class QueryController(Controller):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.sites, self.queries = sites, queries
+        check_job(sites, queries)  # whoever submits a job writes them, and they become paths here
         self.contribute, self.patience_s, self.silence_s = contribute, patience_s, silence_s
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -208,7 +222,7 @@ class QueryController(Controller):  # type: ignore[misc]
         def received(client_task: ClientTask, fl_ctx: FLContext) -> None:
             site, result = client_task.client.name, client_task.result
             said: Reply
-            try:
+            with Boundary() as end:
                 if result.get_return_code() == ReturnCode.OK:
                     said = read_reply(result.get(SAID), task, site)
                 else:
@@ -216,9 +230,11 @@ class QueryController(Controller):  # type: ignore[misc]
                     said = Refused(
                         code="flare", message=f"FLARE says {code}", remedy="See the site's log.", site=site
                     )
-            except QktError as error:
-                said = Refused.of(error)
-            take(site, said)
+                take(site, said)
+            if end.error is not None:
+                said = Refused.of(end.error)
+                with Boundary():  # the server's own disk may be what is full
+                    take(site, said)
             replies[site] = said
             client_task.result = None  # bundles need not stay in memory
 
@@ -279,10 +295,10 @@ class QueryController(Controller):  # type: ignore[misc]
         for query in queries:
             if abort_signal.triggered:
                 return
-            try:
+            with Boundary() as end:
                 outcome = self._answer(hospital, query, abort_signal)
-            except QktError as error:
-                outcome = Outcome(state="refused", code=error.code, reason=error.message)
+            if end.error is not None:  # the other queries are answered all the same
+                outcome = Outcome(state="refused", code=end.error.code, reason=end.error.message)
             self._server.note(outcome, "queries", hospital, query)
 
     def _answer(self, hospital: str, query: str, abort_signal: Signal) -> Outcome:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from qkt_clinical.config.base import Name
+from qkt_clinical.config.base import Classes, Name
 from qkt_clinical.config.query import QueryConfig
-from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.errors import QktError, QueryError, visible
 from qkt_clinical.records.plan import Asking
 
 CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_answer"
@@ -25,9 +25,22 @@ def _bytes(value: Any) -> bytes:
     return value
 
 
-Text = Annotated[str, Field(max_length=2000)]
+LONGEST = 2000
+Text = Annotated[str, Field(max_length=LONGEST)]
+FileName = Annotated[str, Field(max_length=200)]
 Content = Annotated[bytes, BeforeValidator(_bytes)]
+Files = Annotated[dict[FileName, Content], Field(max_length=256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """Text as a message or the record takes it: on one line, of characters that show, not too long."""
+    shown = visible(text[:longest])
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+
+
+Said = Annotated[Text, BeforeValidator(lambda text: cut(text) if isinstance(text, str) else text)]
+"""Of an error or another organisation, to be kept and shown."""
 
 
 class Message(BaseModel):
@@ -41,8 +54,8 @@ class Question(Message):
 
     hospital: Name
     query: Name
-    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)]
-    held: Annotated[tuple[str, ...], Field(max_length=1000)]
+    classes: Annotated[Classes, Field(min_length=1)]
+    held: Classes
     """The asking hospital's own classes."""
 
 
@@ -59,15 +72,15 @@ class Refused(Message):
     @classmethod
     def of(cls, error: QktError) -> Refused:
         """Without the file: a site's paths are its own."""
-        said = error.as_dict()
-        return cls.model_validate({k: said[k] for k in ("code", "message", "remedy", "stage", "site")})
+        said = {k: error.as_dict()[k] for k in ("code", "message", "remedy", "stage", "site")}
+        return cls.model_validate({k: None if text is None else cut(text) for k, text in said.items()})
 
 
 class Contributed(Message):
     """Site to server: its teacher."""
 
     kind: Literal["contributed"] = "contributed"
-    files: dict[str, Content]
+    files: Files
     signature: Annotated[Content, Field(max_length=64)] | None = None
     """Of the card, where the site has a key."""
 
@@ -84,7 +97,7 @@ class Offered(Message):
     """Site to server: its teacher may help; card and mask as the asking hospital may see them."""
 
     kind: Literal["offered"] = "offered"
-    files: dict[str, Content]
+    files: Files
 
 
 class Declined(Message):
@@ -120,7 +133,7 @@ class Answered(Message):
     """Of the student's card."""
     figures: Figures | None
     """None where the site has no test images of all the classes, or keeps them to itself."""
-    student: dict[str, Content] | None
+    student: Files | None
     """None where the site keeps it."""
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import NAME
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import Bundle, load_bundle
@@ -20,6 +21,7 @@ from qkt_clinical.records.card import (
     WEIGHTS,
     Card,
     Mask,
+    cannot_be_read,
     read_card,
     read_mask,
 )
@@ -30,8 +32,19 @@ Files = Mapping[str, bytes]
 
 
 def pack(folder: Path, names: tuple[str, ...] = SHARED) -> dict[str, bytes]:
-    """The named files of a folder."""
-    return {name: (folder / name).read_bytes() for name in names}
+    """The named files of a bundle's folder, if they are plain ones and no larger than its card says.
+
+    Raises:
+        BundleError: a file is none, or is not there.
+    """
+    weights = read_card(folder).weights.bytes if WEIGHTS in names else 0
+    files = {}
+    for name in names:
+        try:
+            files[name] = read_plain(folder / name, weights if name == WEIGHTS else MAX_JSON_BYTES)
+        except OSError as error:
+            raise cannot_be_read(error, folder / name, None) from None
+    return files
 
 
 def _refuse(what: str, site: str, code: str) -> BundleError:
@@ -49,7 +62,7 @@ def check_files(files: Any, site: str, names: tuple[str, ...] = SHARED) -> dict[
     ):
         raise _refuse("not files", site, "bundle-format")
     if set(files) != set(names):
-        raise _refuse(f"files are not {', '.join(names)}", site, "bundle-missing")
+        raise _refuse(f"files are not {', '.join(names[:8])}", site, "bundle-missing")
     for name, content in files.items():
         if not name.endswith(WEIGHTS) and len(content) > MAX_JSON_BYTES:
             raise _refuse(f"{name} is larger than {MAX_JSON_BYTES} bytes", site, "bundle-size")

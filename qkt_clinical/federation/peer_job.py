@@ -35,6 +35,7 @@ from torch import Tensor
 
 from qkt_clinical.baselines.federated import first_network, round_draw, round_rate, train_round
 from qkt_clinical.baselines.params import FederatedParams
+from qkt_clinical.common.files import passing_file
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.flare import workspace_of
 from qkt_clinical.models.networks import Classifier
@@ -168,9 +169,8 @@ class NetworkFile(ModelPersistor):  # type: ignore[misc]
         from safetensors.numpy import save_file
 
         path = workspace_of(fl_ctx)[0] / NETWORK
-        temporary = path.with_suffix(".part")
-        save_file(model[ModelLearnableKey.WEIGHTS], temporary)
-        temporary.replace(path)
+        with passing_file(path) as temporary:
+            save_file(model[ModelLearnableKey.WEIGHTS], temporary)
 
 
 def by_name(results: Sequence[FLModel]) -> list[FLModel]:

@@ -26,7 +26,7 @@ from qkt_clinical.baselines.federated import Participant, first_network
 from qkt_clinical.baselines.params import FederatedParams
 from qkt_clinical.common.extras import require_extra
 from qkt_clinical.common.files import write_json
-from qkt_clinical.config.base import Strict
+from qkt_clinical.config.base import Names, Strict
 from qkt_clinical.errors import QktError
 from qkt_clinical.federation.run import PATIENT, kill
 from qkt_clinical.federation.settings import FILE
@@ -49,7 +49,7 @@ class Plan(Strict):
     """A federation to run, ``plan.json`` in its work folder."""
 
     algorithm: Algorithm
-    sites: tuple[str, ...]
+    sites: Names
     spec: NetworkSpec
     params: FederatedParams
     rounds: int

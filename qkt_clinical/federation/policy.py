@@ -11,7 +11,7 @@ from typing import Any
 
 from qkt_clinical.config.policy import POLICY, Policy
 from qkt_clinical.errors import BundleError, PolicyError, QueryError
-from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, read_reply
+from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, cut, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.records.card import Mask
 
@@ -27,10 +27,15 @@ def refusal(policy: Policy, question: Question, helped: int) -> str | None:
     if question.hospital in policy.refuse_requesters:
         return f"does not answer {question.hospital}"
     if refused := [c for c in question.classes if c in policy.refuse_classes]:
-        return f"answers nobody about {', '.join(refused)}"
+        return cut(f"answers nobody about {', '.join(refused)}")
     if helped >= policy.queries_per_day:
-        return f"helps with {policy.queries_per_day} queries a day at most"
+        return too_many(policy)
     return None
+
+
+def too_many(policy: Policy) -> str:
+    """Why the site does not help once more today."""
+    return f"helps with {policy.queries_per_day} queries a day at most"
 
 
 def shown_mask(mask: Mask, policy: Policy, question: Question) -> Mask:

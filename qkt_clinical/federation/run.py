@@ -11,20 +11,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
 from qkt_clinical.common.extras import require_extra
-from qkt_clinical.common.files import new_folder, write_json, write_text
+from qkt_clinical.common.files import copy_folder, new_folder, read_plain, write_json, write_text
+from qkt_clinical.config.base import NAME
 from qkt_clinical.config.params import Params
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import TASKS
 from qkt_clinical.federation.server import Outcome, Server
 from qkt_clinical.federation.settings import FILE
+from qkt_clinical.records.card import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
     from nvflare.job_config.api import FedJob
@@ -400,8 +403,25 @@ def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
             ) from None
 
 
-def _parsed(found: Mapping[str, Any]) -> dict[str, Outcome]:
-    return {str(name): Outcome.model_validate(said) for name, said in found.items()}
+ToldName = Annotated[str, Field(pattern=f"^(teacher {NAME.pattern}|{NAME.pattern}/{NAME.pattern})$")]
+TOLD = TypeAdapter(Annotated[dict[ToldName, Outcome], Field(max_length=2000)])
+"""What a server tells of a job: ``teacher <site>`` and ``<hospital>/<query>``."""
+
+
+def _parsed(found: Any) -> dict[str, Outcome]:
+    """What a server says of a job's outcomes.
+
+    Raises:
+        QktError: not outcomes, code ``reply``.
+    """
+    try:
+        return TOLD.validate_python(found)
+    except ValidationError:
+        raise QktError(
+            "what the server says of the job cannot be understood",
+            remedy="Let server and administrator install the same version of qkt-clinical.",
+            code="reply",
+        ) from None
 
 
 def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
@@ -416,15 +436,16 @@ def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
         try:
             got = Path(one.download_job_result(job, folder))
             (found,) = got.rglob(f"{SAID}/{OUTCOMES}.json")
+            told = json.loads(read_plain(found, MAX_JSON_BYTES))
         except _flare_errors() as error:
             raise QktError(
                 f"no results of job {job[:50]}: {str(error)[:200]}",
                 remedy="'qkt federation status' lists jobs; one that broke off has none: submit it again.",
                 code="no-results",
             ) from None
-        outcomes = _parsed(json.loads(found.read_bytes()))
+        outcomes = _parsed(told)
         with new_folder(out) as target:
-            shutil.copytree(found.parent, target, dirs_exist_ok=True)
+            copy_folder(found.parent, target)
     return outcomes
 
 

@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qkt_clinical.common.files import digest_bytes, digest_file, new_folder, write_json
-from qkt_clinical.config.base import Strict
+from qkt_clinical.common.files import digest_bytes, new_folder, read_plain, write_json
+from qkt_clinical.config.base import NAME, Name, Names, Strict
 from qkt_clinical.config.loading import load_params
-from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.config.workspace import Workspace, check_name
 from qkt_clinical.errors import BundleError, OutputsError
-from qkt_clinical.federation.messages import Answered, Asked, Contributed, Offered, Refused
+from qkt_clinical.federation.messages import Answered, Asked, Contributed, Offered, Refused, Said
 from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.federation.signing import check_signature
 from qkt_clinical.qkt.planning import make_plan
-from qkt_clinical.records.card import CARD
+from qkt_clinical.records.card import CARD, MAX_JSON_BYTES, Sha256
 from qkt_clinical.records.plan import SHARED, Offer, Plan
 
-SIGNATURE = "signature"
+SIGNATURE, SIGNATURE_BYTES = "signature", 64
 """File beside a teacher that was signed."""
 State = Literal["waiting", "running", "answered", "refused", "missing"]
 
@@ -35,15 +35,15 @@ class Outcome(Strict):
 
     format: Literal["qkt-outcome/1"] = "qkt-outcome/1"
     state: State
-    reason: str | None = None
+    reason: Said | None = None
     """Why it was refused or is missing, in the words of the site or of the server."""
-    code: str | None = None
-    teachers: tuple[str, ...] = ()
-    declined: dict[str, str] = Field(default_factory=dict)
+    code: Said | None = None
+    teachers: Names = ()
+    declined: dict[Name, Said] = Field(default_factory=dict)
     """Sites whose teachers were not heard, and why."""
     bytes_moved: int = 0
     """Of the bundles that were sent to the asking hospital."""
-    digest: str | None = None
+    digest: Sha256 | None = None
     """Of the card of teacher or student."""
     figures: dict[str, Any] | None = None
     student_kept: bool = False
@@ -68,7 +68,10 @@ class Server:
     # --- what became of what ----------------------------------------------------------------------
 
     def _place(self, *names: str) -> Path:
-        return self.root / "federation" / Path(*names).with_suffix(".json")
+        """Of the first name, a kind, and those of sites and queries after it."""
+        kind, *named = names
+        place = Path(kind, *(check_name(name, "site or query") for name in named))
+        return self.root / "federation" / place.with_suffix(".json")
 
     def note(self, outcome: Outcome, *names: str) -> Outcome:
         """Keep an outcome: of ``("teachers", site)`` or ``("queries", hospital, query)``."""
@@ -79,7 +82,7 @@ class Server:
         """What became of it; ``waiting`` where nothing is known."""
         path = self._place(*names)
         try:
-            return Outcome.model_validate_json(path.read_bytes())
+            return Outcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
         except FileNotFoundError:
             return Outcome(state="waiting")
         except (OSError, ValidationError):
@@ -89,17 +92,23 @@ class Server:
 
     def outcomes(self) -> dict[str, Outcome]:
         """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
-        found = {}
-        for path in sorted((self.root / "federation").rglob("*.json")):
-            kind, *names = path.relative_to(self.root / "federation").with_suffix("").parts
-            name = f"teacher {names[0]}" if kind == "teachers" else "/".join(names)
-            found[name] = self.outcome(kind, *names)
+        found, place = {}, self.root / "federation"
+        for path in sorted((*place.glob("queries/*/*.json"), *place.glob("teachers/*.json"))):
+            kind, *names = path.relative_to(place).with_suffix("").parts
+            if all(NAME.fullmatch(name) for name in names):
+                name = f"teacher {names[0]}" if kind == "teachers" else "/".join(names)
+                found[name] = self.outcome(kind, *names)
         return found
 
     # --- teachers ---------------------------------------------------------------------------------
 
     def accept_teacher(self, site: str, said: Contributed | Refused) -> Outcome:
-        """Keep a teacher that passes every check; sent twice, it is kept once."""
+        """Keep a teacher that passes every check; sent twice, it is kept once.
+
+        Raises:
+            ConfigError: no site can bear the name.
+        """
+        check_name(site, "site")
         if isinstance(said, Refused):
             return self.note(Outcome(state="refused", reason=said.message, code=said.code), "teachers", site)
         try:
@@ -123,7 +132,7 @@ class Server:
 
     def _kept(self, site: str) -> str | None:
         card = self.space.teacher(site) / CARD
-        return digest_file(card) if card.is_file() else None
+        return digest_bytes(read_plain(card, MAX_JSON_BYTES)) if card.is_file() else None
 
     # --- queries ----------------------------------------------------------------------------------
 
@@ -156,7 +165,7 @@ class Server:
     def signatures(self, plan: Plan) -> dict[str, bytes]:
         """Those of the relevant teachers that were signed, for whoever asks to check."""
         places = {site: self.space.teacher(site) / SIGNATURE for site in plan.relevant}
-        return {site: place.read_bytes() for site, place in places.items() if place.is_file()}
+        return {s: read_plain(place, SIGNATURE_BYTES) for s, place in places.items() if place.is_file()}
 
     def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> Outcome:
         """Keep what a hospital says of its student, and the student if it was sent."""

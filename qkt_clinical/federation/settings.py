@@ -6,10 +6,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.config.base import Name, Strict
+from qkt_clinical.config.base import NAME, Name, Names, Strict
 from qkt_clinical.config.policy import PublicKey
 
 FILE = "qkt.json"
+
+
+QueryName = Annotated[str, Field(pattern=f"^{NAME.pattern}/{NAME.pattern}$")]
+"""``<hospital>/<query>``."""
+
+
+class Named(Strict):
+    """What a job names."""
+
+    sites: Names
+    queries: Annotated[tuple[QueryName, ...], Field(max_length=1000)]
 
 
 class Settings(Strict):

@@ -9,28 +9,35 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from qkt_clinical import __version__
-from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, to_json, write_json
+from qkt_clinical.common.files import (
+    digest_bytes,
+    digest_file,
+    digest_folder,
+    read_plain,
+    to_json,
+    write_json,
+)
 from qkt_clinical.common.locks import hold_query
+from qkt_clinical.config.base import NAME, Strict
 from qkt_clinical.config.loading import load_params, load_policy, load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.policy import Policy
 from qkt_clinical.config.query import QueryRef
-from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.config.workspace import Workspace, check_name
 from qkt_clinical.data.prepared import read_manifest
-from qkt_clinical.errors import BundleError, OutputsError, QktError, QueryError
-from qkt_clinical.federation.audit import RECORD, Event, count_since, record
+from qkt_clinical.errors import Boundary, BundleError, ConfigError, QktError, QueryError
+from qkt_clinical.federation.audit import RECORD, Event, count_since, record, record_within
 from qkt_clinical.federation.messages import (
     ANSWER,
     ASK,
     CONTRIBUTE,
     OFFER,
+    TASKS,
     Answered,
     Asked,
     Contributed,
@@ -43,13 +50,35 @@ from qkt_clinical.federation.messages import (
     Reply,
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
-from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
+from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
 from qkt_clinical.federation.signing import check_signature, sign
-from qkt_clinical.records.card import CARD, MASK, read_card, read_mask
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, Sha256, read_card, read_mask
 from qkt_clinical.records.plan import Asking, Plan
 from qkt_clinical.stages.plan import write_fetched
+from qkt_clinical.stages.recipe import Recipe, mask_recipe, train_recipe, transfer_recipe
 
 DAY_S = 24 * 3600.0
+
+
+class Made(Strict):
+    """What was made of what, in the site's scratch folder."""
+
+    made_of: Sha256
+    """Digest of its recipe."""
+    content: Sha256
+    """Digest of its files."""
+
+
+def _about(task: Any, data: Any) -> dict[str, str]:
+    """What the record says of a task: names that are names, and nothing else of what came."""
+    about = {"task": task if isinstance(task, str) and task in TASKS else "unknown"}
+    if isinstance(data, Mapping):
+        for place in (data.get("question"), data.get("plan"), data):
+            for what in ("hospital", "query"):
+                name = place.get(what) if isinstance(place, Mapping) else None
+                if isinstance(name, str) and NAME.fullmatch(name):
+                    about.setdefault(what, name)
+    return about
 
 
 class Site:
@@ -74,21 +103,33 @@ class Site:
 
         Nothing is raised: whatever goes wrong here is a refusal with its reason, and in the record.
         """
-        about = {"task": task} | {k: str(data[k]) for k in ("hospital", "query") if k in data}
-        try:
-            policy = load_policy(self.root, self.name)
-            said = self._do(task, data, policy).model_dump(mode="python")
-            check_outbound(policy, task, said, self.name)
-            self._note(said, about)
-        except QktError as error:
-            said = Refused.of(error.at(site=self.name)).model_dump(mode="python")
-            event: Event = "withheld" if error.code == "policy" else "refused"
-            with suppress(OutputsError):  # the record itself is what is broken, and nothing was done
-                record(self.audit, event, about | {"code": error.code})
+        about = _about(task, data)
+        said: dict[str, Any] = {}
+        with Boundary() as end:
+            said = self._said(task, data, about)
+        return said if end.error is None else self._refused(end.error, about)
+
+    def _said(self, task: str, data: Mapping[str, Any], about: dict[str, str]) -> dict[str, Any]:
+        policy = load_policy(self.root, self.name)
+        said = self._do(task, data, policy).model_dump(mode="python")
+        check_outbound(policy, task, said, self.name)
+        if said["kind"] == "offered":
+            about = about | {"digest": digest_bytes(said["files"][CARD])}
+            start = time.time() - DAY_S
+            if record_within(self.audit, "offered", about, policy.queries_per_day, start):
+                return said
+            said = Declined(reason=too_many(policy)).model_dump(mode="python")
+        self._note(said, about)
         return said
 
+    def _refused(self, error: QktError, about: dict[str, str]) -> dict[str, Any]:
+        event: Event = "withheld" if error.code == "policy" else "refused"
+        with Boundary():  # the record itself may be what is broken or full, and nothing was done
+            record(self.audit, event, about | {"code": error.code})
+        return Refused.of(error.at(site=self.name)).model_dump(mode="python")
+
     def _note(self, said: Mapping[str, Any], about: dict[str, str]) -> None:
-        kind = str(said["kind"])
+        kind = said["kind"]
         if kind == "answered":
             shared = [k for k in ("figures", "student") if said[k] is not None]
             about = about | {"digest": said["digest"], "sent": ", ".join(shared) or "nothing else"}
@@ -96,26 +137,32 @@ class Site:
             about = about | {"digest": digest_bytes(said["files"][CARD])}
         elif kind == "declined":
             about = about | {"reason": said["reason"]}
-        record(self.audit, kind, about)  # type: ignore[arg-type]
+        record(self.audit, kind, about)
 
     def _do(self, task: str, data: Mapping[str, Any], policy: Policy) -> Reply:
+        if task == CONTRIBUTE:
+            return self._contribute(policy)
         try:
-            if task == CONTRIBUTE:
-                return self._contribute(policy)
             if task == ASK:
-                return self._ask(str(data["query"]))
-            if task == OFFER:
-                return self._offer(Question.model_validate(data["question"], strict=False), policy)
-            if task == ANSWER:
-                plan = Plan.model_validate(data["plan"], strict=False)
-                return self._answer(plan, data["teachers"], data.get("signatures", {}), policy)
-        except (KeyError, ValidationError):
+                query = check_name(data["query"], "query")
+            elif task == OFFER:
+                question = Question.model_validate(data["question"], strict=False)
+            elif task == ANSWER:
+                plan, teachers = Plan.model_validate(data["plan"], strict=False), data["teachers"]
+                signatures = data.get("signatures", {})
+            else:
+                raise KeyError
+        except (LookupError, TypeError, AttributeError, ValidationError, ConfigError):
             raise QueryError(
-                f"the server's task {task} cannot be understood",
+                "the server's task cannot be understood",
                 remedy="Let server and site install the same version of qkt-clinical.",
                 code="task",
             ) from None
-        raise QueryError(f"no task {task[:50]!r}", remedy="Install the same version everywhere.", code="task")
+        if task == ASK:
+            return self._ask(query)
+        if task == OFFER:
+            return self._offer(question, policy)
+        return self._answer(plan, teachers, signatures, policy)
 
     # --- teachers ---------------------------------------------------------------------------------
 
@@ -125,36 +172,46 @@ class Site:
 
             ingest_site(self.root, self.name, params)
 
-    def _made(self, what: str, reads: Any, folder: Path, make: Callable[[], object]) -> None:
-        """Make a folder's content, unless it is there and was made of just this."""
+    def _made(
+        self, what: str, made_of: Recipe, content: Callable[[], str], make: Callable[[], object]
+    ) -> None:
+        """Make something, unless it is there and was made of just this.
+
+        Args:
+            what: its name among the notes of what was made.
+            content: digest of what is there.
+        """
         note = self.space.scratch / "federation" / f"{what}.json"
-        key = digest_bytes(to_json([__version__, reads]).encode())
         try:
-            known = json.loads(note.read_bytes())
-        except (OSError, ValueError):
+            known = Made.model_validate_json(read_plain(note, MAX_JSON_BYTES))
+        except (OSError, ValidationError):
             known = None
-        if folder.is_dir() and known == {"made_of": key, "content": digest_folder(folder)}:
+        if known is not None and known == Made(made_of=made_of.digest, content=content()):
             return
         make()
-        write_json(note, {"made_of": key, "content": digest_folder(folder)})
+        write_json(note, Made(made_of=made_of.digest, content=content()).model_dump(mode="json"))
 
     def teach(self, params: Params) -> Path:
         """The site's teacher, trained and masked unless it is there; its folder."""
+        from qkt_clinical.models.networks import pick_device
+        from qkt_clinical.stages.mask import mask_site
+        from qkt_clinical.stages.train import MADE, train_site
+
         self._prepare(params)
-        folder = self.space.teacher(self.name)
-
-        def make() -> None:
-            from qkt_clinical.stages.mask import mask_site
-            from qkt_clinical.stages.train import train_site
-
-            train_site(self.root, self.name, params)
-            mask_site(self.root, self.name, params)
-
-        reads = {
-            "data": read_manifest(self.space.prepared(self.name)).digests,
-            "params": params.model_dump(mode="json", include={"seed", "device", "classes", "train", "mask"}),
-        }
-        self._made("teacher", reads, folder, make)
+        folder, manifest = self.space.teacher(self.name), read_manifest(self.space.prepared(self.name))
+        trained = train_recipe(params, manifest, pick_device(params.device).type)
+        self._made(
+            "teacher",
+            trained,
+            lambda: digest_folder(folder, MADE),
+            lambda: train_site(self.root, self.name, params),
+        )
+        self._made(
+            "mask",
+            mask_recipe(params, trained.digest),
+            lambda: digest_folder(folder, (CARD, MASK)),
+            lambda: mask_site(self.root, self.name, params),
+        )
         return folder
 
     def _contribute(self, policy: Policy) -> Reply:
@@ -180,7 +237,7 @@ class Site:
             raise BundleError("no mask", remedy="Contribute first.", site=self.name, code="bundle-mask")
         shown = shown_mask(mask, policy, question)
         content = to_json(shown.model_dump(mode="json")).encode()
-        return Offered(files={CARD: (folder / CARD).read_bytes(), MASK: content})
+        return Offered(files={CARD: read_plain(folder / CARD, MAX_JSON_BYTES), MASK: content})
 
     # --- queries ----------------------------------------------------------------------------------
 
@@ -212,7 +269,7 @@ class Site:
             unpack_teacher(teachers[site], site, folder)
             if (key := policy.keys.get(site)) is not None:
                 signature = signatures.get(site) if isinstance(signatures, Mapping) else None
-                card = (folder / CARD).read_bytes()
+                card = read_plain(folder / CARD, MAX_JSON_BYTES)
                 check_signature(key, card, signature if isinstance(signature, bytes) else None, site)
 
         with hold_query(self.root, self.name, plan.query):
@@ -226,18 +283,24 @@ class Site:
         student = self.space.student(self.name, plan.query)
         self.teach(params)  # the student begins with the site's own network
 
-        def make() -> None:
-            from qkt_clinical.stages.transfer import transfer_query
+        from qkt_clinical.models.networks import pick_device
+        from qkt_clinical.stages.transfer import transfer_query
 
-            transfer_query(self.root, self.name, plan.query, params)
-
-        reads = {
-            "plan": digest_folder(fetched),
-            "own": digest_file(self.space.teacher(self.name) / CARD),
-            "data": read_manifest(self.space.prepared(self.name)).digests,
-            "params": params.model_dump(mode="json", include={"seed", "device", "transfer"}),
-        }
-        self._made(f"student-{plan.query}", reads, student, make)
+        made_of = transfer_recipe(
+            params,
+            plan.query,
+            load_query(self.root, self.name, plan.query),
+            read_manifest(self.space.prepared(self.name)),
+            own=digest_file(self.space.teacher(self.name) / CARD),
+            fetched=digest_folder(fetched),
+            device=pick_device(params.device).type,
+        )
+        self._made(
+            f"student-{plan.query}",
+            made_of,
+            lambda: digest_folder(student),
+            lambda: transfer_query(self.root, self.name, plan.query, params),
+        )
         return Answered(
             digest=digest_file(student / CARD),
             figures=self._figures(plan, params) if policy.share.metrics else None,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from qkt_clinical.common.files import digest_file, passing_folder, sweep
+from qkt_clinical.common.files import TooLarge, copy_plain, passing_folder, sweep
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import BundleError, QueryError
 from qkt_clinical.models.offers import check_teacher
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
-from qkt_clinical.records.plan import SHARED, Offer
+from qkt_clinical.records.card import (
+    CARD,
+    MASK,
+    MAX_JSON_BYTES,
+    REMEDY,
+    WEIGHTS,
+    Weights,
+    read_card_file,
+    read_mask_file,
+)
+from qkt_clinical.records.plan import Offer
 from qkt_clinical.tracking.client import registry_client, tracking_uri
 from qkt_clinical.tracking.teachers import Registered, fetch_file, registered_teachers
 
@@ -47,10 +55,12 @@ class Shelf(NamedTuple):
         """
         weights = self.offers[site].card.weights
         stored = self.kept / weights.sha256
-        if not stored.is_file() or digest_file(stored) != weights.sha256:
+        for name in (CARD, MASK):
+            copy_plain(self.folder / site / name, folder / name, MAX_JSON_BYTES)
+        if not self._kept_copy(stored, folder / WEIGHTS, weights):
             with passing_folder(self.kept / FETCHED) as passing:
                 fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
-                if digest_file(passing / WEIGHTS) != weights.sha256:
+                if copy_plain(passing / WEIGHTS, folder / WEIGHTS, weights.bytes) != weights.sha256:
                     raise BundleError(
                         "the weights' digest differs from the card's",
                         remedy=REMEDY,
@@ -58,20 +68,24 @@ class Shelf(NamedTuple):
                         code="bundle-digest",
                     )
                 (passing / WEIGHTS).replace(stored)
-        for name in (CARD, MASK):
-            shutil.copyfile(self.folder / site / name, folder / name)
-        shutil.copyfile(stored, folder / WEIGHTS)
+
+    @staticmethod
+    def _kept_copy(stored: Path, target: Path, weights: Weights) -> bool:
+        """Whether weights that were fetched before are whole; they are at ``target`` then."""
+        try:
+            return copy_plain(stored, target, weights.bytes) == weights.sha256
+        except (FileNotFoundError, TooLarge):
+            return False
 
 
 def _offer(teacher: Registered, place: Path) -> Offer:
     for name in (CARD, MASK):
         fetch_file(teacher, name, place / name, MAX_JSON_BYTES)
-    card = read_card(place)
+    card, size, digest = read_card_file(place)
     check_teacher(card, teacher.site, place)
-    mask = read_mask(place, card)
+    mask = read_mask_file(place, card)
     assert mask is not None, "it was fetched"
-    size = card.weights.bytes + sum((place / n).stat().st_size for n in SHARED if n != WEIGHTS)
-    return Offer(card, mask, size, digest_file(place / CARD))
+    return Offer(card, mask.mask, card.weights.bytes + size + mask.bytes, digest)
 
 
 def _nobody(what: str, hospital: str) -> QueryError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from qkt_clinical.common.files import write_text
+from qkt_clinical.common.files import passing_file, write_text
 from qkt_clinical.common.locks import lock
 from qkt_clinical.config.loading import load_params, parse, read_yaml
 from qkt_clinical.config.params import Params
@@ -110,18 +110,14 @@ def tell_pipeline(root: Path, hospital: str, name: str, teachers: Sequence[str] 
         text = path.read_text(encoding="utf-8")
         changed = _with_line(text, f"  {_word(key)}: {{hospital: {_word(hospital)}, query: {_word(name)}}}\n")
         wanted = params.model_copy(update={"queries": {**params.queries, key: ref}})
-        temporary = path.with_name(".params.yaml.part")
-        write_text(temporary, changed)
-        try:
+        with passing_file(path) as temporary:
+            temporary.write_text(changed, encoding="utf-8")
             if parse(Params, read_yaml(temporary), file=path) != wanted:
                 raise ConfigError(
                     "a query cannot be added by itself to a file laid out so",
                     remedy=f"Add '{key}: {{hospital: {hospital}, query: {name}}}' under queries.",
                     file=path,
                 )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return True
 
 

@@ -8,22 +8,21 @@ not interrupted.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkt_clinical import __version__
-from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, sweep, to_json
+from qkt_clinical.common.files import digest_file, digest_folder, new_folder, sweep
 from qkt_clinical.common.locks import Busy
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig, QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Manifest, read_manifest
-from qkt_clinical.errors import ConfigError, QktError, QueryError
-from qkt_clinical.jobs.failures import typed
+from qkt_clinical.errors import ConfigError, QktError, QueryError, typed
 from qkt_clinical.jobs.fetch import Shelf, open_shelf
 from qkt_clinical.jobs.new import tell_pipeline
 from qkt_clinical.jobs.state import (
@@ -36,9 +35,10 @@ from qkt_clinical.jobs.state import (
     asked,
 )
 from qkt_clinical.qkt.planning import at_risk, make_plan
-from qkt_clinical.records.card import read_card
+from qkt_clinical.records.card import CARD, read_card
 from qkt_clinical.records.plan import Asking, Plan
 from qkt_clinical.stages.plan import write_fetched
+from qkt_clinical.stages.recipe import transfer_recipe
 
 Report = Callable[[Job], None]
 """Called whenever a job's record changes."""
@@ -160,11 +160,15 @@ class _Worker:
             )
             self._fetch()
             self._transfer()
+            self._put_back()
             self._evaluate()
+            self._put_back()
             self._register()
             self._say(state="answered", interruptions=0)
+            shutil.rmtree(self._own, ignore_errors=True)
         except Cancelled:
             self._end(state="cancelled")
+            shutil.rmtree(self._own, ignore_errors=True)
             board.clear_cancel(job.hospital, job.query)
             raise
         except Exception as error:
@@ -182,8 +186,17 @@ class _Worker:
             self._say()
 
     @property
+    def _own(self) -> Path:
+        """What the job needs until it ends: the pipeline removes what is under ``models/`` when it likes."""
+        return self.board.folder / f"{self.job.hospital}.{self.job.query}"
+
+    @property
     def _fetched(self) -> Path:
-        return self.space.fetched(self.job.hospital, self.job.query)
+        return self._own / "fetched"
+
+    @property
+    def _kept(self) -> Path:
+        return self._own / "student"
 
     @property
     def _student(self) -> Path:
@@ -212,25 +225,40 @@ class _Worker:
     def _transfer(self) -> None:
         self._begin("transfer")
         space, hospital, name = self.space, self.job.hospital, self.job.query
-        read = {
-            "version": __version__,
-            "plan": digest_file(self._fetched / "plan.json"),
-            "own": digest_file(space.teacher(hospital) / "bundle.json"),
-            "data": read_manifest(space.prepared(hospital)).digests,
-            "transfer": self.params.transfer.model_dump(mode="json"),
-            "seed": self.params.seed,
-            "device": self.device or self.params.device,
-        }
-        before = digest_folder(self._student) if self._student.is_dir() else None
-        key = digest_bytes(to_json(read).encode())
-        if before is not None and self.job.transferred == (key, before):
-            return
-        from qkt_clinical.stages.transfer import transfer_query
+        from qkt_clinical.models.networks import pick_device
 
-        transfer_query(
-            self.board.root, hospital, name, self.params, device=self.device, progress=self._progress
+        made_of = transfer_recipe(
+            self.params,
+            name,
+            load_query(self.board.root, hospital, name),
+            read_manifest(space.prepared(hospital)),
+            own=digest_file(space.teacher(hospital) / CARD),
+            fetched=digest_folder(self._fetched),
+            device=pick_device(self.device or self.params.device).type,
         )
-        self._say(transferred=(key, digest_folder(self._student)))
+        before = digest_folder(self._student) if self._student.is_dir() else None
+        if before is None or self.job.transferred != (made_of.digest, before):
+            from qkt_clinical.stages.transfer import transfer_query
+
+            transfer_query(
+                self.board.root,
+                hospital,
+                name,
+                self.params,
+                device=self.device,
+                progress=self._progress,
+                fetched=self._fetched,
+            )
+            self._say(transferred=(made_of.digest, digest_folder(self._student)))
+        with new_folder(self._kept) as kept:
+            shutil.copytree(self._student, kept, dirs_exist_ok=True)
+
+    def _put_back(self) -> None:
+        """The student as the transfer left it, should somebody have removed or replaced it meanwhile."""
+        _, made = self.job.transferred or ("", "")
+        if digest_folder(self._student) != made and digest_folder(self._kept) == made:
+            with new_folder(self._student) as student:
+                shutil.copytree(self._kept, student, dirs_exist_ok=True)
 
     def _evaluate(self) -> None:
         """On the hospital's own test images; what it has none of, only the federation can measure."""

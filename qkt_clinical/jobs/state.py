@@ -11,17 +11,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator
 
-from qkt_clinical.common.files import digest_bytes, to_json, write_json
+from qkt_clinical.common.files import digest_bytes, read_plain, to_json, write_json
 from qkt_clinical.common.locks import Busy, hold_query
-from qkt_clinical.config.base import NAME, Strict
+from qkt_clinical.config.base import NAME, Name, Strict
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace, query_file, site_folder
-from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.errors import QktError, QueryError, visible
+from qkt_clinical.records.card import MAX_JSON_BYTES, Sha256
+from qkt_clinical.records.plan import Count
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
@@ -32,38 +34,42 @@ PAUSE_S = 0.5
 """Progress is written at most so often."""
 
 
+Said = Annotated[str, BeforeValidator(lambda text: visible(text) if isinstance(text, str) else text)]
+"""In words, for a terminal: what is no character that shows stands as its escape."""
+
+
 class Failure(Strict):
     """Why a job failed, as :meth:`QktError.as_dict` says it."""
 
-    code: str
-    message: str
-    remedy: str
-    stage: str | None = None
-    site: str | None = None
-    file: str | None = None
+    code: Said
+    message: Said
+    remedy: Said
+    stage: Said | None = None
+    site: Said | None = None
+    file: Said | None = None
 
 
 class Job(Strict):
     """A query and how far its answer is."""
 
     format: Literal["qkt-job/1"] = "qkt-job/1"
-    hospital: str
-    query: str
+    hospital: Name
+    query: Name
     state: State = "waiting"
-    asked: str = ""
+    asked: Sha256 | Literal[""] = ""
     """Digest of the query file's content when work on it began: a changed query is another question."""
-    step: str | None = None
+    step: Literal["plan", "transfer", "evaluate", "register"] | None = None
     """The one under way or, where the job has ended, the last."""
-    done: int = 0
-    total: int = 0
+    done: Count = 0
+    total: Count = 0
     """Progress within the step."""
-    interruptions: int = 0
+    interruptions: Count = 0
     error: Failure | None = None
-    version: str | None = None
+    version: Said | None = None
     """Of the registered student."""
-    note: str | None = None
+    note: Said | None = None
     """What a person should know of an answer, such as why there are no figures."""
-    transferred: tuple[str, str] | None = None
+    transferred: tuple[Sha256, Sha256] | None = None
     """Digests of all that the transfer read and of the student that came of it: it is not done twice."""
 
     @property
@@ -102,8 +108,9 @@ class Board:
         if hospital is not None:
             site_folder(self.root, hospital)
         files = sorted((self.root / "hospitals").glob("*/queries/*.yaml"))
-        pairs = [(f.parent.parent.name, f.stem) for f in files if NAME.fullmatch(f.stem)]
-        return [p for p in pairs if hospital in (None, p[0])]
+        pairs = [(f.parent.parent.name, f.stem) for f in files]
+        named = [p for p in pairs if all(NAME.fullmatch(name) for name in p)]
+        return [p for p in named if hospital in (None, p[0])]
 
     def read(self, hospital: str, query: str, *, held: bool = False) -> Job:
         """The job of a query; of one that was never worked on, whether the pipeline has answered it.
@@ -118,10 +125,12 @@ class Board:
         config = load_query(self.root, hospital, query)
         path = self._path(hospital, query, "json")
         try:
-            job = Job.model_validate_json(path.read_bytes())
+            job = Job.model_validate_json(read_plain(path, MAX_JSON_BYTES))
+            if (job.hospital, job.query) != (hospital, query):
+                raise ValueError("another job's record")
         except FileNotFoundError:
             return Job(hospital=hospital, query=query, state=self._by_pipeline(hospital, query, config))
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             raise QueryError(
                 "the job's record cannot be read",
                 remedy="Remove the file; the query is answered anew.",
@@ -138,9 +147,10 @@ class Board:
     def _by_pipeline(self, hospital: str, query: str, config: QueryConfig) -> State:
         """``answered`` where ``dvc repro`` has left the student of this very question."""
         try:
-            found = json.loads((Workspace(self.root).student(hospital, query) / "query.json").read_bytes())
+            student = Workspace(self.root).student(hospital, query)
+            found = json.loads(read_plain(student / "query.json", MAX_JSON_BYTES))
             same = QueryConfig.model_validate({k: found[k] for k in QueryConfig.model_fields}) == config
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return "waiting"
         return "answered" if same else "waiting"
 

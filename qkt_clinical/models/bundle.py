@@ -12,22 +12,39 @@ other hospitals do not fetch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.common.files import digest_bytes, digest_file, plain_file, write_json
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier, build, tensor_specs
-from qkt_clinical.records.card import CARD, REMEDY, WEIGHTS, Card, Mask, Weights, read_card, read_mask
+from qkt_clinical.records.card import (
+    CARD,
+    REMEDY,
+    WEIGHTS,
+    Card,
+    Mask,
+    Weights,
+    cannot_be_read,
+    read_card,
+    read_card_file,
+    read_mask,
+)
 
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
 """What a header may take: for all, and for a tensor beside its name."""
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
+
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Tensor to shape and type."""
+Refuse = Callable[[str, str], BundleError]
+"""Of what is wrong and its code."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +56,8 @@ class Bundle:
     network: Classifier
     mask: Mask | None
     experts: Mapping[str, Bundle]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the card, which holds the weights' own."""
-        return digest_file(self.folder / CARD)
+    digest: str
+    """SHA-256 of the card, which holds the weights' own; of the bytes that were parsed."""
 
 
 def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> Card:
@@ -70,33 +84,62 @@ def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> 
     return full
 
 
-def _check_header(path: Path, card: Card) -> None:
-    """Compare the declared tensors with those that the network needs, before any is allocated."""
+def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
+    """Tensors of a weights file that is the card's, checked before one is made and hashed as it is parsed.
+
+    Raises:
+        BundleError: no plain file, or not of the card's size, names, shapes, types or digest.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     def refuse(what: str, code: str) -> BundleError:
         return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=code)
 
     wanted = tensor_specs(card.network)
-    longest = HEADER_BYTES + sum(len(name) + HEADER_BYTES_PER_TENSOR for name in wanted)
-    room = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in wanted.values())
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size != card.weights.bytes:
-                what = f"the file has {size} bytes, {card.weights.bytes} by the card"
-                raise refuse(what, "bundle-size")
-            if not 2 <= length <= longest:
-                what = f"a header of {length} bytes, not of 2 to {longest}"
-                raise refuse(what, "bundle-size")
-            if size != 8 + length + room:
-                what = f"the file has {size} bytes; {card.network.name} of the card needs {8 + length + room}"
-                raise refuse(what, "bundle-size")
-            header = json.loads(stream.read(length))
-    except OSError:
-        raise refuse("cannot be read", "bundle-missing") from None
+        with plain_file(path) as stream:
+            content = _bounded(stream, card, wanted, refuse)
+    except OSError as error:
+        raise cannot_be_read(error, path, card.site) from None
+    length = int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError):
         raise refuse("not a safetensors file", "bundle-format") from None
+    _check_header(header, card, wanted, refuse)
+    if digest_bytes(content) != card.weights.sha256:
+        raise refuse("digest differs from the card's", "bundle-digest")
+    try:
+        # Copied into torch's own memory, which is aligned as that of a network that was trained here.
+        return {name: tensor.clone() for name, tensor in load(content).items()}
+    except (SafetensorError, ValueError):
+        raise refuse("not a safetensors file", "bundle-format") from None
+
+
+def _bounded(stream: BinaryIO, card: Card, wanted: Specs, refuse: Refuse) -> bytes:
+    """The file's content, read only if its size is the one that network and card make it."""
+    longest = HEADER_BYTES + sum(len(name) + HEADER_BYTES_PER_TENSOR for name in wanted)
+    room = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in wanted.values())
+    size = os.fstat(stream.fileno()).st_size
+    first = stream.read(8)
+    length = int.from_bytes(first, "little")
+    if size != card.weights.bytes:
+        raise refuse(f"the file has {size} bytes, {card.weights.bytes} by the card", "bundle-size")
+    if not 2 <= length <= longest:
+        raise refuse(f"a header of {length} bytes, not of 2 to {longest}", "bundle-size")
+    if size != 8 + length + room:
+        raise refuse(
+            f"the file has {size} bytes; {card.network.name} of the card needs {8 + length + room}",
+            "bundle-size",
+        )
+    content = first + stream.read(size - 8)
+    if len(content) != size:
+        raise refuse("the file was cut while it was read", "bundle-size")
+    return content
+
+
+def _check_header(header: Any, card: Card, wanted: Specs, refuse: Refuse) -> None:
     if not isinstance(header, dict):
         raise refuse("not a safetensors file", "bundle-format")
     header.pop("__metadata__", None)
@@ -110,8 +153,6 @@ def _check_header(path: Path, card: Card) -> None:
             or DTYPES.get(str(entry.get("dtype"))) != dtype
         ):
             raise refuse(f"tensor {name}: {entry} against {list(shape)} {dtype}"[:200], "bundle-tensors")
-    if digest_file(path) != card.weights.sha256:
-        raise refuse("digest differs from the card's", "bundle-digest")
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -122,18 +163,9 @@ def load_bundle(folder: Path) -> Bundle:
             ``bundle-mask``, ``bundle-size``, ``bundle-format``, ``bundle-tensors``, ``bundle-digest``,
             ``bundle-values``.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    card = read_card(folder)
+    card, _, digest = read_card_file(folder)
     path = folder / WEIGHTS
-    _check_header(path, card)
-    try:
-        state: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError):
-        raise BundleError(
-            "not a safetensors file", remedy=REMEDY, file=path, site=card.site, code="bundle-format"
-        ) from None
+    state = _read_weights(path, card)
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(
@@ -151,16 +183,21 @@ def load_bundle(folder: Path) -> Bundle:
         network = build(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()
-    experts: dict[str, Bundle] = {}
-    for name in card.decision.experts if card.decision else ():
-        expert = load_bundle(folder / "experts" / name)
-        if expert.card.kind != "teacher" or expert.card.classes != card.classes:
-            raise BundleError(
-                f"expert {name} is no teacher of the same classes",
-                remedy=REMEDY,
-                file=folder,
-                site=card.site,
-                code="bundle-card",
-            )
-        experts[name] = expert
-    return Bundle(folder, card, network, read_mask(folder, card), experts)
+    experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}
+    return Bundle(folder, card, network, read_mask(folder, card), experts, digest)
+
+
+def _expert(folder: Path, name: str, student: Card) -> Bundle:
+    """A teacher that answers along, of which nothing is loaded before its card says that it is one."""
+    place = folder / "experts" / name
+    links = place.is_symlink() or place.parent.is_symlink()
+    card = None if links else read_card(place)
+    if card is None or card.kind != "teacher" or card.classes != student.classes:
+        raise BundleError(
+            f"expert {name} is no teacher of the same classes",
+            remedy=REMEDY,
+            file=folder,
+            site=student.site,
+            code="bundle-card",
+        )
+    return load_bundle(place)

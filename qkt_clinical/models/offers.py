@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qkt_clinical.common.files import digest_file
 from qkt_clinical.errors import BundleError
-from qkt_clinical.records.card import CARD, WEIGHTS, Card, read_card, read_mask
-from qkt_clinical.records.plan import SHARED, Offer
+from qkt_clinical.records.card import WEIGHTS, Card, read_card_file, read_mask_file
+from qkt_clinical.records.plan import Offer
 
 
 def check_teacher(card: Card, site: str, folder: Path) -> None:
@@ -28,20 +27,21 @@ def read_offer(folder: Path, site: str) -> Offer:
     Raises:
         BundleError: card or mask is not valid, or not that of the site's teacher, or a file is missing.
     """
-    card = read_card(folder)
+    card, card_bytes, digest = read_card_file(folder)
     check_teacher(card, site, folder)
-    mask = read_mask(folder, card)
+    mask = read_mask_file(folder, card)
     if mask is None:
         raise BundleError(
             "no mask", remedy=f"Run 'qkt mask {site}'.", file=folder, site=site, code="bundle-mask"
         )
-    if not (folder / WEIGHTS).is_file():
+    weights = folder / WEIGHTS
+    if weights.is_symlink() or not weights.is_file():
         raise BundleError(
             "no weights",
             remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
-            file=folder / WEIGHTS,
+            file=weights,
             site=site,
             code="bundle-missing",
         )
-    size = sum((folder / f).stat().st_size for f in SHARED)
-    return Offer(card, mask, size, digest_file(folder / CARD))
+    size = card_bytes + mask.bytes + weights.stat().st_size
+    return Offer(card, mask.mask, size, digest)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
 from qkt_clinical.catalog import Estimator, Method, Network
-from qkt_clinical.common.files import to_json
-from qkt_clinical.config.base import Name, Strict
-from qkt_clinical.errors import BundleError
+from qkt_clinical.common.files import TooLarge, digest_bytes, read_plain, to_json
+from qkt_clinical.config.base import Classes, Name, Names, Strict
+from qkt_clinical.errors import BundleError, typed
 
 CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
 MAX_JSON_BYTES = 4_000_000
@@ -55,7 +56,7 @@ class Mask(Strict):
     estimator: Estimator
     probes: int
     seed: int
-    classes: tuple[str, ...]
+    classes: Classes
     scores: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...]
     """Per class of the label space, the largest 1."""
     threshold: float
@@ -125,7 +126,7 @@ class Decision(Strict):
     budget: float
     own_weight: float = Field(gt=0, le=1000)
     """What the hospital's own network counts for in the consensus, a teacher being 1."""
-    experts: tuple[Name, ...] = ()
+    experts: Names = ()
     """Sites whose networks answer along (``routed``)."""
     flips: bool = False
     """Whether every network sees an image and its mirror images, and the mean counts (``routed``)."""
@@ -157,7 +158,7 @@ class Card(Strict):
     site: Name
     query: Name | None = None
     network: NetworkSpec
-    classes: tuple[str, ...]
+    classes: Classes
     input: InputSpec
     training: dict[str, float | int | str | bool | None]
     weights: Weights
@@ -183,40 +184,78 @@ class Card(Strict):
         return self
 
 
-def _read_json(path: Path, site: str | None) -> Any:
+class Read(NamedTuple):
+    """A JSON file of a bundle, parsed from the very bytes that were measured and hashed."""
+
+    data: Any
+    bytes: int
+    digest: str
+
+
+def _read_json(path: Path, site: str | None) -> Read:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise BundleError(f"larger than {MAX_JSON_BYTES} bytes", remedy=REMEDY, file=path, site=site)
-        data = json.loads(path.read_text(encoding="utf-8"))
-        to_json(data).encode()  # NaN and lone surrogates could not be written into a plan again
-        return data
-    except OSError:
+        content = read_plain(path, MAX_JSON_BYTES)
+    except TooLarge:
         raise BundleError(
-            "cannot be read",
+            f"larger than {MAX_JSON_BYTES} bytes", remedy=REMEDY, file=path, site=site
+        ) from None
+    except FileNotFoundError:
+        raise BundleError(
+            "is not there",
             remedy=f"Run 'qkt train {site}', or put the site's bundle there.",
             file=path,
             site=site,
             code="bundle-missing",
         ) from None
+    except OSError as error:
+        raise cannot_be_read(error, path, site) from None
+    try:
+        data = json.loads(content.decode())
+        to_json(data).encode()  # NaN and lone surrogates could not be written into a plan again
     except (ValueError, RecursionError):
         raise BundleError("not JSON", remedy=REMEDY, file=path, site=site, code="bundle-card") from None
+    return Read(data, len(content), digest_bytes(content))
+
+
+def cannot_be_read(error: OSError, path: Path, site: str | None) -> BundleError:
+    """Of a bundle's file that cannot be opened, or is a link, a folder, a pipe or a device."""
+    return BundleError(
+        f"cannot be read as a plain file: {typed(error).message}",
+        remedy="Put the file itself there, with permission to read it; links are not followed.",
+        file=path,
+        site=site,
+        code="bundle-missing",
+    )
+
+
+class CardFile(NamedTuple):
+    """A card with size and digest of its file."""
+
+    card: Card
+    bytes: int
+    digest: str
 
 
 def read_card(folder: Path) -> Card:
+    """The card of :func:`read_card_file` alone."""
+    return read_card_file(folder).card
+
+
+def read_card_file(folder: Path) -> CardFile:
     """Read and validate ``bundle.json`` alone; no tensor is touched.
 
     Raises:
-        BundleError: absent, too large, not JSON, or not a card.
+        BundleError: absent, no plain file, too large, not JSON, or not a card.
     """
     path = folder / CARD
-    data = _read_json(path, folder.name)
+    read = _read_json(path, folder.name)
     try:
-        return Card.model_validate(data)
+        return CardFile(Card.model_validate(read.data), read.bytes, read.digest)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(p) for p in first["loc"])
         raise BundleError(
-            f"not a bundle card: {where} {first['msg']}".strip(),
+            f"not a bundle card: {where[:200]} {first['msg'][:200]}".strip(),
             remedy=REMEDY,
             file=path,
             site=folder.name,
@@ -230,11 +269,25 @@ def read_mask(folder: Path, card: Card) -> Mask | None:
     Raises:
         BundleError: not a mask, or of another label space.
     """
+    found = read_mask_file(folder, card)
+    return None if found is None else found.mask
+
+
+class MaskFile(NamedTuple):
+    """A mask with the size of its file."""
+
+    mask: Mask
+    bytes: int
+
+
+def read_mask_file(folder: Path, card: Card) -> MaskFile | None:
+    """As :func:`read_mask`."""
     path = folder / MASK
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    read = _read_json(path, card.site)
     try:
-        mask = Mask.model_validate(_read_json(path, card.site))
+        mask = Mask.model_validate(read.data)
     except ValidationError:
         raise BundleError(
             "not a mask", remedy=REMEDY, file=path, site=card.site, code="bundle-mask"
@@ -248,7 +301,7 @@ def read_mask(folder: Path, card: Card) -> Mask | None:
             site=card.site,
             code="bundle-mask",
         )
-    return mask
+    return MaskFile(mask, read.bytes)
 
 
 def read_reference(folder: Path, card: Card) -> Reference | None:
@@ -258,11 +311,11 @@ def read_reference(folder: Path, card: Card) -> Reference | None:
         BundleError: not a reference, or that of other weights.
     """
     path = folder / REFERENCE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     remedy = "Run 'qkt train' or 'qkt transfer' again, or remove the file; answers then carry no flag."
     try:
-        reference = Reference.model_validate(_read_json(path, card.site))
+        reference = Reference.model_validate(_read_json(path, card.site).data)
     except ValidationError:
         raise BundleError(
             "not a reference", remedy=remedy, file=path, site=card.site, code="bundle-reference"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.config.base import Strict
+from qkt_clinical.common.files import read_plain
+from qkt_clinical.config.base import Classes, ClassName, Name, Strict
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.errors import QueryError
-from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card, Mask
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask, Sha256
+
+Count = Annotated[int, Field(ge=0)]
 
 SHARED = (CARD, WEIGHTS, MASK)
 """The files of a teacher bundle that leave its site: no metrics, no curves."""
@@ -34,34 +37,40 @@ class Offer:
 class Candidate(Strict):
     """One teacher as the plan sees it."""
 
-    site: str
+    site: Name
     relevant: bool
     reason: str
-    teaches: tuple[str, ...]
+    teaches: Classes
     """Query classes that it knows."""
-    rivals: tuple[str, ...]
+    rivals: Classes
     """Classes of the hospital's own that it knows."""
-    known: tuple[str, ...]
-    scores: dict[str, float]
+    known: Classes
+    scores: dict[ClassName, float]
     """Mask score per query class."""
     threshold: float
-    bytes: int
-    digest: str
+    bytes: Count
+    digest: Sha256
 
 
 class Plan(Strict):
     """``plan.json``."""
 
     format: Literal["qkt-plan/1"] = "qkt-plan/1"
-    hospital: str
-    query: str
-    classes: tuple[str, ...]
+    hospital: Name
+    query: Name
+    classes: Classes
     method: Method
     budget: float
-    local: tuple[str, ...]
-    teachers: tuple[Candidate, ...]
-    uncovered: tuple[str, ...]
-    bytes_moved: int
+    local: Classes
+    teachers: Annotated[tuple[Candidate, ...], Field(max_length=1000)]
+    uncovered: Classes
+    bytes_moved: Count
+
+    @model_validator(mode="after")
+    def _each_teacher_once(self) -> Plan:
+        if len({t.site for t in self.teachers}) != len(self.teachers):
+            raise ValueError("a teacher is named twice")
+        return self
 
     @property
     def relevant(self) -> tuple[str, ...]:
@@ -72,11 +81,11 @@ class Plan(Strict):
 class Asking(Strict):
     """What a plan needs to know of the asking hospital; no number of images."""
 
-    classes: tuple[str, ...]
+    classes: Classes
     """The federation's label space."""
-    held: tuple[str, ...]
+    held: Classes
     """Classes of which it has training images."""
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], Field(max_length=4)]
     normalisation: Literal["unit", "zscore"]
 
     @classmethod
@@ -101,7 +110,7 @@ def read_plan(folder: Path) -> Plan:
         QueryError: absent or not a plan.
     """
     try:
-        return Plan.model_validate_json((folder / "plan.json").read_bytes())
+        return Plan.model_validate_json(read_plain(folder / "plan.json", MAX_JSON_BYTES))
     except (OSError, ValidationError):
         raise QueryError(
             "no readable plan", remedy="Run 'qkt plan' for this query first.", file=folder, code="no-plan"

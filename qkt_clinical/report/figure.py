@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qkt_clinical.common.files import passing_file
 from qkt_clinical.common.wording import words
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.workspace import Workspace
@@ -48,8 +49,6 @@ def write_figure(root: Path) -> Path:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     path = Workspace(root).reports / "gain.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png", metadata={"Software": None}, facecolor="white")
-    temporary.replace(path)
+    with passing_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None}, facecolor="white")
     return path

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from qkt_clinical.common.files import new_folder, write_json
+from qkt_clinical.common.files import TooLarge, copy_plain, new_folder, write_json
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import read_manifest
+from qkt_clinical.errors import BundleError, by_disk
 from qkt_clinical.models.offers import read_offer
 from qkt_clinical.qkt.planning import make_plan
+from qkt_clinical.records.card import MAX_JSON_BYTES, REMEDY, WEIGHTS, cannot_be_read, read_card
 from qkt_clinical.records.plan import SHARED, Asking, Plan
+
+
+def copy_bundle(source: Path, target: Path, site: str) -> None:
+    """Copy a teacher's files into a folder: plain files, no larger than its card says.
+
+    Raises:
+        BundleError: a file is none of these, or is not there.
+    """
+    weights = read_card(source).weights
+    try:
+        for name in SHARED:
+            copy_plain(source / name, target / name, weights.bytes if name == WEIGHTS else MAX_JSON_BYTES)
+    except TooLarge:
+        raise BundleError(
+            f"{name} is larger than its card says", remedy=REMEDY, file=source, site=site, code="bundle-size"
+        ) from None
+    except OSError as error:
+        if (full := by_disk(error)) is not None:
+            raise full from None
+        raise cannot_be_read(error, source / name, site) from None
 
 
 def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
@@ -30,8 +51,7 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     )
 
     def provide(site: str, folder: Path) -> None:
-        for file in SHARED:
-            shutil.copyfile(space.teacher(site) / file, folder / file)
+        copy_bundle(space.teacher(site), folder, site)
 
     write_fetched(space.fetched(hospital, name), plan, provide)
     return plan

@@ -10,7 +10,7 @@ import torch
 
 from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import withhold
-from qkt_clinical.common.files import digest_bytes, digest_file, to_json, write_json
+from qkt_clinical.common.files import digest_bytes, digest_file, passing_folder, sweep, write_json
 from qkt_clinical.common.system_metrics import keep_usage, watched
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -22,24 +22,14 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import check_size, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
 
 METRICS, CURVES = "metrics.json", "curves.json"
-
-
-def _key(site: PreparedSite, params: Params, device: torch.device) -> str:
-    """Everything the run depends on, as a file name: a checkpoint of another run is never taken up."""
-    parts = {
-        "version": __version__,
-        "site": site.name,
-        "data": site.manifest.digests,
-        "train": params.train.model_dump(mode="json"),
-        "seed": params.seed,
-        "device": device.type,
-    }
-    return f"{site.name}-{digest_bytes(to_json(parts).encode())[:16]}"
+MADE = (METRICS, CURVES, REFERENCE, WEIGHTS, CARD)
+"""The stage's files; the card last, it names the weights."""
 
 
 def _secret(site: PreparedSite) -> str:
@@ -115,6 +105,7 @@ def train_site(
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
+    made_of = train_recipe(params, prepared.manifest, where.type)
     with watched() as samples:
         if privacy is not None:
             network, history = train_private(
@@ -139,44 +130,42 @@ def train_site(
                 site=site,
                 normalisation=normalisation,
                 device=where,
-                checkpoint=Checkpoint(space.scratch / "train", _key(prepared, params, where)),
+                checkpoint=Checkpoint(space.scratch / "train", f"{site}-{made_of.digest[:16]}"),
                 progress=progress,
             )
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history)
     folder = space.teacher(site)
-    part = folder.with_name(f".{site}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    card = write_bundle(
-        part,
-        network,
-        {
-            "kind": "teacher",
-            "site": site,
-            "classes": prepared.manifest.classes,
-            "input": InputSpec(
-                shape=prepared.manifest.shape,
-                normalisation=normalisation,
-                spacing_mm=prepared.manifest.spacing_mm,
-            ),
-            "training": {
-                "epochs": len(history.curves),
-                "best_epoch": history.best_epoch,
-                "seed": params.seed,
-                "version": __version__,
-                **history.privacy,
+    sweep(folder)
+    with passing_folder(folder) as part:
+        card = write_bundle(
+            part,
+            network,
+            {
+                "kind": "teacher",
+                "site": site,
+                "classes": prepared.manifest.classes,
+                "input": InputSpec(
+                    shape=prepared.manifest.shape,
+                    normalisation=normalisation,
+                    spacing_mm=prepared.manifest.spacing_mm,
+                ),
+                "training": {
+                    "epochs": len(history.curves),
+                    "best_epoch": history.best_epoch,
+                    "seed": params.seed,
+                    "version": __version__,
+                    **history.privacy,
+                },
             },
-        },
-    )
-    reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
-    write_json(part / REFERENCE, reference.model_dump(mode="json"))
-    write_json(part / METRICS, metrics)
-    write_json(part / CURVES, history.curves)
-    folder.mkdir(parents=True, exist_ok=True)
-    # File by file, since mask.json in the same folder is another stage's; the card last, it names the rest.
-    for name in (METRICS, CURVES, REFERENCE, WEIGHTS, CARD):
-        (part / name).replace(folder / name)
-    part.rmdir()
+        )
+        reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
+        write_json(part / REFERENCE, reference.model_dump(mode="json"))
+        write_json(part / METRICS, metrics)
+        write_json(part / CURVES, history.curves)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in MADE:  # one by one, since mask.json in the same folder is another stage's
+            (part / name).replace(folder / name)
     keep_usage(space.scratch, digest_file(folder / CARD), samples)
     return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_count, shown_total, too_few, withhold
-from qkt_clinical.common.files import digest_bytes, digest_file, new_folder, to_json, write_json
+from qkt_clinical.common.files import digest_file, digest_folder, new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.common.system_metrics import keep_usage, watched
 from qkt_clinical.config.loading import load_query
@@ -27,6 +26,8 @@ from qkt_clinical.qkt.masks import shown_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.records.card import CARD, MASK, REFERENCE
 from qkt_clinical.records.plan import Plan, read_plan
+from qkt_clinical.stages.plan import copy_bundle
+from qkt_clinical.stages.recipe import transfer_recipe
 from qkt_clinical.training.loop import Checkpoint
 
 
@@ -91,11 +92,15 @@ def transfer_query(
     *,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fetched: Path | None = None,
 ) -> dict[str, Any]:
     """Answer a query and write its student to ``models/students/<hospital>/<query>/``.
 
-    Reads the hospital's prepared images, its own teacher bundle and ``models/fetched/<hospital>/<query>/``;
-    no other hospital's folder is opened.
+    Reads the hospital's prepared images, its own teacher bundle and the fetched ones; no other hospital's
+    folder is opened.
+
+    Args:
+        fetched: folder with plan and bundles; ``models/fetched/<hospital>/<query>/`` where none is given.
 
     Returns:
         The phases' record, as in ``phases.json``.
@@ -104,7 +109,7 @@ def transfer_query(
     query = load_query(root, hospital, name)
     prepared = load_prepared(space.prepared(hospital))
     own = load_bundle(space.teacher(hospital))
-    fetched = space.fetched(hospital, name)
+    fetched = fetched or space.fetched(hospital, name)
     plan = read_plan(fetched)
     if (plan.classes, plan.method, plan.budget) != (query.classes, query.method, query.budget):
         raise QueryError(
@@ -114,17 +119,16 @@ def transfer_query(
         )
     bundles = _fetched(fetched, plan, own)
     where = pick_device(device or params.device)
-    parts = {
-        "version": __version__,
-        "plan": digest_file(fetched / "plan.json"),
-        "own": own.digest,
-        "data": prepared.manifest.digests,
-        "transfer": params.transfer.model_dump(mode="json"),
-        "mask": params.mask.model_dump(mode="json"),
-        "seed": params.seed,
-        "device": where.type,
-    }
-    key = f"{hospital}-{name}-{digest_bytes(to_json(parts).encode())[:16]}"
+    made_of = transfer_recipe(
+        params,
+        name,
+        query,
+        prepared.manifest,
+        own=own.digest,
+        fetched=digest_folder(fetched),
+        device=where.type,
+    )
+    key = f"{hospital}-{name}-{made_of.digest[:16]}"
     classes = own.card.classes
     data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
     with watched() as samples:
@@ -177,7 +181,7 @@ def transfer_query(
         )
         write_json(folder / REFERENCE, reference.model_dump(mode="json"))
         for expert in answer.decision.experts:
-            shutil.copytree(fetched / "teachers" / expert, folder / "experts" / expert)
+            copy_bundle(fetched / "teachers" / expert, folder / "experts" / expert, expert)
         correct_masks(folder / "experts", bundles, answer)
         write_json(
             folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from qkt_clinical.config.params import Params
-from qkt_clinical.errors import OutputsError, QktError, refused_by_system
+from qkt_clinical.errors import OutputsError, QktError, by_disk, refused_by_system
 from qkt_clinical.tracking.runs import DIGEST
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def unsynced() -> Iterator[None]:
 
 
 def _refused(error: Exception) -> QktError:
-    return QktError(
+    return by_disk(error) or QktError(
         f"MLflow: {str(error).strip().splitlines()[0][:200]}",
         remedy="Check track.uri in params.yaml and that the server or database is there.",
         code="mlflow",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkt_clinical.common.files import digest_bytes
+from qkt_clinical.common.files import digest_bytes, passing_file
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,13 @@ class Checkpoint:
         """Write both files; the state, written last, names the digest of the tensors it belongs to."""
         from safetensors.torch import save
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = save(tensors)
         for path, content in (
             (self.weights, data),
             (self.state, json.dumps({**state, "sha256": digest_bytes(data)}).encode()),
         ):
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with passing_file(path) as temporary:
+                temporary.write_bytes(content)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last complete state, or None where there is none (a torn pair counts as none)."""

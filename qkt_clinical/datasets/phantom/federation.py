@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
-from qkt_clinical.common.files import digest_bytes, new_folder, write_json, write_text
+from qkt_clinical.common.files import digest_bytes, new_folder, passing_file, write_json, write_text
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.policy import OPEN_POLICY, POLICY
 from qkt_clinical.datasets.phantom import ct, delivery, smear
@@ -539,10 +539,5 @@ def render_sheet(path: Path, *, dims: Dims = 2, seed: int = 0) -> None:
         for row, column in np.ndindex(len(classes), columns):
             picture = Image.fromarray(examples[row, column]).resize((tile, tile), Image.Resampling.BICUBIC)
             sheet.paste(picture, (x0 + column * (tile + gap), top + row * (tile + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with passing_file(path) as temporary:
         sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
