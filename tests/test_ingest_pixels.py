@@ -30,7 +30,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from qkt_clinical.config import ImageSpec
+from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest import dicom as reader
 from qkt_clinical.ingest.arrays import prepare
