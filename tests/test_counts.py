@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkt_clinical.common.disclosure import shown_count, shown_parts, shown_total, too_few, withhold
+from qkt_clinical.common.disclosure import (
+    shown_count,
+    shown_parts,
+    shown_share,
+    shown_total,
+    too_few,
+    withhold,
+)
 from qkt_clinical.common.files import write_json
 from qkt_clinical.config.loading import parse
 from qkt_clinical.config.params import Params
@@ -53,6 +60,45 @@ def test_parts_of_a_known_total_do_not_tell_each_other() -> None:
 def test_figures_of_few_images_are_withheld() -> None:
     figures = {"a": 0.5, "b": 1.0, "c": 0.25, "d": None}
     assert withhold(figures, {"a": 50, "b": 4, "c": 5}) == {"a": 0.5, "b": None, "c": 0.25, "d": None}
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "share"),
+    [
+        (2, 59, None),
+        (57, 59, None),
+        (5, 59, 0.08),
+        (5, 8, None),
+        (4, 4, None),
+        (0, 3, None),
+        (0, 0, None),
+        (0, 59, 0.0),
+        (59, 59, 1.0),
+        (5, 11, 0.45),
+        (995, 1000, 0.99),
+    ],
+)
+def test_share(count: int, total: int, share: float | None) -> None:
+    assert shown_share(count, total) == share
+
+
+def test_no_count_below_five_can_be_reckoned_from_a_share_and_its_total() -> None:
+    for total in range(150):
+        for count in range(total + 1):
+            share = shown_share(count, total)
+            if share is not None and total:
+                fits = [n for n in range(total + 1) if shown_share(n, total) == share]
+                assert not {1, 2, 3, 4} & {*fits, *(total - n for n in fits)}
+    # Nor the total itself: any share that is told of fewer than a hundred is one of larger totals as well.
+    for total in range(10, 100):
+        for count in range(5, total - 4):
+            assert shown_share(count, total) in {shown_share(n, 150) for n in range(5, 146)} | {None}
+
+
+@pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5)])
+def test_what_is_no_share(count: int, total: int) -> None:
+    with pytest.raises(ValueError, match="no share"):
+        shown_share(count, total)
 
 
 # --- what the stages leave behind ---------------------------------------------------------------------
@@ -109,9 +155,9 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
         write_json(Workspace(tmp_path).teacher(site) / "mask.json", mask | known)
     ask(tmp_path, classes=["c"])
     plan_query(tmp_path, "aster", "q", PARAMS)
-    second_phase = transfer_query(tmp_path, "aster", "q", PARAMS, device="cpu")["phase2"]
-    assert second_phase["calibration_images"] == "<5"
-    assert second_phase["given_away"] is None
+    second_phase = transfer_query(tmp_path, "aster", "q", PARAMS, device="cpu").phase2
+    assert second_phase.calibration_images == "<5"
+    assert second_phase.false_query_rate is None
     text = (Workspace(tmp_path).student("aster", "q") / "phases.json").read_text()
     assert json.loads(text)["phase2"]["calibration_images"] == "<5"
     outputs = read_outputs(tmp_path, PARAMS.model_copy(update={"queries": {"q": ASTER}}))

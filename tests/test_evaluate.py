@@ -107,7 +107,14 @@ def test_the_operating_point_says_what_is_given_away(
 def test_calibration_images_are_told_as_they_may_be(
     tmp_path: Path, given: float | None, images: int | str, told: tuple[float | None, int | str]
 ) -> None:
-    phases = {"phase2": {"given_away": given, "calibration_images": images}}
+    second = {
+        "offsets": {},
+        "budget": 0.3,
+        "given_away": given,
+        "calibration_images": images,
+        "own_weight": 1,
+    }
+    phases = {"format": "qkt-phases/1", "method": "qkt", "phase2": second}
     (tmp_path / "phases.json").write_text(json.dumps(phases))
     found = _calibrated(tmp_path)
     assert (found["given_away_calibration"], found["calibration_images"]) == told

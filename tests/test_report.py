@@ -289,7 +289,7 @@ def test_digests_versions_and_parameters_stand_in_provenance(root: Path) -> None
     text = query_page(root, "h0-q0").text("provenance")
     assert digest_folder(outputs.queries[0].student) in text
     assert f"torch {metadata.version('torch')}" in text
-    assert "transfer.distillation.views 8" in text
+    assert "transfer.images 400" in text
     assert "ingest.splits.train 0.55" in text
     assert outputs.queries[0].card_digest in text
     assert outputs.params_digest in text

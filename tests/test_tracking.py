@@ -128,7 +128,7 @@ def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> 
     assert run.data.metrics["recall/basophil"] == 0.88
     assert "recall/erythroblast" not in run.data.metrics, "of three validation images"
     assert run.data.params["train.network"] == "resnet-small"
-    assert run.data.params["mask.estimator"] == "combined"
+    assert run.data.params["mask.threshold"] == "auto"
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
     assert [(m.step, m.value) for m in curve][:2] == [(1, 1.1), (2, 0.55)]
     assert len(curve) == 12

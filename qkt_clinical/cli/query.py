@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,7 +256,6 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
     """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
     from qkt_clinical.jobs import Board
     from qkt_clinical.records.evaluation import Evaluation
-    from qkt_clinical.records.phases import Phases
     from qkt_clinical.records.plan import Plan
     from qkt_clinical.records.verdict import Verdict
 
@@ -280,13 +278,15 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
     print(f"asks for {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}")
     _say(Board(root).read(hospital, query))
     if found["plan"]:
-        heard = [t for t in found["plan"]["teachers"] if t["relevant"]]
-        for teacher in heard:
+        for teacher in (t for t in found["plan"]["teachers"] if t["relevant"]):
             print(f"  {teacher['site']}: {teacher['reason']}")
     if found["phases"]:
         second = found["phases"]["phase2"]
-        given = "a share" if second["given_away"] is None else f"{second['given_away']:.1%}"
-        print(f"given away: {given} of own calibration images, budget {second['budget']:.1%}")
+        for teacher in (t for t in found["phases"]["screening"] if not t["included"]):
+            print(f"  {teacher['site']} excluded: {teacher['reason']}")
+        rate = second["false_query_rate"]
+        told = "not told" if rate is None else f"{rate:.0%}"
+        print(f"false-query rate on own calibration images: {told}, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]
@@ -300,11 +300,9 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
 
 
 def _read(path: Path, kind: type[BaseModel]) -> Any:
-    """A JSON file of the workspace as it stands there, if it is one of its kind; None where there is none."""
+    """A JSON file of the workspace in today's format, if it is one of its kind; None where there is none."""
     try:
-        content = read_plain(path, LARGEST_FILE)
-        kind.model_validate_json(content)
-        return json.loads(content)
+        return kind.model_validate_json(read_plain(path, LARGEST_FILE)).model_dump(mode="json")
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

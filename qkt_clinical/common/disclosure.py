@@ -3,6 +3,12 @@
 One rule for pages, model cards, MLflow and whatever else may leave a hospital: a number from 1 to 4 is told
 as ``<5``; a figure that rests on so few images is not told; and a number from which a hidden one could be
 reckoned, as the total less the other parts, is told as ``≥5``. Pure functions.
+
+Shares have a rule of their own, for a share and its total tell the count: 0.034 of 59 images is 2 of them.
+A share is not told where the count, or what is left of the total, is 1 to 4; all others are rounded to two
+decimals. Whoever knows the total reckons only counts of 5 and more from them. Whoever does not know it cannot
+reckon it either: 0.45 may be 5 of 11, 9 of 20 or 45 of 100, while 0.454545 is 5 of 11. 0 and 1 say the same
+of every total. A mean of shares of which one is not told would tell that one, and is not told either.
 """
 
 from __future__ import annotations
@@ -47,3 +53,20 @@ def withhold(figures: Mapping[str, Figure], images: Mapping[str, int]) -> dict[s
         images: how many images each rests on; a name that is absent rests on none.
     """
     return {name: None if too_few(images.get(name, 0)) else figure for name, figure in figures.items()}
+
+
+def shown_share(count: int, total: int) -> float | None:
+    """``count`` of ``total`` images or patients as a share from which no number of 1 to 4 can be reckoned.
+
+    Returns:
+        The share, rounded to two decimals; None where there is no total, or where the total, the count or
+        what is left of the total is 1 to 4.
+
+    Raises:
+        ValueError: the count is not from 0 to the total.
+    """
+    if not 0 <= count <= total:
+        raise ValueError(f"{count} of {total} is no share")
+    if total == 0 or any(map(too_few, (total, count, total - count))):
+        return None
+    return round(count / total, 2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.qkt.prediction import predict_scores
+from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
@@ -129,16 +129,16 @@ def _flips(
 
 
 def _calibrated(student: Path) -> dict[str, Any]:
-    """What was given away on the calibration images by which the offsets were set, of ``phases.json``."""
+    """The false-query rate on the calibration images by which the offsets were set, of ``phases.json``."""
     path = student / "phases.json"
     try:
-        phase = json.loads(path.read_text(encoding="utf-8"))["phase2"]
-        given, images = phase["given_away"], phase["calibration_images"]
+        second = Phases.model_validate_json(path.read_bytes()).phase2
+        images = second.calibration_images
         return {
-            "given_away_calibration": None if given is None else float(given),
-            "calibration_images": images if isinstance(images, str) else shown_total(int(images), ()),
+            "given_away_calibration": second.false_query_rate,
+            "calibration_images": images if isinstance(images, str) else shown_total(images, ()),
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         raise QueryError(
             "no readable record of the phases",
             remedy="Run 'qkt transfer' for this query again.",
