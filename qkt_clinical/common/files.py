@@ -46,11 +46,16 @@ def to_json(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: temporary name first, then rename."""
+    """Write a text file in one step, see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step: temporary name first, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _passing(path, "part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,10 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.records.evaluation import Fraction, Number, View
+from qkt_clinical.config.base import Fraction
+from qkt_clinical.records.base import Number, Record
 
 
-class Trusted(View):
+class Trusted(Record):
     """What the hospital's own images said of a fetched teacher."""
 
     site: str
@@ -19,7 +20,7 @@ class Trusted(View):
     """Classes that it claims and is not believed to know."""
 
 
-class Phase1(View):
+class Phase1(Record):
     """What the student took up from the relevant teachers."""
 
     kind: str = "distill"
@@ -28,7 +29,7 @@ class Phase1(View):
     teacher_passes: Number
 
 
-class Phase2(View):
+class Phase2(Record):
     """Refinement of the head; the operating point."""
 
     offsets: dict[str, float]
@@ -42,7 +43,7 @@ class Phase2(View):
     curves: tuple[dict[str, float], ...] = ()
 
 
-class Phases(View):
+class Phases(Record):
     """``phases.json``."""
 
     method: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from qkt_clinical.common.files import write_bytes
 from qkt_clinical.common.wording import words
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.workspace import Workspace
@@ -48,8 +50,7 @@ def write_figure(root: Path) -> Path:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     path = Workspace(root).reports / "gain.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png", metadata={"Software": None}, facecolor="white")
-    temporary.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None}, facecolor="white")
+    write_bytes(path, drawn.getvalue())
     return path
