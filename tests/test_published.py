@@ -90,7 +90,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def told_counts(told: PublishedEvaluation, evaluation: Evaluation) -> Iterator[int]:
-    """Numbers of images that figures which are told stand for: recognised, missed, taken for another class."""
+    """Numbers of images that figures which are told stand for: recognised, missed, confused."""
     for side, held in ((told.before, evaluation.before), (told.after, evaluation.after)):
         for i, (name, shown) in enumerate(zip(told.relevant, side.confusion, strict=True)):
             row = held.confusion[i] or ()

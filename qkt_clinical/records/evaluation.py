@@ -67,7 +67,7 @@ class SubgroupScores(Record):
     balanced_accuracy: Proportion | None
 
 
-class Subgroup(Record):
+class SubgroupResult(Record):
     """One group of a column such as sex or scanner; counts as they may be shown."""
 
     images: Number | str
@@ -126,7 +126,7 @@ class Evaluation(Record):
     class_forgetting: dict[str, Difference | None]
     flips: tuple[Flip, ...] = ()
     operating_point: OperatingPoint | None = None
-    subgroups: dict[str, dict[str, Subgroup]] = Field(default_factory=dict)
+    subgroups: dict[str, dict[str, SubgroupResult]] = Field(default_factory=dict)
     """Column to group, of hospitals whose site.yaml names the column."""
 
     @model_validator(mode="after")

@@ -21,7 +21,14 @@ from qkt_clinical.common.disclosure import (
 )
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Difference, Estimate, Number, Proportion, Record
-from qkt_clinical.records.evaluation import Bin, Evaluation, OperatingPoint, Scores, Subgroup, SubgroupScores
+from qkt_clinical.records.evaluation import (
+    Bin,
+    Evaluation,
+    OperatingPoint,
+    Scores,
+    SubgroupResult,
+    SubgroupScores,
+)
 from qkt_clinical.records.training import TeacherMetrics
 from qkt_clinical.records.verdict import Champion, Measured, Verdict
 
@@ -85,7 +92,7 @@ class PublishedEvaluation(Record):
     gain_p: Fraction | None
     class_forgetting: dict[str, Difference | None]
     operating_point: OperatingPoint | None
-    subgroups: dict[str, dict[str, Subgroup]]
+    subgroups: dict[str, dict[str, SubgroupResult]]
 
 
 def _shown(estimate: Estimate | None, value: float | None = None) -> Estimate | None:
@@ -211,7 +218,7 @@ def _point(evaluation: Evaluation) -> OperatingPoint | None:
     return point.model_copy(update={"given_away_test": given})
 
 
-def _subgroup(group: Subgroup) -> Subgroup:
+def _subgroup(group: SubgroupResult) -> SubgroupResult:
     """Figures of a group, judged as if all its images were of one class: they may be."""
 
     def shown(estimate: Estimate | None) -> Estimate | None:

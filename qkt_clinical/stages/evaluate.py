@@ -42,7 +42,7 @@ from qkt_clinical.models.networks import pick_device
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import Decision
-from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPoint, Scores, Subgroup
+from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPoint, Scores, SubgroupResult
 from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
 from qkt_clinical.records.reading import read_record, write_record
@@ -167,14 +167,14 @@ def _scores(figures: ModelFigures, names: Sequence[str]) -> Scores:
     )
 
 
-def _subgroups(groups: Mapping[str, SubgroupFigures]) -> dict[str, Subgroup]:
+def _subgroups(groups: Mapping[str, SubgroupFigures]) -> dict[str, SubgroupResult]:
     """Groups of one column with counts as they may be told: their total is that of the test images."""
     images, patients = (
         shown_parts({g: getattr(figures, of) for g, figures in groups.items()})
         for of in ("images", "patients")
     )
     return {
-        g: Subgroup(images=images[g], patients=patients[g], before=figures.before, after=figures.after)
+        g: SubgroupResult(images=images[g], patients=patients[g], before=figures.before, after=figures.after)
         for g, figures in groups.items()
     }
 
