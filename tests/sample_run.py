@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from qkt_clinical.catalog import BLOOD_CELLS, SPLITS
 from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, write_json
 from qkt_clinical.config.loading import parse
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.data.prepared import read_manifest
-from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card
+from qkt_clinical.data.prepared import Consent, Manifest, read_manifest
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card, Mask
+from qkt_clinical.records.evaluation import Evaluation
+from qkt_clinical.records.phases import Phases
+from qkt_clinical.records.plan import Plan
+from qkt_clinical.records.reading import write_record
+from qkt_clinical.records.training import Curves, TeacherMetrics
 from qkt_clinical.stages.gate import gate_queries
 
 SHAPE = (3, 16, 16)
@@ -24,6 +30,15 @@ FEW_AT, FEW = 2, 3
 """The query of whose asked class there are few test images, and how many."""
 LAYERS = 10
 """That are made smaller, of every teacher."""
+
+
+def write_as(kind: type[BaseModel], path: Path, data: Any) -> None:
+    """Write a file through its model: a fixture holds what stages write, and nothing that they do not."""
+    record = kind.model_validate(data)
+    if isinstance(data, dict):
+        strange = set(data) - set(kind.model_fields)
+        assert not strange, f"{kind.__name__} has no {sorted(strange)}"
+    write_record(path, record)
 
 
 def interval(value: float, half: float = 0.04) -> dict[str, float]:
@@ -95,7 +110,8 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
     folder = workspace.teacher(site)
     write_card(folder, _card(params, site), weights=weights, seed=index)
     scores = [1.0 if c in local else round(0.001 + 0.01 * share(site, c), 6) for c in params.classes]
-    write_json(
+    write_as(
+        Mask,
         folder / MASK,
         {
             "format": "qkt-mask/1",
@@ -109,7 +125,8 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
             "known": [s >= 0.1 for s in scores],
         },
     )
-    write_json(
+    write_as(
+        TeacherMetrics,
         folder / "metrics.json",
         {
             "balanced_accuracy": 0.9375,
@@ -117,10 +134,10 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
             "epochs": 12,
             "best_epoch": 9,
             "stopped_early": True,
-            "parameters": 308_776,
         },
     )
-    write_json(
+    write_as(
+        Curves,
         folder / "curves.json",
         [
             {"epoch": float(e), "loss": round(1.1 / e, 6), "score": round(0.95 - 0.5 / e, 6)}
@@ -132,7 +149,8 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
     counts["test"] = dict.fromkeys(local, 50)
     prepared = workspace.prepared(site)
     prepared.mkdir(parents=True, exist_ok=True)
-    write_json(
+    write_as(
+        Manifest,
         prepared / "manifest.json",
         {
             "format": "qkt-prepared/1",
@@ -190,7 +208,14 @@ def _scores(
 
 
 def _write_query(
-    workspace: Workspace, params: Params, index: int, *, weights: bool, reason: str, loss: bool
+    workspace: Workspace,
+    params: Params,
+    index: int,
+    *,
+    weights: bool,
+    reason: str,
+    loss: bool,
+    recalls: tuple[float, float],
 ) -> None:
     site, query = params.sites[index], f"q{index}"
     local, asked = _local(params, index), asked_class(params, index)
@@ -254,7 +279,7 @@ def _write_query(
         "uncovered": [],
         "bytes_moved": moved,
     }
-    write_json(student / "plan.json", plan)
+    write_as(Plan, student / "plan.json", plan)
     first = {
         "kind": "transplant",
         "rank": 0.35 if method == "qkt-light" else 0.5,
@@ -265,10 +290,10 @@ def _write_query(
         "views": 1,
         "teacher_passes": len(teachers),
     }
-    write_json(
+    write_as(
+        Phases,
         student / "phases.json",
         {
-            "format": "qkt-phases/1",
             "method": method,
             "phase1": first if method != "routed" else None,
             "phase2": {
@@ -284,8 +309,8 @@ def _write_query(
     )
     images = {c: FEW if c == asked and index == FEW_AT else 50 for c in relevant}
     recalled = round(2 / FEW, 6) if index == FEW_AT else 0.80 + 0.02 * index
-    before = {c: 0.0 if c == asked else 0.96 for c in relevant}
-    after = {c: recalled if c == asked else 0.94 for c in relevant}
+    before = {c: 0.0 if c == asked else recalls[0] for c in relevant}
+    after = {c: recalled if c == asked else recalls[1] for c in relevant}
     if loss:
         after = {c: 0.04 * (index != FEW_AT) if c == asked else 0.90 for c in relevant}
     first, second = _scores(relevant, before, asked, images), _scores(relevant, after, asked, images)
@@ -293,12 +318,12 @@ def _write_query(
     def gain(key: str, sign: int = 1) -> dict[str, float]:
         return interval(sign * (second[key]["value"] - first[key]["value"]), 0.03)
 
-    write_json(
+    write_as(
+        Evaluation,
         workspace.reports / "evaluation" / site / f"{query}.json",
         {
-            "format": "qkt-evaluation/1",
             "student": digest_folder(student),
-            **ask,
+            **{k: ask[k] for k in ("hospital", "query", "classes", "method", "budget")},
             "teachers": teachers,
             "bytes_moved": moved,
             "relevant": relevant,
@@ -365,7 +390,7 @@ def write_pictures(root: Path, params: Params, sites: Sequence[str]) -> None:
             folder / "splits.json",
             {s: [] for s in SPLITS} | {"train": list(range(300, count)), "test": list(range(300))},
         )
-        write_json(space.consent(site), {"pictures": site in sites})
+        write_as(Consent, space.consent(site), {"pictures": site in sites})
 
 
 def write_sample_run(
@@ -375,11 +400,16 @@ def write_sample_run(
     weights: bool = False,
     reason: str = "knows what is asked; nearest in scores",
     loss_at: int | None = None,
+    recalls: tuple[float, float] = (0.96, 0.94),
 ) -> None:
-    """Everything that report and track read. Query ``loss_at`` ends worse than the site's own model."""
+    """Everything that report and track read. Query ``loss_at`` ends worse than the site's own model.
+
+    ``recalls`` are those of the hospital's own classes, before and after.
+    """
     workspace = Workspace(root)
     for index in range(len(params.sites)):
         _write_site(workspace, params, index, weights=weights)
     for index in range(len(params.sites)):
-        _write_query(workspace, params, index, weights=weights, reason=reason, loss=index == loss_at)
+        loss = index == loss_at
+        _write_query(workspace, params, index, weights=weights, reason=reason, loss=loss, recalls=recalls)
     gate_queries(root, params)

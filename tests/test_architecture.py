@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,51 @@ def test_stage_module_subcommand_and_description_bear_one_name() -> None:
         assert (ROOT / "pipelines" / f"{stage}.py").is_file()
         assert f"\ndef {stage}(" in text
         assert f'"""Stage ``{stage}``' in (ROOT / "pipelines" / f"{stage}.py").read_text(encoding="utf-8")
+
+
+def public_names() -> dict[str, set[str]]:
+    """Public classes and type aliases of the package, each with the modules that define one."""
+    found: dict[str, set[str]] = {}
+    for file, node in ((f, n) for f in FILES for n in tree(f).body):
+        name = node.name if isinstance(node, ast.ClassDef) else None
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+            name = ast.unparse(node.targets[0])
+        if name and re.fullmatch("[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*", name):
+            found.setdefault(name, set()).add(file.relative_to(PACKAGE).as_posix())
+    return found
+
+
+TWICE = {
+    *("Asking", "Decision", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
+    *("Plan", "Question", "Sample", "Settings", "Split", "State", "Store", "Verdict"),
+}
+"""Names that mean two things still; nothing is added here."""
+
+
+def test_one_name_means_one_thing() -> None:
+    twice = {name: files for name, files in public_names().items() if len(files) > 1}
+    assert {name: files for name, files in twice.items() if name not in TWICE} == {}
+
+
+def test_pages_and_model_cards_do_not_know_each_other() -> None:
+    report = {f.stem: imported(f) for f in FILES if room(f) == "report"}
+    cards = {"model_card", "model_card_text"}
+    pages = set(report) - cards - {"write", "__init__"}
+    for ones, others in ((cards, pages), (pages, cards)):
+        for name in ones:
+            known = {n.removeprefix("qkt_clinical.report.").split(".")[0] for n in report[name]}
+            assert not known & others, name
+
+
+RECORDED = {"evaluate.py", "gate.py"}
+
+
+def test_files_with_a_model_are_read_through_it() -> None:
+    """Who reads what another stage wrote does not take a JSON file apart by itself."""
+    readers = [f for f in FILES if room(f) in {"report", "evaluation"} or f.name in RECORDED]
+    for file in (f for f in readers if room(f) != "benchmark"):
+        found = {name.rsplit(".", 1)[-1] for name, _ in calls(file)}
+        assert not found & {"loads", "load", "model_validate_json", "validate_json"}, file
 
 
 def test_pipelines_stay_thin() -> None:

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from qkt_clinical.cli import main
-from qkt_clinical.common.files import digest_folder
+from qkt_clinical.common.files import digest_folder, write_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import load_prepared, write_prepared
 from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.report import write_figure, write_report
-from qkt_clinical.stages.evaluate import NoTestImages, _calibrated, evaluate_one, evaluate_queries
+from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one, evaluate_queries
 from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking.runs import answer_item
 from tests.sample_run import SHAPE, sample_params, write_sample_run
@@ -105,19 +106,43 @@ def test_the_operating_point_says_what_is_given_away(
     [(0.25, 12, (0.25, 12)), (0.25, 3, (0.25, "<5")), (None, "<5", (None, "<5")), (0.1, "≥5", (0.1, "≥5"))],
 )
 def test_calibration_images_are_told_as_they_may_be(
-    tmp_path: Path, given: float | None, images: int | str, told: tuple[float | None, int | str]
+    evaluated: tuple[Path, Params, dict[str, Any]],
+    tmp_path: Path,
+    given: float | None,
+    images: int | str,
+    told: tuple[float | None, int | str],
 ) -> None:
-    second = {
-        "offsets": {},
-        "budget": 0.3,
-        "given_away": given,
-        "calibration_images": images,
-        "own_weight": 1,
-    }
-    phases = {"format": "qkt-phases/1", "method": "qkt", "phase2": second}
-    (tmp_path / "phases.json").write_text(json.dumps(phases))
-    found = _calibrated(tmp_path)
+    root, params, _ = evaluated
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
+    phases = json.loads(path.read_text())
+    phases["phase2"] |= {"false_query_rate": given, "calibration_images": images}
+    write_json(path, phases)
+    evaluate_one(tmp_path, QueryRef(hospital="h0", query="q0"), params, sites=params.sites)
+    found = read(tmp_path)["operating_point"]
     assert (found["given_away_calibration"], found["calibration_images"]) == told
+
+
+def keys(value: Any) -> Any:
+    """Which keys there are, at every depth; of lists and of what is named by class those of the first."""
+    if isinstance(value, dict):
+        return {k: keys(v) for k, v in value.items()}
+    return keys(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else None
+
+
+def test_what_the_stage_writes_is_all_that_its_model_and_the_sample_hold(
+    evaluated: tuple[Path, Params, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Else pages and cards would be tested with fields that no run has."""
+    _, params, found = evaluated
+    assert Evaluation.model_validate(found).model_dump(mode="json") == found
+    write_sample_run(tmp_path, params)
+    sample = read(tmp_path)
+    assert set(found) == set(sample)
+    for part in ("before", "after", "gain", "operating_point"):
+        assert set(found[part]) == set(sample[part]), part
+    assert keys(found["flips"]) == keys(sample["flips"])
+    assert keys(found["after"]["reliability"]) == keys(sample["after"]["reliability"])
 
 
 def test_groups_are_those_of_hospitals_that_have_the_column(
@@ -192,14 +217,14 @@ def test_a_query_that_cannot_be_measured_is_named_and_the_others_go_on(tmp_path:
 
     rows = evaluate_queries(tmp_path, params, skipped=note)
     unmeasured = {h for h, _, _ in left}
-    assert {r["hospital"] for r in rows} == set(params.sites) - unmeasured
+    assert {r.hospital for r in rows} == set(params.sites) - unmeasured
     assert ("h2", "q2", "no-test-images") in left
     assert 0 < len(rows) < 3
     listed = json.loads((space.reports / "queries.json").read_text())
-    assert listed == rows
+    assert listed == [row.model_dump(mode="json") for row in rows]
     assert set(json.loads((space.reports / "metrics.json").read_text())) == {
         "mean",
-        *(f"{r['hospital']}-{r['query']}" for r in rows),
+        *(f"{r.hospital}-{r.query}" for r in rows),
     }
     assert not (space.reports / "evaluation" / "h2" / "q2.json").exists(), "an older one"
     with pytest.raises(NoTestImages):
@@ -207,7 +232,7 @@ def test_a_query_that_cannot_be_measured_is_named_and_the_others_go_on(tmp_path:
 
     left.clear()
     verdicts = gate_queries(tmp_path, params, skipped=note)
-    assert {v.hospital for v in verdicts} == {r["hospital"] for r in rows}
+    assert {v.hospital for v in verdicts} == {r.hospital for r in rows}
     assert {(h, code) for h, _, code in left} == {(h, "not-measured") for h in unmeasured}
     assert not (space.reports / "gate" / "h2" / "q2.json").exists()
     outputs = read_outputs(tmp_path, params)
@@ -219,7 +244,7 @@ def test_a_query_that_cannot_be_measured_is_named_and_the_others_go_on(tmp_path:
     # Where nothing at all can be measured, every stage still ends well, with its folders there.
     for site in params.sites:
         shutil.rmtree(space.prepared(site), ignore_errors=True)
-    assert evaluate_queries(tmp_path, params) == []
+    assert evaluate_queries(tmp_path, params) == ()
     assert gate_queries(tmp_path, params) == []
     assert list((space.reports / "evaluation").rglob("*.json")) == []
     assert list((space.reports / "gate").rglob("*.json")) == []

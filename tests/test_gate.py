@@ -15,15 +15,21 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.evaluation.gate import against, judge, measured
+from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.decisions import Decision, keep_decision
-from qkt_clinical.records.verdict import Bounds, Champion
+from qkt_clinical.records.evaluation import Evaluation
+from qkt_clinical.records.verdict import Champion
 from qkt_clinical.stages.gate import gate_queries
 from tests.sample_run import sample_params, write_sample_run
 
 RULES = GateParams(query_recall=0.6, forgetting=0.05, calibration=0.08, query_images=30)
 
 
-def evaluation(**changes: Any) -> dict[str, Any]:
+def estimate(value: float = 1.0, low: float = 0.0, high: float = 1.0) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def evaluation(**changes: Any) -> Evaluation:
     """An answer that meets every rule just so."""
     figures: dict[str, Any] = {
         "recall": {"a": 0.6, "b": 0.7, "own": 0.1},
@@ -34,23 +40,40 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "more": {},
         **changes,
     }
-    return {
-        "hospital": "h",
-        "query": "q",
-        "classes": ["a", "b"],
-        "test_images": figures["images"],
-        "forgetting": {"value": -1.0, "low": -1.0, "high": figures["forgetting"]},
-        "test_data": "t",
-        **figures["more"],
-        "after": {
-            "balanced_accuracy": {"value": figures["balanced"], "low": 0.5, "high": 1.0},
-            "ece": {"value": 0.0, "low": 0.0, "high": figures["ece"]},
-            "recall": {
-                c: None if v is None else {"value": 1.0, "low": v, "high": 1.0}
-                for c, v in figures["recall"].items()
-            },
-        },
+    names = ("a", "b", "own")
+    images = [figures["images"].get(c, 0) for c in names]
+    scores = {
+        "query_accuracy": estimate(),
+        "retained_accuracy": estimate(),
+        "balanced_accuracy": estimate(figures["balanced"], 0.5),
+        "ece": estimate(0.0, 0.0, figures["ece"]),
+        "recall": {c: None if v is None else estimate(1.0, v) for c, v in figures["recall"].items()},
+        **{name: {} for name in ("precision", "class_auroc", "class_auprc")},
+        "confusion": [[n if i == j else 0 for j in range(3)] for i, n in enumerate(images)],
     }
+    return Evaluation.model_validate(
+        {
+            "hospital": "h",
+            "query": "q",
+            "classes": ["a", "b"],
+            "method": "qkt",
+            "teachers": [],
+            "bytes_moved": 0,
+            "budget": 0.05,
+            "relevant": names,
+            "local": ["own"],
+            "test_images": figures["images"],
+            "test_data": "t",
+            "passes_per_prediction": 1,
+            "before": scores,
+            "after": scores,
+            "gain": estimate(),
+            "query_gain": estimate(),
+            "forgetting": estimate(-1.0, -1.0, figures["forgetting"]),
+            "class_forgetting": {},
+            **figures["more"],
+        }
+    )
 
 
 def test_an_answer_that_meets_every_rule_passes() -> None:
@@ -66,7 +89,7 @@ def test_an_answer_that_meets_every_rule_passes() -> None:
     assert [r.kind for r in verdict.rules] == ["absolute"] * 4 + ["relative"]
     assert verdict.rules[-1].note == "no champion"
     assert verdict.measured is not None
-    assert verdict.measured.query_recall["a"] == Bounds(value=1.0, low=0.6, high=1.0)
+    assert verdict.measured.query_recall["a"] == Estimate(value=1.0, low=0.6, high=1.0)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +193,9 @@ def test_dvc_sees_a_decision_and_nothing_else(tmp_path: Path) -> None:
     assert (first["passed"], first["champion"]) == (True, None)
     assert "didn't change" in dvc(tmp_path, "repro", "--single-item", "gate"), "no decision, nothing to do"
 
-    better = measured(json.loads((tmp_path / "reports/evaluation/h0/q0.json").read_text()))
+    path_of_figures = tmp_path / "reports/evaluation/h0/q0.json"
+    better = measured(Evaluation.model_validate_json(path_of_figures.read_bytes()))
+    assert better.balanced_accuracy is not None
     raised = better.balanced_accuracy.model_copy(update={"value": 0.99})
     keep_decision(
         tmp_path,
@@ -187,7 +212,7 @@ def test_dvc_sees_a_decision_and_nothing_else(tmp_path: Path) -> None:
     dvc(tmp_path, "repro", "--single-item", "gate")
     second = json.loads(path.read_text())
     assert not second["passed"]
-    assert second["rules"][-1]["figure"] == pytest.approx(0.99 - better.balanced_accuracy.value)
+    assert second["rules"][-1]["figure"] == pytest.approx(0.99 - better.balanced_accuracy.value, abs=0.01)
     other = json.loads((path.parent.parent / "h1" / "q1.json").read_text())
     assert other["passed"], "it concerns one hospital"
 
@@ -214,10 +239,52 @@ def test_the_stage_judges_every_query_and_the_command_says_so(
     assert all(v.passed for v in gate_queries(tmp_path, lenient))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_digits_that_are_not_told_do_not_decide_which_of_two_versions_is_better() -> None:
+    """What a registry tells of the champion has two decimals."""
+    beside = champion(0.9)
+    for balanced, met in ((0.8951, True), (0.8949, False)):
+        verdict = judge(evaluation(balanced=balanced), RULES, digest="new", champion=beside)
+        assert verdict.rules[-1].passed is met
+    untold = Champion(digest="old", measured=beside.measured.model_copy(update={"balanced_accuracy": None}))  # type: ignore[union-attr]
+    rule = judge(evaluation(), RULES, digest="new", champion=untold).rules[-1]
+    assert (rule.passed, rule.note) == (False, "too few test images to compare with the champion")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\xff", "[" * 100_000, '{"classes": 1e999}', "NaN"])
 def test_a_damaged_evaluation_is_one_typed_error(tmp_path: Path, content: str) -> None:
     params = sample_params(sites=2)
     write_sample_run(tmp_path, params)
-    (Workspace(tmp_path).reports / "evaluation" / "h0" / "q0.json").write_text(content)
-    with pytest.raises(OutputsError, match="no evaluation that can be judged"):
+    path = Workspace(tmp_path).reports / "evaluation" / "h0" / "q0.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(OutputsError, match="no evaluation that can be judged") as caught:
         gate_queries(tmp_path, params)
+    assert (caught.value.where.stage, caught.value.where.site) == ("gate", "h0")
+    assert caught.value.where.file == str(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hospital": "h1"},
+        {"query": "q1"},
+        {"relevant": ["ig"] * 4},
+        {"classes": ["ig", "ig"]},
+        {"local": ["basophil", "basophil"]},
+        {"classes": [7]},
+        {"test_images": {"ig": -1}},
+        {"test_images": []},
+        {"forgetting": {"value": 0.1, "low": 0.3, "high": 0.2}},
+        {"forgetting": {"value": 0.1, "low": -3, "high": 0.2}},
+        {"flips": [{"site": "h0", "index": -1, "actual": "ig", "before": "ig", "after": "x"}]},
+        {"student": 5},
+        {"format": "qkt-evaluation/9"},
+    ],
+)
+def test_so_is_one_whose_figures_cannot_be(tmp_path: Path, values: dict[str, object]) -> None:
+    params = sample_params(sites=2)
+    write_sample_run(tmp_path, params)
+    path = Workspace(tmp_path).reports / "evaluation" / "h0" / "q0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(OutputsError, match="no evaluation that can be judged") as caught:
+        gate_queries(tmp_path, params)
+    assert caught.value.where.file == str(path)

@@ -124,9 +124,8 @@ def test_a_query_of_a_hospital_without_a_teacher_here_hangs_below_the_pipeline(t
 
 def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> None:
     run = one(runs_of(client), "site", "h0")
-    assert run.data.metrics["balanced_accuracy"] == 0.9375
-    assert run.data.metrics["recall/basophil"] == 0.88
-    assert "recall/erythroblast" not in run.data.metrics, "of three validation images"
+    assert "balanced_accuracy" not in run.data.metrics, "it would tell the recall of a class of three images"
+    assert not [m for m in run.data.metrics if m.startswith("recall/")], "of the others 4 and 3 were missed"
     assert run.data.params["train.network"] == "resnet-small"
     assert run.data.params["mask.threshold"] == "auto"
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
@@ -145,6 +144,7 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
     assert metrics["after/query_accuracy"] == pytest.approx(0.82)
     assert metrics["gain"] == pytest.approx((3 * 0.94 + 0.82) / 4 - 0.72)
     assert metrics["gain/low"] < metrics["gain"] < metrics["gain/high"]
+    assert {m for m in metrics if m.startswith("after/recall/")} == {"after/recall/lymphocyte"}
     assert metrics["bytes_moved"] == 1_234_567
     assert run.data.params["method"] == "qkt-light"
     first = one(runs_of(client), "query", "h0-q0")
@@ -163,9 +163,10 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
 def test_nothing_of_a_class_with_few_test_images_is_mirrored(client: Any) -> None:
     """h2 asks for eosinophils, of which there are three test images."""
     run = one(runs_of(client), "query", "h2-q2")
-    assert {m for m in run.data.metrics if m.startswith("after/recall/")} == {
-        f"after/recall/{c}" for c in ("erythroblast", "ig", "lymphocyte")
-    }
+    assert not [m for m in run.data.metrics if m.startswith("after/recall/")], (
+        "of the others three were missed"
+    )
+    assert not {"after/query_accuracy", "after/balanced_accuracy", "gain"} & set(run.data.metrics)
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
     mirrored = json.loads((folder / "evaluation.json").read_text())
     assert mirrored["test_images"]["eosinophil"] == "<5"

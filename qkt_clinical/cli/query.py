@@ -256,6 +256,7 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
     """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
     from qkt_clinical.jobs import Board
     from qkt_clinical.records.evaluation import Evaluation
+    from qkt_clinical.records.phases import Phases
     from qkt_clinical.records.plan import Plan
     from qkt_clinical.records.verdict import Verdict
 

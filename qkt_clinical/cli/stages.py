@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -27,6 +26,9 @@ from qkt_clinical.common.locks import hold_query
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qkt_clinical.records.summary import QuerySummary
 
 
 def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
@@ -130,11 +132,11 @@ def evaluate(
 
     params = load_params(root)
     if hospital or query:
-        rows = []
+        rows: tuple[QuerySummary, ...] = ()
         for ref in named_refs(params, hospital, query):
             try:
                 with hold_query(root, ref.hospital, ref.query):
-                    rows.append(evaluate_one(root, ref, params, sites=params.sites, device=device))
+                    rows += (evaluate_one(root, ref, params, sites=params.sites, device=device),)
             except NoTestImages as error:
                 if query:
                     raise
@@ -142,7 +144,7 @@ def evaluate(
     else:
         rows = evaluate_queries(root, params, device=device, skipped=tell_skipped)
     if as_json:
-        print_json(rows)
+        print_json([row.model_dump(mode="json") for row in rows])
     else:
         _table(rows)
 
@@ -197,13 +199,15 @@ def track(root: Root = HERE, as_json: Json = False) -> None:
 
 def summary(root: Root = HERE, as_json: Json = False) -> None:
     """Print the table of answered queries, and where report and database are."""
+    from qkt_clinical.records.reading import read_record
+    from qkt_clinical.records.summary import QuerySummaries
+
     path = Workspace(root).reports / "queries.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path) from None
+    if not path.is_file():
+        raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path)
+    rows = read_record(QuerySummaries, path).root
     if as_json:
-        print_json(rows)
+        print_json([row.model_dump(mode="json") for row in rows])
         return
     _table(rows)
     for label, file in (("report", "reports/index.html"), ("MLflow database", "mlflow.db")):
@@ -211,12 +215,12 @@ def summary(root: Root = HERE, as_json: Json = False) -> None:
             print(f"{label}: {(root / file).resolve()}")
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> None:
+def _table(rows: Sequence[QuerySummary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def change(row: dict[str, Any], key: str) -> str:
-        return f"{row['before'][key]:.3f} → {row['after'][key]:.3f}"
+    def change(row: QuerySummary, key: str) -> str:
+        return f"{getattr(row.before, key):.3f} → {getattr(row.after, key):.3f}"
 
     table = Table(title="Accuracy on held-out patients: own model → answer")
     for column in ("hospital", "query", "method", "query acc.", "retained acc.", "balanced acc.", "teachers"):
@@ -224,12 +228,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> None:
     table.add_column("moved", justify="right")
     for row in rows:
         table.add_row(
-            row["hospital"],
-            row["query"],
-            row["method"],
+            row.hospital,
+            row.query,
+            row.method,
             *(change(row, k) for k in ("query_accuracy", "retained_accuracy", "balanced_accuracy")),
-            ", ".join(row["teachers"]),
-            f"{row['bytes_moved'] / 1e6:.1f} MB",
+            ", ".join(row.teachers),
+            f"{row.bytes_moved / 1e6:.1f} MB",
         )
     # Without a terminal the width is unknown; a wide table reads better in a log than a folded one.
     console = Console() if sys.stdout.isatty() else Console(width=132)

@@ -13,12 +13,15 @@ of every total. A mean of shares of which one is not told would tell that one, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 SMALLEST_COUNT = 5
 """Numbers of images or patients below this are not told, except 0; of fewer, a figure speaks of persons."""
 ENOUGH = f"≥{SMALLEST_COUNT}"
+SHOWN_DECIMALS = 2
+"""Of shares and means: six would betray the number of images that they rest on."""
 
 Figure = TypeVar("Figure")
 
@@ -69,4 +72,29 @@ def shown_share(count: int, total: int) -> float | None:
         raise ValueError(f"{count} of {total} is no share")
     if total == 0 or any(map(too_few, (total, count, total - count))):
         return None
-    return round(count / total, 2)
+    return round(count / total, SHOWN_DECIMALS)
+
+
+def shown_figure(value: float) -> float:
+    """A figure that is no share of a told number, as a mean of recalls or an error: to two decimals."""
+    return round(value, SHOWN_DECIMALS)
+
+
+def shown_bounds(low: float, high: float) -> tuple[float, float]:
+    """The ends of an interval, to two decimals outward: what is told holds what was found."""
+    scale = 10**SHOWN_DECIMALS
+    # Rounded first: 0.94 times 100 is a little less than 94.
+    return math.floor(round(low * scale, 6)) / scale, math.ceil(round(high * scale, 6)) / scale
+
+
+def hide_a_second(hidden: Collection[str], parts: Collection[str], images: Mapping[str, int]) -> set[str]:
+    """Which parts of a mean that is told are not told: a single hidden one could be reckoned from the rest.
+
+    Args:
+        hidden: those that may not be told for themselves.
+        parts: of the mean.
+        images: how many images each rests on; of the others the one of the fewest is hidden too.
+    """
+    found = {part for part in parts if part in hidden}
+    others = sorted((images.get(part, 0), part) for part in parts if part not in found)
+    return found | {part for _, part in others[:1]} if len(found) == 1 else found

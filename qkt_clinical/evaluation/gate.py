@@ -7,34 +7,32 @@ verdict says what speaks for and against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from qkt_clinical.common.disclosure import shown_count, too_few, withhold
 from qkt_clinical.config.params import GateParams
-from qkt_clinical.records.verdict import Bound, Bounds, Champion, Measured, Rule, Verdict
+from qkt_clinical.records.evaluation import Evaluation
+from qkt_clinical.records.verdict import Bound, Champion, GateRule, Measured, Verdict
+
+COMPARED_DECIMALS = 2
+"""In which balanced accuracies are compared: those of a version in use may be kept as they may be told."""
 
 
-def measured(evaluation: Mapping[str, Any]) -> Measured:
-    """What others are held against, of ``reports/evaluation/<hospital>/<query>.json``."""
-    after = evaluation["after"]
-    recall = withhold(after["recall"], evaluation["test_images"])
-    return Measured.model_validate(
-        {
-            "balanced_accuracy": after["balanced_accuracy"],
-            "query_recall": {c: recall.get(c) for c in evaluation["classes"]},
-            "forgetting": evaluation["forgetting"],
-            "data": evaluation.get("test_data"),
-        }
+def measured(evaluation: Evaluation) -> Measured:
+    """What others are held against."""
+    recall = withhold(evaluation.after.recall, evaluation.test_images)
+    return Measured(
+        balanced_accuracy=evaluation.after.balanced_accuracy,
+        query_recall={c: recall.get(c) for c in evaluation.classes},
+        forgetting=evaluation.forgetting,
+        data=evaluation.test_data,
     )
 
 
-def _rule(name: str, meaning: str, figure: float | None, bound: Bound, threshold: float) -> Rule:
+def _rule(name: str, meaning: str, figure: float | None, bound: Bound, threshold: float) -> GateRule:
     met = figure is not None and (figure >= threshold if bound == "at least" else figure <= threshold)
-    return Rule(rule=name, meaning=meaning, figure=figure, bound=bound, threshold=threshold, passed=met)
+    return GateRule(rule=name, meaning=meaning, figure=figure, bound=bound, threshold=threshold, passed=met)
 
 
-def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: GateParams) -> tuple[Rule, ...]:
+def absolute_rules(evaluation: Evaluation, figures: Measured, params: GateParams) -> tuple[GateRule, ...]:
     """What every answer must reach, whatever is in use.
 
     Whether a figure that may not be told reaches a threshold is not told either: the rule is met only where
@@ -42,7 +40,7 @@ def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: Gat
     """
     recalls = list(figures.query_recall.values())
     lows = [recall.low for recall in recalls if recall is not None]
-    images = [int(evaluation["test_images"].get(c, 0)) for c in evaluation["classes"]]
+    images = [evaluation.test_images.get(c, 0) for c in evaluation.classes]
     cases = min(images, default=0)
     hidden = too_few(cases)
     recall = _rule(
@@ -55,24 +53,23 @@ def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: Gat
     if any(map(too_few, images)):
         met = cases > 0 and params.query_recall <= 0
         recall = recall.model_copy(update={"note": "too few test images", "passed": met})
-    error = Bounds.model_validate(evaluation["after"]["ece"])
     return (
         recall,
         _rule(
             "forgetting",
             "retained accuracy lost, upper end of its interval",
-            figures.forgetting.high,
+            evaluation.forgetting.high,
             "at most",
             params.forgetting,
         ),
         _rule(
             "calibration",
             "expected calibration error, upper end of its interval",
-            error.high,
+            evaluation.after.ece.high,
             "at most",
             params.calibration,
         ),
-        Rule(
+        GateRule(
             rule="query_images",
             meaning="test images of every class asked for",
             figure=None if hidden else float(cases),
@@ -86,7 +83,7 @@ def absolute_rules(evaluation: Mapping[str, Any], figures: Measured, params: Gat
 
 def relative_rules(
     figures: Measured, digest: str | None, champion: Champion | None, params: GateParams
-) -> tuple[Rule, ...]:
+) -> tuple[GateRule, ...]:
     """What an answer must reach beside the version in use.
 
     Figures of other test images say nothing about which of two versions is better: the rule is not met
@@ -102,13 +99,15 @@ def relative_rules(
         note = "the champion's figures were not kept"
     elif figures.data is None or figures.data != champion.measured.data:
         note = "measured on other data than the champion"
+    elif figures.balanced_accuracy is None or champion.measured.balanced_accuracy is None:
+        note = "too few test images to compare with the champion"
     else:
         now, then = figures.balanced_accuracy.value, champion.measured.balanced_accuracy.value
-        figure = round(then - now, 6)  # figures have six digits; their difference has no more
+        figure = round(round(then, COMPARED_DECIMALS) - round(now, COMPARED_DECIMALS), COMPARED_DECIMALS)
         met = figure <= params.worse_than_champion
         note = f"balanced accuracy {now:.3f}, the champion's is {then:.3f}"
     return (
-        Rule(
+        GateRule(
             rule="worse_than_champion",
             kind="relative",
             meaning="balanced accuracy below the champion's, on the same data",
@@ -122,7 +121,7 @@ def relative_rules(
 
 
 def judge(
-    evaluation: Mapping[str, Any],
+    evaluation: Evaluation,
     params: GateParams,
     *,
     digest: str | None = None,
@@ -131,7 +130,7 @@ def judge(
     """Apply all rules to one answer.
 
     Args:
-        evaluation: as in ``reports/evaluation/<hospital>/<query>.json``.
+        evaluation: the answer's figures.
         params: the thresholds.
         digest: of the answer's bundle.
         champion: the version in use, if there is one.
@@ -142,8 +141,8 @@ def judge(
         *relative_rules(figures, digest, champion, params),
     )
     return Verdict(
-        hospital=evaluation["hospital"],
-        query=evaluation["query"],
+        hospital=evaluation.hospital,
+        query=evaluation.query,
         digest=digest,
         passed=all(rule.passed for rule in rules),
         rules=rules,

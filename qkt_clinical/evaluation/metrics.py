@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
+from qkt_clinical.records.base import Estimate
+from qkt_clinical.records.evaluation import Bin, SubgroupScores
 
 Floats = NDArray[np.float64]
 DIGITS = 6
@@ -36,6 +38,68 @@ class TestSet:
     def local(self) -> tuple[int, ...]:
         """Positions of the hospital's own classes."""
         return tuple(c for c in range(self.classes) if c not in self.query)
+
+
+class Draws(TypedDict):
+    """How intervals are drawn: bootstrap draws over patients, confidence such as 0.95, and their seed."""
+
+    draws: int
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Figures of one model; of each class in the order of the relevant ones, None where there is none.
+
+    ``auroc`` is that of the query against the rest; ``class_...`` are one class against the rest,
+    ``macro_...`` their means over classes; ``confusion`` has truth in rows. For the interval of ``ece`` see
+    :func:`error_interval`. A class that is never predicted has no precision and does not count in their mean.
+    """
+
+    query_accuracy: Estimate | None
+    retained_accuracy: Estimate | None
+    balanced_accuracy: Estimate | None
+    auroc: Estimate | None
+    ece: Estimate
+    recall: tuple[Estimate | None, ...]
+    precision: tuple[Estimate | None, ...]
+    class_auroc: tuple[Estimate | None, ...]
+    class_auprc: tuple[Estimate | None, ...]
+    class_ece: tuple[float, ...]
+    class_reliability: tuple[tuple[Bin, ...], ...]
+    macro_precision: Estimate | None
+    macro_auroc: Estimate | None
+    macro_auprc: Estimate | None
+    confusion: tuple[tuple[int, ...], ...]
+    reliability: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Figures of a site's own model (before) and of the answer (after), and their paired differences."""
+
+    before: ModelFigures
+    after: ModelFigures
+    gain: Estimate | None
+    """Of balanced accuracy."""
+    gain_p: float
+    """See :func:`paired_p`."""
+    query_gain: Estimate | None
+    forgetting: Estimate | None
+    """Retained accuracy lost."""
+    class_forgetting: tuple[Estimate | None, ...]
+    """Recall lost, per class."""
+
+
+@dataclass(frozen=True)
+class SubgroupFigures:
+    """Figures of one group of patients, and how many images and patients they rest on."""
+
+    images: int
+    patients: int
+    before: SubgroupScores
+    after: SubgroupScores
 
 
 def patient_weights(patients: NDArray[np.str_], draws: int, seed: int) -> NDArray[np.int64]:
@@ -99,22 +163,20 @@ def _binned(confidence: Floats, bins: int) -> NDArray[np.int64]:
     return np.minimum((confidence * bins).astype(np.int64), bins - 1)
 
 
-def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> list[dict[str, float | int]]:
+def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> tuple[Bin, ...]:
     """Per bin that holds an answer: mean confidence, accuracy, number of images."""
     which = _binned(confidence, bins)
-    return [
-        {
-            "confidence": round(float(confidence[which == b].mean()), DIGITS),
-            "accuracy": round(float(right[which == b].mean()), DIGITS),
-            "images": int((which == b).sum()),
-        }
+    return tuple(
+        Bin(
+            confidence=round(float(confidence[which == b].mean()), DIGITS),
+            accuracy=round(float(right[which == b].mean()), DIGITS),
+            images=int((which == b).sum()),
+        )
         for b in sorted(set(which.tolist()))
-    ]
+    )
 
 
-def reliability(
-    probabilities: Floats, labels: NDArray[np.int64], bins: int = 10
-) -> list[dict[str, float | int]]:
+def reliability(probabilities: Floats, labels: NDArray[np.int64], bins: int = 10) -> tuple[Bin, ...]:
     """Reliability curve of the top class.
 
     Returns:
@@ -185,7 +247,7 @@ def expected_calibration_error(probabilities: Floats, labels: NDArray[np.int64],
 
 def class_calibration(
     probability: Floats, member: NDArray[np.bool_], bins: int = 15
-) -> tuple[float, list[dict[str, float | int]]]:
+) -> tuple[float, tuple[Bin, ...]]:
     """How far one class's probability (N,) is its frequency among those images; ``member`` (N,) are of it.
 
     Returns:
@@ -194,19 +256,28 @@ def class_calibration(
     return _gap(probability, member, bins), _curve(probability, member, 10)
 
 
-def _interval(value: float, draws: Floats, confidence: float) -> dict[str, float]:
+def _interval(value: float, draws: Floats, confidence: float) -> Estimate:
     draws = draws[np.isfinite(draws)]
     if len(draws) == 0:
-        return {"value": round(value, DIGITS), "low": round(value, DIGITS), "high": round(value, DIGITS)}
+        return Estimate(value=round(value, DIGITS), low=round(value, DIGITS), high=round(value, DIGITS))
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {
-        "value": round(value, DIGITS),
-        "low": round(float(low), DIGITS),
-        "high": round(float(high), DIGITS),
-    }
+    return Estimate(
+        value=round(value, DIGITS), low=round(float(low), DIGITS), high=round(float(high), DIGITS)
+    )
 
 
-def error_interval(errors: Floats, confidence: float) -> dict[str, float]:
+def _of_draws(figures: Floats, confidence: float) -> Estimate | None:
+    """Of (1 + draws,), the first being the figure itself; None where there is none."""
+    value = float(figures[0])
+    return _interval(value, figures[1:], confidence) if np.isfinite(value) else None
+
+
+def _of_classes(figures: Floats, confidence: float) -> tuple[Estimate | None, ...]:
+    """The same per class, of (1 + draws, classes)."""
+    return tuple(_of_draws(column, confidence) for column in figures.T)
+
+
+def error_interval(errors: Floats, confidence: float) -> Estimate:
     """A calibration error with its interval, mirrored about the figure and widened to hold it.
 
     A sample's calibration error is larger than that of all patients, by chance alone, and so is a draw's
@@ -219,11 +290,11 @@ def error_interval(errors: Floats, confidence: float) -> dict[str, float]:
     """
     value = float(errors[0])
     drawn = _interval(value, errors[1:], confidence)
-    return {
-        "value": drawn["value"],
-        "low": round(max(0.0, min(value, 2 * value - drawn["high"])), DIGITS),
-        "high": round(min(1.0, max(value, 2 * value - drawn["low"])), DIGITS),
-    }
+    return Estimate(
+        value=drawn.value,
+        low=round(max(0.0, min(value, 2 * value - drawn.high)), DIGITS),
+        high=round(min(1.0, max(value, 2 * value - drawn.low)), DIGITS),
+    )
 
 
 def _mean(recall: Floats, which: Sequence[int]) -> Floats:
@@ -251,94 +322,101 @@ def softmax(scores: Floats) -> Floats:
     return out
 
 
+def _figures(
+    test: TestSet, scores: Floats, weights: Floats, confidence: float
+) -> tuple[ModelFigures, Floats]:
+    """Figures of one model, and its recalls (1 + draws, classes).
+
+    Args:
+        scores: (N, classes) over the relevant classes.
+        weights: (1 + draws, N); in the first row every image counts once.
+    """
+    predicted = scores.argmax(axis=1)
+    right = predicted == test.labels
+    recall = recalls(right, test.labels, test.classes, weights)
+    probabilities = softmax(scores)
+    # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
+    one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
+    per_label = {
+        "precision": precisions(predicted, test.labels, test.classes, weights),
+        "auroc": np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1),
+        "auprc": np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1),
+    }
+    classes = {name: _of_classes(figures, confidence) for name, figures in per_label.items()}
+    macro = {
+        name: _of_draws(_mean(figures, range(test.classes)), confidence)
+        for name, figures in per_label.items()
+    }
+    means = {name: _of_draws(mean, confidence) for name, mean in _accuracies(recall, test).items()}
+    calibrated = [class_calibration(*pair) for pair in one_to_rest]
+    confusion = np.zeros((test.classes, test.classes), dtype=int)
+    np.add.at(confusion, (test.labels, predicted), 1)
+    errors = calibration_errors(probabilities.max(axis=1), right, weights)
+    found = ModelFigures(
+        query_accuracy=means["query_accuracy"],
+        retained_accuracy=means["retained_accuracy"],
+        balanced_accuracy=means["balanced_accuracy"],
+        auroc=_query_auroc(test, scores, weights, confidence),
+        ece=error_interval(errors, confidence),
+        recall=_of_classes(recall, confidence),
+        precision=classes["precision"],
+        class_auroc=classes["auroc"],
+        class_auprc=classes["auprc"],
+        class_ece=tuple(round(error, DIGITS) for error, _ in calibrated),
+        class_reliability=tuple(curve for _, curve in calibrated),
+        macro_precision=macro["precision"],
+        macro_auroc=macro["auroc"],
+        macro_auprc=macro["auprc"],
+        confusion=tuple(map(tuple, confusion.tolist())),
+        reliability=reliability(probabilities, test.labels),
+    )
+    return found, recall
+
+
+def _query_auroc(test: TestSet, scores: Floats, weights: Floats, confidence: float) -> Estimate | None:
+    """AUROC of the query against the rest; None where either has no image."""
+    is_query = np.isin(test.labels, test.query)
+    if is_query.all() or not is_query.any():
+        return None
+    with np.errstate(invalid="ignore"):
+        best = scores[:, list(test.query)].max(axis=1) - scores[:, list(test.local)].max(axis=1)
+    area = auroc(best, is_query, weights)
+    return _interval(float(area[0]), area[1:], confidence)
+
+
 def assess(
     test: TestSet, before: Floats, after: Floats, *, draws: int, confidence: float, seed: int
-) -> dict[str, Any]:
+) -> Assessment:
     """Figures of the site's own model (before) and of the answer (after), and their paired differences.
 
     Args:
         before, after: scores (N, classes) over the relevant classes.
-
-    Returns:
-        ``before`` and ``after`` with query_accuracy, retained_accuracy, balanced_accuracy, auroc (the query
-        against the rest), per class recall, precision, class_auroc, class_auprc, class_ece and
-        class_reliability (one against the rest), their means over classes macro_precision, macro_auroc and
-        macro_auprc, ece and reliability of the answer, and confusion; ``gain`` (balanced accuracy) and
-        ``gain_p`` (:func:`paired_p`), ``query_gain``, ``forgetting`` (retained accuracy lost) and
-        ``class_forgetting`` (recall lost, per class). Figures as value, low, high; None where there is none.
-        A class that is never predicted has no precision and does not count in their mean. For the interval
-        of ece see :func:`error_interval`.
+        draws, confidence, seed: of the intervals, by patient.
     """
     ones = np.ones((1, len(test.labels)))
     weights = np.concatenate([ones, patient_weights(test.patients, draws, seed).astype(np.float64)])
-    is_query = np.isin(test.labels, test.query)
-    result: dict[str, Any] = {}
-    curves: dict[str, dict[str, Floats]] = {}
-    recalled: dict[str, Floats] = {}
-    right: dict[str, NDArray[np.bool_]] = {}
+    first, first_recall = _figures(test, before, weights, confidence)
+    second, second_recall = _figures(test, after, weights, confidence)
+    old, new = _accuracies(first_recall, test), _accuracies(second_recall, test)
+    right = [scores.argmax(axis=1) == test.labels for scores in (before, after)]
 
-    def per_class(figures: Floats) -> list[dict[str, float] | None]:
-        """An interval per class of (1 + draws, classes); the first row is the figure itself."""
-        return [
-            _interval(float(column[0]), column[1:], confidence) if np.isfinite(column[0]) else None
-            for column in figures.T
-        ]
+    def change(name: str, sign: float = 1.0) -> Estimate | None:
+        return _of_draws(sign * (new[name] - old[name]), confidence)
 
-    for name, scores in (("before", before), ("after", after)):
-        predicted = scores.argmax(axis=1)
-        right[name] = predicted == test.labels
-        recall = recalled[name] = recalls(right[name], test.labels, test.classes, weights)
-        probabilities = softmax(scores)
-        # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
-        one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
-        means = _accuracies(recall, test)
-        per_label = {
-            "precision": precisions(predicted, test.labels, test.classes, weights),
-            "auroc": np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1),
-            "auprc": np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1),
-        }
-        calibrated = [class_calibration(*pair) for pair in one_to_rest]
-        macro = {name: _mean(figures, range(test.classes)) for name, figures in per_label.items()}
-        with np.errstate(invalid="ignore"):
-            best = scores[:, list(test.query)].max(axis=1) - scores[:, list(test.local)].max(axis=1)
-        curves[name] = means
-        errors = calibration_errors(probabilities.max(axis=1), right[name], weights)
-        confusion = np.zeros((test.classes, test.classes), dtype=int)
-        np.add.at(confusion, (test.labels, predicted), 1)
-        result[name] = {
-            **{k: _interval(float(v[0]), v[1:], confidence) for k, v in means.items()},
-            "recall": per_class(recall),
-            "precision": per_class(per_label["precision"]),
-            "class_auroc": per_class(per_label["auroc"]),
-            "class_auprc": per_class(per_label["auprc"]),
-            "class_ece": [round(error, DIGITS) for error, _ in calibrated],
-            "class_reliability": [curve for _, curve in calibrated],
-            "macro_precision": per_class(macro["precision"][:, None])[0],
-            "macro_auroc": per_class(macro["auroc"][:, None])[0],
-            "macro_auprc": per_class(macro["auprc"][:, None])[0],
-            "auroc": None,
-            "ece": error_interval(errors, confidence),
-            "reliability": reliability(probabilities, test.labels),
-            "confusion": confusion.tolist(),
-        }
-        if is_query.any() and not is_query.all():
-            area = auroc(best, is_query, weights)
-            result[name]["auroc"] = _interval(float(area[0]), area[1:], confidence)
-    for name, key, sign in (
-        ("gain", "balanced_accuracy", 1.0),
-        ("query_gain", "query_accuracy", 1.0),
-        ("forgetting", "retained_accuracy", -1.0),
-    ):
-        difference = sign * (curves["after"][key] - curves["before"][key])
-        result[name] = _interval(float(difference[0]), difference[1:], confidence)
-    result["class_forgetting"] = per_class(recalled["before"] - recalled["after"])
-    result["gain_p"] = paired_p(test, right["before"], right["after"], draws=draws, seed=seed)
-    return result
+    return Assessment(
+        before=first,
+        after=second,
+        gain=change("balanced_accuracy"),
+        gain_p=paired_p(test, right[0], right[1], draws=draws, seed=seed),
+        query_gain=change("query_accuracy"),
+        forgetting=change("retained_accuracy", -1.0),
+        class_forgetting=_of_classes(first_recall - second_recall, confidence),
+    )
 
 
 def share_given_away(
     test: TestSet, own: NDArray[np.bool_], after: Floats, *, draws: int, confidence: float, seed: int
-) -> dict[str, float] | None:
+) -> Estimate | None:
     """Share of a hospital's own images of its own classes that the answer gives to the query.
 
     Args:
@@ -348,7 +426,7 @@ def share_given_away(
         draws, confidence, seed: of the interval, by patient.
 
     Returns:
-        value, low, high; None where the hospital has no such image.
+        None where the hospital has no such image.
     """
     held = own & np.isin(test.labels, test.local)
     if not held.any():
@@ -367,7 +445,7 @@ def by_subgroup(
     draws: int,
     confidence: float,
     seed: int,
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, SubgroupFigures]]:
     """Figures of the groups of patients.
 
     Args:
@@ -377,10 +455,8 @@ def by_subgroup(
         draws, confidence, seed: of the intervals, by patient.
 
     Returns:
-        Column to group to the numbers of ``images`` and ``patients``, and ``before`` and ``after`` with
-        query_accuracy, retained_accuracy and balanced_accuracy: means over those classes that the group has,
-        None where it has none, or fewer than :data:`SMALLEST_COUNT` patients stand behind
-        it.
+        Column to group to its figures: means over those classes that the group has, None where it has none,
+        or fewer than :data:`SMALLEST_COUNT` patients stand behind it.
     """
     sides = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
     return {
@@ -400,7 +476,7 @@ def _group(
     draws: int,
     confidence: float,
     seed: int,
-) -> dict[str, Any]:
+) -> SubgroupFigures:
     labels, patients = test.labels[member], test.patients[member]
     of = {"query_accuracy": test.query, "retained_accuracy": test.local}
     people = {name: len(np.unique(patients[np.isin(labels, classes)])) for name, classes in of.items()}
@@ -409,11 +485,21 @@ def _group(
     people["balanced_accuracy"] = min(parts)
     ones = np.ones((1, len(labels)))
     weights = np.concatenate([ones, patient_weights(patients, draws, seed).astype(np.float64)])
-    found: dict[str, Any] = {"images": len(labels), "patients": len(np.unique(patients))}
-    for side, answers in predicted.items():
+
+    def side(answers: NDArray[np.int64]) -> SubgroupScores:
         recall = recalls(answers[member] == labels, labels, test.classes, weights)
-        found[side] = {
-            name: _interval(float(mean[0]), mean[1:], confidence) if people[name] >= SMALLEST_COUNT else None
-            for name, mean in _accuracies(recall, test).items()
-        }
-    return found
+        return SubgroupScores(
+            **{
+                name: _interval(float(mean[0]), mean[1:], confidence)
+                if people[name] >= SMALLEST_COUNT
+                else None
+                for name, mean in _accuracies(recall, test).items()
+            }
+        )
+
+    return SubgroupFigures(
+        images=len(labels),
+        patients=len(np.unique(patients)),
+        before=side(predicted["before"]),
+        after=side(predicted["after"]),
+    )

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, RootModel
 
-from qkt_clinical.common.files import write_json
 from qkt_clinical.common.locks import lock
-from qkt_clinical.config.base import NAME
+from qkt_clinical.config.base import NAME, Strict
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import OutputsError, QktError
+from qkt_clinical.errors import QktError
+from qkt_clinical.records.reading import read_record, write_record
 from qkt_clinical.records.verdict import Champion, Measured
 
 FOLDER = "decisions"
@@ -33,10 +33,8 @@ class RegistryError(QktError):
     code = "registry"
 
 
-class Decision(BaseModel):
-    """One decision about a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Decision(Strict):
+    """One decision about a model. Unlike a record it refuses other keys: the file is rewritten with each."""
 
     model: str
     digest: str
@@ -49,6 +47,12 @@ class Decision(BaseModel):
     """What spoke against it."""
     measured: Measured | None = None
     """Figures of a promoted version at that time; what is to replace it is held against them."""
+
+
+class Decisions(RootModel[tuple[Decision, ...]]):
+    """``decisions/<site>.json``, the oldest first."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 def site_of(model: str) -> str:
@@ -80,12 +84,8 @@ def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
     path = decisions_file(root, site)
     if not path.is_file():
         return ()
-    try:
-        return TypeAdapter(tuple[Decision, ...]).validate_json(path.read_bytes())
-    except ValidationError:
-        raise OutputsError(
-            "decisions that cannot be read", remedy="Take it back from git.", file=path, site=site
-        ) from None
+    what = "decisions that cannot be read"
+    return read_record(Decisions, path, site=site, what=what, remedy="Take it back from git.").root
 
 
 def keep_decision(root: Path, decision: Decision) -> None:
@@ -98,7 +98,7 @@ def keep_decision(root: Path, decision: Decision) -> None:
     # Two reviewers may decide at the same moment. The lock is no part of the folder, which is committed.
     with lock(Workspace(root).scratch / f"decisions.{site}.lock"):
         kept = (*read_decisions(root, site), decision)
-        write_json(decisions_file(root, site), [d.model_dump(mode="json") for d in kept])
+        write_record(decisions_file(root, site), Decisions(kept))
 
 
 def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:

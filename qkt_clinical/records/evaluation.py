@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from qkt_clinical.common.disclosure import too_few
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-Number = Annotated[int, Field(ge=0, le=10**15)]
+from qkt_clinical.config.base import Fraction
+from qkt_clinical.records.base import Difference, Number, Proportion, Record
 
 
-class View(BaseModel):
-    """The part of a JSON file that is shown; other keys may be there. Numbers are finite."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Interval(View):
-    """A difference of fractions with its bootstrap interval."""
-
-    value: Annotated[float, Field(ge=-1, le=1)]
-    low: Annotated[float, Field(ge=-1, le=1)]
-    high: Annotated[float, Field(ge=-1, le=1)]
-
-
-class Share(Interval):
-    """A fraction with its bootstrap interval."""
-
-    value: Fraction
-    low: Fraction
-    high: Fraction
-
-
-class Bin(View):
+class Bin(Record):
     """Images of like confidence: how sure the model was of them, and how often it was right."""
 
     confidence: Fraction
@@ -43,31 +20,31 @@ class Bin(View):
     images: Number
 
 
-class Scores(View):
+class Scores(Record):
     """Figures of one model on held-out images; None where there is none or it may not be told.
 
     ``confusion`` has truth in rows, ordered as ``relevant``.
     """
 
-    query_accuracy: Share
-    retained_accuracy: Share
-    balanced_accuracy: Share
-    auroc: Share | None = None
-    ece: Share
-    recall: dict[str, Share | None]
-    precision: dict[str, Share | None]
-    class_auroc: dict[str, Share | None]
-    class_auprc: dict[str, Share | None]
-    class_ece: dict[str, Fraction | None] = {}
-    class_reliability: dict[str, tuple[Bin, ...] | None] = {}
-    macro_precision: Share | None = None
-    macro_auroc: Share | None = None
-    macro_auprc: Share | None = None
+    query_accuracy: Proportion
+    retained_accuracy: Proportion
+    balanced_accuracy: Proportion
+    auroc: Proportion | None = None
+    ece: Proportion
+    recall: dict[str, Proportion | None]
+    precision: dict[str, Proportion | None]
+    class_auroc: dict[str, Proportion | None]
+    class_auprc: dict[str, Proportion | None]
+    class_ece: dict[str, Fraction | None] = Field(default_factory=dict)
+    class_reliability: dict[str, tuple[Bin, ...] | None] = Field(default_factory=dict)
+    macro_precision: Proportion | None = None
+    macro_auroc: Proportion | None = None
+    macro_auprc: Proportion | None = None
     confusion: tuple[tuple[Number, ...] | None, ...]
     reliability: tuple[Bin, ...] = ()
 
 
-class Flip(View):
+class Flip(Record):
     """A test image that one model has right and the other wrong; ``index`` into the prepared arrays."""
 
     site: str
@@ -82,38 +59,49 @@ class Flip(View):
         return self.after == self.actual
 
 
-class GroupScores(View):
+class SubgroupScores(Record):
     """Figures of a group of patients; None where too few stand behind one."""
 
-    query_accuracy: Share | None
-    retained_accuracy: Share | None
-    balanced_accuracy: Share | None
+    query_accuracy: Proportion | None
+    retained_accuracy: Proportion | None
+    balanced_accuracy: Proportion | None
 
 
-class Group(View):
+class SubgroupResult(Record):
     """One group of a column such as sex or scanner; counts as they may be shown."""
 
     images: Number | str
     patients: Number | str
-    before: GroupScores
-    after: GroupScores
+    before: SubgroupScores
+    after: SubgroupScores
 
 
-class OperatingPoint(View):
+class OperatingPoint(Record):
     """The query's offsets, and what they give away of the hospital's own images of its own classes."""
 
     offsets: dict[str, float]
     budget: Fraction
     given_away_calibration: Fraction | None
     calibration_images: Number | str
-    given_away_test: Share | None
+    given_away_test: Proportion | None
     test_images: Number | str
 
 
-class Evaluation(View):
+def _confusion_fault(confusion: Sequence[Sequence[int] | None], images: Sequence[int]) -> str | None:
+    """What a confusion matrix cannot be, of so many images per class; None if nothing is wrong with it."""
+    size = len(images)
+    rows = [row or () for row in confusion]
+    if [len(row) for row in rows] != [size] * size:
+        return f"a confusion matrix that is not {size} x {size}"
+    if [sum(row) for row in rows] != list(images):
+        return "a confusion matrix of other images than were tested"
+    return None
+
+
+class Evaluation(Record):
     """``reports/evaluation/<site>/<query>.json``."""
 
-    format: str = "qkt-evaluation/1"
+    format: Literal["qkt-evaluation/1"] = "qkt-evaluation/1"
     hospital: str
     query: str
     student: str | None = None
@@ -131,15 +119,27 @@ class Evaluation(View):
     passes_per_prediction: Number
     before: Scores
     after: Scores
-    gain: Interval
-    forgetting: Interval
-    query_gain: Interval
+    gain: Difference
+    forgetting: Difference
+    query_gain: Difference
     gain_p: Fraction | None = None
-    class_forgetting: dict[str, Interval | None]
+    class_forgetting: dict[str, Difference | None]
     flips: tuple[Flip, ...] = ()
     operating_point: OperatingPoint | None = None
-    subgroups: dict[str, dict[str, Group]] = {}
+    subgroups: dict[str, dict[str, SubgroupResult]] = Field(default_factory=dict)
     """Column to group, of hospitals whose site.yaml names the column."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Evaluation:
+        for names in (self.relevant, self.classes, self.local):
+            if len(set(names)) != len(names):
+                raise ValueError("a class is named twice")
+        images = [self.test_images.get(c, 0) for c in self.relevant]
+        for scores in (self.before, self.after):
+            fault = _confusion_fault(scores.confusion, images)
+            if fault:
+                raise ValueError(fault)
+        return self
 
     @property
     def few(self) -> tuple[str, ...]:

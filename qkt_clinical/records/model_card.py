@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qkt_clinical.config.base import Strict
+from qkt_clinical.records.base import Estimate, Record
 from qkt_clinical.records.card import InputSpec, NetworkSpec
 
 FailureKind = Literal[
@@ -12,26 +12,26 @@ FailureKind = Literal[
 ]
 
 
-class Estimate(Strict):
-    """A figure as a fraction, with its bootstrap interval where there is one."""
+class PointEstimate(Record):
+    """A figure of which there is no interval, as of a teacher's validation images."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: None = None
+    high: None = None
 
 
-class Figure(Strict):
+class CardFigure(Record):
     """One figure before and after the query; of a teacher only ``after``, that of its own training."""
 
     name: str
     class_name: str | None = None
     before: Estimate | None = None
-    after: Estimate | None = None
+    after: Estimate | PointEstimate | None = None
     change: Estimate | None = None
     """After less before, paired; below 0 is a loss."""
 
 
-class Data(Strict):
+class CardData(Record):
     """What the hospital's own manifest says, in counts that may be shown."""
 
     site: str
@@ -43,7 +43,7 @@ class Data(Strict):
     """Split to number of patients."""
 
 
-class Tested(Strict):
+class Tested(Record):
     """The images that the figures rest on."""
 
     on: str
@@ -54,7 +54,7 @@ class Tested(Strict):
     """Of the intervals, such as 0.95; None where there are none."""
 
 
-class Source(Strict):
+class CardTeacher(Record):
     """A teacher that a student learnt from."""
 
     site: str
@@ -63,14 +63,14 @@ class Source(Strict):
     reason: str
 
 
-class MethodFacts(Strict):
+class MethodFacts(Record):
     """How the model was made, what it takes and what it answers."""
 
     name: str
     words: str
     network: NetworkSpec
     settings: dict[str, float | int | str | bool | None]
-    teachers: tuple[Source, ...] = ()
+    teachers: tuple[CardTeacher, ...] = ()
     input: InputSpec
     request: str = "float32 images as prepared; 8-bit images divided by 255"
     response: str = (
@@ -81,7 +81,7 @@ class MethodFacts(Strict):
     passes_per_prediction: int
 
 
-class Calibration(Strict):
+class Calibration(Record):
     """How far probabilities can be trusted, and the operating point."""
 
     ece_before: Estimate | None
@@ -96,7 +96,7 @@ class Calibration(Strict):
     """Added to the logit of each class asked for: the operating point."""
 
 
-class Failure(Strict):
+class KnownFailure(Record):
     """Something that the figures say against the model, found by rule."""
 
     kind: FailureKind
@@ -106,7 +106,7 @@ class Failure(Strict):
     text: str
 
 
-class Provenance(Strict):
+class Provenance(Record):
     """SHA-256 digests of what the model and its figures were made from, and the versions that did it."""
 
     bundle: str
@@ -120,7 +120,7 @@ class Provenance(Strict):
     described_with: str
 
 
-class ModelCard(Strict):
+class ModelCard(Record):
     """``model_card.json``."""
 
     format: Literal["qkt-model-card/3"] = "qkt-model-card/3"
@@ -133,15 +133,15 @@ class ModelCard(Strict):
     not_intended: str
     answers_for: tuple[str, ...]
     asked: tuple[str, ...]
-    data: Data | None
+    data: CardData | None
     """None where the hospital's data is not here."""
     tested: Tested | None
     method: MethodFacts
-    figures: tuple[Figure, ...]
+    figures: tuple[CardFigure, ...]
     gain_p: float | None
     """Of the gain in balanced accuracy; None for a teacher."""
     calibration: Calibration | None
     gate: Literal["passed", "failed", "not judged"]
-    known_failures: tuple[Failure, ...]
+    known_failures: tuple[KnownFailure, ...]
     privacy: tuple[str, ...]
     provenance: Provenance

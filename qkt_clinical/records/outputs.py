@@ -7,35 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
-
-from qkt_clinical.common.disclosure import SMALLEST_COUNT, shown_count, too_few, withhold
+from qkt_clinical.common.disclosure import SMALLEST_COUNT, too_few, withhold
 from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, to_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Manifest, read_consent, read_manifest
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.records.card import CARD, MAX_JSON_BYTES, Card, Mask, read_card, read_mask
+from qkt_clinical.records.card import CARD, Card, Mask, read_card, read_mask
 from qkt_clinical.records.decisions import Decision, read_decisions
-from qkt_clinical.records.evaluation import Bin, Evaluation, Fraction, Number, Scores, View
+from qkt_clinical.records.evaluation import Bin, Evaluation, Scores
 from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import Plan
+from qkt_clinical.records.published import (
+    PublishedEvaluation,
+    published,
+    published_metrics,
+    published_verdict,
+)
+from qkt_clinical.records.reading import read_record
+from qkt_clinical.records.training import Curves, TeacherMetrics
 from qkt_clinical.records.verdict import Verdict
-
-LARGEST_FILE = 16 * MAX_JSON_BYTES
-"""Bytes; an evaluation names every image that flipped."""
-
-
-class TeacherMetrics(View):
-    """``metrics.json`` of a teacher, on its validation images."""
-
-    balanced_accuracy: Fraction | None
-    recall: dict[str, Fraction | None]
-    """None of a class with too few validation images to tell."""
-    epochs: Number
-    best_epoch: Number
-    stopped_early: bool
-    parameters: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,12 @@ class SiteOutputs:
     """Whether the hospital consents to reports showing its test images."""
     decisions: tuple[Decision, ...]
     """About all of the hospital's models, the oldest first."""
+
+    @property
+    def published_metrics(self) -> TeacherMetrics | None:
+        """The teacher's figures as they may leave the hospital."""
+        images = None if self.manifest is None else self.manifest.counts.get("val", {})
+        return None if self.metrics is None else published_metrics(self.metrics, images)
 
     @property
     def data_digest(self) -> str | None:
@@ -101,9 +98,16 @@ class QueryOutputs(AnswerOutputs):
 
     evaluation_file: Path
     evaluation: Evaluation
+    """As the hospital's own pages may show it."""
+    published: PublishedEvaluation
+    """As it may leave the hospital."""
     verdict: Verdict | None
     """None where the answer has not been judged, or another student was."""
-    verdict_file: Path
+
+    @property
+    def published_verdict(self) -> Verdict | None:
+        """The verdict as it may leave the hospital."""
+        return None if self.verdict is None else published_verdict(self.verdict, self.published)
 
 
 @dataclass(frozen=True)
@@ -129,25 +133,15 @@ class Outputs:
         return next((s for s in self.sites if s.name == name), None)
 
 
-def _read(kind: Any, path: Path, *, site: str) -> Any:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise OutputsError(
-                f"larger than {LARGEST_FILE:,} bytes",
-                remedy="Run 'dvc repro' to make it again.",
-                file=path,
-                site=site,
-            )
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except OSError:
-        what = "cannot be read"
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        what = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
-    raise OutputsError(what, remedy="Run 'dvc repro' to make it again.", file=path, site=site) from None
-
-
-Curves = tuple[dict[str, FiniteFloat], ...]
+def _metrics(path: Path, site: str, manifest: Manifest | None) -> TeacherMetrics | None:
+    """A teacher's metrics without those of too few images; None where they were not kept."""
+    if not path.is_file():
+        return None
+    metrics = read_record(TeacherMetrics, path, site=site)
+    if manifest is None:
+        return metrics
+    recall = withhold(metrics.recall, manifest.counts.get("val", {}))
+    return metrics.model_copy(update={"recall": recall})
 
 
 def _site(workspace: Workspace, name: str) -> SiteOutputs:
@@ -160,14 +154,8 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
 
     card = read_card(teacher)
 
-    def optional(kind: Any, file: str, absent: Any) -> Any:
-        path = teacher / file
-        return _read(kind, path, site=name) if path.is_file() else absent
-
-    metrics: TeacherMetrics | None = optional(TeacherMetrics, "metrics.json", None)
-    if metrics is not None and manifest is not None:
-        recall = withhold(metrics.recall, manifest.counts.get("val", {}))
-        metrics = metrics.model_copy(update={"recall": recall})
+    metrics = _metrics(teacher / "metrics.json", name, manifest)
+    curves = teacher / "curves.json"
     return SiteOutputs(
         name=name,
         manifest=manifest,
@@ -175,7 +163,7 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
         card=card,
         mask=read_mask(teacher, card),
         metrics=metrics,
-        curves=optional(Curves, "curves.json", ()),
+        curves=read_record(Curves, curves, site=name).root if curves.is_file() else (),
         pictures=pictures,
         decisions=decisions,
     )
@@ -210,7 +198,7 @@ def _told(scores: Scores, evaluation: Evaluation) -> Scores:
 def told(evaluation: Evaluation) -> Evaluation:
     """An evaluation without the figures that rest on fewer than five images: of a class, an answer, a bin.
 
-    Pages, cards and MLflow are made of this alone. Figures over several classes stay.
+    The pages, which are the hospital's own, are made of this. Figures over several classes stay.
     """
     return evaluation.model_copy(
         update={
@@ -227,22 +215,6 @@ def shares(row: Sequence[int] | None) -> list[int] | None:
     return None if row is None or not total or too_few(total) else [round(100 * n / total) for n in row]
 
 
-def published(evaluation: Evaluation) -> dict[str, Any]:
-    """What of an evaluation may leave the hospital: what is :func:`told`, and counts as they may be shown.
-
-    Confusion comes in whole percent, bins without their numbers of images; which images flipped stays.
-    """
-    out = told(evaluation).model_dump(mode="json", exclude={"flips"})
-    out["test_images"] = {c: shown_count(n) for c, n in evaluation.test_images.items()}
-    for side in ("before", "after"):
-        scores = out[side]
-        scores["confusion"] = [shares(row) for row in scores["confusion"]]
-        for rows in (scores["reliability"], *filter(None, scores["class_reliability"].values())):
-            for row in rows:
-                del row["images"]
-    return out
-
-
 def flat(prefix: str, value: Any) -> dict[str, Any]:
     """Nested settings by their dotted names; lists as text."""
     if isinstance(value, Mapping):
@@ -252,7 +224,7 @@ def flat(prefix: str, value: Any) -> dict[str, Any]:
 
 def _plan(student: Path, hospital: str, query: str) -> Plan:
     path = student / "plan.json"
-    plan: Plan = _read(Plan, path, site=hospital)
+    plan = read_record(Plan, path, site=hospital)
     if (plan.hospital, plan.query) != (hospital, query):
         raise OutputsError(
             "a plan of another query", remedy="Run 'dvc repro' to make it again.", file=path, site=hospital
@@ -267,7 +239,7 @@ def _answer(workspace: Workspace, hospital: str, query: str) -> AnswerOutputs | 
     return AnswerOutputs(
         student=student,
         plan=_plan(student, hospital, query),
-        phases=_read(Phases, student / "phases.json", site=hospital),
+        phases=read_record(Phases, student / "phases.json", site=hospital),
         card=read_card(student),
     )
 
@@ -277,7 +249,7 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
     if not path.is_file():
         return None
     student = workspace.student(hospital, query)
-    evaluation: Evaluation = _read(Evaluation, path, site=hospital)
+    evaluation = read_record(Evaluation, path, site=hospital)
     if (evaluation.hospital, evaluation.query) != (hospital, query):
         raise OutputsError(
             "an evaluation of another query",
@@ -285,30 +257,19 @@ def _query(workspace: Workspace, hospital: str, query: str) -> QueryOutputs | No
             file=path,
             site=hospital,
         )
-    size = len(evaluation.relevant)
-    images = [evaluation.test_images.get(c, 0) for c in evaluation.relevant]
-    for scores in (evaluation.before, evaluation.after):
-        rows = [row or () for row in scores.confusion]
-        what = None
-        if [len(row) for row in rows] != [size] * size:
-            what = f"a confusion matrix that is not {size} x {size}"
-        elif [sum(row) for row in rows] != images:
-            what = "a confusion matrix of other images than were tested"
-        if what:
-            raise OutputsError(what, remedy="Run 'dvc repro' to make it again.", file=path, site=hospital)
     digest = digest_folder(student)
     if evaluation.student != digest:
         return None  # of another student: nobody has measured this one
     gate = workspace.reports / "gate" / hospital / f"{query}.json"
-    verdict: Verdict | None = _read(Verdict, gate, site=hospital) if gate.is_file() else None
+    verdict = read_record(Verdict, gate, site=hospital) if gate.is_file() else None
     return QueryOutputs(
         verdict=verdict if verdict is not None and verdict.digest == digest else None,
-        verdict_file=gate,
         evaluation_file=path,
         student=student,
         evaluation=told(evaluation),
+        published=published(evaluation),
         plan=_plan(student, hospital, query),
-        phases=_read(Phases, student / "phases.json", site=hospital),
+        phases=read_record(Phases, student / "phases.json", site=hospital),
         card=read_card(student),
     )
 

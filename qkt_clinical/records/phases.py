@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qkt_clinical.records.evaluation import Fraction, Number, View
+from qkt_clinical.config.base import Fraction
+from qkt_clinical.records.base import Number, Record
 
 Curves = tuple[dict[str, float], ...]
 """One row per step: a step's number and losses by name."""
 
 
-class ScreenedTeacher(View):
+class ScreenedTeacher(Record):
     """What the hospital's own images said of a fetched teacher."""
 
     site: str
@@ -27,7 +28,7 @@ class ScreenedTeacher(View):
     """With the other experts; None: nothing to compare."""
 
 
-class Phase1(View):
+class Phase1(Record):
     """What the student took up from the relevant teachers."""
 
     kind: str = "distill"
@@ -38,7 +39,7 @@ class Phase1(View):
     """Share of the teachers' rank that a merged low-rank network keeps."""
 
 
-class Phase2(View):
+class Phase2(Record):
     """Refinement of the head; the operating point."""
 
     offsets: dict[str, float]
@@ -72,7 +73,7 @@ def _renamed(part: Any) -> Any:
     return part
 
 
-class Phases(View):
+class Phases(Record):
     """``phases.json``; reads ``qkt-phases/1`` as well."""
 
     format: Literal["qkt-phases/2"] = "qkt-phases/2"

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from qkt_clinical.records.base import Difference, Proportion, Record
 
 Bound = Literal["at least", "at most"]
-
-
-class Record(BaseModel):
-    """What is written into files; keys that a later version adds are left out."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Bounds(Record):
-    """A figure with its interval, as fractions."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Measured(Record):
     """The figures of one version that others are held against."""
 
-    balanced_accuracy: Bounds
-    query_recall: dict[str, Bounds | None]
+    balanced_accuracy: Proportion | None
+    """None where it may not be told."""
+    query_recall: dict[str, Proportion | None]
     """Of every class asked for; None where it has no test image, or too few to tell."""
-    forgetting: Bounds
+    forgetting: Difference | None
+    """None where it may not be told."""
     data: str | None
     """Digest of the test images, labels and patients; None where it was not kept."""
 
@@ -43,7 +31,7 @@ class Champion(Record):
     """None where its figures were not kept."""
 
 
-class Rule(Record):
+class GateRule(Record):
     """One rule with the figure that it judged."""
 
     rule: str
@@ -76,12 +64,12 @@ class Verdict(Record):
     digest: str | None = None
     """Of the bundle that was judged."""
     passed: bool
-    rules: tuple[Rule, ...]
+    rules: tuple[GateRule, ...]
     measured: Measured | None = None
     champion: Champion | None = None
     """The version in use that the answer was held against; None where there is none."""
 
     @property
-    def unmet(self) -> tuple[Rule, ...]:
+    def unmet(self) -> tuple[GateRule, ...]:
         """Rules that are not met."""
         return tuple(rule for rule in self.rules if not rule.passed)

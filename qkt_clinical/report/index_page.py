@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qkt_clinical import __version__
 from qkt_clinical.catalog import SPLITS
-from qkt_clinical.records.evaluation import Interval
+from qkt_clinical.records.base import Estimate
+from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import Outputs, QueryOutputs, SiteOutputs
 from qkt_clinical.report import charts
-from qkt_clinical.report.model_card import teacher_model_card
 from qkt_clinical.report.page import environment, gain_bars
 
 
@@ -24,13 +25,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Answered:
+class GainCell:
     """One query in the map of gains, in the column of a class that it asked for."""
 
     query: QueryOutputs
     recall: float | None
     """Of that class, after less before; None where it has too few test images."""
-    balanced: Interval
+    balanced: Estimate
     """Gain in balanced accuracy of the whole query."""
 
     @property
@@ -60,15 +61,15 @@ def _cells(site: SiteOutputs) -> list[Cell] | None:
     ]
 
 
-def gain_map(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[list[Answered]]]]]:
+def gain_map(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[list[GainCell]]]]]:
     """Asked classes, and per asking hospital the answers to each of them, in the order of their names."""
     asked = {name for q in outputs.queries for name in q.evaluation.classes}
     columns = [name for name in outputs.params.classes if name in asked]
 
-    def answered(query: QueryOutputs, name: str) -> Answered:
+    def answered(query: QueryOutputs, name: str) -> GainCell:
         before, after = (s.recall.get(name) for s in (query.evaluation.before, query.evaluation.after))
         change = None if before is None or after is None else after.value - before.value
-        return Answered(query, change, query.evaluation.gain)
+        return GainCell(query, change, query.evaluation.gain)
 
     rows = [
         (
@@ -113,7 +114,7 @@ def _summary(outputs: Outputs) -> dict[str, Any]:
     }
 
 
-def _site_view(site: SiteOutputs, outputs: Outputs) -> dict[str, Any]:
+def _site_view(site: SiteOutputs, card: ModelCard | None) -> dict[str, Any]:
     curves = (
         charts.line_chart("Training loss", site.curves, ["loss"]),
         charts.line_chart("Score on validation images", site.curves, ["score"]),
@@ -122,15 +123,20 @@ def _site_view(site: SiteOutputs, outputs: Outputs) -> dict[str, Any]:
         "site": site,
         "cells": _cells(site),
         "charts": [c for c in curves if c],
-        "card": None if site.card is None else teacher_model_card(site, outputs.params),
+        "card": card,
         "rows": []
         if site.manifest is None
         else [(c, [site.manifest.counts[s].get(c, 0) for s in SPLITS]) for c in site.manifest.classes],
     }
 
 
-def render_index(outputs: Outputs) -> str:
-    """The whole page. Same outputs, same text."""
+def render_index(outputs: Outputs, cards: Mapping[str, ModelCard]) -> str:
+    """The whole page. Same outputs, same text.
+
+    Args:
+        outputs: the run.
+        cards: site to the model card of its teacher, where there is one.
+    """
     columns, rows = gain_map(outputs)
     return (
         environment()
@@ -142,9 +148,9 @@ def render_index(outputs: Outputs) -> str:
             confidence=f"{100 * outputs.params.evaluate.confidence:g}%",
             splits=SPLITS,
             summary=_summary(outputs),
-            gains=gain_bars(outputs),
+            gains=gain_bars(q.evaluation for q in outputs.queries),
             map_columns=columns,
             map_rows=rows,
-            sites=[_site_view(site, outputs) for site in outputs.sites],
+            sites=[_site_view(site, cards.get(site.name)) for site in outputs.sites],
         )
     )

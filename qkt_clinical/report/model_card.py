@@ -3,37 +3,35 @@
 One object for all places: ``model_card.json`` and ``model_card.md`` in MLflow, the description of a
 registered version, and the report. It is derived from a run's outputs by rule, so that the same outputs give
 the same card; nobody fills anything in. Free of torch and MLflow. Counts of images appear as a report may
-show them (:mod:`qkt_clinical.counts`).
+show them and
+figures as they may leave the hospital (:mod:`qkt_clinical.records.published`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_count, too_few
 from qkt_clinical.common.files import digest_bytes, digest_file, to_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.data.prepared import Manifest
+from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import Card
 from qkt_clinical.records.model_card import (
     Calibration,
-    Data,
-    Estimate,
-    Failure,
-    Figure,
+    CardData,
+    CardFigure,
+    CardTeacher,
+    KnownFailure,
     MethodFacts,
     ModelCard,
+    PointEstimate,
     Provenance,
-    Source,
     Tested,
 )
-
-if TYPE_CHECKING:
-    from qkt_clinical.records.evaluation import Interval
-    from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs
-
+from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs
+from qkt_clinical.records.training import TeacherMetrics
 
 LOW_RECALL = 0.8
 """A class of which more than one image in five is missed is named among the known failures."""
@@ -71,23 +69,21 @@ METHODS = {
 # --- parts ------------------------------------------------------------------------------------------
 
 
-def _estimate(interval: Interval | None, *, negated: bool = False) -> Estimate | None:
-    if interval is None:
+def _negated(loss: Estimate | None) -> Estimate | None:
+    """A loss as a change."""
+    if loss is None:
         return None
-    value, low, high = interval.value, interval.low, interval.high
-    if negated:
-        value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
-    return Estimate(value=value, low=low, high=high)
+    return Estimate(value=0.0 - loss.value, low=0.0 - loss.high, high=0.0 - loss.low)
 
 
 def _shown_images(number: int | str) -> str:
     return number if isinstance(number, str) else shown_count(number)
 
 
-def _data(manifest: Manifest | None) -> Data | None:
+def _data(manifest: Manifest | None) -> CardData | None:
     if manifest is None:
         return None
-    return Data(
+    return CardData(
         site=manifest.site,
         source_kind=manifest.source_kind,
         digest=digest_bytes(to_json(manifest.digests).encode()),
@@ -106,43 +102,58 @@ def _trained_with(card: Card) -> str | None:
     return None if version is None else str(version)
 
 
-def _low_recall(figures: Sequence[Figure]) -> list[Failure]:
-    return [
-        Failure(
-            kind="low-recall",
-            classes=(f.class_name,),
-            figure=f.after.value,
-            threshold=LOW_RECALL,
-            text=f"{100 * (1 - f.after.value):.0f}% of the images of {f.class_name} are missed.",
-        )
-        for f in figures
-        if f.name == "recall" and f.class_name and f.after and f.after.value < LOW_RECALL
-    ]
-
-
-def _forgotten(figures: Sequence[Figure], local: Sequence[str]) -> list[Failure]:
+def _low_recall(recall: Mapping[str, float | None], told: Mapping[str, float | None]) -> list[KnownFailure]:
+    """Classes of which too many images are missed; how many is said where it may be told."""
     found = []
-    for f in figures:
-        lost = None if f.change is None or f.name != "recall" or f.class_name not in local else f.change
-        if lost is None or lost.high is None or (lost.value > -FORGOTTEN and lost.high >= 0):
+    for name, value in recall.items():
+        if value is None or value >= LOW_RECALL:
             continue
-        chance = " Chance can explain it." if lost.high >= 0 else ""
+        shown = told.get(name)
+        share = f"More than {100 * (1 - LOW_RECALL):.0f}%" if shown is None else f"{100 * (1 - shown):.0f}%"
         found.append(
-            Failure(
-                kind="forgotten",
-                classes=(str(f.class_name),),
-                figure=-lost.value,
-                threshold=FORGOTTEN,
-                text=f"{f.class_name} is recalled less, by {-100 * lost.value:.1f} points.{chance}",
+            KnownFailure(
+                kind="low-recall",
+                classes=(name,),
+                figure=shown,
+                threshold=LOW_RECALL,
+                text=f"{share} of the images of {name} are missed.",
             )
         )
     return found
 
 
-def _few(counts: Mapping[str, int], kind: str, wanted: int) -> list[Failure]:
+def _values(figures: Mapping[str, Estimate | None]) -> dict[str, float | None]:
+    return {name: None if figure is None else figure.value for name, figure in figures.items()}
+
+
+def _forgotten(query: QueryOutputs) -> list[KnownFailure]:
+    """Own classes that are recalled less; by how much is said where it may be told."""
+    found = []
+    for name in query.evaluation.relevant:
+        lost = query.evaluation.class_forgetting.get(name)
+        if name not in query.evaluation.local or lost is None:
+            continue
+        if lost.value < FORGOTTEN and lost.low <= 0:
+            continue
+        shown = query.published.class_forgetting.get(name)
+        by = "" if shown is None else f", by {100 * shown.value:.1f} points"
+        chance = " Chance can explain it." if lost.low <= 0 else ""
+        found.append(
+            KnownFailure(
+                kind="forgotten",
+                classes=(name,),
+                figure=None if shown is None else shown.value,
+                threshold=FORGOTTEN,
+                text=f"{name} is recalled less{by}.{chance}",
+            )
+        )
+    return found
+
+
+def _few(counts: Mapping[str, int], kind: str, wanted: int) -> list[KnownFailure]:
     """Classes with fewer images of that kind than the gate wants."""
     return [
-        Failure(
+        KnownFailure(
             kind="few-test-images",
             classes=(c,),
             threshold=wanted,
@@ -154,24 +165,35 @@ def _few(counts: Mapping[str, int], kind: str, wanted: int) -> list[Failure]:
     ]
 
 
-def _confused(relevant: Sequence[str], confusion: Sequence[Sequence[int] | None]) -> list[Failure]:
-    """The worst pairs; of a class whose row may not be told, or that has no image, nothing is said."""
+def _confused(
+    relevant: Sequence[str],
+    confusion: Sequence[Sequence[int] | None],
+    told: Sequence[Sequence[int | None] | None],
+) -> list[KnownFailure]:
+    """The worst pairs; of a class whose row may not be told, or that has no image, nothing is said.
+
+    Args:
+        relevant: the classes.
+        confusion: numbers of images, truth in rows.
+        told: the same in whole percent, as far as it may be told.
+    """
     pairs = [
-        (row[j] / sum(row), truth, answer)
+        (row[j] / sum(row), truth, answer, (told[i] or row)[j])
         for i, (truth, row) in enumerate(zip(relevant, confusion, strict=True))
         for j, answer in enumerate(relevant)
-        if row and i != j and sum(row) and not too_few(sum(row))
+        if row and i != j and told[i] is not None
     ]
     worst = sorted((p for p in pairs if p[0] >= CONFUSED), key=lambda p: (-p[0], p[1], p[2]))[:MOST_CONFUSED]
     return [
-        Failure(
+        KnownFailure(
             kind="confused",
             classes=(truth, answer),
-            figure=round(share, 2),
+            figure=None if percent is None else percent / 100,
             threshold=CONFUSED,
-            text=f"{100 * share:.0f}% of the images of {truth} are taken for {answer}.",
+            text=f"{'Some' if percent is None else f'{percent}%'} of the images of {truth} "
+            f"are taken for {answer}.",
         )
-        for share, truth, answer in worst
+        for _, truth, answer, percent in worst
     ]
 
 
@@ -245,6 +267,19 @@ def _student_privacy(query: AnswerOutputs) -> tuple[str, ...]:
 # --- cards ------------------------------------------------------------------------------------------
 
 
+def _teacher_figures(told: TeacherMetrics | None) -> list[CardFigure]:
+    if told is None:
+        return []
+
+    def point(value: float | None) -> PointEstimate | None:
+        return None if value is None else PointEstimate(value=value)
+
+    figures = [CardFigure(name="recall", class_name=c, after=point(v)) for c, v in told.recall.items()]
+    if told.balanced_accuracy is None:
+        return figures
+    return [CardFigure(name="balanced accuracy", after=point(told.balanced_accuracy)), *figures]
+
+
 def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
     """The card of a site's teacher; figures are those on its validation images, without intervals.
 
@@ -255,21 +290,14 @@ def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
     if card is None:
         raise ValueError(f"no teacher of {site.name}")
     known = tuple(card.classes) if site.mask is None else tuple(c for c in card.classes if site.mask.knows(c))
-    figures: list[Figure] = []
-    if site.metrics is not None:
-        if site.metrics.balanced_accuracy is not None:
-            figures.append(
-                Figure(name="balanced accuracy", after=Estimate(value=site.metrics.balanced_accuracy))
-            )
-        figures += [
-            Figure(name="recall", class_name=c, after=None if v is None else Estimate(value=v))
-            for c, v in site.metrics.recall.items()
-        ]
-    failures = _low_recall(figures)
+    told = site.published_metrics
+    recall, shown = ({}, {}) if site.metrics is None or told is None else (site.metrics.recall, told.recall)
+    figures = _teacher_figures(told)
+    failures = _low_recall(recall, shown)
     validation = {} if site.manifest is None else site.manifest.counts.get("val", {})
     failures += _few(validation, "validation", params.gate.query_images)
     failures.append(
-        Failure(
+        KnownFailure(
             kind="not-tested",
             text="Figures are those on validation images, by which the epoch was chosen: they flatter. "
             "Neither calibration nor intervals were measured, and the gate does not judge teachers.",
@@ -329,19 +357,19 @@ def teacher_model_card(site: SiteOutputs, params: Params) -> ModelCard:
     )
 
 
-def _student_figures(query: QueryOutputs) -> list[Figure]:
-    e = query.evaluation
+def _student_figures(query: QueryOutputs) -> list[CardFigure]:
+    e = query.published
     pairs = [
-        ("balanced accuracy", "balanced_accuracy", _estimate(e.gain)),
-        ("query accuracy", "query_accuracy", _estimate(e.query_gain)),
-        ("retained accuracy", "retained_accuracy", _estimate(e.forgetting, negated=True)),
+        ("balanced accuracy", "balanced_accuracy", e.gain),
+        ("query accuracy", "query_accuracy", e.query_gain),
+        ("retained accuracy", "retained_accuracy", _negated(e.forgetting)),
         ("AUROC, query against the rest", "auroc", None),
     ]
     figures = [
-        Figure(
+        CardFigure(
             name=name,
-            before=_estimate(getattr(e.before, attribute)),
-            after=_estimate(getattr(e.after, attribute)),
+            before=getattr(e.before, attribute),
+            after=getattr(e.after, attribute),
             change=change,
         )
         for name, attribute, change in pairs
@@ -354,19 +382,19 @@ def _student_figures(query: QueryOutputs) -> list[Figure]:
     ):
         before, after = getattr(e.before, attribute), getattr(e.after, attribute)
         figures += [
-            Figure(
+            CardFigure(
                 name=name,
                 class_name=c,
-                before=_estimate(before.get(c)),
-                after=_estimate(after.get(c)),
-                change=_estimate(e.class_forgetting.get(c), negated=True) if name == "recall" else None,
+                before=before.get(c),
+                after=after.get(c),
+                change=_negated(e.class_forgetting.get(c)) if name == "recall" else None,
             )
             for c in e.relevant
         ]
     return figures
 
 
-def _no_gain(gain: Interval) -> str:
+def _no_gain(gain: Estimate) -> str:
     """What is to be said of a gain in balanced accuracy whose interval is not above zero."""
     if gain.value == 0:
         return "Balanced accuracy is that of the hospital's own model: nothing was gained."
@@ -376,24 +404,27 @@ def _no_gain(gain: Interval) -> str:
     return f"Balanced accuracy is lower than that of the hospital's own model.{chance}"
 
 
-def _student_failures(query: QueryOutputs, params: Params, figures: Sequence[Figure]) -> list[Failure]:
-    e = query.evaluation
-    failures = [*_low_recall(figures), *_forgotten(figures, e.local)]
-    failures += _confused(e.relevant, e.after.confusion)
+def _student_failures(query: QueryOutputs, params: Params) -> list[KnownFailure]:
+    e, told = query.evaluation, query.published
+    failures = _low_recall(_values(e.after.recall), _values(told.after.recall))
+    failures += _forgotten(query)
+    failures += _confused(e.relevant, e.after.confusion, told.after.confusion)
     if e.gain.low <= 0:
-        failures.append(Failure(kind="no-gain", figure=e.gain.low, threshold=0.0, text=_no_gain(e.gain)))
+        low = None if told.gain is None else told.gain.low
+        failures.append(KnownFailure(kind="no-gain", figure=low, threshold=0.0, text=_no_gain(e.gain)))
     failures += _few({c: e.test_images.get(c, 0) for c in e.relevant}, "test", params.gate.query_images)
-    if query.verdict is None:
-        failures.append(Failure(kind="not-judged", text="The gate has not judged this answer."))
+    verdict = query.published_verdict
+    if verdict is None:
+        failures.append(KnownFailure(kind="not-judged", text="The gate has not judged this answer."))
         return failures
-    for rule in query.verdict.rules:
+    for rule in verdict.rules:
         if not rule.passed:
             whole = rule.rule == "query_images"
             figure = rule.note or "none"
             if rule.figure is not None:
                 figure = shown_count(int(rule.figure)) if whole else f"{rule.figure:.3f}"
             failures.append(
-                Failure(
+                KnownFailure(
                     kind="gate",
                     figure=None if whole else rule.figure,
                     threshold=rule.threshold,
@@ -412,7 +443,7 @@ def _student_method(answer: AnswerOutputs, params: Params) -> MethodFacts:
         network=card.network,
         settings=_settings({**params.transfer.model_dump(mode="json"), **card.training}),
         teachers=tuple(
-            Source(site=t.site, digest=t.digest, teaches=t.teaches, reason=t.reason)
+            CardTeacher(site=t.site, digest=t.digest, teaches=t.teaches, reason=t.reason)
             for t in plan.teachers
             if t.relevant
         ),
@@ -473,12 +504,12 @@ def unmeasured_model_card(answer: AnswerOutputs, outputs: Outputs) -> ModelCard:
         ),
         gate="not judged",
         known_failures=(
-            Failure(
+            KnownFailure(
                 kind="not-tested",
                 text=f"The hospital has no test images of {', '.join(plan.classes)}: nobody has measured "
                 "how well they are recognised, nor what was forgotten.",
             ),
-            Failure(kind="not-judged", text="The gate has not judged this answer."),
+            KnownFailure(kind="not-judged", text="The gate has not judged this answer."),
         ),
         privacy=_student_privacy(answer),
         provenance=_student_provenance(answer, site, outputs.params, None),
@@ -487,9 +518,8 @@ def unmeasured_model_card(answer: AnswerOutputs, outputs: Outputs) -> ModelCard:
 
 def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
     """The card of an answered query's student."""
-    e, params, second = query.evaluation, outputs.params, query.phases.phase2
+    e, params, second = query.published, outputs.params, query.phases.phase2
     site = outputs.site(e.hospital)
-    figures = _student_figures(query)
     return ModelCard(
         name=query.model,
         kind="student",
@@ -504,22 +534,22 @@ def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
             on="test images of patients that no model was trained on. Where they are another hospital's, "
             "stain or scanner may help to tell the query apart: read the figures as an upper bound",
             sites=e.test_sites,
-            images={c: shown_count(n) for c, n in e.test_images.items()},
+            images=e.test_images,
             confidence=params.evaluate.confidence,
         ),
         method=_student_method(query, params),
-        figures=tuple(figures),
+        figures=tuple(_student_figures(query)),
         gain_p=e.gain_p,
         calibration=Calibration(
-            ece_before=_estimate(e.before.ece),
-            ece=_estimate(e.after.ece),
+            ece_before=e.before.ece,
+            ece=e.after.ece,
             budget=second.budget,
             given_away=second.false_query_rate,
             calibration_images=_shown_images(second.calibration_images),
             offsets=second.offsets,
         ),
         gate="not judged" if query.verdict is None else "passed" if query.verdict.passed else "failed",
-        known_failures=tuple(_student_failures(query, params, figures)),
+        known_failures=tuple(_student_failures(query, params)),
         privacy=_student_privacy(query),
         provenance=_student_provenance(query, site, params, digest_file(query.evaluation_file)),
     )

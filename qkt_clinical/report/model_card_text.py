@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from qkt_clinical.records.model_card import Calibration, Estimate, Figure, ModelCard
+from qkt_clinical.records.base import Estimate
+from qkt_clinical.records.model_card import Calibration, CardFigure, ModelCard, PointEstimate
 
 # --- for people -------------------------------------------------------------------------------------
 
@@ -16,7 +17,7 @@ def _plain(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_[]|#" else c for c in escaped)
 
 
-def _shown(estimate: Estimate | None, *, change: bool = False) -> str:
+def _shown(estimate: Estimate | PointEstimate | None, *, change: bool = False) -> str:
     """In percent; a dash where there is no figure, or it may not be told."""
     from qkt_clinical.common.wording import percent, percents, points
 
@@ -24,10 +25,11 @@ def _shown(estimate: Estimate | None, *, change: bool = False) -> str:
         return "–"
     if change:
         text = points(estimate.value)
-        spread = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
-        return text if spread is None else f"{text} ({points(spread[0])} to {points(spread[1])})"
+        if isinstance(estimate, PointEstimate):
+            return text
+        return f"{text} ({points(estimate.low)} to {points(estimate.high)})"
     text = percent(estimate.value)
-    if estimate.low is None or estimate.high is None:
+    if isinstance(estimate, PointEstimate):
         return text
     return f"{text} ({percents(estimate.low, estimate.high)})"
 
@@ -39,7 +41,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def _figure_table(figures: Sequence[Figure]) -> list[str]:
+def _figure_table(figures: Sequence[CardFigure]) -> list[str]:
     rows = [
         [
             _plain(f.name if f.class_name is None else f"{f.name}, {f.class_name}"),
@@ -57,8 +59,6 @@ def _items(texts: Sequence[str], none: str) -> list[str]:
 
 
 def _error(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 

@@ -7,6 +7,7 @@ legible at any width, and readable by a screen reader.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +16,9 @@ from jinja2 import Environment
 from qkt_clinical.common import wording
 from qkt_clinical.common.disclosure import shown_count
 from qkt_clinical.common.html import page_environment
-from qkt_clinical.records.evaluation import Interval
-from qkt_clinical.records.outputs import Outputs, QueryOutputs
+from qkt_clinical.records.base import Estimate
+from qkt_clinical.records.evaluation import Evaluation
+from qkt_clinical.records.published import PublishedEvaluation
 from qkt_clinical.report import charts
 
 
@@ -25,8 +27,8 @@ class Bar:
     """Before and after of one thing, as shares with intervals; ``note`` stands at the right."""
 
     label: str
-    before: Interval | None
-    after: Interval | None
+    before: Estimate | None
+    after: Estimate | None
     note: str
     marked: bool = False
     """Of dumbbells: a loss; of bars: a class asked for."""
@@ -37,30 +39,29 @@ class Bar:
         return bool(self.before and self.after and self.after.value < self.before.value)
 
 
-def _before_after(before: Interval | None, after: Interval | None) -> str:
+def _before_after(before: Estimate | None, after: Estimate | None) -> str:
     if before is None and after is None:
         return "too few images"
     one, two = ("too few images" if v is None else wording.percent(v.value) for v in (before, after))
     return f"{one} → {two}"
 
 
-def gain_bars(outputs: Outputs) -> list[Bar]:
+def gain_bars(evaluations: Iterable[Evaluation | PublishedEvaluation]) -> list[Bar]:
     """Balanced accuracy before and after, per query."""
     return [
         Bar(
-            f"{q.evaluation.hospital}: {wording.words(q.evaluation.classes)}",
-            q.evaluation.before.balanced_accuracy,
-            q.evaluation.after.balanced_accuracy,
-            f"{wording.points(q.evaluation.gain.value)} points",
-            q.evaluation.gain.value < 0,
+            f"{e.hospital}: {wording.words(e.classes)}",
+            e.before.balanced_accuracy,
+            e.after.balanced_accuracy,
+            "too few images" if e.gain is None else f"{wording.points(e.gain.value)} points",
+            e.gain is not None and e.gain.value < 0,
         )
-        for q in outputs.queries
+        for e in evaluations
     ]
 
 
-def recall_bars(query: QueryOutputs) -> list[Bar]:
+def recall_bars(evaluation: Evaluation | PublishedEvaluation) -> list[Bar]:
     """Recall before and after, per relevant class; the classes asked for are marked."""
-    evaluation = query.evaluation
     return [
         Bar(
             f"{name} (asked)" if name in evaluation.classes else name,
@@ -73,9 +74,9 @@ def recall_bars(query: QueryOutputs) -> list[Bar]:
     ]
 
 
-def reliability_curves(query: QueryOutputs) -> list[charts.Curve]:
+def reliability_curves(evaluation: Evaluation | PublishedEvaluation) -> list[charts.Curve]:
     """Before and after; bins of too few images are not among them."""
-    sides = (("own model", query.evaluation.before), ("after the query", query.evaluation.after))
+    sides = (("own model", evaluation.before), ("after the query", evaluation.after))
     return [
         charts.reliability_curve(name, [(b.confidence, b.accuracy) for b in scores.reliability])
         for name, scores in sides
@@ -98,9 +99,14 @@ def render_chart(kind: str, title: str, bars: list[Bar]) -> str:
     return environment().get_template("chart.svg").render(kind=kind, title=title, drawn=bars)
 
 
-def render_reliability(query: QueryOutputs) -> str:
+def render_reliability(evaluation: Evaluation | PublishedEvaluation) -> str:
     """Reliability before and after as an SVG file of its own."""
-    chart = environment().get_template("chart.svg")
-    return chart.render(
-        kind="reliability", title=f"Reliability: {query.name}", drawn=reliability_curves(query)
+    return (
+        environment()
+        .get_template("chart.svg")
+        .render(
+            kind="reliability",
+            title=f"Reliability: {evaluation.hospital}-{evaluation.query}",
+            drawn=reliability_curves(evaluation),
+        )
     )

@@ -10,13 +10,13 @@ from typing import Any
 from qkt_clinical import __version__
 from qkt_clinical.common import wording
 from qkt_clinical.qkt.planning import at_risk
+from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.decisions import Decision, champions
-from qkt_clinical.records.evaluation import Share
+from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, flat, shares
 from qkt_clinical.records.phases import MERGE_KIND, Phase1
-from qkt_clinical.records.verdict import Rule
+from qkt_clinical.records.verdict import GateRule
 from qkt_clinical.report import charts
-from qkt_clinical.report.model_card import student_model_card, unmeasured_model_card
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
 from qkt_clinical.report.pictures import MOST, Flipped
 
@@ -70,8 +70,8 @@ class Overall:
     """One figure over all relevant classes; ``rises`` if more of it is better."""
 
     name: str
-    before: Share | None
-    after: Share | None
+    before: Estimate | None
+    after: Estimate | None
     rises: bool = True
 
     @property
@@ -101,14 +101,14 @@ def confusion_shares(confusion: Sequence[Sequence[int] | None], size: int) -> li
     return [[*found] if (found := shares(row)) else nothing for row in confusion]
 
 
-def rule_figure(rule: Rule) -> str:
+def rule_figure(rule: GateRule) -> str:
     """A rule's figure as its page shows it."""
     if rule.figure is None:
         return rule.note or "unknown"
     return f"{rule.figure:,.0f}" if rule.rule.endswith("_images") else wording.percent(rule.figure)
 
 
-def rule_threshold(rule: Rule) -> str:
+def rule_threshold(rule: GateRule) -> str:
     """A rule's threshold in the same unit."""
     return f"{rule.threshold:,.0f}" if rule.rule.endswith("_images") else wording.percent(rule.threshold)
 
@@ -184,21 +184,20 @@ def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
     }
 
 
-def render_unmeasured(outputs: Outputs, answer: AnswerOutputs) -> str:
+def render_unmeasured(outputs: Outputs, answer: AnswerOutputs, card: ModelCard) -> str:
     """The page of a student that nobody has measured here. Same outputs, same text."""
-    return (
-        environment()
-        .get_template("unmeasured.html")
-        .render(**_common(outputs, answer), e=None, card=unmeasured_model_card(answer, outputs))
-    )
+    return environment().get_template("unmeasured.html").render(**_common(outputs, answer), e=None, card=card)
 
 
-def render_query(outputs: Outputs, query: QueryOutputs, flipped: Mapping[bool, Flipped]) -> str:
+def render_query(
+    outputs: Outputs, query: QueryOutputs, card: ModelCard, flipped: Mapping[bool, Flipped]
+) -> str:
     """The whole page. Same outputs, same text.
 
     Args:
         outputs: the run.
         query: one of its answered queries.
+        card: the model card of its student.
         flipped: see :func:`qkt_clinical.report.pictures.flipped_cases`.
     """
     evaluation = query.evaluation
@@ -212,19 +211,19 @@ def render_query(outputs: Outputs, query: QueryOutputs, flipped: Mapping[bool, F
             confidence=f"{100 * outputs.params.evaluate.confidence:g}%",
             e=evaluation,
             absent=[c for c in evaluation.classes if c not in query.phases.phase2.rare],
-            recall=recall_bars(query),
+            recall=recall_bars(evaluation),
             overall=overall_figures(query),
             confusions=[
                 ("Before", confusion_shares(evaluation.before.confusion, size)),
                 ("After", confusion_shares(evaluation.after.confusion, size)),
             ],
-            curves=reliability_curves(query),
+            curves=reliability_curves(evaluation),
             rules=[]
             if query.verdict is None
             else [(r, rule_figure(r), rule_threshold(r)) for r in query.verdict.rules],
             flipped=flipped,
             silent=silent,
             most=MOST,
-            card=student_model_card(query, outputs),
+            card=card,
         )
     )

@@ -1,4 +1,4 @@
-"""Writes the report's pages into a workspace."""
+"""Writes the report's pages into a workspace: the only place that knows both pages and model cards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.report.index_page import render_index
+from qkt_clinical.report.model_card import (
+    student_model_card,
+    teacher_model_card,
+    unmeasured_model_card,
+)
 from qkt_clinical.report.pictures import flipped_cases
 from qkt_clinical.report.query_page import render_query, render_unmeasured
 
@@ -24,14 +29,16 @@ def write_report(root: Path, params: Params) -> Path:
     """
     reports = Workspace(root).reports
     outputs = read_outputs(root, params)
-    index = render_index(outputs)
+    teachers = {s.name: teacher_model_card(s, params) for s in outputs.sites if s.card is not None}
+    index = render_index(outputs, teachers)
     with new_folder(reports / "queries") as folder:
         for query in outputs.queries:
             page = folder / query.evaluation.hospital / f"{query.evaluation.query}.html"
-            write_text(page, render_query(outputs, query, flipped_cases(root, outputs, query)))
+            card = student_model_card(query, outputs)
+            write_text(page, render_query(outputs, query, card, flipped_cases(root, outputs, query)))
         for answer in outputs.unmeasured:
             page = folder / answer.plan.hospital / f"{answer.plan.query}.html"
-            write_text(page, render_unmeasured(outputs, answer))
+            write_text(page, render_unmeasured(outputs, answer, unmeasured_model_card(answer, outputs)))
     path = reports / "index.html"
     write_text(path, index)
     return path

@@ -12,14 +12,13 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qkt_clinical.common.disclosure import shown_parts, shown_total, too_few
-from qkt_clinical.common.files import digest_bytes, digest_folder, write_json, write_text
+from qkt_clinical.common.files import digest_bytes, digest_folder, write_text
 from qkt_clinical.common.locks import hold_query
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import Params
@@ -27,31 +26,35 @@ from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
-from qkt_clinical.errors import QktError, QueryError
-from qkt_clinical.evaluation.metrics import TestSet, assess, by_subgroup, share_given_away
+from qkt_clinical.errors import OutputsError, QktError, QueryError
+from qkt_clinical.evaluation.metrics import (
+    Draws,
+    ModelFigures,
+    SubgroupFigures,
+    TestSet,
+    assess,
+    by_subgroup,
+    share_given_away,
+)
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.qkt.prediction import predict_scores
+from qkt_clinical.records.base import Estimate
+from qkt_clinical.records.card import DecisionRule
+from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPoint, Scores, SubgroupResult
 from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
+from qkt_clinical.records.reading import read_record, write_record
+from qkt_clinical.records.summary import Headline, QueryMetrics, QuerySummaries, QuerySummary, RunMetrics
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
-HEADLINE = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 
 
 class NoTestImages(QueryError):
     """A query cannot be measured here."""
 
     code = "no-test-images"
-
-
-class _Drawn(TypedDict):
-    """How intervals are drawn."""
-
-    draws: int
-    confidence: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -119,53 +122,87 @@ def _test_images(
 
 def _flips(
     places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
-) -> list[dict[str, Any]]:
+) -> tuple[Flip, ...]:
     """The images that one of two models has right and the other wrong, by site and index."""
-    return [
-        {"site": site, "index": index, "actual": truth, "before": first, "after": second}
+    return tuple(
+        Flip(site=site, index=index, actual=truth, before=first, after=second)
         for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
         if (first == truth) != (second == truth)
-    ]
+    )
 
 
-def _calibrated(student: Path) -> dict[str, Any]:
-    """The false-query rate on the calibration images by which the offsets were set, of ``phases.json``."""
-    path = student / "phases.json"
+def _phases(student: Path) -> Phases:
+    """The record of a student's phases.
+
+    Raises:
+        QueryError: there is none that can be read.
+    """
     try:
-        second = Phases.model_validate_json(path.read_bytes()).phase2
-        images = second.calibration_images
-        return {
-            "given_away_calibration": second.false_query_rate,
-            "calibration_images": images if isinstance(images, str) else shown_total(images, ()),
-        }
-    except (OSError, ValueError):
+        return read_record(Phases, student / "phases.json")
+    except OutputsError as error:
         raise QueryError(
-            "no readable record of the phases",
+            f"no readable record of the phases: {error.message}",
             remedy="Run 'qkt transfer' for this query again.",
-            file=path,
+            file=student / "phases.json",
             code="no-phases",
             stage="evaluate",
         ) from None
 
 
-def _shown_groups(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _operating_point(
+    decision: DecisionRule, classes: Sequence[str], phases: Phases, held: _Held, given_away: Estimate | None
+) -> OperatingPoint:
+    """The query's offsets, and what they give away of the calibration and the test images.
+
+    Args:
+        classes: the label space.
+        given_away: of the hospital's own test images of its own classes.
+    """
+    own = [int((held.own & (held.labels == c)).sum()) for c in decision.local]
+    calibration = phases.phase2.calibration_images
+    return OperatingPoint(
+        offsets={classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
+        budget=decision.budget,
+        given_away_calibration=phases.phase2.false_query_rate,
+        calibration_images=calibration if isinstance(calibration, str) else shown_total(calibration, ()),
+        given_away_test=None if too_few(sum(own)) else given_away,
+        test_images=shown_total(sum(own), own),
+    )
+
+
+def _scores(figures: ModelFigures, names: Sequence[str]) -> Scores:
+    """Figures of one model, those of each class by its name."""
+    found = {name: getattr(figures, name) for name in Scores.model_fields}
+    return Scores.model_validate(
+        found | {name: dict(zip(names, found[name], strict=True)) for name in PER_CLASS}
+    )
+
+
+def _subgroups(groups: Mapping[str, SubgroupFigures]) -> dict[str, SubgroupResult]:
     """Groups of one column with counts as they may be told: their total is that of the test images."""
-    images, patients = (shown_parts({g: row[of] for g, row in rows.items()}) for of in ("images", "patients"))
-    return {g: row | {"images": images[g], "patients": patients[g]} for g, row in rows.items()}
+    images, patients = (
+        shown_parts({g: getattr(figures, of) for g, figures in groups.items()})
+        for of in ("images", "patients")
+    )
+    return {
+        g: SubgroupResult(images=images[g], patients=patients[g], before=figures.before, after=figures.after)
+        for g, figures in groups.items()
+    }
 
 
 def evaluate_query(
     space: Workspace, ref: QueryRef, sites: dict[str, PreparedSite], params: Params, device: torch.device
-) -> dict[str, Any]:
+) -> Evaluation:
     """Figures of one answer, as in ``reports/evaluation/<hospital>/<query>.json``.
 
     Raises:
         NoTestImages: no hospital has a test image of a class that counts.
         QueryError: there is no student, or it has no record of its phases.
     """
-    student = load_bundle(space.student(ref.hospital, ref.query))
+    folder = space.student(ref.hospital, ref.query)
+    student = load_bundle(folder)
     own = load_bundle(space.teacher(ref.hospital))
-    plan = read_plan(space.student(ref.hospital, ref.query))
+    plan, phases = read_plan(folder), _phases(folder)
     decision = student.card.decision
     if decision is None:
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
@@ -197,59 +234,66 @@ def evaluate_query(
         query=tuple(relevant.index(q) for q in decision.query),
     )
     scores = before, after
-    drawn = _Drawn(
+    drawn = Draws(
         draws=params.evaluate.bootstrap,
         confidence=params.evaluate.confidence,
         seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
     )
     figures = assess(test, *scores, **drawn)
-    groups = by_subgroup(test, *scores, held.subgroups, **drawn)
+    given_away = share_given_away(test, held.own, scores[1], **drawn)
     names = [classes[c] for c in relevant]
-    test_images = {classes[c]: int((labels == c).sum()) for c in relevant}
-    own_images = int((held.own & np.isin(labels, decision.local)).sum())
-    for side in ("before", "after"):
-        for figure in PER_CLASS:
-            figures[side][figure] = dict(zip(names, figures[side][figure], strict=True))
-    figures["class_forgetting"] = dict(zip(names, figures["class_forgetting"], strict=True))
     said = [[names[i] for i in one.argmax(axis=1)] for one in scores]
-    return {
-        "format": "qkt-evaluation/1",
-        "hospital": ref.hospital,
-        "query": ref.query,
-        "student": digest_folder(space.student(ref.hospital, ref.query)),
-        "classes": [classes[c] for c in decision.query],
-        "method": decision.method,
-        "teachers": list(plan.relevant),
-        "bytes_moved": plan.bytes_moved,
-        "budget": decision.budget,
-        "relevant": names,
-        "local": [classes[c] for c in decision.local],
-        "test_images": test_images,
-        "test_sites": list(held.sites),
-        "test_data": held.digest,
-        "operating_point": {
-            "offsets": {classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
+    return Evaluation.model_validate(
+        {
+            "hospital": ref.hospital,
+            "query": ref.query,
+            "student": digest_folder(folder),
+            "classes": [classes[c] for c in decision.query],
+            "method": decision.method,
+            "teachers": plan.relevant,
+            "bytes_moved": plan.bytes_moved,
             "budget": decision.budget,
-            **_calibrated(space.student(ref.hospital, ref.query)),
-            "given_away_test": None
-            if too_few(own_images)
-            else share_given_away(test, held.own, scores[1], **drawn),
-            "test_images": shown_total(own_images, [test_images[classes[c]] for c in decision.local]),
-        },
-        "subgroups": {column: _shown_groups(rows) for column, rows in groups.items()},
-        "passes_per_prediction": decision.passes,
-        "flips": _flips(held.places, [classes[c] for c in labels], *said),
-        **figures,
-    }
+            "relevant": names,
+            "local": [classes[c] for c in decision.local],
+            "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
+            "test_sites": held.sites,
+            "test_data": held.digest,
+            "passes_per_prediction": decision.passes,
+            "before": _scores(figures.before, names),
+            "after": _scores(figures.after, names),
+            "gain": figures.gain,
+            "forgetting": figures.forgetting,
+            "query_gain": figures.query_gain,
+            "gain_p": figures.gain_p,
+            "class_forgetting": dict(zip(names, figures.class_forgetting, strict=True)),
+            "flips": _flips(held.places, [classes[c] for c in labels], *said),
+            "operating_point": _operating_point(decision, classes, phases, held, given_away),
+            "subgroups": {
+                column: _subgroups(groups)
+                for column, groups in by_subgroup(test, *scores, held.subgroups, **drawn).items()
+            },
+        }
+    )
 
 
-def _confusion_rows(result: dict[str, Any]) -> list[list[str]]:
+def _confusion_rows(evaluation: Evaluation) -> list[list[str]]:
     """One row per test image: query, actual, predicted (after)."""
-    rows = []
-    for actual, counts in zip(result["relevant"], result["after"]["confusion"], strict=True):
-        for predicted, count in zip(result["relevant"], counts, strict=True):
-            rows += [[f"{result['hospital']}-{result['query']}", actual, predicted]] * count
-    return rows
+    name = f"{evaluation.hospital}-{evaluation.query}"
+    return [
+        [name, actual, predicted]
+        for actual, counts in zip(evaluation.relevant, evaluation.after.confusion, strict=True)
+        for predicted, count in zip(evaluation.relevant, counts or (), strict=True)
+        for _ in range(count)
+    ]
+
+
+def _accuracy_rows(key: str, summary: QuerySummary) -> list[list[str]]:
+    """One row per accuracy, before and after: query, measure, value, when."""
+    return [
+        [key, name, f"{getattr(side, name)}", when]
+        for name in Headline.model_fields
+        for when, side in (("before", summary.before), ("after", summary.after))
+    ]
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
@@ -265,16 +309,9 @@ def prepared_sites(space: Workspace, sites: Sequence[str]) -> dict[str, Prepared
     return {s: load_prepared(space.prepared(s)) for s in sites if space.prepared(s).is_dir()}
 
 
-def headline(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``reports/queries.json`` says of an evaluation."""
-    keys = ("hospital", "query", "classes", "method", "teachers", "bytes_moved")
-    sides = {s: {h: result[s][h]["value"] for h in HEADLINE} for s in ("before", "after")}
-    return {k: result[k] for k in keys} | sides
-
-
 def evaluate_one(
     root: Path, ref: QueryRef, params: Params, *, sites: Sequence[str], device: str | None = None
-) -> dict[str, Any]:
+) -> QuerySummary:
     """Evaluate one answer on the test images of ``sites`` alone and write its JSON.
 
     The caller holds the query's lock.
@@ -288,8 +325,8 @@ def evaluate_one(
     space = Workspace(root)
     where = pick_device(device or params.device)
     result = evaluate_query(space, ref, prepared_sites(space, sites), params, where)
-    write_json(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
-    return headline(result)
+    write_record(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
+    return QuerySummary.of(result)
 
 
 def evaluate_queries(
@@ -298,7 +335,7 @@ def evaluate_queries(
     *,
     device: str | None = None,
     skipped: Callable[[QueryRef, QktError], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> tuple[QuerySummary, ...]:
     """Evaluate every query of ``params.yaml`` that can be measured here.
 
     Writes ``reports/evaluation/<hospital>/<query>.json``, ``reports/queries.json``,
@@ -308,7 +345,7 @@ def evaluate_queries(
         skipped: told of each that cannot; its answer stays unmeasured, and an older evaluation is removed.
 
     Returns:
-        The list in ``reports/queries.json``.
+        What stands in ``reports/queries.json``.
 
     Raises:
         Busy: another process works on one of them.
@@ -319,33 +356,24 @@ def evaluate_queries(
     sites = prepared_sites(space, params.sites)
     folder = space.reports / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    metrics: dict[str, dict[str, float]] = {}
-    accuracy: list[list[str]] = []
-    confusion: list[list[str]] = []
+    found: dict[str, Evaluation] = {}
     for key, ref in sorted(params.queries.items()):
         path = folder / ref.hospital / f"{ref.query}.json"
         with hold_query(root, ref.hospital, ref.query):
             try:
-                result = evaluate_query(space, ref, sites, params, where)
+                found[key] = evaluate_query(space, ref, sites, params, where)
             except NoTestImages as error:
                 path.unlink(missing_ok=True)
                 if skipped:
                     skipped(ref, error)
                 continue
-            write_json(path, result)
-        rows.append(headline(result))
-        metrics[key] = {h: result["after"][h]["value"] for h in HEADLINE} | {
-            "gain": result["gain"]["value"],
-            "forgetting": result["forgetting"]["value"],
-        }
-        accuracy += [[key, h, f"{result[s][h]['value']}", s] for h in HEADLINE for s in ("before", "after")]
-        confusion += _confusion_rows(result)
-    if metrics:
-        names = next(iter(metrics.values()))
-        metrics["mean"] = {n: round(sum(m[n] for m in metrics.values()) / len(metrics), 6) for n in names}
-    write_json(space.reports / "queries.json", rows)
-    write_json(space.reports / "metrics.json", metrics)
+            write_record(path, found[key])
+    rows = {key: QuerySummary.of(evaluation) for key, evaluation in found.items()}
+    metrics = RunMetrics.of({key: QueryMetrics.of_query(evaluation) for key, evaluation in found.items()})
+    accuracy = [line for key, row in rows.items() for line in _accuracy_rows(key, row)]
+    confusion = [line for evaluation in found.values() for line in _confusion_rows(evaluation)]
+    write_record(space.reports / "queries.json", QuerySummaries(tuple(rows.values())))
+    write_record(space.reports / "metrics.json", metrics)
     _write_csv(space.reports / "plots" / "accuracy.csv", ["query", "measure", "value", "when"], accuracy)
     _write_csv(space.reports / "plots" / "confusion.csv", ["query", "actual", "predicted"], confusion)
-    return rows
+    return tuple(rows.values())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qkt_clinical.common.files import digest_folder, write_json
+from qkt_clinical.common.files import digest_folder
 from qkt_clinical.common.locks import hold_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
@@ -14,6 +13,8 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.evaluation.gate import judge
 from qkt_clinical.records.decisions import champion_of
+from qkt_clinical.records.evaluation import Evaluation
+from qkt_clinical.records.reading import read_record, write_record
 from qkt_clinical.records.verdict import Verdict
 
 
@@ -35,21 +36,8 @@ def gate_one(root: Path, ref: QueryRef, params: Params) -> Verdict:
     target = space.reports / "gate" / ref.hospital / f"{ref.query}.json"
     champion = champion_of(root, f"student.{ref.hospital}.{ref.query}")
     digest = digest_folder(space.student(ref.hospital, ref.query))
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-        verdict = judge(evaluation, params.gate, digest=digest, champion=champion)
-        measured = evaluation.get("student") == digest
-    except FileNotFoundError:
-        measured = False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise OutputsError(
-            "no evaluation that can be judged",
-            remedy="Run 'qkt evaluate' first.",
-            file=path,
-            site=ref.hospital,
-            stage="gate",
-        ) from None
-    if not measured:
+    evaluation = _evaluation(path, ref) if path.exists() else None
+    if evaluation is None or evaluation.student != digest:
         target.unlink(missing_ok=True)
         raise NotMeasured(
             f"the student of {ref.query!r} that is here has not been measured",
@@ -58,8 +46,28 @@ def gate_one(root: Path, ref: QueryRef, params: Params) -> Verdict:
             site=ref.hospital,
             stage="gate",
         )
-    write_json(target, verdict.model_dump(mode="json"))
+    verdict = judge(evaluation, params.gate, digest=digest, champion=champion)
+    write_record(target, verdict)
     return verdict
+
+
+def _evaluation(path: Path, ref: QueryRef) -> Evaluation:
+    """The evaluation of a query.
+
+    Raises:
+        OutputsError: it cannot be read, or is that of another query.
+    """
+    what, remedy = "no evaluation that can be judged", "Run 'qkt evaluate' first."
+    evaluation = read_record(Evaluation, path, site=ref.hospital, stage="gate", what=what, remedy=remedy)
+    if (evaluation.hospital, evaluation.query) != (ref.hospital, ref.query):
+        raise OutputsError(
+            f"{what}: it is that of another query",
+            remedy=remedy,
+            file=path,
+            site=ref.hospital,
+            stage="gate",
+        )
+    return evaluation
 
 
 def gate_queries(

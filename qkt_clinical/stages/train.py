@@ -22,6 +22,8 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import check_size, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.records.reading import write_record
+from qkt_clinical.records.training import Curves, TeacherMetrics
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
@@ -42,18 +44,18 @@ def _secret(site: PreparedSite) -> str:
 
 def _metrics(
     site: PreparedSite, logits: torch.Tensor, labels: torch.Tensor, history: History
-) -> dict[str, Any]:
+) -> TeacherMetrics:
     recall = {
         site.manifest.classes[int(c)]: round(float((logits[labels == c].argmax(1) == c).float().mean()), 6)
         for c in labels.unique()
     }
-    return {
-        "balanced_accuracy": round(sum(recall.values()) / len(recall), 6) if recall else None,
-        "recall": withhold(recall, site.manifest.counts["val"]),
-        "epochs": len(history.curves),
-        "best_epoch": history.best_epoch,
-        "stopped_early": history.stopped_early,
-    }
+    return TeacherMetrics(
+        balanced_accuracy=round(sum(recall.values()) / len(recall), 6) if recall else None,
+        recall=withhold(recall, site.manifest.counts["val"]),
+        epochs=len(history.curves),
+        best_epoch=history.best_epoch,
+        stopped_early=history.stopped_early,
+    )
 
 
 def train_site(
@@ -162,10 +164,11 @@ def train_site(
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))
-        write_json(part / METRICS, metrics)
-        write_json(part / CURVES, history.curves)
+        write_record(part / METRICS, metrics)
+        write_record(part / CURVES, Curves(tuple(history.curves)))
         folder.mkdir(parents=True, exist_ok=True)
-        for name in MADE:  # one by one, since mask.json in the same folder is another stage's
+        # One by one, since mask.json in the same folder is another stage's; the card last, it names the rest.
+        for name in MADE:
             (part / name).replace(folder / name)
     keep_usage(space.scratch, digest_file(folder / CARD), samples)
-    return metrics
+    return metrics.model_dump(mode="json")

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qkt_clinical import __version__
+from qkt_clinical.common.disclosure import shown_figure
 from qkt_clinical.common.files import digest_bytes, digest_folder, to_json
 from qkt_clinical.common.system_metrics import read_usage
 from qkt_clinical.common.wording import points, size, words
 from qkt_clinical.config.params import Params
+from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import CARD, MASK, REFERENCE, Card
 from qkt_clinical.records.decisions import NONE
-from qkt_clinical.records.evaluation import Scores
 from qkt_clinical.records.model_card import ModelCard
-from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs, flat, published
+from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs, flat
 from qkt_clinical.records.plan import SHARED
+from qkt_clinical.records.published import PublishedScores
 from qkt_clinical.report.model_card import student_model_card, teacher_model_card, unmeasured_model_card
 from qkt_clinical.report.model_card_text import to_markdown, to_summary
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
@@ -104,6 +106,11 @@ def _dataset(site: SiteOutputs | None) -> dict[str, Any] | None:
     }
 
 
+def _shown_row(row: Mapping[str, float]) -> dict[str, float]:
+    """A row of a training's curves; its score is a mean of recalls on validation images."""
+    return {name: shown_figure(value) if name == "score" else value for name, value in row.items()}
+
+
 def _texts(card: ModelCard) -> dict[str, str]:
     return {"model_card.json": to_json(card.model_dump(mode="json")), "model_card.md": to_markdown(card)}
 
@@ -122,11 +129,12 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
     registered = digest_folder(site.teacher, files)
     known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
     metrics: dict[str, float] = {}
-    if site.metrics is not None:
-        metrics = {f"recall/{key(c)}": v for c, v in site.metrics.recall.items() if v is not None}
-        metrics |= {"epochs": site.metrics.epochs, "best_epoch": site.metrics.best_epoch}
-        if site.metrics.balanced_accuracy is not None:
-            metrics["balanced_accuracy"] = site.metrics.balanced_accuracy
+    told = site.published_metrics
+    if told is not None:
+        metrics = {f"recall/{key(c)}": v for c, v in told.recall.items() if v is not None}
+        metrics |= {"epochs": told.epochs, "best_epoch": told.best_epoch}
+        if told.balanced_accuracy is not None:
+            metrics["balanced_accuracy"] = told.balanced_accuracy
     note = f"Teacher of {site.name}: {site.card.network.name}, knows {words(known) or 'nothing by its mask'}."
     bundle = str(site.card_digest)
     tags = {"qkt.site": site.name, "qkt.bundle": bundle, "qkt.data": site.data_digest or "not here"}
@@ -144,7 +152,7 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
         note=note,
         params=used | {"network_bytes": site.card.weights.bytes},
         metrics=metrics,
-        curves=curves_of("curve", site.curves),
+        curves=curves_of("curve", [_shown_row(row) for row in site.curves]),
         tags=tags,
         files={name: path for name, path in files.items() if name in (CARD, MASK)},
         texts=_texts(card),
@@ -221,7 +229,7 @@ def answer_item(answer: AnswerOutputs, outputs: Outputs) -> Item:
     )
 
 
-def _score_metrics(prefix: str, scores: Scores) -> dict[str, float]:
+def _score_metrics(prefix: str, scores: PublishedScores) -> dict[str, float]:
     names = ("query_accuracy", "retained_accuracy", "balanced_accuracy", "auroc", "ece")
     named = {n: getattr(scores, n) for n in names}
     named |= {f"recall/{key(c)}": interval for c, interval in scores.recall.items()}
@@ -234,26 +242,37 @@ def _unmet(query: QueryOutputs) -> str:
     return ", ".join(rule.rule for rule in rules if not rule.passed) or NONE
 
 
+def _change(figure: Estimate | None) -> str:
+    """A difference with its interval, in words."""
+    if figure is None:
+        return "not told"
+    return f"{points(figure.value)} points ({points(figure.low)} to {points(figure.high)})"
+
+
+def _tag(figure: Estimate | None) -> str:
+    return NONE if figure is None else f"{figure.value:.2f}"
+
+
 def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
     """The run of an answered query and its student."""
-    e, params, verdict = query.evaluation, outputs.params, query.verdict
+    e, params, verdict = query.published, outputs.params, query.published_verdict
     site = outputs.site(e.hospital)
     used = _answer_params(query, params) | flat("evaluate", params.evaluate.model_dump(mode="json"))
     metrics = _answer_metrics(query) | _score_metrics("before", e.before) | _score_metrics("after", e.after)
     for name, interval in (("gain", e.gain), ("forgetting", e.forgetting), ("query_gain", e.query_gain)):
-        metrics |= {name: interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
+        if interval is not None:
+            metrics |= {name: interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
     note = (
         f"{e.hospital} asks for {words(e.classes)}; method {e.method}, teachers "
         f"{words(e.teachers) or 'none'}, {size(e.bytes_moved)} moved. "
-        f"Balanced accuracy {points(e.gain.value)} points "
-        f"({points(e.gain.low)} to {points(e.gain.high)}), forgetting {points(e.forgetting.value)} points."
+        f"Balanced accuracy {_change(e.gain)}, forgetting {_change(e.forgetting)}."
     )
     tags = _answer_tags(query, site) | {
         GATE: "not judged" if verdict is None else ("passed" if verdict.passed else "failed"),
         f"{GATE}_unmet": _unmet(query),
         VERDICT: NONE if verdict is None else verdict.model_dump_json(),
-        "qkt.balanced_accuracy": f"{e.after.balanced_accuracy.value:.6f}",
-        "qkt.forgetting": f"{e.forgetting.value:.6f}",
+        "qkt.balanced_accuracy": _tag(e.after.balanced_accuracy),
+        "qkt.forgetting": _tag(e.forgetting),
     }
     card = student_model_card(query, outputs)
     folder = query.folder_digest
@@ -273,15 +292,13 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         metrics=metrics,
         curves=_answer_curves(query),
         tags=tags,
-        files={
-            **_answer_files(query),
-            **({} if verdict is None else {"gate.json": query.verdict_file}),
-        },
+        files=_answer_files(query),
         texts={
             **_texts(card),
-            "evaluation.json": to_json(published(query.evaluation)),
-            "reliability.svg": render_reliability(query),
-            "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(query)),
+            **({} if verdict is None else {"gate.json": to_json(verdict.model_dump(mode="json"))}),
+            "evaluation.json": to_json(e.model_dump(mode="json")),
+            "reliability.svg": render_reliability(e),
+            "recall.svg": render_chart("bars", f"Recall per class: {query.name}", recall_bars(e)),
         },
         dataset=_dataset(site),
         below=e.hospital,
@@ -301,18 +318,19 @@ def with_usage(item: Item, scratch: Path) -> Item:
 def pipeline_item(outputs: Outputs, items: Sequence[Item]) -> Item:
     """The run that holds the others."""
     contents = {f"{i.kind} {i.name}": i.digest for i in items}
-    gains = [q.evaluation.gain.value for q in outputs.queries]
-    metrics: dict[str, float] = {"queries": len(gains), "sites": len(outputs.sites)}
-    if gains:
-        metrics |= {
-            "gain": sum(gains) / len(gains),
-            "forgetting": sum(q.evaluation.forgetting.value for q in outputs.queries) / len(gains),
-            "balanced_accuracy": sum(q.evaluation.after.balanced_accuracy.value for q in outputs.queries)
-            / len(gains),
-            "bytes_moved": sum(q.evaluation.bytes_moved for q in outputs.queries),
-            "queries_below_own_model": sum(g < 0 for g in gains),
-        }
-    chart = render_chart("dumbbells", "Balanced accuracy before and after, per query", gain_bars(outputs))
+    told = [q.published for q in outputs.queries]
+    metrics: dict[str, float] = {"queries": len(told), "sites": len(outputs.sites)}
+    for name, figures in (
+        ("gain", [e.gain for e in told]),
+        ("forgetting", [e.forgetting for e in told]),
+        ("balanced_accuracy", [e.after.balanced_accuracy for e in told]),
+    ):
+        values = [figure.value for figure in figures if figure is not None]
+        metrics |= {name: sum(values) / len(values)} if values else {}
+    if told:
+        metrics["bytes_moved"] = sum(e.bytes_moved for e in told)
+        metrics["queries_below_own_model"] = sum(q.evaluation.gain.value < 0 for q in outputs.queries)
+    chart = render_chart("dumbbells", "Balanced accuracy before and after, per query", gain_bars(told))
     return Item(
         kind="pipeline",
         name="pipeline",
