@@ -11,7 +11,7 @@ import typer
 
 from qkt_clinical.catalog import Method
 from qkt_clinical.cli.options import EPILOG, HERE, Json, OnDevice, Root, print_json
-from qkt_clinical.common.console import progress
+from qkt_clinical.common.console import printable, progress
 from qkt_clinical.common.files import digest_folder
 from qkt_clinical.config.loading import load_params, load_query
 from qkt_clinical.config.query import QueryConfig
@@ -215,7 +215,7 @@ def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) 
         if _readable(job):
             asked = load_query(root, job.hospital, job.query)
             words = f"; {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}"
-        print(f"{job.name}: {job.state}{words}")
+        print(printable(f"{job.name}: {job.state}{words}"))
     print(f"{len(jobs)} queries")
 
 

@@ -50,6 +50,20 @@ def tell_skipped(ref: QueryRef, why: QktError) -> None:
     print(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}", file=sys.stderr)
 
 
+def tell_set_aside(what: str, why: str) -> None:
+    """Name what is left out of a whole because it cannot be used, on standard error."""
+    print(f"{printable(what)}: set aside: {printable(why)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: a character that does not show stands as its escape, line ends included.
+
+    Tags, file names and descriptions come from others; escape sequences in them would move the cursor,
+    rewrite what was printed, or set the clipboard.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 @contextmanager
 def errors_as_lines(stage: str | None = None) -> Iterator[None]:
     """End the process with one line on standard error and exit code 1 for what a user can put right."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,10 +10,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHUNK = 1 << 20
 
@@ -38,6 +40,35 @@ def digest_folder(folder: Path, names: Iterable[str] | None = None) -> str:
     for path in sorted(p for p in paths if p.is_file()):
         total.update(f"{path.relative_to(folder).as_posix()}\0{digest_file(path)}\n".encode())
     return total.hexdigest()
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """A plain file to read from; a link is not followed, and nothing waits for who writes to a pipe.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is a link or no plain file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "no plain file")
+        yield stream
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """Content of a plain file of at most ``most`` bytes, by one handle; no link is followed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, is a link or no plain file, or is larger.
+    """
+    with open_plain(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than {most} bytes")
+    return content
 
 
 def to_json(value: Any) -> str:

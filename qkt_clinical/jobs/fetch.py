@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from qkt_clinical.common.console import tell_set_aside
 from qkt_clinical.common.files import digest_file, passing_folder, sweep
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig
@@ -18,7 +19,12 @@ from qkt_clinical.models.offers import check_teacher
 from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REMEDY, WEIGHTS, read_card, read_mask
 from qkt_clinical.records.plan import SHARED, Offer
 from qkt_clinical.tracking.client import registry_client, tracking_uri
-from qkt_clinical.tracking.teachers import Registered, fetch_file, registered_teachers
+from qkt_clinical.tracking.teachers import (
+    Registered,
+    check_teacher_version,
+    fetch_file,
+    registered_teachers,
+)
 
 SQLITE = "sqlite:///"
 FETCHED = "fetch"
@@ -43,14 +49,19 @@ class Shelf(NamedTuple):
         """Put a teacher's bundle into ``folder``; its weights are fetched unless they are here.
 
         Raises:
-            BundleError: the weights are missing, or larger or other than the card says.
+            BundleError: the weights are missing, or larger or other than the card says, or the version is not
+                what was registered.
         """
+        from qkt_clinical.models.bundle import load_bundle
+
         weights = self.offers[site].card.weights
         stored = self.kept / weights.sha256
         if not stored.is_file() or digest_file(stored) != weights.sha256:
             with passing_folder(self.kept / FETCHED) as passing:
-                fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
-                if digest_file(passing / WEIGHTS) != weights.sha256:
+                if (
+                    fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
+                    != weights.sha256
+                ):
                     raise BundleError(
                         "the weights' digest differs from the card's",
                         remedy=REMEDY,
@@ -61,6 +72,10 @@ class Shelf(NamedTuple):
         for name in (CARD, MASK):
             shutil.copyfile(self.folder / site / name, folder / name)
         shutil.copyfile(stored, folder / WEIGHTS)
+        load_bundle(folder)  # says what is wrong with it; the digest says only that something is
+        check_teacher_version(
+            self.versions[site], {n: digest_file(folder / n) for n in (CARD, MASK, WEIGHTS)}
+        )
 
 
 def _offer(teacher: Registered, place: Path) -> Offer:
@@ -99,7 +114,7 @@ def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) ->
         raise _nobody("there is no registry yet", hospital)  # MLflow would make its database
     with registry_client(root, params) as client, tempfile.TemporaryDirectory() as temporary:
         folder, offers, versions = Path(temporary), {}, {}
-        for teacher in registered_teachers(client):
+        for teacher in registered_teachers(client, set_aside=tell_set_aside):
             if teacher.site == hospital:
                 continue
             try:
