@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
-NEWEST = 20
+NEWEST = 200
 """Versions of one digest that are looked into; there are more only where somebody forges them."""
 LISTED = VERSIONS = 1000
 """Models and versions a page."""
