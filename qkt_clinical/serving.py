@@ -4,12 +4,20 @@ A request holds images as they stand in a prepared site: float32 of the card's i
 (C, D, H, W), uint8 images divided by 255. With normalisation ``unit`` values lie in [0, 1]; ``zscore``
 images are used as they are.
 
+Before a bundle is loaded, the folder of the MLflow model around it is held against what this package
+registers, see :func:`check_served`. MLflow comes first, though: it has read ``MLmodel`` and imported the
+loader that stands there before this module is asked, so that whose folder it is has to be settled earlier,
+by ``qkt registry fetch``.
+
 An answer also holds the operating point that it rests on, and whether the image is unlike those that the
 model was trained on, see :mod:`qkt_clinical.models.out_of_distribution`.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +26,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qkt_clinical.common.files import digest_folder, read_plain, to_json
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.errors import InputError
+from qkt_clinical.errors import Boundary, InputError, QktError, refused_by_system
 from qkt_clinical.models.bundle import Bundle, load_bundle
 from qkt_clinical.models.out_of_distribution import load_reference, responses, scores
 from qkt_clinical.records.card import Card, Reference
+from qkt_clinical.records.registered import (
+    CHECKS,
+    DOWNLOADED,
+    MAX_MLMODEL_BYTES,
+    MLMODEL,
+    check_beside,
+    check_places,
+    list_files,
+    plain_entries,
+    read_mlmodel,
+    size_limit,
+    unsound,
+)
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
-BATCH = 256
+BATCH, BATCH_NUMBERS = 256, 1 << 24
+"""Images, and numbers in them, that go through the network at once."""
+REQUEST_NUMBERS = 1 << 26
+"""Numbers in the images of one request: 256 MiB in single precision."""
 UNLIKE_COLUMNS = ("unlike_training", "unlike_training_score", "unlike_training_threshold")
 TOLERANCE = 1e-4
 """Resampling in single precision may leave [0, 1] by this much."""
@@ -54,18 +79,30 @@ def check_images(data: Any, bundle: Bundle) -> NDArray[np.float32]:
     """Images (N, *card.input.shape) as float32.
 
     Raises:
-        InputError: codes ``input-type``, ``input-shape``, ``input-values``.
+        InputError: codes ``input-type``, ``input-shape``, ``input-size``, ``input-values``.
     """
     spec, site = bundle.card.input, bundle.card.site
     wanted = "x".join(map(str, ("N", *spec.shape)))
     remedy = f"Send float32 images of shape {wanted}, prepared as the site's own are."
     try:
-        images = np.asarray(data, dtype=np.float32)
+        numbers = np.asarray(data)
     except (TypeError, ValueError):
-        raise InputError("not an array of numbers", remedy=remedy, code="input-type", site=site) from None
-    if images.ndim != len(spec.shape) + 1 or images.shape[1:] != spec.shape or len(images) == 0:
-        shape = "x".join(map(str, images.shape))
+        numbers = np.asarray(None)  # lists of several lengths
+    if numbers.dtype.kind not in "fiu":
+        raise InputError("not an array of numbers", remedy=remedy, code="input-type", site=site)
+    if numbers.ndim != len(spec.shape) + 1 or numbers.shape[1:] != spec.shape or len(numbers) == 0:
+        shape = "x".join(map(str, numbers.shape))
         raise InputError(f"shape {shape} against {wanted}", remedy=remedy, code="input-shape", site=site)
+    most = max(1, REQUEST_NUMBERS // math.prod(spec.shape))
+    if len(numbers) > most:
+        raise InputError(
+            f"{len(numbers)} images in one request, more than {most}",
+            remedy="Send them in several requests.",
+            code="input-size",
+            site=site,
+        )
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused
+        images = numbers.astype(np.float32, copy=False)
     if not np.isfinite(images).all():
         raise InputError("values that are not finite", remedy=remedy, code="input-values", site=site)
     low, high = float(images.min()), float(images.max())
@@ -118,19 +155,29 @@ class Answerer:
 
         Raises:
             InputError: see :func:`check_images`.
+            QktError: something else went wrong; its words hold no path.
         """
+        with Boundary() as ended:
+            return self._answer(data, params)
+        assert ended.error is not None
+        raise _spoken(ended.error)
+
+    def _answer(self, data: Any, params: dict[str, Any] | None) -> pd.DataFrame:
         import pandas as pd
 
         if params:
             raise InputError(
-                f"unknown parameters {', '.join(sorted(params))}", remedy="Send none.", code="input-params"
+                f"unknown parameters {', '.join(sorted(map(str, params)))[:200]}",
+                remedy="Send none.",
+                code="input-params",
             )
         card = self.bundle.card
         images = check_images(data, self.bundle)
         answers: list[Tensor] = []
         unlike: list[float] = []
         with torch.inference_mode():
-            for part in np.array_split(images, range(BATCH, len(images), BATCH)):
+            step = max(1, min(BATCH, BATCH_NUMBERS // math.prod(card.input.shape)))
+            for part in np.array_split(images, range(step, len(images), step)):
                 inputs = to_input(part, card.input.normalisation)
                 answers.append(answer_scores(self.bundle, inputs))
                 if self.reference is not None:
@@ -148,11 +195,85 @@ class Answerer:
         return pd.DataFrame(columns)
 
 
+def _speaking(kind: type[QktError], base: type[Exception]) -> type[QktError]:
+    """A class of errors that are MLflow's, too; see :func:`_spoken`."""
+
+    def serialize_as_json(self: QktError) -> str:
+        status = "BAD_REQUEST" if isinstance(self, InputError) else "INTERNAL_ERROR"
+        return to_json({"error_code": status, "code": self.code, "message": str(self.args[0])})
+
+    def get_http_status_code(self: QktError) -> int:
+        return 400 if isinstance(self, InputError) else 500
+
+    own = {"serialize_as_json": serialize_as_json, "get_http_status_code": get_http_status_code}
+    return type(kind.__name__, (kind, base), own)
+
+
+def _spoken(error: QktError) -> QktError:
+    """The error as MLflow's server tells it word for word, where this process is one.
+
+    To what is none of its own it answers with a traceback, which names folders of the server; to its own
+    with a part of the request's images before the message.
+    """
+    mlflow = sys.modules.get("mlflow.exceptions")
+    if mlflow is None:
+        return error
+    where = error.where
+    spoken = _speaking(type(error), mlflow.MlflowException)(
+        error.message, remedy=error.remedy, code=error.code, stage=where.stage, site=where.site
+    )
+    spoken.args = (str(spoken),)
+    return spoken
+
+
+def _hide_tracebacks() -> None:
+    """Let MLflow's server answer requests that it cannot parse without a traceback of its own.
+
+    It has no setting for that. Nothing is changed in processes that are no server.
+    """
+    server: Any = sys.modules.get("mlflow.pyfunc.scoring_server")
+    answer = getattr(server, "_handle_serving_error", None)
+    if answer is not None and not isinstance(answer, partial):
+        server._handle_serving_error = partial(answer, include_traceback=False)
+
+
+def check_served(folder: Path) -> None:
+    """Check the MLflow model around a bundle's folder; a bundle that lies elsewhere is let pass.
+
+    Names, sizes, loader and requirements are those of this package, and the digest of the bundle is that
+    which was written into ``MLmodel`` when it was registered (older versions hold none). All of this can be
+    forged by who can write the folder: it finds what was damaged or mixed up, and a folder fetched by other
+    means that is none of ours.
+
+    Raises:
+        UnsoundVersion: codes ``version-files``, ``version-loader``, ``version-digest``, ``bundle-size``,
+            ``bundle-missing``.
+    """
+    root, data = folder.parent.parent, f"data/{folder.name}"
+    if folder.parent.name != "data" or not (root / MLMODEL).exists():
+        return
+    listed = dict(list_files(partial(plain_entries, root), data))
+    listed.pop(DOWNLOADED, None)
+    check_places(listed, data)
+    for name in sorted(CHECKS.keys() & listed.keys()):
+        check_beside(name, read_plain(root / name, size_limit(name, data) or 0), data)
+    said = (read_mlmodel(read_plain(root / MLMODEL, MAX_MLMODEL_BYTES)).get("metadata") or {}).get("digest")
+    if said is not None and digest_folder(folder) != said:
+        raise unsound("the bundle is not the one that was registered", "version-digest")
+
+
 def _load_pyfunc(data_path: str) -> Answerer:
     """What MLflow calls with the bundle's folder.
 
     Raises:
-        BundleError: the bundle fails a check.
+        BundleError: the bundle, or the folder of the model around it, fails a check.
+        QktError: the system does not let it be read.
     """
-    bundle = load_bundle(Path(data_path))
-    return Answerer(bundle, load_reference(bundle))
+    folder = Path(data_path)
+    _hide_tracebacks()
+    try:
+        check_served(folder)
+        bundle = load_bundle(folder)
+        return Answerer(bundle, load_reference(bundle))
+    except OSError as error:
+        raise refused_by_system(error) from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from qkt_clinical.cli import main
 from qkt_clinical.common.files import digest_folder
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import OutputsError
+from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.records.card import CARD
 from qkt_clinical.records.decisions import (
+    CHAMPION,
     Decision,
     RegistryError,
     champion_of,
@@ -76,14 +78,33 @@ def test_no_decision_is_lost_among_several_processes(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "decisions").iterdir()] == ["h0.json"]
 
 
-def test_a_verdict_on_another_student_is_none(space: tuple[Path, Params]) -> None:
+def test_a_verdict_is_the_gates_own_record_and_not_a_tag(space: tuple[Path, Params]) -> None:
+    """Whoever may write to the registry may write its tags."""
     root, params = space
-    with open_registry(root, params) as registry:
-        verdict = json.loads(registry.version(NAME, "1").tags["qkt.verdict"])
-        other = json.dumps({**verdict, "digest": "of another"})
-        registry.client.set_model_version_tag(NAME, "1", "qkt.verdict", other)
-        with pytest.raises(RegistryError, match="not judged by the gate"):
-            registry.promote(NAME, "1")
+    path = Workspace(root).reports / "gate" / "h0" / "q0.json"
+    verdict = json.loads(path.read_text())
+    assert verdict["passed"]
+    failed = [rule | {"passed": False} for rule in verdict["rules"]]
+    for record, code, words in (
+        (None, "gate-not-passed", "not judged by the gate"),
+        (verdict | {"digest": "0" * 64}, "gate-not-passed", "another student"),
+        (verdict | {"passed": False, "rules": failed}, "gate-not-passed", "forgetting"),
+        (verdict | {"rules": []}, "verdict", "read"),
+        (verdict | {"rules": failed}, "verdict", "read"),
+        (verdict | {"query": "q1"}, "verdict", "read"),
+        ("{", "verdict", "read"),
+        ([], "verdict", "read"),
+    ):
+        path.unlink(missing_ok=True)
+        if record is not None:
+            path.write_text(record if isinstance(record, str) else json.dumps(record))
+        with open_registry(root, params) as registry:
+            assert registry.version(NAME, "1").tags["qkt.gate"] == "passed", "as the registry says"
+            with pytest.raises(QktError, match=words) as caught:
+                registry.promote(NAME, "1")
+            assert CHAMPION not in registry.client.get_registered_model(NAME).aliases
+        assert caught.value.code == code
+    assert champions(read_decisions(root, "h0"), NAME) == []
 
 
 @pytest.fixture
@@ -195,11 +216,16 @@ def test_promoted_replaced_overridden_and_rolled_back(
 def test_what_is_in_use_now_counts_not_what_was_when_the_gate_judged(space: tuple[Path, Params]) -> None:
     """Two versions pass the gate alone; once the better one is promoted, the other is refused."""
     root, params = space
+    first = (Workspace(root).reports / "gate" / "h0" / "q0.json").read_bytes()
     rewrite(root, params, worse)
+    path = Workspace(root).reports / "gate" / "h0" / "q0.json"
+    second = path.read_bytes()
+    path.write_bytes(first)  # as a checkout of the first answer brings it back
     with open_registry(root, params) as registry:
         assert [m["gate"] for m in registry.models() if m["name"] == NAME] == [["passed", "passed"]]
         decision = registry.promote(NAME, "1")
         assert decision.measured is not None
+        path.write_bytes(second)
         with pytest.raises(RegistryError, match="worse_than_champion"):
             registry.promote(NAME, "2")
         assert "worse_than_champion" in registry.show(NAME, "2")["tags"]["qkt.refused"]
@@ -261,8 +287,77 @@ def test_wrong_names_and_damaged_decisions(space: tuple[Path, Params]) -> None:
         ):
             with pytest.raises(RegistryError):
                 registry.show(name, which)
-    path = decisions_file(root, "h0")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[{}]")
-    with pytest.raises(OutputsError, match="decisions"):
-        read_decisions(root, "h0")
+
+
+def link(path: Path) -> None:
+    path.with_name("elsewhere").write_text("[]")
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def written(text: str | bytes) -> Callable[[Path], None]:
+    data = text if isinstance(text, bytes) else text.encode()
+    return lambda path: (path.write_bytes(data), None)[1]
+
+
+SOUND = {"model": NAME, "digest": "a", "decision": "promoted", "by": "gate", "reason": None}
+
+
+def listed(**changed: Any) -> Callable[[Path], None]:
+    return written(json.dumps([SOUND | changed]))
+
+
+def huge(path: Path) -> None:
+    path.write_text("[")
+    os.truncate(path, 1 << 40)
+
+
+BOUND = {"value": 0.5, "low": 0.4, "high": 0.6}
+TWICE = json.dumps(BOUND)
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "empty objects": written("[{}]"),
+    "empty": written(""),
+    "cut off": written(json.dumps([SOUND])[:-9]),
+    "no list": written(json.dumps({"0": SOUND})),
+    "no text": written(b"\xff\xfe"),
+    "deep": written("[" * 200_000),
+    "a name that is a path": listed(model="student.h0.../../x"),
+    "a name that is a query": listed(model="student.h0.q0' or '1'='1"),
+    "a digest that is a query": listed(digest="a' or '1'='1"),
+    "another hospital's": listed(model="student.h1.q1"),
+    "wrong types": listed(by=7),
+    "an unknown word": listed(decision="approved"),
+    "an unknown key": listed(more=1),
+    "an endless reason": listed(reason="x" * 20_000),
+    "no number": listed(measured={"balanced_accuracy": BOUND | {"low": "low"}}),
+    "a class named twice": written(
+        json.dumps([SOUND])[:-2]
+        + f', "measured": {{"balanced_accuracy": {TWICE}, "forgetting": {TWICE}, "data": null, '
+        + f'"query_recall": {{"ig": {TWICE}, "ig": null}}}}}}]'
+    ),
+    "huge": huge,
+    "a link": link,
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_decisions_that_cannot_be_read_are_one_typed_error(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = decisions_file(tmp_path, "h0")
+    path.parent.mkdir()
+    damage(path)
+    before = path.lstat().st_mtime_ns
+    for read in (lambda: read_decisions(tmp_path, "h0"), lambda: keep_decision(tmp_path, decided("b"))):
+        with pytest.raises(OutputsError, match="decisions") as caught:
+            read()
+        assert (caught.value.where.file, caught.value.where.site) == (str(path), "h0")
+    assert path.lstat().st_mtime_ns == before, "and nothing is written over it"
+
+
+def test_a_decision_that_the_disk_refuses_is_one_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "decisions").write_text("in its place")
+    with pytest.raises(QktError) as caught:
+        keep_decision(tmp_path, decided("a"))
+    assert caught.value.code in ("system", "outputs")

@@ -136,6 +136,7 @@ def test_it_answers_over_http(served: Served, tmp_path: Path) -> None:
     with served_model(f"models:/{STUDENT}@{ALIAS}", served.uri, tmp_path) as address:
         status, answer = post(address, {"inputs": np.concatenate([own, strange]).tolist()})
         wrong, refused = post(address, {"inputs": own[:, :, :8].tolist()})
+        dark, told = post(address, {"inputs": (own - 7).tolist()})
     assert status == 200
     rows = answer["predictions"]
     for row in rows:
@@ -146,6 +147,9 @@ def test_it_answers_over_http(served: Served, tmp_path: Path) -> None:
     assert [row["unlike_training"] for row in rows] == [False, False, True]
     assert wrong == 400
     assert "shape" in json.dumps(refused)
+    assert (dark, told["code"], set(told)) == (400, "input-values", {"code", "error_code", "message"})
+    for answer in (refused, told):
+        assert not [w for w in ("Traceback", "site-packages", str(tmp_path)) if w in json.dumps(answer)]
 
 
 def test_a_model_without_a_reference_answers_null(served: Served, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from qkt_clinical.common.files import write_json
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.errors import BundleError, InputError
+from qkt_clinical.errors import BundleError, InputError, QktError
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.prediction import predict_scores
@@ -110,6 +111,13 @@ def test_many_images_are_answered_as_few(teacher: Answerer) -> None:
         (np.full((1, *SHAPE), np.nan, np.float32), "input-values"),
         (np.full((1, *SHAPE), np.inf, np.float32), "input-values"),
         (np.full((1, *SHAPE), 255, np.uint8), "input-values"),
+        (np.zeros((1, *SHAPE), np.complex64), "input-type"),
+        (np.zeros((1, *SHAPE), bool), "input-type"),
+        (np.full((1, *SHAPE), "1"), "input-type"),
+        (np.full((1, *SHAPE), 1e300), "input-values"),
+        (np.broadcast_to(np.float32(0), (1 << 20, *SHAPE)), "input-size"),
+        (None, "input-type"),
+        ([], "input-shape"),
         ([["a"]], "input-type"),
         ([[1.0], [1.0, 2.0]], "input-type"),
         (object(), "input-type"),
@@ -136,6 +144,44 @@ def test_a_changed_bundle_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         _load_pyfunc(str(tmp_path))
     assert caught.value.code == "bundle-digest"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("/srv/secret"), KeyError("/srv/secret"), OSError("/srv/secret")]
+)
+def test_what_nobody_foresaw_is_typed_and_names_no_path(
+    teacher: Answerer, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qkt_clinical.serving.check_images", fail)
+    with pytest.raises(QktError) as caught:
+        teacher.predict(images(1))
+    assert "/srv" not in str(caught.value)
+    assert caught.value.code in ("out-of-memory", "internal", "system")
+
+
+def test_large_images_go_through_in_smaller_batches(
+    teacher: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = chances(teacher.predict(images(7)))
+    monkeypatch.setattr("qkt_clinical.serving.BATCH_NUMBERS", 2 * int(np.prod(SHAPE)))
+    np.testing.assert_allclose(chances(teacher.predict(images(7))), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "weights.safetensors"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "folder", "text"])
+def test_a_damaged_bundle_is_one_typed_error(root: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "h1"
+    shutil.copytree(Workspace(root).teacher("h1"), folder)
+    (folder / name).unlink()
+    if damage == "folder":
+        (folder / name).mkdir()
+    elif damage != "gone":
+        (folder / name).write_text("" if damage == "empty" else "what a disk left of it")
+    with pytest.raises(QktError):
+        _load_pyfunc(str(folder))
 
 
 def test_a_student_answers_with_its_operating_point(root: Path) -> None:

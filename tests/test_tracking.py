@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from qkt_clinical.records.outputs import flat, read_outputs
 from qkt_clinical.report.model_card import student_model_card, teacher_model_card
 from qkt_clinical.report.model_card_text import to_markdown, to_summary
 from qkt_clinical.stages.gate import gate_queries
-from qkt_clinical.tracking.client import registry_client, tracking_uri
+from qkt_clinical.tracking.client import check_database, registry_client, tracking_uri
 from qkt_clinical.tracking.mirror import ALIAS, _existing, _run, _Runs, track
 from qkt_clinical.tracking.runs import DIGEST, KIND, Item, curves_of, key
+from qkt_clinical.tracking.teachers import fetch_file, registered_teachers
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
 PARAMS = sample_params()
@@ -414,6 +417,181 @@ def test_what_the_own_disk_refuses_is_not_laid_to_mlflow(root: Path, error: OSEr
     assert caught.value.code == code
     assert ("MLflow" in caught.value.message) == (code == "mlflow")
     assert "/somewhere" not in str(caught.value)
+
+
+def test_a_database_without_its_driver_names_what_to_install(root: Path) -> None:
+    uri = "mysql+nosuchdriver://user:secret@127.0.0.1/mlflow"
+    for address, wanted in ((uri, "track.uri"), ("postgresql+psycopg3x://u:secret@h/x", "track.uri")):
+        with pytest.raises(QktError) as caught, registry_client(root, sample_params(track={"uri": address})):
+            pass
+        assert wanted in caught.value.remedy
+        assert "secret" not in str(caught.value)
+    missing = ModuleNotFoundError("No module named 'psycopg2'", name="psycopg2")
+    with (
+        pytest.raises(QktError, match="pip install psycopg2-binary") as caught,
+        registry_client(root, PARAMS),
+    ):
+        raise missing
+    assert caught.value.code == "no-driver"
+    with pytest.raises(ModuleNotFoundError), registry_client(root, PARAMS):
+        raise ModuleNotFoundError("ours", name="qkt_clinical.nothing")
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[str, list[int]]]:
+    """A server that answers everything with the status it is told, and its address."""
+    status = [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status[0])
+            self.end_headers()
+            self.wfile.write(b"<html>\x1b[2J what it has to say</html>")
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://name:secret@127.0.0.1:{server.server_port}", status
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (401, "mlflow-login", "login"),
+        (403, "mlflow-login", "login"),
+        (404, "mlflow", "404"),
+        (500, "mlflow", "failed"),
+        (503, "mlflow", "failed"),
+        (200, "mlflow", "JSON"),
+        (0, "mlflow", "reached"),
+    ],
+)
+def test_a_server_that_refuses_is_one_typed_line(
+    root: Path,
+    answering: tuple[str, list[int]],
+    status: int,
+    code: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri, answers = answering
+    answers[0] = status
+    uri = uri if status else "http://name:secret@127.0.0.1:9"
+    for attempt in (track, lambda r, p: registry_client(r, p).__enter__()):
+        with pytest.raises(QktError, match=words) as caught:
+            attempt(root, sample_params(track={"uri": uri}))
+        assert caught.value.code == code
+        assert str(caught.value).isprintable()
+        assert "secret" not in str(caught.value)
+
+
+def test_what_the_database_refuses_is_one_typed_error(root: Path, tmp_path: Path) -> None:
+    """Locked, full, read-only and torn: errors as SQLite really raises them."""
+    from sqlalchemy import NullPool, create_engine, text
+
+    path = tmp_path / "x.db"
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 0}, poolclass=NullPool)
+
+    def execute(*statements: str) -> None:
+        with registry_client(root, PARAMS), engine.begin() as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+
+    def refused(*statements: str) -> str:
+        with pytest.raises(QktError) as caught:
+            execute(*statements)
+        return caught.value.code
+
+    many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 500)"
+    fill = f"INSERT INTO t {many} SELECT hex(zeroblob(1000)) FROM n"
+    execute("CREATE TABLE t (x)")
+    assert refused("PRAGMA max_page_count = 4", fill) == "disk-full"
+    assert refused("PRAGMA query_only = 1", fill) == "system"
+    with engine.connect() as holder:
+        holder.exec_driver_sql("BEGIN EXCLUSIVE")
+        assert refused("INSERT INTO t VALUES (1)") == "database-busy"
+    execute(fill)
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    path.write_bytes(data)
+    assert refused("SELECT count(x) FROM t WHERE x > 'a'") == "damaged-database"
+
+
+def test_an_error_without_words_is_typed(root: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(QktError) as caught, registry_client(root, PARAMS):
+        raise MlflowException("")
+    assert caught.value.code == "mlflow"
+
+
+def test_a_full_disk_is_one_in_mlflows_words_too(root: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    for error in (
+        MlflowException("failures: {'x': OSError(28, 'No space left on device')}"),
+        MlflowException("Failed to download"),
+    ):
+        error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+        with pytest.raises(QktError) as caught, registry_client(root, PARAMS):
+            raise error
+        assert caught.value.code == "disk-full"
+        assert "MLflow" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_disk_that_is_full_while_a_teacher_is_fetched_is_told_as_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track(root, PARAMS)
+    real = Path.open
+
+    def full(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name.endswith(".part"):
+            return real(Path("/dev/full"), "wb", buffering=0)
+        return real(self, *args, **options)
+
+    with registry_client(root, PARAMS) as client:
+        (teacher, *_) = registered_teachers(client)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(QktError) as caught, registry_client(root, PARAMS):
+        fetch_file(teacher, WEIGHTS, tmp_path / "got", 10**9)
+    monkeypatch.undo()
+    assert caught.value.code == "disk-full"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workspace_that_may_not_be_written_ends_track_with_one_typed_error(tmp_path: Path) -> None:
+    params = sample_params(sites=2)
+    write_sample_run(tmp_path, params, weights=True)
+    (Workspace(tmp_path).scratch / "mlflow.lock").mkdir(parents=True)  # where the lock should be written
+    with pytest.raises(QktError) as caught:
+        track(tmp_path, params)
+    assert caught.value.code == "system"
+
+
+def test_runs_of_others_without_our_tags_are_passed_over(root: Path, client: Any) -> None:
+    experiment = client.get_experiment_by_name(PARAMS.track.experiment).experiment_id
+    theirs = client.create_run(experiment, tags={KIND: "site"}).info.run_id
+    try:
+        track(root, PARAMS)
+    finally:
+        client.delete_run(theirs)
+
+
+def test_the_file_that_the_address_names_by_mistake_is_not_to_be_removed(tmp_path: Path) -> None:
+    with pytest.raises(OutputsError) as caught:
+        check_database("sqlite:////etc/passwd")
+    assert "emove" not in caught.value.remedy
+    assert "track.uri" in caught.value.remedy
 
 
 def test_a_run_that_breaks_off_ends_as_failed(root: Path, client: Any) -> None:

@@ -17,7 +17,7 @@ from qkt_clinical.common.files import digest_folder, read_plain
 from qkt_clinical.config.loading import load_params, load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import QktError
+from qkt_clinical.errors import QktError, visible
 
 if TYPE_CHECKING:
     from qkt_clinical.jobs import Job
@@ -219,7 +219,7 @@ def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) 
         if _readable(job):
             asked = load_query(root, job.hospital, job.query)
             words = f"; {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}"
-        print(f"{job.name}: {job.state}{words}")
+        print(visible(f"{job.name}: {job.state}{words}"))
     print(f"{len(jobs)} queries")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, print_json
 from qkt_clinical.config.loading import load_params
+from qkt_clinical.errors import visible
 
 registry_app = typer.Typer(
     epilog=EPILOG,
@@ -34,7 +36,7 @@ def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     for model in models:
         aliases = ", ".join(f"{alias} {number}" for alias, number in model["aliases"].items())
         judged = ", ".join(f"{n} {g}" for n, g in zip(model["versions"], model["gate"], strict=True) if g)
-        print(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}")
+        print(visible(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}"))
 
 
 @registry_app.command("show", epilog=EPILOG)
@@ -49,12 +51,14 @@ def registry_show(
     if as_json:
         print_json(found)
         return
-    print(f"{found['name']} version {found['version']} ({', '.join(found['aliases']) or 'no alias'})")
-    print(found["description"])
+    aliases = ", ".join(found["aliases"]) or "no alias"
+    print(visible(f"{found['name']} version {found['version']} ({aliases})"))
+    for line in (found["description"] or "").split("\n"):
+        print(visible(line))
     for tag, value in found["tags"].items():
-        print(f"  {tag}: {value}")
+        print(visible(f"  {tag}: {value}"))
     for d in found["decisions"]:
-        print(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}")
+        print(visible(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}"))
 
 
 @registry_app.command("diff", epilog=EPILOG)
@@ -74,8 +78,27 @@ def registry_diff(
         print_json(found)
     else:
         for tag, (one, two) in found.items():
-            print(f"{tag}: {one} | {two}")
+            print(visible(f"{tag}: {one} | {two}"))
         print(f"{len(found)} differences between {first} and {second}")
+
+
+@registry_app.command("fetch", epilog=EPILOG)
+def registry_fetch(
+    model: ModelName,
+    version: WhichVersion,
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Write a version's files to a folder after every check, to serve it from there."""
+    from qkt_clinical.tracking.registry import open_registry
+
+    with open_registry(root, load_params(root)) as registry:
+        digest = registry.fetch(model, version, folder)
+    if as_json:
+        print_json({"model": model, "folder": str(folder), "digest": digest})
+    else:
+        print(visible(f"{folder}: {model}, digest {digest}"))
 
 
 @registry_app.command("promote", epilog=EPILOG)
@@ -115,8 +138,7 @@ def _say_decision(decision: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(decision)
         return
-    print(
-        f"{decision['model']}: {decision['decision']} by {decision['by']}; now in use: {decision['digest']}"
-    )
+    done = f"{decision['model']}: {decision['decision']} by {decision['by']}"
+    print(visible(f"{done}; now in use: {decision['digest']}"))
     for objection in decision["overridden"]:
-        print(f"  overridden: {objection}")
+        print(visible(f"  overridden: {objection}"))

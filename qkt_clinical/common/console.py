@@ -62,6 +62,11 @@ def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) ->
         print(visible(f"warning [{code}]: {words} (stage {stage}, site {site})"), file=sys.stderr)
 
 
+def tell_set_aside(what: str, why: str) -> None:
+    """Name what is left out of a whole because it cannot be used, on standard error."""
+    print(f"{visible(what)}: set aside: {visible(why)}", file=sys.stderr)
+
+
 @contextmanager
 def errors_as_lines(stage: str | None = None) -> Iterator[None]:
     """End the process with one line on standard error and exit code 1, whatever went wrong."""

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from qkt_clinical.common.files import TooLarge, copy_plain, passing_folder, sweep
+from qkt_clinical.common.console import tell_set_aside
+from qkt_clinical.common.files import TooLarge, copy_plain, digest_file, passing_folder, sweep
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace
@@ -26,7 +27,12 @@ from qkt_clinical.records.card import (
 )
 from qkt_clinical.records.plan import Offer
 from qkt_clinical.tracking.client import registry_client, tracking_uri
-from qkt_clinical.tracking.teachers import Registered, fetch_file, registered_teachers
+from qkt_clinical.tracking.teachers import (
+    Registered,
+    check_teacher_version,
+    fetch_file,
+    registered_teachers,
+)
 
 SQLITE = "sqlite:///"
 FETCHED = "fetch"
@@ -51,8 +57,11 @@ class Shelf(NamedTuple):
         """Put a teacher's bundle into ``folder``; its weights are fetched unless they are here.
 
         Raises:
-            BundleError: the weights are missing, or larger or other than the card says.
+            BundleError: the weights are missing, or larger or other than the card says, or the version is not
+                what was registered.
         """
+        from qkt_clinical.models.bundle import load_bundle
+
         weights = self.offers[site].card.weights
         stored = self.kept / weights.sha256
         for name in (CARD, MASK):
@@ -68,6 +77,10 @@ class Shelf(NamedTuple):
                         code="bundle-digest",
                     )
                 (passing / WEIGHTS).replace(stored)
+        load_bundle(folder)  # says what is wrong with it; the digest says only that something is
+        check_teacher_version(
+            self.versions[site], {n: digest_file(folder / n) for n in (CARD, MASK, WEIGHTS)}
+        )
 
     @staticmethod
     def _kept_copy(stored: Path, target: Path, weights: Weights) -> bool:
@@ -113,7 +126,7 @@ def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) ->
         raise _nobody("there is no registry yet", hospital)  # MLflow would make its database
     with registry_client(root, params) as client, tempfile.TemporaryDirectory() as temporary:
         folder, offers, versions = Path(temporary), {}, {}
-        for teacher in registered_teachers(client):
+        for teacher in registered_teachers(client, set_aside=tell_set_aside):
             if teacher.site == hospital:
                 continue
             try:

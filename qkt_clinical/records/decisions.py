@@ -8,51 +8,34 @@ that never decided: DVC refuses a stage whose dependency does not exist, and see
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, RootModel
+from pydantic import AfterValidator, ConfigDict, Field, RootModel
 
+from qkt_clinical.common.files import read_plain
 from qkt_clinical.common.locks import lock
 from qkt_clinical.config.base import NAME, Strict
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import QktError
-from qkt_clinical.records.reading import read_record, write_record
+from qkt_clinical.errors import OutputsError, QktError, refused_by_system
+from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.verdict import Champion, Measured
 
 FOLDER = "decisions"
 NONE = "none"
 CHAMPION = "champion"
 """Alias of the version that is in use."""
+MAX_BYTES = 16_000_000
+"""Of a hospital's decisions: some ten thousand."""
+Text = Annotated[str, Field(max_length=10_000)]
 
 
 class RegistryError(QktError):
     """A version cannot be put into use, or taken back, as asked."""
 
     code = "registry"
-
-
-class Decision(Strict):
-    """One decision about a model. Unlike a record it refuses other keys: the file is rewritten with each."""
-
-    model: str
-    digest: str
-    """Of the bundle that is the champion from then on."""
-    decision: Literal["promoted", "rolled back"]
-    by: str
-    """``gate``, or the reviewer's name."""
-    reason: str | None
-    overridden: tuple[str, ...] = ()
-    """What spoke against it."""
-    measured: Measured | None = None
-    """Figures of a promoted version at that time; what is to replace it is held against them."""
-
-
-class Decisions(RootModel[tuple[Decision, ...]]):
-    """``decisions/<site>.json``, the oldest first."""
-
-    model_config = ConfigDict(frozen=True)
 
 
 def site_of(model: str) -> str:
@@ -70,6 +53,37 @@ def site_of(model: str) -> str:
     return parts[1]
 
 
+def _named(model: str) -> str:
+    """The name of a model itself, if it is one: it becomes a part of paths and of searches."""
+    try:
+        site_of(model)
+    except RegistryError as error:
+        raise ValueError(error.message) from None
+    return model
+
+
+class Decision(Strict):
+    """One decision about a model. Unlike a record it refuses other keys: the file is rewritten with each."""
+
+    model: Annotated[str, AfterValidator(_named)]
+    digest: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]
+    """Of the bundle that is the champion from then on."""
+    decision: Literal["promoted", "rolled back"]
+    by: Text
+    """``gate``, or the reviewer's name."""
+    reason: Text | None
+    overridden: tuple[str, ...] = ()
+    """What spoke against it."""
+    measured: Measured | None = None
+    """Figures of a promoted version at that time; what is to replace it is held against them."""
+
+
+class Decisions(RootModel[tuple[Decision, ...]]):
+    """``decisions/<site>.json``, the oldest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+
 def decisions_file(root: Path, site: str) -> Path:
     """Where a hospital's decisions are kept; a reviewer's workspace need not hold the hospital itself."""
     return root / FOLDER / f"{site}.json"
@@ -79,13 +93,29 @@ def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
     """A hospital's decisions, the oldest first.
 
     Raises:
-        OutputsError: the file is malformed.
+        OutputsError: the file is no plain one, too large, malformed, or speaks of another hospital's models.
     """
     path = decisions_file(root, site)
-    if not path.is_file():
+    try:
+        found = json.loads(read_plain(path, MAX_BYTES), object_pairs_hook=_each_once)
+        decisions = Decisions.model_validate(found).root
+        if any(site_of(d.model) != site for d in decisions):
+            raise ValueError("another hospital's model")
+    except FileNotFoundError:
         return ()
-    what = "decisions that cannot be read"
-    return read_record(Decisions, path, site=site, what=what, remedy="Take it back from git.").root
+    except (OSError, ValueError, RecursionError):  # pydantic's and JSON's own are ValueErrors
+        raise OutputsError(
+            "decisions that cannot be read", remedy="Take it back from git.", file=path, site=site
+        ) from None
+    return decisions
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name stands twice: which of the two counts is a matter of the reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
 
 
 def keep_decision(root: Path, decision: Decision) -> None:
@@ -93,12 +123,16 @@ def keep_decision(root: Path, decision: Decision) -> None:
 
     Raises:
         OutputsError: those that there are cannot be read.
+        QktError: the disk refuses, codes ``disk-full`` and ``system``.
     """
     site = site_of(decision.model)
     # Two reviewers may decide at the same moment. The lock is no part of the folder, which is committed.
     with lock(Workspace(root).scratch / f"decisions.{site}.lock"):
         kept = (*read_decisions(root, site), decision)
-        write_record(decisions_file(root, site), Decisions(kept))
+        try:
+            write_record(decisions_file(root, site), Decisions(kept))
+        except OSError as error:
+            raise refused_by_system(error) from error
 
 
 def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from qkt_clinical.config.params import Params
-from qkt_clinical.errors import OutputsError, QktError, by_disk, refused_by_system
+from qkt_clinical.errors import OutputsError, refused_by_system
+from qkt_clinical.records.registered import UnsoundVersion
+from qkt_clinical.tracking.faults import no_driver, refused_by_store
 from qkt_clinical.tracking.runs import DIGEST
+from qkt_clinical.tracking.version_files import VersionFiles
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +32,11 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+NEWEST = 200
+"""Versions of one digest that are looked into; there are more only where somebody forges them."""
+LISTED = VERSIONS = 1000
+"""Models and versions a page."""
 
 
 # --- MLflow -----------------------------------------------------------------------------------------
@@ -52,13 +59,16 @@ def check_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or not path.is_file():
         return
-    with path.open("rb") as stream:
-        head = stream.read(16)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise refused_by_system(error) from error
     if head not in (b"", b"SQLite format 3\0"):
         own = path.name == DATABASE and not path.is_symlink()
         raise OutputsError(
             "not a database",
-            remedy="Remove it and run 'qkt track', which rebuilds it from the workspace."
+            remedy="Move it away and run 'qkt track', which makes it again from the workspace."
             if own
             else "Leave it as it is: name a database of MLflow, or none, in track.uri of params.yaml.",
             file=path,
@@ -91,15 +101,6 @@ def unsynced() -> Iterator[None]:
         event.remove(Engine, "connect", relax)
 
 
-def _refused(error: Exception) -> QktError:
-    return by_disk(error) or QktError(
-        f"MLflow: {str(error).strip().splitlines()[0][:200]}",
-        remedy="Check track.uri in params.yaml and that the server or database is there.",
-        code="mlflow",
-        stage="track",
-    )
-
-
 @contextmanager
 def connect(uri: str) -> Iterator[MlflowClient]:
     """A client of ``uri``; the process's own MLflow settings are as before afterwards.
@@ -107,8 +108,9 @@ def connect(uri: str) -> Iterator[MlflowClient]:
     The registry of an SQL store looks models up through the process-wide address, so that is set too.
 
     Raises:
-        QktError: MLflow could not do what was asked, code ``mlflow``, or the disk did not, as
-            :func:`qkt_clinical.errors.refused_by_system`.
+        QktError: MLflow could not do what was asked, see
+            :func:`qkt_clinical.tracking.faults.refused_by_store`; a driver is missing, code ``no-driver``;
+            the disk refused, see :func:`qkt_clinical.errors.refused_by_system`.
     """
     with _environ(ENVIRONMENT):
         import mlflow
@@ -128,10 +130,14 @@ def connect(uri: str) -> Iterator[MlflowClient]:
                 client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
                 client.search_experiments(max_results=1)  # a store may be opened by its first use alone
             except OSError as error:
-                raise _refused(error) from error
+                raise refused_by_store(error) from error
             yield client
+        except ModuleNotFoundError as error:
+            if (error.name or "qkt_clinical").startswith("qkt_clinical"):
+                raise
+            raise no_driver(error) from error
         except (MlflowException, SQLAlchemyError, RequestException, ConnectionError, TimeoutError) as error:
-            raise _refused(error) from error
+            raise refused_by_store(error) from error
         except OSError as error:
             raise refused_by_system(error) from error
         finally:
@@ -164,17 +170,36 @@ def ensure_experiment(client: MlflowClient, root: Path, params: Params, uri: str
     return str(found.experiment_id)
 
 
-def _lost(client: MlflowClient, name: str, number: str) -> bool:
-    """Whether a version's files have been removed from this machine's disk."""
-    parts = urlsplit(client.get_model_version_download_uri(name, number))
-    return parts.scheme in ("", "file") and not (Path(unquote(parts.path)) / "MLmodel").is_file()
+def pages(search: Callable[..., Any], wanted: str, size: int) -> Iterator[Any]:
+    """Everything that one of the client's searches finds, page by page."""
+    token: str | None = None
+    while True:
+        page = search(wanted, max_results=size, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def find_version(client: MlflowClient, name: str, digest: str) -> str | None:
-    """Number of the newest version of a model that holds a bundle, and still has its files."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST}` = '{digest}'")
-    numbers = sorted((int(v.version) for v in found), reverse=True)
-    return next((str(n) for n in numbers if not _lost(client, name, str(n))), None)
+    """Number of the newest version of a model that holds a bundle, by its files and not by its tag alone.
+
+    Whoever may write to the registry can put the tag on files of their own; a version whose files are others,
+    or gone, is passed over. Of many with the tag only the newest few are looked at.
+    """
+    wanted = f"name = '{name}' and tags.`{DIGEST}` = '{digest}'"
+    numbers = sorted(
+        (int(v.version) for v in pages(client.search_model_versions, wanted, VERSIONS)), reverse=True
+    )
+    return next((str(n) for n in numbers[:NEWEST] if _sound(client, name, str(n), digest)), None)
+
+
+def _sound(client: MlflowClient, name: str, number: str, digest: str) -> bool:
+    try:
+        VersionFiles(client, name, number).check(digest)
+    except UnsoundVersion:
+        return False
+    return True
 
 
 def ensure_model(client: MlflowClient, name: str) -> None:

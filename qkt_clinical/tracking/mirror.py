@@ -11,7 +11,6 @@ absolute path in ``MLmodel`` and no name of a user or script.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import tempfile
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from qkt_clinical import __version__
 from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.common.locks import lock
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import OutputsError
+from qkt_clinical.errors import OutputsError, refused_by_system
 from qkt_clinical.records.decisions import CHAMPION, champions, read_decisions, site_of
 from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.tracking.client import (
@@ -81,10 +81,10 @@ def _existing(client: MlflowClient, experiment: str, uri: str, params: Params, w
         page = client.search_runs([experiment], filter_string=f"tags.`{KIND}` != ''", page_token=token)
         for run in page:
             tags, number = run.data.tags, str(run.info.run_id)
-            known = tags[KIND], tags[DIGEST]
+            known = tags[KIND], tags.get(DIGEST, "")  # others may write to the experiment, too
             if run.info.status == "FINISHED":
                 runs.finished[known] = number
-            elif tags[DIGEST] in wanted:
+            elif known[1] in wanted:
                 runs.begun[known] = number
             elif run.info.status == "RUNNING" and (
                 uri.startswith("sqlite:") or tags.get("qkt.site") in params.sites
@@ -209,12 +209,15 @@ def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process of this workspace at a time: each takes what has not ended for what another left behind."""
-    scratch = Workspace(root).scratch
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "mlflow.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, however this process ends
-        yield
+    """One process of this workspace at a time: each takes what has not ended for what another left behind.
+
+    What the disk refuses within the block is a typed error.
+    """
+    try:
+        with lock(Workspace(root).scratch / "mlflow.lock"):
+            yield
+    except OSError as error:
+        raise refused_by_system(error) from error
 
 
 def track(root: Path, params: Params) -> dict[str, Any]:
@@ -255,14 +258,14 @@ def track(root: Path, params: Params) -> dict[str, Any]:
                         number = _mirror_model(client, experiment, run, item.model, state)
                         models[item.model.name] = {"version": number, "digest": item.model.digest}
                         _restore_champion(client, root, item.model.name)
-    write_json(
-        Workspace(root).reports / "track.json",
-        {
-            "format": "qkt-track/1",
-            "runs": {f"{i.kind} {i.name}": i.digest for i in (whole, *items)},
-            "models": {name: entry["digest"] for name, entry in models.items()},
-        },
-    )
+        write_json(
+            Workspace(root).reports / "track.json",
+            {
+                "format": "qkt-track/1",
+                "runs": {f"{i.kind} {i.name}": i.digest for i in (whole, *items)},
+                "models": {name: entry["digest"] for name, entry in models.items()},
+            },
+        )
     return {"runs": len(items) + 1, "models": models}
 
 

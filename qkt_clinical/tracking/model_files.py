@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qkt_clinical.records.registered import LOADER, REQUIREMENTS
 from qkt_clinical.tracking.runs import DIGEST, Model
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 NEUTRAL = {"mlflow.user": "qkt-clinical", "mlflow.source.name": "qkt track", "mlflow.source.type": "LOCAL"}
 """In place of the names of a user and a script, which say nothing about a result."""
-
-REQUIREMENTS = ("monai", "numpy", "pandas", "pydantic", "safetensors", "torch")
-"""What serving imports. This package itself is not listed: where it is not published, a package index may
-hold another project of its name."""
 
 LARGEST_EXAMPLE = 200_000
 """Input examples are JSON; one with more numbers would outweigh the network."""
@@ -55,13 +52,13 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
     example = np.zeros((1, *shape), dtype=np.float32)
     mlflow.pyfunc.save_model(
         path=str(folder),
-        loader_module="qkt_clinical.serving",
+        loader_module=LOADER,
         data_path=str(bundle),
         mlflow_model=mlflow.models.Model(run_id=run, model_id=model_id, model_uuid=model_id),
         signature=signature,
         input_example=example if example.size <= LARGEST_EXAMPLE else None,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
-        metadata={"model_card": model.model_card.model_dump(mode="json")},
+        metadata={"digest": model.digest, "model_card": model.model_card.model_dump(mode="json")},
     )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from qkt_clinical.common.files import new_folder, read_plain
 from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.errors import OutputsError, QktError
 from qkt_clinical.evaluation.gate import against
+from qkt_clinical.records.card import MAX_JSON_BYTES
 from qkt_clinical.records.decisions import (
     CHAMPION,
     FOLDER,
@@ -23,10 +27,13 @@ from qkt_clinical.records.decisions import (
     read_decisions,
     site_of,
 )
-from qkt_clinical.records.verdict import Verdict
-from qkt_clinical.tracking.client import find_version, registry_client, set_alias
-from qkt_clinical.tracking.runs import DIGEST, GATE, VERDICT
+from qkt_clinical.records.registered import SHA256
+from qkt_clinical.records.verdict import Champion, Measured, Verdict
+from qkt_clinical.tracking.client import LISTED, VERSIONS, find_version, pages, registry_client, set_alias
+from qkt_clinical.tracking.runs import DIGEST, GATE, MAX_TAG
+from qkt_clinical.tracking.version_files import VersionFiles
 
+NOT_JUDGED = "not judged by the gate"
 REFUSED = "qkt.refused"
 """Tag of a version that was not promoted: the rules that it does not meet."""
 
@@ -43,22 +50,29 @@ class Registry(NamedTuple):
     client: MlflowClient
 
     def models(self) -> list[dict[str, Any]]:
-        """Every model with its versions, the oldest first, what the gate said of each, and its aliases."""
+        """Every model with its versions, the oldest first, what the gate said of each, and its aliases.
+
+        What is shown comes from the registry alone, where others may have written it.
+        """
+        versions: dict[str, list[ModelVersion]] = {}
+        for version in pages(self.client.search_model_versions, "", VERSIONS):
+            versions.setdefault(version.name, []).append(version)
         found = []
-        for model in sorted(self.client.search_registered_models(max_results=1000), key=lambda m: m.name):
-            versions = self._versions(model.name)
+        models = pages(self.client.search_registered_models, "", LISTED)
+        for model in sorted(models, key=lambda m: str(m.name)):
+            own = sorted(versions.get(model.name, []), key=lambda v: int(v.version))
             found.append(
                 {
                     "name": model.name,
-                    "versions": [int(v.version) for v in versions],
+                    "versions": [int(v.version) for v in own],
                     "aliases": {alias: int(number) for alias, number in sorted(model.aliases.items())},
-                    "gate": [v.tags.get(GATE) for v in versions],
+                    "gate": [v.tags.get(GATE) for v in own],
                 }
             )
         return found
 
     def _versions(self, name: str) -> list[ModelVersion]:
-        found = self.client.search_model_versions(f"name = '{name}'", max_results=10_000)
+        found = pages(self.client.search_model_versions, f"name = '{name}'", VERSIONS)
         return sorted(found, key=lambda v: int(v.version))
 
     def version(self, name: str, which: str) -> ModelVersion:
@@ -100,55 +114,82 @@ class Registry(NamedTuple):
         different = sorted(tag for tag in {*one, *two} if one.get(tag) != two.get(tag))
         return {tag: [one.get(tag), two.get(tag)] for tag in different}
 
+    def fetch(self, name: str, which: str, target: Path) -> str:
+        """Write a version's files to a new folder after every check, so that it can be served from there.
+
+        Returns:
+            Digest of the bundle.
+
+        Raises:
+            RegistryError: there is no such version, its files are not what was registered, or it is not the
+                champion that was decided on, where that is what was asked for.
+            QktError: ``target`` is there, or the disk refuses.
+        """
+        version = self.version(name, which)
+        if which == CHAMPION:
+            champion = champion_of(self.root, name)
+            self._known_here(name, None if champion is None else champion.digest)
+        if target.exists():
+            raise QktError(
+                "the folder is there already", remedy="Name a new one.", file=target, code="folder-exists"
+            )
+        digest = _digest(name, version)
+        with new_folder(target) as folder:
+            VersionFiles(self.client, name, str(version.version)).check(digest, target=folder)
+        return digest
+
     def promote(self, name: str, which: str, *, by: str | None = None, reason: str | None = None) -> Decision:
         """Make a version the champion, if nothing speaks against it or a reviewer overrides what does.
 
+        The version's files are fetched and checked first, which nobody can override; what the gate said is
+        read from its record in the workspace, for the registry's tags can be written by others.
+
         Raises:
             RegistryError: something speaks against it, and no reviewer gives name and reason.
+            UnsoundVersion: its files are not what was registered.
+            OutputsError: the gate's record, or the decisions, cannot be read.
         """
         version = self.version(name, which)
-        if DIGEST not in version.tags:
-            raise RegistryError(
-                f"{name} version {version.version} was not registered by 'qkt track' or 'qkt query'",
-                remedy="Promote one that was.",
-                code="no-version",
-                site=site_of(name),
-            )
+        number, site = str(version.version), site_of(name)
+        digest = _digest(name, version)
+        VersionFiles(self.client, name, number).check(digest)
         champion = champion_of(self.root, name)
         self._known_here(name, None if champion is None else champion.digest)
-        if champion is not None and champion.digest == version.tags.get(DIGEST):
+        if champion is not None and champion.digest == digest:
             raise RegistryError(
-                f"{name} version {version.version} is the champion already",
+                f"{name} version {number} is the champion already",
                 remedy="Nothing to do.",
                 code="champion-already",
-                site=site_of(name),
+                site=site,
             )
-        verdict = _verdict(version)
-        if verdict is not None:
-            # Decided by what is in use now, which the pipeline's gate may not have known.
-            verdict = against(verdict, champion, self.params.gate)
-        unmet = ("not judged by the gate",) if verdict is None else tuple(r.said for r in verdict.unmet)
+        verdict, unmet = self._judged(name, digest, champion)
         if unmet and not (by and reason):
-            self.client.set_model_version_tag(name, str(version.version), REFUSED, "; ".join(unmet))
+            self._tag(name, number, REFUSED, "; ".join(unmet))
             raise RegistryError(
-                f"{name} version {version.version} is not promoted: {'; '.join(unmet)}",
+                f"{name} version {number} is not promoted: {'; '.join(unmet)}",
                 remedy="A reviewer may override this with --reviewer NAME --reason TEXT, which are kept.",
                 code="gate-not-passed",
-                site=site_of(name),
+                site=site,
             )
-        decision = Decision(
-            model=name,
-            digest=version.tags[DIGEST],
-            decision="promoted",
-            by=by or "gate",
-            reason=reason,
-            overridden=unmet,
-            measured=None if verdict is None else verdict.measured,
-        )
-        self._decide(decision, str(version.version))
+        measured = None if verdict is None else verdict.measured
+        decision = _decision(name, digest, "promoted", by or "gate", reason, unmet, measured)
+        self._decide(decision, number)
         if REFUSED in version.tags:  # what still spoke against it stands in the decision
-            self.client.delete_model_version_tag(name, str(version.version), REFUSED)
+            self.client.delete_model_version_tag(name, number, REFUSED)
         return decision
+
+    def _judged(
+        self, name: str, digest: str, champion: Champion | None
+    ) -> tuple[Verdict | None, tuple[str, ...]]:
+        """The gate's verdict on a bundle beside what is in use now, and what speaks against the bundle."""
+        verdict = None if name.startswith("teacher.") else read_verdict(self.root, name)
+        if verdict is None:
+            return None, (NOT_JUDGED,)
+        if verdict.digest != digest:
+            return None, (f"{NOT_JUDGED}, whose record is of another student",)
+        # Decided by what is in use now, which the pipeline's gate may not have known.
+        verdict = against(verdict, champion, self.params.gate)
+        return verdict, tuple(rule.said for rule in verdict.unmet)
 
     def _known_here(self, name: str, champion: str | None) -> None:
         """Refuse where the champion of the registry is none that the decisions kept here tell of."""
@@ -177,7 +218,7 @@ class Registry(NamedTuple):
                 code="no-earlier-champion",
                 site=site_of(name),
             )
-        decision = Decision(model=name, digest=standing[-2], decision="rolled back", by=by, reason=reason)
+        decision = _decision(name, standing[-2], "rolled back", by, reason)
         self._decide(decision, number)
         return decision
 
@@ -191,16 +232,77 @@ class Registry(NamedTuple):
             "qkt.overridden": "; ".join(decision.overridden) or NONE,
         }
         for tag, value in tags.items():
-            self.client.set_model_version_tag(decision.model, number, tag, value)
+            self._tag(decision.model, number, tag, value)
+
+    def _tag(self, name: str, number: str, tag: str, value: str) -> None:
+        self.client.set_model_version_tag(name, number, tag, value[:MAX_TAG])
 
 
-def _verdict(version: ModelVersion) -> Verdict | None:
-    """What the gate said of a version; None if nothing, as of teachers, or of another student."""
+def _digest(name: str, version: ModelVersion) -> str:
+    """Digest of the bundle that a version says it holds."""
+    digest = str(version.tags.get(DIGEST, ""))
+    if not SHA256.fullmatch(digest):
+        raise RegistryError(
+            f"{name} version {version.version} was not registered by 'qkt track' or 'qkt query'",
+            remedy="Name one that was.",
+            code="no-version",
+            site=site_of(name),
+        )
+    return digest
+
+
+def _decision(
+    name: str,
+    digest: str,
+    decided: Literal["promoted", "rolled back"],
+    by: str,
+    reason: str | None,
+    overridden: tuple[str, ...] = (),
+    measured: Measured | None = None,
+) -> Decision:
     try:
-        verdict = Verdict.model_validate_json(version.tags.get(VERDICT, NONE))
+        return Decision(
+            model=name,
+            digest=digest,
+            decision=decided,
+            by=by,
+            reason=reason,
+            overridden=overridden,
+            measured=measured,
+        )
     except ValidationError:
+        raise RegistryError(
+            "name or reason of the reviewer cannot be kept",
+            remedy="Give both as text, of at most 10,000 characters.",
+            code="reviewer",
+            site=site_of(name),
+        ) from None
+
+
+def read_verdict(root: Path, model: str) -> Verdict | None:
+    """The gate's own record on the student of ``student.<site>.<query>``; None where there is none.
+
+    Raises:
+        OutputsError: it cannot be read, is of another query, or contradicts itself.
+    """
+    _, site, query = model.split(".")
+    path = Workspace(root).reports / "gate" / site / f"{query}.json"
+    try:
+        verdict = Verdict.model_validate_json(read_plain(path, MAX_JSON_BYTES))
+        whole = bool(verdict.rules) and verdict.passed == (not verdict.unmet)
+        if not whole or (verdict.hospital, verdict.query) != (site, query):
+            raise ValueError("not a verdict on this query")
+    except FileNotFoundError:
         return None
-    return verdict if verdict.digest == version.tags.get(DIGEST) else None
+    except (OSError, ValueError):
+        raise OutputsError(
+            "no verdict that can be read",
+            remedy=f"Run 'qkt gate {site} {query}' to make it again.",
+            file=path,
+            site=site,
+            code="verdict",
+        ) from None
+    return verdict
 
 
 @contextmanager

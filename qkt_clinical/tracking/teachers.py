@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qkt_clinical.config.base import NAME
-from qkt_clinical.errors import BundleError
 from qkt_clinical.records.decisions import CHAMPION
+from qkt_clinical.records.registered import SHA256
+from qkt_clinical.tracking.client import LISTED, pages
 from qkt_clinical.tracking.mirror import ALIAS
+from qkt_clinical.tracking.runs import DIGEST
+from qkt_clinical.tracking.version_files import VersionFiles
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
 
 
 # --- what a query job takes from the registry ------------------------------------------------------
@@ -23,6 +27,8 @@ class Registered(NamedTuple):
 
     site: str
     version: str
+    digest: str
+    """Of its bundle, as it was registered."""
 
     @property
     def model(self) -> str:
@@ -30,48 +36,79 @@ class Registered(NamedTuple):
         return f"teacher.{self.site}"
 
 
-def registered_teachers(client: MlflowClient) -> list[Registered]:
-    """Every teacher in the registry, by site."""
+def registered_teachers(
+    client: MlflowClient, *, set_aside: Callable[[str, str], None] | None = None
+) -> list[Registered]:
+    """Every teacher in the registry, by site. Others may have left anything there: that is set aside.
+
+    Args:
+        client: see :func:`qkt_clinical.tracking.client.registry_client`.
+        set_aside: told the name of each model that cannot be a teacher of ours, and why.
+    """
     found = []
-    for model in client.search_registered_models("name LIKE 'teacher.%'", max_results=1000):
-        number = model.aliases.get(CHAMPION, model.aliases.get(ALIAS))
-        site = model.name.removeprefix("teacher.")
-        if number is not None and NAME.fullmatch(site):  # a shared registry holds other people's models, too
-            found.append(Registered(site, str(number)))
+    for model in pages(client.search_registered_models, "name LIKE 'teacher.%'", LISTED):
+        teacher = _registered(client, model)
+        if isinstance(teacher, Registered):
+            found.append(teacher)
+        elif set_aside:
+            set_aside(str(model.name), teacher)
     return sorted(found)
 
 
-def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> None:
+def _registered(client: MlflowClient, model: RegisteredModel) -> Registered | str:
+    """The teacher that a model is, or why it is none."""
+    from mlflow.exceptions import MlflowException
+
+    number = model.aliases.get(CHAMPION, model.aliases.get(ALIAS))
+    site = str(model.name).removeprefix("teacher.")
+    if not NAME.fullmatch(site):
+        return "no site's name"
+    if number is None:
+        return "neither champion nor candidate"
+    try:
+        digest = client.get_model_version(model.name, str(number)).tags.get(DIGEST)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return "its version is gone"
+    if not SHA256.fullmatch(str(digest)):
+        return "not registered by 'qkt track'"
+    return Registered(site, str(number), str(digest))
+
+
+def _files(teacher: Registered) -> VersionFiles:
+    from mlflow import MlflowClient
+
+    return VersionFiles(MlflowClient(), teacher.model, teacher.version)
+
+
+def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> str:
     """Fetch one file of a registered teacher's bundle, within :func:`registry_client`.
 
     Args:
+        teacher: as in :func:`registered_teachers`.
         name: of the file within the bundle.
         target: where to put it, in one step.
         most: bytes at most; what the registry declares is looked at before anything is moved.
 
+    Returns:
+        SHA-256 of the bytes that were written.
+
     Raises:
-        BundleError: there is no such file, or it is larger.
+        UnsoundVersion: there is no such file, or it is larger, or the version holds what none of ours does.
     """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    files = _files(teacher)
+    return files.save(f"{files.data}/{name}", target, most)
 
-    def refuse(what: str, code: str) -> BundleError:
-        return BundleError(
-            f"{name} in version {teacher.version} of {teacher.model} {what}",
-            remedy="Ask the site to register its teacher again; nothing of it was used.",
-            site=teacher.site,
-            code=code,
-        )
 
-    store = get_artifact_repository(f"models:/{teacher.model}/{teacher.version}")
-    place = f"data/{teacher.site}/{name}"
-    listed = {f.path: f.file_size for f in store.list_artifacts(f"data/{teacher.site}")}
-    if place not in listed:
-        raise refuse("is missing", "bundle-missing")
-    if int(listed[place] or 0) > most:
-        raise refuse(f"has {listed[place]} bytes, more than {most}", "bundle-size")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        got = Path(store.download_artifacts(place, folder))  # type: ignore[no-untyped-call]
-        if got.stat().st_size > most:
-            raise refuse("is larger than the registry says", "bundle-size")
-        got.replace(target)
+def check_teacher_version(teacher: Registered, known: Mapping[str, str]) -> None:
+    """Hold a registered teacher's files against the digest that it was registered with.
+
+    Args:
+        teacher: as in :func:`registered_teachers`.
+        known: SHA-256 of the files that were fetched, by name; the others are fetched for this alone.
+
+    Raises:
+        UnsoundVersion: they are others, or something beside them is not ours.
+    """
+    _files(teacher).check(teacher.digest, known)
