@@ -85,7 +85,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "seed": {"seed": PARAMS.seed + 1},
     "mask": {"mask": PARAMS.mask.model_copy(update={"threshold": 0.123})},
     "train": {"train": PARAMS.train.model_copy(update={"epochs": PARAMS.train.epochs + 1})},
-    "transfer": {"transfer": PARAMS.transfer.model_copy(update={"trust": not PARAMS.transfer.trust})},
+    "transfer": {"transfer": PARAMS.transfer.model_copy(update={"screening": not PARAMS.transfer.screening})},
     "sites": {"sites": PARAMS.sites[::-1]},
     "evaluate": {"evaluate": PARAMS.evaluate.model_copy(update={"bootstrap": 7})},
     "gate": {"gate": PARAMS.gate.model_copy(update={"query_images": 7})},
