@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.tables import Row, markdown
+from qkt_clinical.benchmark.mask_estimators import class_scores
 from qkt_clinical.benchmark.mask_quality import quality, threshold_curve
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split, read, simulate
 from qkt_clinical.benchmark.variants import wrong_labels
@@ -36,7 +37,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build, fast_layout
-from qkt_clinical.qkt.masks import class_scores, gap_threshold
+from qkt_clinical.qkt.masks import gap_threshold
 from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.training.augment import augment
 from qkt_clinical.training.classifier import train_network, train_teacher

@@ -158,7 +158,7 @@ class Bench(masks.Bench):
             members = np.arange(len(train) + len(others)) < len(train)
             found["auc"] = auc(np.concatenate(scores), members)
             shape = train.images.shape[1:]
-            mask = class_scores(network, shape, estimator="combined", probes=masks.PROBES, seed=0)
+            mask = class_scores(network, shape, probes=masks.PROBES, seed=0)
             known = (mask >= gap_threshold(mask)).nonzero().flatten().tolist()
             found["mask"] = float(known == list(hospital.held))
             self.work.mkdir(parents=True, exist_ok=True)

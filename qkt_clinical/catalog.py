@@ -20,6 +20,8 @@ Estimator = Literal[
     "head-row-norm",
     "combined",
 ]
+DEFAULT_ESTIMATOR: Estimator = "combined"
+"""How masks are read; the benchmark compares it with the others."""
 Method = Literal["qkt", "qkt-light", "routed"]
 Device = Literal["auto", "cpu", "cuda"]
 SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
@@ -34,7 +36,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
 SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 SPLITS: tuple[str, ...] = get_args(Split)
-PEERS: tuple[str, ...] = (
+BASELINES: tuple[str, ...] = (
     "local",
     "finetune",
     "ensemble-prob",
@@ -46,7 +48,7 @@ PEERS: tuple[str, ...] = (
     "scaffold",
 )
 """What QKT is compared with in the benchmark."""
-BENCHMARK_METHODS: tuple[str, ...] = (*PEERS, *METHODS)
+BENCHMARK_METHODS: tuple[str, ...] = (*BASELINES, *METHODS)
 """What ``qkt benchmark --methods all`` stands for; ablations are named one by one or as ``ablations``."""
 
 STAGES: MappingProxyType[str, str] = MappingProxyType(

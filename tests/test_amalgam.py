@@ -13,9 +13,9 @@ from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.models.bundle import load_bundle, write_bundle
 from qkt_clinical.models.low_rank import convolutions, factorised, kept_rank
 from qkt_clinical.models.networks import Classifier, build, tensor_specs
-from qkt_clinical.qkt import low_rank_merge as amalgam_room
+from qkt_clinical.qkt import low_rank_merge
 from qkt_clinical.qkt.consensus import consensus, consensus_rows
-from qkt_clinical.qkt.low_rank_merge import amalgam, patches, reduce_layer, transplant
+from qkt_clinical.qkt.low_rank_merge import merge_networks, patches, reduce_extractor, reduce_layer
 from qkt_clinical.records.card import Branch, NetworkSpec
 from tests.shapes import CPU, counted, same, state
 
@@ -109,7 +109,7 @@ def test_a_layer_makes_up_for_what_earlier_ones_lost() -> None:
 
 def test_layers_of_large_patches_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, before = normal(6, 10), normal(200, 10, seed=1)
-    monkeypatch.setattr(amalgam_room, "LARGEST_PATCH", 9)
+    monkeypatch.setattr(low_rank_merge, "LARGEST_PATCH", 9)
     wide, narrow, lost = reduce_layer(weight, 0.5 * before, before @ weight.T, 6)
     assert torch.allclose(wide @ narrow, weight, atol=1e-5)
     assert lost == pytest.approx(0.25)
@@ -128,7 +128,7 @@ def test_a_layer_that_sees_nothing_stays_finite() -> None:
 def test_the_whole_share_keeps_the_extractor_bit_for_bit() -> None:
     network = network_of()
     with counted(network) as sizes:
-        extractor, branch, losses = transplant(network, 1.0, views_of(), seed=1, device=CPU)
+        extractor, branch, losses = reduce_extractor(network, 1.0, views_of(), seed=1, device=CPU)
     assert same(state(extractor), state(network.extractor))
     assert extractor is not network.extractor
     assert (branch, losses, sizes) == (Branch(name="resnet-small", rank=1.0), [], [])
@@ -139,7 +139,7 @@ def test_a_part_sees_the_views_once_and_leaves_the_source_alone(name: Network) -
     network = network_of(name).train()
     before, views = state(network), views_of(count=5)
     with counted(network) as sizes:
-        extractor, branch, losses = transplant(network, 0.5, views, seed=1, device=CPU)
+        extractor, branch, losses = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
     assert sizes == [5]
     assert same(state(network), before)
     assert network.training
@@ -152,12 +152,12 @@ def test_a_part_sees_the_views_once_and_leaves_the_source_alone(name: Network) -
 
 
 def test_same_seed_same_part_in_any_state_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amalgam_room, "SAMPLES", 64)
+    monkeypatch.setattr(low_rank_merge, "SAMPLES", 64)
     network, views = network_of(), views_of()
     found = []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
-        extractor, _, losses = transplant(network, 0.5, views, seed=seed, device=CPU)
+        extractor, _, losses = reduce_extractor(network, 0.5, views, seed=seed, device=CPU)
         found.append((state(extractor), losses))
     assert same(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
@@ -167,16 +167,18 @@ def test_same_seed_same_part_in_any_state_of_the_process(monkeypatch: pytest.Mon
 def test_features_come_nearer_with_every_direction_kept() -> None:
     network, views = network_of(), views_of(count=16)
     wanted = features_of(network.extractor, views)
-    parts = [transplant(network, share, views, seed=1, device=CPU)[0] for share in (0.75, 0.5, 0.25, 0.05)]
+    parts = [
+        reduce_extractor(network, share, views, seed=1, device=CPU)[0] for share in (0.75, 0.5, 0.25, 0.05)
+    ]
     off = [float((features_of(part, views) - wanted).norm()) for part in parts]
     assert all(one < other for one, other in itertools.pairwise(off))
 
 
 def test_an_extractor_with_layers_of_large_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     network, views = network_of(), views_of()
-    corrected = transplant(network, 0.5, views, seed=1, device=CPU)
-    monkeypatch.setattr(amalgam_room, "LARGEST_PATCH", 200)
-    extractor, branch, losses = transplant(network, 0.5, views, seed=1, device=CPU)
+    corrected = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
+    monkeypatch.setattr(low_rank_merge, "LARGEST_PATCH", 200)
+    extractor, branch, losses = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
     assert branch == corrected[1]
     assert list(state(extractor)) == list(state(corrected[0]))
     assert len(losses) == len(corrected[2])
@@ -208,10 +210,11 @@ def joined(
     sources: Sequence[Classifier], ranks: Sequence[float], known: Sequence[Sequence[int]], views: Tensor
 ) -> Classifier:
     parts = [
-        transplant(n, rank, views, seed=3, device=CPU)[:2] for n, rank in zip(sources, ranks, strict=True)
+        reduce_extractor(n, rank, views, seed=3, device=CPU)[:2]
+        for n, rank in zip(sources, ranks, strict=True)
     ]
     heads = [(n.head.weight.detach(), n.head.bias.detach()) for n in sources]
-    return amalgam(sources[0], parts, consensus_rows(heads, known, (0, 1, 3), 2.0))
+    return merge_networks(sources[0], parts, consensus_rows(heads, known, (0, 1, 3), 2.0))
 
 
 @pytest.mark.parametrize(("name", "dims"), EVERY)

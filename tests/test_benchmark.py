@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.trust import Judge
-from qkt_clinical.baselines.params import DistillParams, FinetuneParams, PeerParams
+from benchmarks.screening import Screening
+from qkt_clinical.baselines.params import BaselineParams, DistillParams, FinetuneParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
-from qkt_clinical.benchmark.hostile import PROBES, SHARE, draw_bad, spoil
+from qkt_clinical.benchmark.adversarial_teachers import PROBES, SHARE, draw_bad, spoil
 from qkt_clinical.benchmark.methods import Case, at_budgets, qkt
 from qkt_clinical.benchmark.metrics import figures, rank_auroc
+from qkt_clinical.benchmark.phases import DistillationParams
 from qkt_clinical.benchmark.pool import run_tasks
 from qkt_clinical.benchmark.runner import RESULT, TABLE, WORK, Task, row_file, run
 from qkt_clinical.benchmark.settings import (
@@ -40,7 +41,7 @@ from qkt_clinical.benchmark.summary import (
     FIELDS,
     ablations_table,
     base_of,
-    best_peer,
+    best_baseline,
     budget_curves,
     cluster_intervals,
     markdown,
@@ -50,10 +51,10 @@ from qkt_clinical.benchmark.summary import (
     summarise,
 )
 from qkt_clinical.benchmark.variants import vary, with_fewer_images, wrong_labels
-from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, PEERS
+from qkt_clinical.catalog import BASELINES, BENCHMARK_METHODS, ESTIMATORS
 from qkt_clinical.cli import main
 from qkt_clinical.common.files import write_json
-from qkt_clinical.config.params import DistillationParams, MaskParams, TrainParams, TransferParams
+from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.datasets.medmnist_file import Part
 from qkt_clinical.errors import ConfigError, QktError, QueryError
@@ -65,7 +66,7 @@ from qkt_clinical.qkt.masks import mixed
 from qkt_clinical.qkt.operating_point import offset_for_budget
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
-from qkt_clinical.records.card import Decision
+from qkt_clinical.records.card import DecisionRule
 from tests.federated_reference import in_process
 from tests.shapes import CPU, shapes
 
@@ -85,8 +86,8 @@ QUICK = Settings(
     methods=("local", "routed", "qkt-light"),
     train=TrainParams(epochs=6, batch_size=32),
     mask=MaskParams(probes=16),
-    transfer=TransferParams(distillation=DistillationParams(epochs=1, views=2)),
-    peers=PeerParams(finetune=FinetuneParams(epochs=1), distill=DistillParams(epochs=1, views=2)),
+    distillation=DistillationParams(epochs=1, views=2),
+    baselines=BaselineParams(finetune=FinetuneParams(epochs=1), distill=DistillParams(epochs=1, views=2)),
     rounds=(1, 2),
 )
 
@@ -195,7 +196,7 @@ def test_what_a_prediction_costs(whole: tuple[Path, dict[str, Any]]) -> None:
     result = whole[1]
     for row in result["rows"]:
         cost, passes = row["cost_per_prediction"], row["passes_per_prediction"]
-        alone = row["method"] in PEERS or row["bytes_moved"] == 0
+        alone = row["method"] in BASELINES or row["bytes_moved"] == 0
         if alone or row["method"] in ("routed", "ablation/routed-one-view"):
             assert cost == passes
         if row["method"] in ("qkt-light", "qkt", "ablation/rank-1") and row["bytes_moved"]:
@@ -563,11 +564,11 @@ def test_teachers_are_chosen_by_their_masks(case: Case) -> None:
     relevant = {h.name for h in hospitals if set(h.held) & set(case.relevant)}
     holders = {h.name for h in hospitals if q in h.held}
     assert {t.site for t in chosen().values()} == relevant >= holders
-    assert all(t.known == case.store.federation.hospital(t.site).held for t in chosen().values())
+    assert all(t.claimed == case.store.federation.hospital(t.site).held for t in chosen().values())
     assert {t.site for t in chosen(rivals=False).values()} == holders
     assert {t.site for t in chosen(method="qkt-light").values()} == holders
     everyone = chosen(mask="none")
-    assert {t.known for t in everyone.values()} == {EVERY}
+    assert {t.claimed for t in everyone.values()} == {EVERY}
     assert set(everyone) == set(case.others)
     weak = chosen(mask="none", teachers="weak")
     assert all(name.startswith("weak/") for name in weak)
@@ -580,7 +581,7 @@ def test_who_is_left_out_of_the_query_may_still_speak_for_local_classes(case: Ca
     best = max(scores, key=lambda n: scores[n])
     found = methods_room.relevant_teachers(case, most)
     assert set(found) == set(case.others)
-    assert {name for name, t in found.items() if q in t.known} == {best}
+    assert {name for name, t in found.items() if q in t.claimed} == {best}
     assert set(methods_room.relevant_teachers(case, replace(most, rivals=False))) == {best}
 
 
@@ -588,7 +589,7 @@ def test_every_change_of_an_ablation_is_a_setting_of_the_transfer() -> None:
     for setup in SETUPS.values():
         changed = {**TransferParams().model_dump(), **dict(setup.transfer)}
         assert TransferParams.model_validate(changed).model_dump() == changed
-    assert dict(SETUPS["ablation/phase1-distill"].transfer) == {"phase1": "distill"}
+    assert SETUPS["ablation/phase1-distill"].phase1 == "distill"
     assert SETUPS["ablation/routed-one-view"].method == "routed"
 
 
@@ -638,18 +639,18 @@ def test_bad_teachers_claim_what_they_like_and_the_asking_hospital_reads_them_ag
         return methods_room.relevant_teachers(case, SETUPS[f"ablation/{bad}-2"])
 
     honest = methods_room.relevant_teachers(case, Setup())
-    assert all(t.shown == t.known for t in honest.values())
+    assert all(t.verified == t.claimed for t in honest.values())
     lying = of_kind("lying-mask")
-    assert {t.known for t in lying.values()} == {EVERY}, "both of the others"
-    assert all(lying[name].shown == honest[name].known for name in honest)
+    assert {t.claimed for t in lying.values()} == {EVERY}, "both of the others"
+    assert all(lying[name].verified == honest[name].claimed for name in honest)
     flipped = of_kind("flipped-labels")
-    assert {n: t.known for n, t in flipped.items()} == {n: t.known for n, t in honest.items()}
+    assert {n: t.claimed for n, t in flipped.items()} == {n: t.claimed for n, t in honest.items()}
     oracle = methods_room.relevant_teachers(case, SETUPS["ablation/mask-oracle"])
-    assert all(t.shown is None for t in oracle.values()), "what an ablation says is no lie"
+    assert all(t.verified is None for t in oracle.values()), "what an ablation says is no false claim"
 
 
 def test_what_becomes_of_bad_teachers_is_counted(case: Case) -> None:
-    judge = Judge(case.store)
+    screening = Screening(case.store)
     relevant = len(
         [
             t
@@ -657,15 +658,15 @@ def test_what_becomes_of_bad_teachers_is_counted(case: Case) -> None:
             for t in methods_room.relevant_teachers(Case(case.store, q), Setup())
         ]
     )
-    assert sum(judge.tally(None, 0).values()) == relevant
-    lying = judge.tally("lying-mask", 2)
+    assert sum(screening.tally(None, 0).values()) == relevant
+    lying = screening.tally("lying-mask", 2)
     assert sum(lying.values()) == 2 * len(case.store.federation.questions)
-    assert lying["bad heard"] == 0, "each claims a class that it does not show"
-    copied = judge.tally("copied-row", 1)
+    assert lying["bad included"] == 0, "each claims a class that it does not show"
+    copied = screening.tally("copied-row", 1)
     assert sum(n for fate, n in copied.items() if fate.startswith("bad")) <= 2
 
 
-def test_where_nobody_is_to_be_trusted_the_own_model_answers(
+def test_where_no_teacher_can_be_used_the_own_model_answers(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "untrusted"
@@ -683,7 +684,9 @@ def test_where_nobody_is_to_be_trusted_the_own_model_answers(
 
 
 def test_another_budget_moves_only_the_offset() -> None:
-    decision = Decision(method="qkt", local=(0, 1), query=(2,), offsets=(0.5,), budget=0.02, own_weight=2.0)
+    decision = DecisionRule(
+        method="qkt", local=(0, 1), query=(2,), offsets=(0.5,), budget=0.02, own_weight=2.0
+    )
     random = torch.Generator().manual_seed(0)
     calibration = torch.randn(99, 3, generator=random)
     scores = torch.randn(50, 3, generator=random)
@@ -704,7 +707,7 @@ def test_the_budget_that_was_asked_for_gives_the_answer_again() -> None:
     raw, scores = torch.randn(99, 3, generator=random), torch.randn(50, 3, generator=random)
     preference = raw[:, 2:] - raw[:, :2].max(dim=1, keepdim=True).values
     offset = offset_for_budget(preference, 0.05)
-    decision = Decision(
+    decision = DecisionRule(
         method="qkt", local=(0, 1), query=(2,), offsets=(offset,), budget=0.05, own_weight=2.0
     )
     calibration = raw.clone()
@@ -713,7 +716,7 @@ def test_the_budget_that_was_asked_for_gives_the_answer_again() -> None:
     torch.testing.assert_close(moved[0.05], scores)
 
 
-def test_queries_one_by_one_beside_the_best_peer() -> None:
+def test_queries_one_by_one_beside_the_best_baseline() -> None:
     def row(method: str, query: str, share: float) -> dict[str, Any]:
         return {"method": method, "query": query, "query_accuracy": share, "balanced_accuracy": share + 0.1}
 
@@ -794,15 +797,15 @@ def test_the_summary_by_hand() -> None:
     summary = summarise(ROWS)
     assert summary["qkt"]["n"] == 3
     assert summary["qkt"]["query_accuracy"]["mean"] == pytest.approx(0.7)
-    # Means of peers: 0.2, 0.3, 0.5; distances 0.6, 0.3, 0.2.
+    # Means of baselines: 0.2, 0.3, 0.5; distances 0.6, 0.3, 0.2.
     assert summary["qkt"]["query_gain_over_peers"]["mean"] == pytest.approx(1.1 / 3, abs=1e-6)
     # Balanced: fedavg 2/3, 2/3, 2.5/3 beats local 2/3, 2.2/3, 1.5/3.
-    assert best_peer(ROWS) == summary["qkt"]["best_peer"] == "fedavg"
+    assert best_baseline(ROWS) == summary["qkt"]["best_peer"] == "fedavg"
     assert summary["qkt"]["lead_over_best_peer"]["mean"] == pytest.approx(
         (2.6 + 2.4 + 2.5) / 9 - 6.5 / 9, abs=1e-6
     )
     assert "query_gain_over_peers" not in summary["fedavg"]
-    assert set(PEERS) & set(summary) == {"local", "fedavg"}
+    assert set(BASELINES) & set(summary) == {"local", "fedavg"}
 
 
 def test_ablations_are_held_against_the_method_that_they_change() -> None:

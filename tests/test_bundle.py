@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import HEADER_BYTES, load_bundle, write_bundle
 from qkt_clinical.models.networks import Classifier, build
-from qkt_clinical.qkt.masks import compute_mask
 from qkt_clinical.records.card import (
     CARD,
     MASK,
@@ -70,7 +70,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     network = network_of()
     write_bundle(folder, network, card_of())
-    mask = compute_mask(network, SHAPE, CLASSES, estimator="head-row-norm", probes=8)
+    mask = estimate_mask(network, SHAPE, CLASSES, estimator="head-row-norm", probes=8)
     write_json(folder / MASK, mask.model_dump(mode="json"))
     return folder
 

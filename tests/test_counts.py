@@ -155,9 +155,9 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
         write_json(Workspace(tmp_path).teacher(site) / "mask.json", mask | known)
     ask(tmp_path, classes=["c"])
     plan_query(tmp_path, "aster", "q", PARAMS)
-    second_phase = transfer_query(tmp_path, "aster", "q", PARAMS, device="cpu")["phase2"]
-    assert second_phase["calibration_images"] == "<5"
-    assert second_phase["given_away"] is None
+    second_phase = transfer_query(tmp_path, "aster", "q", PARAMS, device="cpu").phase2
+    assert second_phase.calibration_images == "<5"
+    assert second_phase.false_query_rate is None
     text = (Workspace(tmp_path).student("aster", "q") / "phases.json").read_text()
     assert json.loads(text)["phase2"]["calibration_images"] == "<5"
     outputs = read_outputs(tmp_path, PARAMS.model_copy(update={"queries": {"q": ASTER}}))

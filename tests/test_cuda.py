@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qkt_clinical.benchmark.ablations import answer_ablated
+from qkt_clinical.benchmark.phases import DistillationParams, Phase1Way
 from qkt_clinical.catalog import METHODS, Method
-from qkt_clinical.config.params import DistillationParams, TrainParams, TransferParams
+from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
-from qkt_clinical.qkt.answer import LocalData, answer_query
+from qkt_clinical.qkt.answer import LocalData
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.training.classifier import mean_recall, train_teacher
@@ -33,16 +35,26 @@ def test_a_teacher_trains() -> None:
     assert mean_recall(logits.argmax(1), torch.from_numpy(held[1])) > 0.9
 
 
-DISTILL = TransferParams(phase1="distill", distillation=DistillationParams(epochs=4, views=2, batch_size=32))
+DISTILLATION = DistillationParams(epochs=4, views=2, batch_size=32)
 
 
-@pytest.mark.parametrize(("method", "params"), [*((m, TransferParams()) for m in METHODS), ("qkt", DISTILL)])
-def test_a_query_is_answered(method: Method, params: TransferParams) -> None:
+@pytest.mark.parametrize(("method", "phase1"), [*((m, "merge") for m in METHODS), ("qkt", "distill")])
+def test_a_query_is_answered(method: Method, phase1: Phase1Way) -> None:
     device = torch.device("cuda")
     own = teacher((0, 1), site="asking", epochs=6)
     teachers = [Teacher("one", teacher((1, 2), site="one", epochs=6), (1, 2))]
     data = LocalData(shapes((0, 1), 40, 3), shapes((0, 1), 40, 4))
-    made = answer_query(own, teachers, data, (2,), method=method, budget=0.1, params=params, device=device)
+    made = answer_ablated(
+        own,
+        teachers,
+        data,
+        (2,),
+        method=method,
+        phase1=phase1,
+        distillation=DISTILLATION,
+        budget=0.1,
+        device=device,
+    )
     assert {p.device.type for n in (own, made.network, teachers[0].network) for p in n.parameters()} == {
         "cpu"
     }

@@ -116,7 +116,7 @@ def test_calibration_images_are_told_as_they_may_be(
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
     phases = json.loads(path.read_text())
-    phases["phase2"] |= {"given_away": given, "calibration_images": images}
+    phases["phase2"] |= {"false_query_rate": given, "calibration_images": images}
     write_json(path, phases)
     evaluate_one(tmp_path, QueryRef(hospital="h0", query="q0"), params, sites=params.sites)
     found = read(tmp_path)["operating_point"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qkt_clinical.baselines.federated import Participant
-from qkt_clinical.baselines.params import FederatedParams, PeerParams
+from qkt_clinical.baselines.params import BaselineParams, FederatedParams
 from qkt_clinical.benchmark.runner import WORK, run
 from qkt_clinical.benchmark.settings import FEDERATED, Settings
 from qkt_clinical.benchmark.simulate import Federation, read, simulate
@@ -42,7 +42,7 @@ SETTINGS = Settings(
     device="cpu",
     methods=("local", *FEDERATED),
     train=TrainParams(epochs=1, batch_size=32),
-    peers=PeerParams(federated=PARAMS, scaffold=PARAMS),
+    baselines=BaselineParams(federated=PARAMS, scaffold=PARAMS),
     rounds=(2,),
 )
 ROUNDS = 2
@@ -104,7 +104,7 @@ def test_flare_comes_to_the_network_that_is_written_out(
         PARAMS,
         algorithm=algorithm,
         rounds=ROUNDS,
-        proximal=SETTINGS.peers.proximal,
+        proximal=SETTINGS.baselines.proximal,
         seed=SEED,
     )
     sizes = {len(p.train[1]) for p in participants(federation)}

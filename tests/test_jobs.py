@@ -353,7 +353,7 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     def seconds(method: Method, teachers: int) -> float:
         return cost.expected_seconds(method, card, [card] * teachers, manifest, params, cpu)
 
-    # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every transplant.
+    # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every teacher.
     work, layers = cost._work(card.network, manifest.shape, params.rank)
     assert work > 1e5
     assert seconds("routed", 2) == pytest.approx(4 * 3 * work / 1e6)

@@ -78,7 +78,7 @@ def write_federation(root: Path) -> None:
         sites=3,
         device="cpu",
         evaluate={"bootstrap": 20},
-        transfer={"phase1": "none", "images": 16},
+        transfer={"images": 16},
         gate={"query_recall": 0.0, "forgetting": 1.0, "query_images": 0},
     ).model_copy(update={"queries": {}})
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")

@@ -8,24 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from qkt_clinical.benchmark.mask_estimators import NORM_POWER, class_scores, estimate_mask, head_row_norm
 from qkt_clinical.catalog import ESTIMATORS, Estimator, Network
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.masks import (
     LEAST_RATIO,
-    NORM_POWER,
-    class_scores,
     compute_mask,
     conviction,
     gap_threshold,
     gaussian,
-    head_row_norm,
     mixed,
-    shown_classes,
     smooth,
     stretched,
     uniform,
+    verified_classes,
 )
 from qkt_clinical.records.card import NetworkSpec
 from tests.shapes import CLASSES, CPU, shapes, spec, teacher
@@ -190,7 +188,7 @@ def test_threshold_by_hand(values: list[float], threshold: float) -> None:
 
 def test_a_teacher_without_a_gap_knows_everything() -> None:
     network = by_hand([[0.0] * 3] * 4, [0.5, 0.4, 0.3, 0.2])
-    mask = compute_mask(network, SHAPE, CLASSES, estimator="gaussian-noise", probes=8)
+    mask = estimate_mask(network, SHAPE, CLASSES, estimator="gaussian-noise", probes=8)
     assert mask.known == (True,) * 4
     assert mask.automatic
 
@@ -200,7 +198,7 @@ def test_a_teacher_without_a_gap_knows_everything() -> None:
 )
 def test_a_threshold_that_is_given_is_kept(threshold: float, known: tuple[bool, ...]) -> None:
     network = by_hand([[0.0] * 3] * 4, [math.log(8), math.log(4), math.log(1), 0.0])
-    mask = compute_mask(
+    mask = estimate_mask(
         network, SHAPE, CLASSES, estimator="uniform-noise", threshold=threshold, probes=8, seed=5
     )
     assert mask.known == known
@@ -236,7 +234,7 @@ def test_whoever_computes_it_gets_the_same_mask(trained: Classifier) -> None:
 
 def test_a_bias_sends_noise_to_a_class_but_shows_no_knowledge_of_it(trained: Classifier) -> None:
     def shown(network: Classifier) -> tuple[int, ...]:
-        return shown_classes(network, SHAPE, estimator="combined", threshold="auto", probes=256, seed=3)
+        return verified_classes(network, SHAPE, threshold="auto", probes=256, seed=3)
 
     assert shown(trained) == (1, 3)
     biased = copy.deepcopy(trained)
@@ -264,7 +262,7 @@ def test_volumes_too() -> None:
     network = build(NetworkSpec(name="resnet-small", spatial_dims=3, in_channels=1, classes=4), seed=0)
     with torch.no_grad():
         network.head.weight[2:] *= 0.01
-    mask = compute_mask(network, (1, 12, 12, 12), CLASSES, estimator="head-row-norm", probes=16)
+    mask = estimate_mask(network, (1, 12, 12, 12), CLASSES, estimator="head-row-norm", probes=16)
     assert mask.known == (True, True, False, False)
     found = class_scores(network, (1, 12, 12, 12), estimator="combined", probes=16, seed=0)
     assert (float(found.max()), found.shape) == (1.0, (4,))

@@ -9,20 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from qkt_clinical.benchmark.distillation import feature_loss, logit_loss, ridge
 from qkt_clinical.qkt import consensus as objectives
 from qkt_clinical.qkt.consensus import (
+    LOCAL_WEIGHTS,
     calibrated_loss,
     consensus,
     consensus_rows,
+    local_weight,
     margin,
     margin_row,
-    own_weight,
 )
-from qkt_clinical.qkt.losses import balanced_cross_entropy, feature_loss, logit_loss, ridge
+from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.operating_point import (
     allowed,
     decide,
-    given_away,
+    false_query_rate,
     kept_today,
     offset_for_budget,
     query_scores,
@@ -62,10 +64,12 @@ def test_consensus_by_hand() -> None:
     # One knows 0 and 1, the other 1 and 3; class 2 is nobody's.
     one, other = torch.tensor([[4.0, 1.0, 9.0, 9.0]]), torch.tensor([[9.0, 2.0, 9.0, 7.0]])
     known = [(0, 1), (1, 3)]
-    assert consensus([one, other], known, (0, 1, 3), own=1.0).tolist() == [[3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]]
+    assert consensus([one, other], known, (0, 1, 3), local_weight=1.0).tolist() == [
+        [3.0, (-3.0 - 5.0) / 2, 0.0, 5.0]
+    ]
     # The first is the hospital's own.
-    assert consensus([one, other], known, (1,), own=2.0)[0, 1] == pytest.approx((2 * -3.0 - 5.0) / 3)
-    assert consensus([one, other], known, (0,), own=2.0).tolist() == [[3.0, 0.0, 0.0, 0.0]]
+    assert consensus([one, other], known, (1,), local_weight=2.0)[0, 1] == pytest.approx((2 * -3.0 - 5.0) / 3)
+    assert consensus([one, other], known, (0,), local_weight=2.0).tolist() == [[3.0, 0.0, 0.0, 0.0]]
 
 
 def test_calibrated_loss_by_hand() -> None:
@@ -79,26 +83,32 @@ def test_calibrated_loss_by_hand() -> None:
     assert wrong == pytest.approx(math.log(1 + math.exp(0.8))), "at 10, the highest temperature"
 
 
-def test_own_weight_trusts_teachers_as_far_as_they_know_the_hospitals_images() -> None:
+def test_local_weight_relies_on_teachers_as_far_as_they_know_the_hospitals_images() -> None:
     labels = torch.arange(3).repeat(40)
     right = 4 * F.one_hot(labels, 4).float() + normal(120, 4)
     stranger = 40 * normal(120, 4, seed=1)
     known = [(0, 1, 2), (0, 1, 2, 3)]
-    assert own_weight([right, stranger], known, (0, 1, 2), labels) == 4.0
+    assert local_weight([right, stranger], known, (0, 1, 2), labels) == 4.0
     better = 4 * F.one_hot(labels, 4).float() + normal(120, 4, seed=2)
-    assert own_weight([right, better], known, (0, 1, 2), labels) == 1.0
+    assert local_weight([right, better], known, (0, 1, 2), labels) == 1.0
     wrong = 4 * F.one_hot((labels + 1) % 3, 4).float()
-    assert own_weight([wrong, right], known, (0, 1, 2), labels) == 1.0
+    assert local_weight([wrong, right], known, (0, 1, 2), labels) == 1.0
     # Nothing to choose by: no teacher of a local class, one local class, no image of any.
     for kn, local, y in (
         ([(0, 1, 2), (3,)], (0, 1, 2), labels),
         (known, (0,), torch.zeros_like(labels)),
         (known, (0, 1), torch.full_like(labels, 2)),
     ):
-        assert own_weight([right, stranger], kn, local, y) == 1.0
+        assert local_weight([right, stranger], kn, local, y) == 1.0
 
 
-def test_own_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, 3e38])
+def test_local_weight_of_answers_that_are_not_finite(nonsense: float) -> None:
+    labels, logits = torch.tensor([0, 1]), torch.tensor([[1.0, nonsense], [nonsense, -nonsense]])
+    assert local_weight([logits, logits], [(0, 1), (0, 1)], (0, 1), labels) in LOCAL_WEIGHTS
+
+
+def test_local_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, logits = torch.tensor([0, 1]), [torch.zeros(2, 3), torch.zeros(2, 3)]
     for losses, expected in (
         ((1.06, 1.04, 1.0), 2.0),
@@ -108,7 +118,7 @@ def test_own_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: pyt
     ):
         given = iter(losses)
         monkeypatch.setattr(objectives, "calibrated_loss", lambda *_, g=given: next(g))
-        assert own_weight(logits, [(0, 1), (0, 1)], (0, 1), labels) == expected
+        assert local_weight(logits, [(0, 1), (0, 1)], (0, 1), labels) == expected
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
@@ -189,6 +199,11 @@ def test_ridge_on_features_that_never_move() -> None:
     assert bias.tolist() == [2.0]
 
 
+def test_ridge_beyond_single_precision_is_an_error() -> None:
+    with pytest.raises(ArithmeticError, match="no finite solution"):
+        ridge(normal(50, 4) * 1e-30, normal(50, 2, seed=1) * 1e30, 1e-2)
+
+
 # --- the operating point --------------------------------------------------------------------------
 
 
@@ -223,7 +238,7 @@ def test_offset_by_hand() -> None:
     # The image at 15 stays, by a hair; that at 16 goes.
     assert offset == pytest.approx(-15.0, abs=1e-3)
     assert 15 + offset < 0 < 16 + offset
-    assert given_away(scores, torch.tensor([offset])) == pytest.approx(3 / 19)
+    assert false_query_rate(scores, torch.tensor([offset])) == pytest.approx(3 / 19)
 
 
 def test_two_query_classes_share_the_offset() -> None:
@@ -232,7 +247,7 @@ def test_two_query_classes_share_the_offset() -> None:
     assert allowed(0.13, 30) == 3
     offset = offset_for_budget(scores, 0.13)
     assert offset == pytest.approx(-4.0, abs=1e-2)
-    assert given_away(scores, torch.full((2,), offset)) == pytest.approx(3 / 30)
+    assert false_query_rate(scores, torch.full((2,), offset)) == pytest.approx(3 / 30)
     assert offset_for_budget(scores.flip(1), 0.13) == offset
 
 
@@ -252,13 +267,13 @@ def test_the_budget_is_kept_by_the_answers_themselves(case: tuple[torch.Tensor, 
     logits, query, budget = case
     scores = query_scores(logits, [0, 1], query)
     offsets = torch.full((len(query),), offset_for_budget(scores, budget))
-    assert given_away(scores, offsets) <= budget
+    assert false_query_rate(scores, offsets) <= budget
     answers = decide(logits, [0, 1], query, offsets).argmax(dim=1)
     assert sum(int((answers == q).sum()) for q in query) / len(logits) <= budget
 
 
 @given(calibration())
-def test_no_more_could_be_given_away(case: tuple[torch.Tensor, list[int], float]) -> None:
+def test_no_more_could_be_false_query_rate(case: tuple[torch.Tensor, list[int], float]) -> None:
     logits, query, budget = case
     scores = query_scores(logits, [0, 1], query)
     offset = offset_for_budget(scores, budget)
@@ -266,7 +281,7 @@ def test_no_more_could_be_given_away(case: tuple[torch.Tensor, list[int], float]
     kept = highest[highest <= 0]
     # Lift the offset just past the next image: one more than allowed goes away.
     lifted = offset - kept.max() + 1e-4 * scores.abs().max().clamp(min=1)
-    assert given_away(scores, lifted.expand(len(query))) * len(scores) > allowed(budget, len(scores))
+    assert false_query_rate(scores, lifted.expand(len(query))) * len(scores) > allowed(budget, len(scores))
 
 
 # --- the answer -----------------------------------------------------------------------------------

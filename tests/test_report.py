@@ -263,9 +263,9 @@ def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path:
     phases = json.loads(path.read_text())
     bad, liar, *_ = sorted(before - {"h0"})
     asked = read_outputs(tmp_path, sample_params()).queries[0].plan.classes[0]
-    phases["trust"] = [
-        {"site": bad, "heard": False, "reason": "it errs", "dismissed": []},
-        {"site": liar, "heard": True, "reason": "it agrees", "dismissed": [asked]},
+    phases["screening"] = [
+        {"site": bad, "included": False, "reason": "it errs", "unverified": []},
+        {"site": liar, "included": True, "reason": "it agrees", "unverified": [asked]},
     ]
     write_json(path, phases)
     change(tmp_path, "h0-q0", student=digest_folder(path.parent))
@@ -275,8 +275,10 @@ def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path:
     assert shares[relevant(query).index(asked)] is None
     write_report(tmp_path, sample_params())
     text = query_page(tmp_path, "h0-q0").text("asked")
-    assert f"{bad}: not heard, it errs." in text
-    assert f"{liar}: it agrees; not believed to know {asked}, which its network does not show." in text
+    assert f"{bad}: excluded, it errs." in text
+    assert (
+        f"{liar}: it agrees; its claim to know {asked} is not verified: its network does not show it." in text
+    )
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 
@@ -290,7 +292,7 @@ def test_digests_versions_and_parameters_stand_in_provenance(root: Path) -> None
     text = query_page(root, "h0-q0").text("provenance")
     assert digest_folder(outputs.queries[0].student) in text
     assert f"torch {metadata.version('torch')}" in text
-    assert "transfer.distillation.views 8" in text
+    assert "transfer.images 400" in text
     assert "ingest.splits.train 0.55" in text
     assert outputs.queries[0].card_digest in text
     assert outputs.params_digest in text
@@ -447,7 +449,7 @@ def put(*path: object) -> Callable[[Any], None]:
         ("evaluation", ("gain_p",)),
         ("evaluation", ("operating_point", "given_away_test", "value")),
         ("evaluation", ("flips", 0, "index")),
-        ("phases", ("phase2", "given_away")),
+        ("phases", ("phase2", "false_query_rate")),
         ("phases", ("phase1", "teacher_passes")),
     ],
 )
@@ -475,7 +477,7 @@ def test_a_number_that_cannot_be_is_one_typed_error(
     [
         ("models/teachers/h0/metrics.json", put("recall", "basophil", math.nan)),
         ("models/teachers/h0/curves.json", put(0, "loss", math.inf)),
-        ("models/students/h0/q0/phases.json", put("phase2", "own_weight", 0.0)),
+        ("models/students/h0/q0/phases.json", put("phase2", "local_model_weight", 0.0)),
         ("models/students/h0/q0/phases.json", put("phase1", "curves", 0, "h1", math.nan)),
         ("reports/gate/h0/q0.json", put("rules", 3, "figure", math.nan)),
     ],

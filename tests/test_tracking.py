@@ -127,7 +127,7 @@ def test_a_site_run_holds_metrics_curves_and_its_data_by_digest(client: Any) -> 
     assert "balanced_accuracy" not in run.data.metrics, "it would tell the recall of a class of three images"
     assert not [m for m in run.data.metrics if m.startswith("recall/")], "of the others 4 and 3 were missed"
     assert run.data.params["train.network"] == "resnet-small"
-    assert run.data.params["mask.estimator"] == "combined"
+    assert run.data.params["mask.threshold"] == "auto"
     curve = client.get_metric_history(run.info.run_id, "curve/loss")
     assert [(m.step, m.value) for m in curve][:2] == [(1, 1.1), (2, 0.55)]
     assert len(curve) == 12
@@ -163,9 +163,7 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
 def test_nothing_of_a_class_with_few_test_images_is_mirrored(client: Any) -> None:
     """h2 asks for eosinophils, of which there are three test images."""
     run = one(runs_of(client), "query", "h2-q2")
-    assert not [m for m in run.data.metrics if m.startswith("after/recall/")], (
-        "of the others three were missed"
-    )
+    assert not [m for m in run.data.metrics if m.startswith("after/recall/")], "of the others 3 were missed"
     assert not {"after/query_accuracy", "after/balanced_accuracy", "gain"} & set(run.data.metrics)
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
     mirrored = json.loads((folder / "evaluation.json").read_text())

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from qkt_clinical.qkt.teacher_screening import (
     FALSE_ALARM,
-    Verdict,
+    ScreeningResult,
     agreement,
-    directions,
-    judge_teachers,
-    lots,
-    recalled,
+    chance_level,
+    count_recalled,
+    margin_directions,
+    screen_teachers,
 )
 
 CLASSES = 6
@@ -40,19 +40,19 @@ def renamed(known: Sequence[int], seed: int = 1) -> Tensor:
     return wrong
 
 
-def judge(
-    teachers: dict[str, tuple[Tensor, tuple[int, ...]]], shown: dict[str, tuple[int, ...]] | None = None
-) -> dict[str, Verdict]:
-    verdicts = judge_teachers(
+def screened(
+    teachers: dict[str, tuple[Tensor, tuple[int, ...]]], verified: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, ScreeningResult]:
+    results = screen_teachers(
         list(teachers),
         [logits for logits, _ in teachers.values()],
         [known for _, known in teachers.values()],
-        [(shown or {}).get(site) for site in teachers],
+        [(verified or {}).get(site) for site in teachers],
         (0, 1),
         LABELS,
     )
-    assert [v.site for v in verdicts] == list(teachers)
-    return {v.site: v for v in verdicts}
+    assert [v.site for v in results] == list(teachers)
+    return {v.site: v for v in results}
 
 
 HONEST = {
@@ -64,16 +64,16 @@ HONEST = {
 """Dahlia and elm share no class with the hospital."""
 
 
-def test_lots_by_hand() -> None:
-    assert lots(0, 3, 3) == pytest.approx(8 / 27)
-    assert lots(1, 2, 2) == pytest.approx(3 / 4)
-    assert lots(5, 5, 4) == 1
+def test_chance_level_by_hand() -> None:
+    assert chance_level(0, 3, 3) == pytest.approx(8 / 27)
+    assert chance_level(1, 2, 2) == pytest.approx(3 / 4)
+    assert chance_level(5, 5, 4) == 1
 
 
 def test_recall_is_among_the_classes_that_are_known() -> None:
     logits = torch.tensor([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0], [5.0, 0.0, 0.0]])
-    assert recalled(logits, torch.tensor([0, 0, 2]), (2, 0), 0) == (1, 2)
-    assert recalled(logits, torch.tensor([0, 0, 2]), (0, 1, 2), 1) == (0, 0)
+    assert count_recalled(logits, torch.tensor([0, 0, 2]), (2, 0), 0) == (1, 2)
+    assert count_recalled(logits, torch.tensor([0, 0, 2]), (0, 1, 2), 1) == (0, 0)
 
 
 def test_agreement_by_hand() -> None:
@@ -88,17 +88,17 @@ def test_agreement_by_hand() -> None:
 
 def test_directions_do_not_show_what_the_labels_tell() -> None:
     logits = expert((0, 2, 3))
-    seen = directions(logits, LABELS, (0, 2, 3))
+    seen = margin_directions(logits, LABELS, (0, 2, 3))
     assert seen.shape == (60, 3)
     torch.testing.assert_close(seen.norm(dim=0), torch.ones(3, dtype=torch.float64))
     shifted = logits + 7 * (LABELS == 1)[:, None] + torch.arange(CLASSES) + 100 * torch.eye(CLASSES)[5]
-    torch.testing.assert_close(directions(3 * shifted, LABELS, (0, 2, 3)), seen)
+    torch.testing.assert_close(margin_directions(3 * shifted, LABELS, (0, 2, 3)), seen)
 
 
-def test_honest_teachers_are_heard() -> None:
-    found = judge(HONEST)
-    assert all(v.heard and not v.dismissed for v in found.values())
-    assert found["birch"].reason == "names images of a shared class as the hospital does"
+def test_honest_teachers_are_included() -> None:
+    found = screened(HONEST)
+    assert all(v.included and not v.unverified for v in found.values())
+    assert found["birch"].reason == "names images of shared classes as the hospital does"
     assert found["birch"].recalls == {0: pytest.approx(29 / 30)}
     assert (found["elm"].reason, found["elm"].recalls) == ("agrees with the other experts", {})
     assert all(v.agreement is not None and v.agreement > 0.5 for v in found.values())
@@ -107,81 +107,81 @@ def test_honest_teachers_are_heard() -> None:
 @pytest.mark.parametrize(
     ("site", "reason"),
     [
-        ("birch", "names images of a shared class less often so than by drawing lots"),
-        ("dahlia", "agrees with the other experts more about other classes than about its own"),
+        ("birch", "names images of shared classes less often so than by chance"),
+        ("dahlia", "agrees with the other experts no more about its own classes than about others"),
     ],
 )
 def test_wrong_labels_are_seen_in_shared_classes_or_by_the_other_experts(site: str, reason: str) -> None:
     known = HONEST[site][1]
-    found = judge({**HONEST, site: (renamed(known), known)})
-    assert not found[site].heard
+    found = screened({**HONEST, site: (renamed(known), known)})
+    assert not found[site].included
     assert found[site].reason == reason
-    assert all(v.heard for name, v in found.items() if name != site)
+    assert all(v.included for name, v in found.items() if name != site)
 
 
 def test_two_bad_teachers_of_four() -> None:
     bad = {site: (renamed(HONEST[site][1]), HONEST[site][1]) for site in ("cedar", "elm")}
-    assert {site for site, v in judge({**HONEST, **bad}).items() if not v.heard} == set(bad)
+    assert {site for site, v in screened({**HONEST, **bad}).items() if not v.included} == set(bad)
 
 
-def test_a_claim_that_the_network_does_not_show_is_not_believed() -> None:
+def test_a_claim_that_the_network_does_not_show_does_not_count() -> None:
     liar = (HONEST["elm"][0], (2, 3, 4, 5))
     honest = {site: known for site, (_, known) in HONEST.items()}
-    found = judge({**HONEST, "elm": liar}, shown=honest)
-    assert found["elm"].heard
-    assert found["elm"].dismissed == (2,)
-    alone = judge(HONEST, shown=honest)
+    found = screened({**HONEST, "elm": liar}, verified=honest)
+    assert found["elm"].included
+    assert found["elm"].unverified == (2,)
+    alone = screened(HONEST, verified=honest)
     assert {s: v.agreement for s, v in found.items()} == {s: v.agreement for s, v in alone.items()}
-    none = judge({**HONEST, "elm": liar}, shown={"elm": ()})["elm"]
-    assert not none.heard
+    none = screened({**HONEST, "elm": liar}, verified={"elm": ()})["elm"]
+    assert not none.included
     assert none.reason == "its network shows none of the classes that it claims"
-    assert none.dismissed == (2, 3, 4, 5)
+    assert none.unverified == (2, 3, 4, 5)
 
 
 def test_a_leaning_towards_one_class_is_seen_where_a_class_is_shared() -> None:
     leaning = HONEST["birch"][0].clone()
     leaning[:, 3] += 100
-    found = judge({**HONEST, "birch": (leaning, (0, 2, 3))})["birch"]
-    assert (found.heard, found.recalls) == (False, {0: 0.0})
+    found = screened({**HONEST, "birch": (leaning, (0, 2, 3))})["birch"]
+    assert (found.included, found.recalls) == (False, {0: 0.0})
 
 
-def test_want_of_evidence_turns_nobody_away() -> None:
+def test_want_of_evidence_excludes_nobody() -> None:
     stranger = {"elm": (renamed((3, 4, 5)), (3, 4, 5))}
-    alone = judge(stranger)["elm"]
-    assert alone.heard
+    alone = screened(stranger)["elm"]
+    assert alone.included
     assert (alone.reason, alone.agreement) == ("shares no class with anybody who could tell", None)
-    two = judge({**stranger, "dahlia": HONEST["dahlia"]})
+    two = screened({**stranger, "dahlia": HONEST["dahlia"]})
     assert {v.reason for v in two.values()} == {"too few experts to tell"}
-    assert all(v.heard for v in two.values())
+    assert all(v.included for v in two.values())
 
 
 def test_few_images_or_a_single_class_are_no_evidence() -> None:
-    few = torch.arange(60) % 30 < 3  # three of each class: lots would miss all of them once in three times
-    assert lots(0, 3, 3) > FALSE_ALARM
+    few = torch.arange(60) % 30 < 3  # three of each class: chance would miss all of them once in three times
+    assert chance_level(0, 3, 3) > FALSE_ALARM
     wrong = renamed((0, 2, 3))[few]
-    (verdict,) = judge_teachers(["birch"], [wrong], [(0, 2, 3)], [None], (0, 1), LABELS[few])
-    assert verdict.heard
-    assert verdict.recalls == {0: 0.0}
-    (single,) = judge_teachers(["birch"], [expert((3,))], [(3,)], [None], (0, 1), LABELS)
-    assert single.heard
+    (result,) = screen_teachers(["birch"], [wrong], [(0, 2, 3)], [None], (0, 1), LABELS[few])
+    assert result.included
+    assert result.recalls == {0: 0.0}
+    (single,) = screen_teachers(["birch"], [expert((3,))], [(3,)], [None], (0, 1), LABELS)
+    assert single.included
     assert single.recalls == {}
 
 
-def test_who_knows_nothing_of_a_class_is_seldom_turned_away() -> None:
-    """The stated rate: lots drawn among three classes, on 30 images of one shared class."""
+def test_who_knows_nothing_of_a_class_is_seldom_excluded() -> None:
+    """The stated rate: names drawn among three classes, on 30 images of one shared class."""
     draw = torch.Generator().manual_seed(0)
     known = (0, 2, 3)
     alarms = 0
     for _ in range(400):
-        (v,) = judge_teachers(
+        (v,) = screen_teachers(
             ["a"], [torch.randn(60, CLASSES, generator=draw)], [known], [None], (0, 1), LABELS
         )
-        alarms += not v.heard
+        alarms += not v.included
     assert alarms / 400 <= 2 * FALSE_ALARM
 
 
 def test_order_of_teachers_does_not_matter() -> None:
     bad = {**HONEST, "elm": (renamed((3, 4, 5)), (3, 4, 5))}
-    turned = judge(dict(reversed(bad.items())))
-    found = judge(bad)
-    assert {s: v.heard for s, v in turned.items()} == {s: v.heard for s, v in found.items()}
+    turned = screened(dict(reversed(bad.items())))
+    found = screened(bad)
+    assert {s: v.included for s, v in turned.items()} == {s: v.included for s, v in found.items()}

@@ -1,4 +1,4 @@
-"""Settings of the peers.
+"""Settings of the baselines.
 
 Searched on validation images of pbc28: the federations' learning rate, the temperature of distillation,
 the personal training of a global network. The others are a teacher's or phase 1's.
@@ -44,8 +44,8 @@ class FederatedParams(Strict):
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
 
 
-class PeerParams(Strict):
-    """All peers that are trained."""
+class BaselineParams(Strict):
+    """All baselines that are trained."""
 
     finetune: FinetuneParams = FinetuneParams()
     """Of a hospital's own network."""

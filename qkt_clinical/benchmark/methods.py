@@ -18,7 +18,8 @@ from torch import Tensor
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.baselines.finetune import finetune
-from qkt_clinical.benchmark.hostile import draw_bad, spoil
+from qkt_clinical.benchmark.ablations import answer_ablated
+from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
     DISTILLED,
@@ -29,22 +30,23 @@ from qkt_clinical.benchmark.settings import (
     Settings,
     Setup,
 )
-from qkt_clinical.benchmark.simulate import Question, Split
+from qkt_clinical.benchmark.simulate import Hospital, Question, Split
 from qkt_clinical.benchmark.store import Store
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
-from qkt_clinical.qkt.answer import LocalData, answer_query
+from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import routed_consensus, scores_of
-from qkt_clinical.records.card import MIRRORS, Decision
+from qkt_clinical.records.card import MIRRORS, DecisionRule
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MethodResult:
     """An answer's scores (N, C) on the question's evaluation images, minus infinity outside R."""
 
     scores: Tensor
@@ -113,19 +115,19 @@ class Case:
         return restrict(predict(network, self.inputs, self.store.device), self.relevant)
 
 
-def local(case: Case, *, own: str = "full") -> Outcome:
+def local(case: Case, *, own: str = "full") -> MethodResult:
     """The hospital's own model alone."""
-    return Outcome(restrict(case.logits(f"{own}/{case.question.student}"), case.relevant))
+    return MethodResult(restrict(case.logits(f"{own}/{case.question.student}"), case.relevant))
 
 
-def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> Outcome:
+def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> MethodResult:
     """All hospitals' networks at every prediction."""
     every = [case.student, *case.others]
     scores = restrict(combine([case.logits(name) for name in every]), case.relevant)
-    return Outcome(scores, sum(map(case.store.bytes, case.others)), passes=len(every))
+    return MethodResult(scores, sum(map(case.store.bytes, case.others)), passes=len(every))
 
 
-def one_shot_average(case: Case) -> Outcome:
+def one_shot_average(case: Case) -> MethodResult:
     """The mean of all networks' weights, weighed by their numbers of training images."""
     every = [case.student, *case.others]
     start = time.perf_counter()
@@ -134,26 +136,26 @@ def one_shot_average(case: Case) -> Outcome:
     network = average_networks(networks, sizes)
     seconds = time.perf_counter() - start
     moved = sum(map(case.store.bytes, case.others))
-    return Outcome(case.restricted(network), moved, seconds=seconds)
+    return MethodResult(case.restricted(network), moved, seconds=seconds)
 
 
-def on_teachers(case: Case, kind: str) -> Outcome:
+def on_teachers(case: Case, kind: str) -> MethodResult:
     """Fine-tuning with class balance, or unmasked distillation from the mean of all networks."""
     name = f"{kind}/{case.question.student}"
     moved = sum(map(case.store.bytes, case.others)) if kind == DISTILLED else 0
     scores = restrict(case.logits(name), case.relevant)
-    return Outcome(scores, moved, seconds=case.store.seconds(name))
+    return MethodResult(scores, moved, seconds=case.store.seconds(name))
 
 
-def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Outcome:
+def global_model(case: Case, algorithm: str, rounds: int | None = None) -> MethodResult:
     """A federation's network; ``None``: after the number of rounds that is best on validation images."""
     name = f"{algorithm}/{rounds or case.store.best_rounds(algorithm)}"
     done, moved = case.store.traffic(name)
     scores = restrict(case.logits(name), case.relevant)
-    return Outcome(scores, moved, rounds=done, seconds=case.store.seconds(name))
+    return MethodResult(scores, moved, rounds=done, seconds=case.store.seconds(name))
 
 
-def global_model_finetuned(case: Case) -> Outcome:
+def global_model_finetuned(case: Case) -> MethodResult:
     """FedAvg's network after personal fine-tuning at the asking hospital."""
     untuned, student = global_model(case, "fedavg"), case.question.student
     network = case.store.bundle(f"fedavg/{case.store.best_rounds('fedavg')}").network
@@ -164,7 +166,7 @@ def global_model_finetuned(case: Case) -> Outcome:
         data.train.pair,
         data.val.pair,
         case.relevant,
-        case.store.settings.peers.personal,
+        case.store.settings.baselines.personal,
         seed=case.seed("finetune"),
         name=f"fedavg-{student}",
         device=case.store.device,
@@ -181,7 +183,7 @@ def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
     if mask == "oracle":
         known = store.truth(name, primary_truth(store.settings))
     else:
-        known = store.masks(name)[store.settings.mask.estimator if mask == "default" else mask].known
+        known = store.masks(name)[DEFAULT_ESTIMATOR if mask == "default" else mask].known
     return tuple(c for c, k in enumerate(known) if k)
 
 
@@ -203,7 +205,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
     for q in case.question.query:
         able = [name for name in names if q in known[name]]
         if setup.most_teachers is not None:
-            masks = {name: case.store.masks(name)[case.store.settings.mask.estimator] for name in able}
+            masks = {name: case.store.masks(name)[DEFAULT_ESTIMATOR] for name in able}
             for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.most_teachers :]:
                 known[name].discard(q)
     networks = {name: case.store.bundle(name).network for name in names}
@@ -222,28 +224,67 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
     query, relevant = set(case.question.query), set(case.relevant)
     wanted = relevant if setup.rivals and setup.method != "qkt-light" else query
 
-    def shown(name: str) -> tuple[int, ...] | None:
-        """None where an ablation says what a teacher knows: it would be taken for a lie."""
+    def verified(name: str) -> tuple[int, ...] | None:
+        """None where an ablation says what a teacher knows: it would be taken for a false claim."""
         if setup.mask != "default":
             return None
-        return case.store.read_again(networks[name]) if name in spoilt else case.store.shown(name)
+        return case.store.verify(networks[name]) if name in spoilt else case.store.verified(name)
 
     return {
-        name: Teacher(name.split("/")[1], networks[name], tuple(sorted(known[name])), shown(name))
+        name: Teacher(name.split("/")[1], networks[name], tuple(sorted(known[name])), verified(name))
         for name in names
         if known[name] & wanted
     }
 
 
-def qkt(case: Case, setup: Setup) -> Outcome:
+def _answer(
+    case: Case,
+    setup: Setup,
+    student: Classifier,
+    hospital: Hospital,
+    teachers: Sequence[Teacher],
+    taught: Sequence[int],
+) -> Answer:
+    """The answer by the method itself, or by an ablation of its phases."""
+    store, settings = case.store, case.store.settings
+    data = LocalData(hospital.train.pair, hospital.calibration.pair)
+    params = settings.transfer.model_copy(update=dict(setup.transfer))
+    if (setup.phase1, setup.phase2) == ("merge", True):
+        return answer_query(
+            student,
+            teachers,
+            data,
+            taught,
+            method=setup.method,
+            budget=settings.budget,
+            params=params,
+            seed=case.seed("transfer"),
+            device=store.device,
+        )
+    return answer_ablated(
+        student,
+        teachers,
+        data,
+        taught,
+        phase1=setup.phase1,
+        phase2=setup.phase2,
+        distillation=settings.distillation,
+        budget=settings.budget,
+        params=params,
+        seed=case.seed("transfer"),
+        device=store.device,
+    )
+
+
+def qkt(case: Case, setup: Setup) -> MethodResult:
     """An answer by QKT.
 
     Classes that no teacher knows are not taught; without any, or where none of those that claim to know a
-    class is to be trusted, the own model answers.
+    class can be used, the own model answers.
     """
-    store, settings = case.store, case.store.settings
+    store = case.store
     teachers = relevant_teachers(case, setup)
-    taught = [q for q in case.question.query if any(q in t.known for t in teachers.values())]
+    taught = [q for q in case.question.query if any(q in t.claimed for t in teachers.values())]
     if not taught:
         return local(case, own=setup.own)
     hospital = store.data(case.question.student, setup.own)
@@ -251,32 +292,22 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     student = store.bundle(own_name).network
     start = time.perf_counter()
     try:
-        answer = answer_query(
-            student,
-            list(teachers.values()),
-            LocalData(hospital.train.pair, hospital.calibration.pair),
-            taught,
-            method=setup.method,
-            budget=settings.budget,
-            params=settings.transfer.model_copy(update=dict(setup.transfer)),
-            seed=case.seed("transfer"),
-            device=store.device,
-        )
+        answer = _answer(case, setup, student, hospital, list(teachers.values()), taught)
     except QueryError as error:
         if error.code != "untrusted":
             raise
         return replace(local(case, own=setup.own), bytes_moved=sum(map(store.bytes, teachers)))
     seconds = time.perf_counter() - start
-    believed = {t.site: t for t in answer.teachers if t.site in answer.decision.experts}
-    asked = {name: believed[t.site] for name, t in teachers.items() if t.site in believed}
+    included = {t.site: t for t in answer.teachers if t.site in answer.decision.experts}
+    asked = {name: included[t.site] for name, t in teachers.items() if t.site in included}
     experts = list(asked.values())
 
     def scores(inputs: Tensor) -> Tensor:
         return scores_of(answer.network, answer.decision, experts, inputs, store.device)
 
     if experts and not setup.bad:  # every question asks the same networks about the same images: once will do
-        heard = [store.heard(name, answer.decision.flips)[case.index] for name in (own_name, *asked)]
-        logits = routed_consensus(heard, answer.decision, experts)
+        each = [store.routed_logits(name, answer.decision.flips)[case.index] for name in (own_name, *asked)]
+        logits = routed_consensus(each, answer.decision, experts)
         offsets = torch.tensor(answer.decision.offsets)
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)
     else:
@@ -287,7 +318,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     if decision.rare:
         today = predict(student, held_out, store.device)
         held_out = held_out[kept_today(today, decision.local, decision.query)]
-    return Outcome(
+    return MethodResult(
         found,
         sum(map(store.bytes, teachers)),
         seconds=seconds,
@@ -299,7 +330,7 @@ def qkt(case: Case, setup: Setup) -> Outcome:
     )
 
 
-def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[float, Tensor]:
+def at_budgets(scores: Tensor, calibration: Tensor, decision: DecisionRule) -> dict[float, Tensor]:
     """An answer's scores if another budget had been asked for: only the query's offsets move.
 
     Args:
@@ -315,9 +346,9 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: Decision) -> dict[
     return moved
 
 
-def methods(settings: Settings) -> dict[str, Callable[[Case], Outcome]]:
+def methods(settings: Settings) -> dict[str, Callable[[Case], MethodResult]]:
     """Every method that is computed by itself, by name."""
-    found: dict[str, Callable[[Case], Outcome]] = {
+    found: dict[str, Callable[[Case], MethodResult]] = {
         "local": local,
         "ensemble-prob": partial(ensemble, combine=mean_probability_scores),
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkt_clinical.benchmark.summary import best_peer, by_method
+from qkt_clinical.benchmark.summary import best_baseline, by_method
 from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
-PEER, GRID = "#8a94a0", "#e6eaed"
+BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
 MARKERS = dict(zip(BENCHMARK_METHODS, "osD^v<>PXooo", strict=True))
 """Peers are told apart by shape, QKT's methods by colour."""
 
@@ -38,7 +38,7 @@ def query_against_retained(result: Mapping[str, Any]) -> Figure:
     figure, axes = _figure(8, 6)
     for method in (m for m in BENCHMARK_METHODS if m in result["summary"]):
         x, y = (result["summary"][method][k] for k in ("query_accuracy", "retained_accuracy"))
-        colour = COLOURS.get(method, PEER)
+        colour = COLOURS.get(method, BASELINE_COLOUR)
         axes.plot([100 * x["low"], 100 * x["high"]], [100 * y["mean"]] * 2, color=colour, linewidth=1.2)
         axes.plot([100 * x["mean"]] * 2, [100 * y["low"], 100 * y["high"]], color=colour, linewidth=1.2)
         marker = MARKERS[method]
@@ -52,19 +52,19 @@ def query_against_retained(result: Mapping[str, Any]) -> Figure:
 
 
 def gain_per_query(result: Mapping[str, Any]) -> Figure | None:
-    """Points of balanced accuracy gained on every question, by ``qkt`` and by the best peer."""
+    """Points of balanced accuracy gained on every question, by ``qkt`` and by the best baseline."""
     rows = result["rows"]
-    methods, best = by_method(rows), best_peer(rows)
+    methods, best = by_method(rows), best_baseline(rows)
     if best is None or "qkt" not in methods or "local" not in methods:
         return None
     before = {_question(r): r["balanced_accuracy"] for r in methods["local"]}
     queries = sorted({r["query"] for r in rows})
     figure, axes = _figure(8, 1.6 + 0.4 * len(queries))
-    for name, colour, shift in ((best, PEER, 0.14), ("qkt", COLOURS["qkt"], -0.14)):
+    for name, colour, shift in ((best, BASELINE_COLOUR, 0.14), ("qkt", COLOURS["qkt"], -0.14)):
         gains = [100 * (r["balanced_accuracy"] - before[_question(r)]) for r in methods[name]]
         heights = [queries.index(r["query"]) + shift for r in methods[name]]
         axes.scatter(gains, heights, s=28, color=colour, alpha=0.8, label=name)
-    axes.axvline(0, color=PEER, linewidth=1)
+    axes.axvline(0, color=BASELINE_COLOUR, linewidth=1)
     axes.set_yticks(range(len(queries)), queries)
     axes.set_ylim(len(queries) - 0.5, -0.5)
     axes.set_xlabel("gain in balanced accuracy over the own model, points; one dot per question")

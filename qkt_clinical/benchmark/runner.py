@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkt_clinical.benchmark.methods import Case, Outcome, methods
+from qkt_clinical.benchmark.methods import Case, MethodResult, methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
 from qkt_clinical.benchmark.pool import run_tasks
@@ -105,7 +105,7 @@ def row_file(work: Path, task: Task) -> Path:
     return work / f"seed-{task.seed}" / "rows" / task.question.student / query / f"{name}.json"
 
 
-def row_of(case: Case, method: str, outcome: Outcome) -> dict[str, Any]:
+def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
     """A row of the benchmark, its budget curve among its fields."""
     classes = case.store.federation.classes
 

@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from qkt_clinical import __version__
-from qkt_clinical.baselines.params import PeerParams
+from qkt_clinical.baselines.params import BaselineParams
+from qkt_clinical.benchmark.phases import DistillationParams, Phase1Way
 from qkt_clinical.catalog import (
     BENCHMARK_METHODS,
+    DEFAULT_ESTIMATOR,
     ESTIMATORS,
     METHODS,
     Device,
@@ -36,7 +38,7 @@ Variant = Literal["full", "weak", "label-noise-10", "label-noise-30", "images-10
 most so many of every class."""
 
 Bad = Literal["flipped-labels", "lying-mask", "noise-bias"]
-"""What a bad teacher does.
+"""What an adversarial teacher does.
 
 - ``flipped-labels``: every class that it holds has the name of the next one, as if it had been trained so.
 - ``lying-mask``: it claims to know every class.
@@ -59,7 +61,11 @@ class Setup:
     most_teachers: int | None = None
     """At most so many teachers for every class asked for, those of the highest mask scores."""
     rivals: bool = True
-    """Whether teachers that know a local class, but none of the query, are heard."""
+    """Whether teachers that know a local class, but none of the query, are included."""
+    phase1: Phase1Way = "merge"
+    """How the student takes up the teachers, see :mod:`qkt_clinical.benchmark.distillation`."""
+    phase2: bool = True
+    """Whether the head is refined on rare samples and given its operating point."""
     transfer: tuple[tuple[str, Any], ...] = ()
     """Settings of the transfer that differ: name and value."""
     own: Variant = "full"
@@ -75,23 +81,23 @@ def _transfer(method: Method, **changed: Any) -> Setup:
 
 
 def _mask(mask: str) -> Setup:
-    """What a mask is worth by itself: whoever doubts the teachers would correct some of its errors."""
-    return Setup(mask=mask, transfer=(("trust", False),))
+    """What a mask is worth by itself: screening would correct some of its errors."""
+    return Setup(mask=mask, transfer=(("screening", False),))
 
 
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
     {
         **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
-        **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != MaskParams().estimator},
+        **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != DEFAULT_ESTIMATOR},
         "ablation/mask-oracle": _mask("oracle"),
         "ablation/mask-none": _mask("none"),
         "ablation/query-teachers-only": Setup(rivals=False),
         "ablation/routed-query-teachers-only": Setup(method="routed", rivals=False),
         "ablation/routed-one-view": _transfer("routed", flips=False),
-        "ablation/phase-1-only": _transfer("qkt", phase2=False),
-        "ablation/phase-2-only": _transfer("qkt", phase1="none"),
-        "ablation/one-joint-phase": _transfer("qkt", phase1="joint"),
-        "ablation/phase1-distill": _transfer("qkt", phase1="distill"),
+        "ablation/phase-1-only": Setup(phase2=False),
+        "ablation/phase-2-only": Setup(phase1="none"),
+        "ablation/one-joint-phase": Setup(phase1="joint"),
+        "ablation/phase1-distill": Setup(phase1="distill"),
         "ablation/rank-1": _transfer("qkt", rank=1.0),
         "ablation/rank-0.35": _transfer("qkt", rank=0.35),
         "ablation/rank-0.25": _transfer("qkt", rank=0.25),
@@ -103,16 +109,16 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/label-noise-10": Setup(own="label-noise-10"),
         "ablation/label-noise-30": Setup(own="label-noise-30"),
         "ablation/weak-teachers": Setup(teachers="weak"),
-        "ablation/no-trust": _transfer("qkt", trust=False),
+        "ablation/no-screening": _transfer("qkt", screening=False),
         **{
             f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
             for bad in BAD
             for count in (1, 2)
-            for name, changed in (("", ()), ("-no-trust", (("trust", False),)))
+            for name, changed in (("", ()), ("-no-screening", (("screening", False),)))
         },
     }
 )
-"""Methods and ablations that are one call of ``answer_query`` each."""
+"""Methods and ablations that are one answer by QKT each."""
 
 RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
     {
@@ -124,11 +130,11 @@ RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
 """Ablations that change nothing but the budget: method and budget, read off the method's budget curve."""
 
 FEDERATED = ("fedavg", "fedprox", "scaffold")
-"""Peers that NVIDIA FLARE runs."""
+"""Baselines that NVIDIA FLARE runs."""
 FINETUNED = "ablation/fedavg-finetuned"
 FINETUNE, DISTILLED = "finetune", "distill-all"
 ON_TEACHERS = (FINETUNE, DISTILLED)
-"""Peers whose network starts from the teachers and is the same whatever its hospital asks."""
+"""Baselines whose network starts from the teachers and is the same whatever its hospital asks."""
 
 
 class Settings(Strict):
@@ -151,7 +157,9 @@ class Settings(Strict):
     train: TrainParams = TrainParams()
     mask: MaskParams = MaskParams()
     transfer: TransferParams = TransferParams()
-    peers: PeerParams = PeerParams()
+    distillation: DistillationParams = DistillationParams()
+    """Of ablations whose phase 1 is trained."""
+    baselines: BaselineParams = BaselineParams()
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = (20, 50)
     """Federations are trained for so many rounds each; the best on validation images counts."""
 

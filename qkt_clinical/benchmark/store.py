@@ -1,7 +1,7 @@
 """What is trained once per seed and shared by all methods and queries: teachers, masks, global models.
 
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
-on the images that figures are computed on, so that most peers cost no pass at all. A network is named by
+on the images that figures are computed on, so that most baselines cost no pass at all. A network is named by
 its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds,
 ``finetune/h1`` and ``distill-all/h1`` what h1 makes of its teacher, whatever it will ask.
 """
@@ -22,19 +22,20 @@ from torch import Tensor
 from qkt_clinical.baselines.distill import distill_all
 from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, Settings, Variant
 from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
 from qkt_clinical.benchmark.variants import vary
-from qkt_clinical.catalog import ESTIMATORS
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ESTIMATORS
 from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.masks import compute_mask, shown_classes
-from qkt_clinical.qkt.prediction import hear
+from qkt_clinical.qkt.masks import verified_classes
+from qkt_clinical.qkt.prediction import predict_logits
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.plan import SHARED
 from qkt_clinical.training.classifier import train_teacher
@@ -63,8 +64,8 @@ class Store:
         self.device = device
         self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
-        self.heard: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._heard)
-        self.shown: Callable[[str], tuple[int, ...]] = lru_cache(KEPT)(self._shown)
+        self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._routed_logits)
+        self.verified: Callable[[str], tuple[int, ...]] = lru_cache(KEPT)(self._verified)
 
     def train(self, name: str) -> None:
         """Train the network of that name and write it."""
@@ -103,15 +104,14 @@ class Store:
 
     def masks(self, name: str) -> dict[str, Mask]:
         """A teacher's mask by every estimator."""
-        data = self._judged(name)["masks"]
+        data = self._mask_file(name)["masks"]
         return {estimator: Mask.model_validate(mask) for estimator, mask in data.items()}
 
-    def read_again(self, network: Classifier) -> tuple[int, ...]:
+    def verify(self, network: Classifier) -> tuple[int, ...]:
         """The classes that a network shows to an asking hospital that reads it again."""
-        return shown_classes(
+        return verified_classes(
             network,
             self.evaluation.images.shape[1:],
-            estimator=self.settings.mask.estimator,
             threshold=self.settings.mask.threshold,
             probes=self.settings.mask.probes,
             seed=derive(self.federation.seed, "mask"),
@@ -122,7 +122,7 @@ class Store:
 
         Recall is over all classes on the validation images of all hospitals.
         """
-        return tuple(self._judged(name)[kind])
+        return tuple(self._mask_file(name)[kind])
 
     def seconds(self, name: str) -> float:
         """How long training took."""
@@ -152,16 +152,16 @@ class Store:
 
         return dict(load_file(self.folder / name / LOGITS))
 
-    def _heard(self, name: str, flips: bool) -> Tensor:
+    def _routed_logits(self, name: str, flips: bool) -> Tensor:
         inputs = to_input(self.evaluation.images)
-        return hear(self.bundle(name).network, inputs, flips, self.device)
+        return predict_logits(self.bundle(name).network, inputs, flips, self.device)
 
-    def _shown(self, name: str) -> tuple[int, ...]:
-        return self.read_again(self.bundle(name).network)
+    def _verified(self, name: str) -> tuple[int, ...]:
+        return self.verify(self.bundle(name).network)
 
-    def _judged(self, name: str) -> dict[str, Any]:
-        judged: dict[str, Any] = json.loads((self.folder / name / MASKS).read_text(encoding="utf-8"))
-        return judged
+    def _mask_file(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / name / MASKS).read_text(encoding="utf-8"))
+        return found
 
     def _train_teacher(self, variant: Variant, hospital: str) -> None:
         name, data, start = f"{variant}/{hospital}", self.data(hospital, variant), time.perf_counter()
@@ -180,7 +180,7 @@ class Store:
         with new_folder(self.folder / name) as folder:
             logits = self._write(folder, network, hospital, seconds, len(history.curves))
             masks = self._compute_masks(network)
-            write_json(folder / MASK, masks[self.settings.mask.estimator].model_dump(mode="json"))
+            write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))
             recall = _recalls(logits["val"], self.federation.val, self.federation.spec.classes)
             judged = {
                 "masks": {e: mask.model_dump(mode="json") for e, mask in masks.items()},
@@ -194,12 +194,12 @@ class Store:
         default = self.settings.mask
         shape = self.evaluation.images.shape[1:]
         return {
-            estimator: compute_mask(
+            estimator: estimate_mask(
                 network,
                 shape,
                 self.federation.classes,
                 estimator=estimator,  # type: ignore[arg-type]
-                threshold=default.threshold if estimator == default.estimator else "auto",
+                threshold=default.threshold if estimator == DEFAULT_ESTIMATOR else "auto",
                 probes=default.probes,
                 seed=derive(self.federation.seed, "mask"),
             )
@@ -209,14 +209,14 @@ class Store:
     def _train_global(self, algorithm: str, rounds: int) -> None:
         from qkt_clinical.federation.peers import run_federation
 
-        start, peers = time.perf_counter(), self.settings.peers
+        start, baselines = time.perf_counter(), self.settings.baselines
         found = run_federation(
             [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
             self.federation.spec,
-            peers.scaffold if algorithm == "scaffold" else peers.federated,
+            baselines.scaffold if algorithm == "scaffold" else baselines.federated,
             algorithm=algorithm,  # type: ignore[arg-type]
             rounds=rounds,
-            proximal=peers.proximal,
+            proximal=baselines.proximal,
             seed=derive(self.federation.seed, "benchmark", "federated"),
             device=self.device,
             work=self.folder / FEDERATIONS / f"{algorithm}-{rounds}",
@@ -233,14 +233,14 @@ class Store:
             data.train.pair,
             data.val.pair,
             range(self.federation.spec.classes),
-            self.settings.peers.finetune,
+            self.settings.baselines.finetune,
             seed=derive(self.federation.seed, "benchmark", "finetune", hospital),
             name=hospital,
             device=self.device,
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / FINETUNE / hospital) as folder:
-            self._write(folder, network, hospital, seconds, self.settings.peers.finetune.epochs)
+            self._write(folder, network, hospital, seconds, self.settings.baselines.finetune.epochs)
 
     def _distill(self, hospital: str) -> None:
         start = time.perf_counter()
@@ -250,13 +250,13 @@ class Store:
             networks[hospital],
             list(networks.values()),
             self.data(hospital).train.images,
-            self.settings.peers.distill,
+            self.settings.baselines.distill,
             seed=derive(self.federation.seed, "benchmark", "distill", hospital),
             device=self.device,
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / DISTILLED / hospital) as folder:
-            self._write(folder, network, hospital, seconds, self.settings.peers.distill.epochs)
+            self._write(folder, network, hospital, seconds, self.settings.baselines.distill.epochs)
 
     def _write(
         self, folder: Path, network: Classifier, site: str, seconds: float, epochs: int

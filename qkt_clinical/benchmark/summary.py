@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.benchmark.settings import Settings
-from qkt_clinical.catalog import BENCHMARK_METHODS, ESTIMATORS, METHODS, PEERS
+from qkt_clinical.catalog import BASELINES, BENCHMARK_METHODS, DEFAULT_ESTIMATOR, ESTIMATORS, METHODS
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.evaluation.metrics import DIGITS, Floats
 
@@ -75,9 +75,9 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def best_peer(rows: Sequence[Row]) -> str | None:
-    """The peer of the highest mean balanced accuracy, or None without peers."""
-    means = {m: _of(r, "balanced_accuracy").mean() for m, r in by_method(rows).items() if m in PEERS}
+def best_baseline(rows: Sequence[Row]) -> str | None:
+    """The baseline of the highest mean balanced accuracy, or None without baselines."""
+    means = {m: _of(r, "balanced_accuracy").mean() for m, r in by_method(rows).items() if m in BASELINES}
     return max(means, key=lambda m: means[m]) if means else None
 
 
@@ -89,21 +89,21 @@ def base_of(ablation: str) -> str:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Per method every field's mean with its interval, and for QKT's methods the distance to the peers.
+    """Per method every field's mean with its interval, and for QKT's methods the distance to the baselines.
 
-    ``query_gain_over_peers`` is query accuracy less the mean of all peers' on the same question,
-    ``lead_over_best_peer`` balanced accuracy less that of :func:`best_peer`; an ablation's ``change`` is
+    ``query_gain_over_peers`` is query accuracy less the mean of all baselines' on the same question,
+    ``lead_over_best_peer`` balanced accuracy less that of :func:`best_baseline`; an ablation's ``change`` is
     against the method that it changes, ``base``. All are paired by question.
     """
     methods = by_method(rows)
-    peers = [m for m in methods if m in PEERS]
-    best = best_peer(rows)
+    baselines = [m for m in methods if m in BASELINES]
+    best = best_baseline(rows)
     summary: dict[str, Any] = {}
     for method, own in methods.items():
         columns = np.stack([_of(own, field) for field in FIELDS], axis=1)
         entry: dict[str, Any] = dict(zip(FIELDS, cluster_intervals(own, columns), strict=True))
         if method in METHODS and best is not None:
-            every = np.stack([_of(methods[peer], "query_accuracy") for peer in peers])
+            every = np.stack([_of(methods[baseline], "query_accuracy") for baseline in baselines])
             gain = _of(own, "query_accuracy") - every.mean(axis=0)
             lead = _of(own, "balanced_accuracy") - _of(methods[best], "balanced_accuracy")
             paired = cluster_intervals(own, np.stack([gain, lead], axis=1))
@@ -164,7 +164,7 @@ def mask_figures(judged: Sequence[Mapping[str, Any]], settings: Settings) -> dic
             **figures[primary],
             **figures,
             "truth": primary,
-            "default": estimator == settings.mask.estimator,
+            "default": estimator == DEFAULT_ESTIMATOR,
             "curve": [{k: round(v, DIGITS) for k, v in point.items()} for point in curve],
         }
     return found
@@ -229,8 +229,8 @@ def ablations_table(summary: Mapping[str, Any]) -> str:
 
 
 def queries_table(rows: Sequence[Row]) -> str:
-    """Per query the mean query and balanced accuracy of QKT's methods and of the best peer, in percent."""
-    shown = [m for m in (*METHODS, best_peer(rows)) if m in by_method(rows)]
+    """Per query the mean query and balanced accuracy of QKT's methods and the best baseline, in percent."""
+    shown = [m for m in (*METHODS, best_baseline(rows)) if m in by_method(rows)]
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["query"], []).append(row)
@@ -258,9 +258,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     compared = [m for m in METHODS if "best_peer" in summary.get(m, {})]
     if compared:
         parts += [
-            "## Against the peers",
+            "## Against the baselines",
             _table(
-                ["method", "query accuracy above the mean of the peers", "balanced accuracy above the best"],
+                [
+                    "method",
+                    "query accuracy above the mean of the baselines",
+                    "balanced accuracy above the best",
+                ],
                 [
                     [
                         f"`{m}`",

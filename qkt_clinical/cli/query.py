@@ -261,7 +261,7 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
         "query": load_query(root, hospital, query).model_dump(mode="json"),
         "job": _as_json(Board(root).read(hospital, query)),
         "plan": _read(folder / "plan.json"),
-        "phases": _read(folder / "phases.json"),
+        "phases": _phases(folder / "phases.json"),
         "evaluation": measured if measured.get("student") == digest else None,
         "gate": judged if judged.get("digest") == digest else None,
     }
@@ -272,13 +272,15 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
     print(f"asks for {', '.join(asked['classes'])} by {asked['method']}, budget {asked['budget']:g}")
     _say(Board(root).read(hospital, query))
     if found["plan"]:
-        heard = [t for t in found["plan"]["teachers"] if t["relevant"]]
-        for teacher in heard:
+        for teacher in (t for t in found["plan"]["teachers"] if t["relevant"]):
             print(f"  {teacher['site']}: {teacher['reason']}")
     if found["phases"]:
         second = found["phases"]["phase2"]
-        given = "a share" if second["given_away"] is None else f"{second['given_away']:.1%}"
-        print(f"given away: {given} of own calibration images, budget {second['budget']:.1%}")
+        for teacher in (t for t in found["phases"]["screening"] if not t["included"]):
+            print(f"  {teacher['site']} excluded: {teacher['reason']}")
+        rate = second["false_query_rate"]
+        told = "not told" if rate is None else f"{rate:.0%}"
+        print(f"false-query rate on own calibration images: {told}, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]
@@ -300,6 +302,24 @@ def _read(path: Any) -> Any:
     except (OSError, ValueError):
         raise QktError(
             "cannot be read", remedy="Run 'dvc repro' to make it again.", file=path, code="outputs"
+        ) from None
+
+
+def _phases(path: Any) -> dict[str, Any] | None:
+    """The record of a student's phases in today's format, None where there is none."""
+    found = _read(path)
+    if found is None:
+        return None
+    from pydantic import ValidationError
+
+    from qkt_clinical.records.phases import Phases
+
+    try:
+        record: dict[str, Any] = Phases.model_validate(found).model_dump(mode="json")
+        return record
+    except ValidationError:
+        raise QktError(
+            "no record of phases", remedy="Run 'dvc repro' to make it again.", file=path, code="outputs"
         ) from None
 
 

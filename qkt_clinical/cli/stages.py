@@ -106,11 +106,13 @@ def transfer(
                 plan_query(root, site, name, params)
             with progress(f"transfer {site}/{name}", quiet=as_json) as step:
                 phases = transfer_query(root, site, name, params, device=device, progress=step)
-        done.append({"hospital": site, "query": name, **phases})
+        done.append({"hospital": site, "query": name, **phases.model_dump(mode="json")})
         if not as_json:
-            given = phases["phase2"]["given_away"]
-            share = "a share" if given is None else f"{given:.1%}"
-            print(f"{site}/{name}: answered by {phases['method']}; {share} of own images given away")
+            rate = phases.phase2.false_query_rate
+            told = "not told" if rate is None else f"{rate:.0%}"
+            print(f"{site}/{name}: answered by {phases.method}; false-query rate on own images {told}")
+            for teacher in (t for t in phases.screening if not t.included):
+                print(f"  {teacher.site} excluded: {teacher.reason}")
     if as_json:
         print_json(done)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Estimator, Network, Split
+from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Network, Split
 from qkt_clinical.config.base import Fraction, Name, Strict
 from qkt_clinical.config.query import QueryRef
 
@@ -75,31 +75,14 @@ class TrainParams(Strict):
 class MaskParams(Strict):
     """Stage ``mask``: which classes a teacher knows, from its weights alone."""
 
-    estimator: Estimator = "combined"
     threshold: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """lambda of the paper: scores at or above it count as known; ``auto``: the gap in the scores."""
     probes: Annotated[int, Field(ge=8, le=100_000)] = 256
 
 
-class DistillationParams(Strict):
-    """Phase 1 where something is trained, by ``distill`` or ``joint``; ``none`` takes the views alone."""
-
-    epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
-    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    views: Annotated[int, Field(ge=1, le=64)] = 8
-    """Augmented views per local image; each teacher sees each view once."""
-
-
 class TransferParams(Strict):
     """Stage ``transfer``: phases 1 and 2."""
 
-    phase1: Literal["transplant", "distill", "joint", "none"] = "transplant"
-    """How the student takes up the teachers: their extractors made smaller, their features learned, their
-    answers learned together with the labels, or not at all: then only the head learns."""
-    phase2: bool = True
-    """Whether the head is refined on rare samples and given its operating point."""
     rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the rank of a teacher's convolutions that ``qkt`` keeps."""
     light_rank: Annotated[float, Field(gt=0.0, le=1.0)] = 0.35
@@ -109,9 +92,9 @@ class TransferParams(Strict):
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
     flips: bool = True
     """Whether the networks of a ``routed`` answer see mirror images of an image too."""
-    trust: bool = True
-    """Whether teachers are held against the hospital's own images, and those that fail are not heard."""
-    distillation: DistillationParams = DistillationParams()
+    screening: bool = True
+    """Whether teachers are held against the hospital's own images, and those that fail are excluded. Networks
+    that give no usable answers are set aside in any case."""
 
 
 class EvaluateParams(Strict):

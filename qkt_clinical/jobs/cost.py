@@ -13,7 +13,7 @@ from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.models.low_rank import convolutions
 from qkt_clinical.models.networks import build, multiply_adds
-from qkt_clinical.qkt.low_rank_merge import FEWEST, WORK
+from qkt_clinical.qkt.low_rank_merge import MIN_VIEWS, WORK
 from qkt_clinical.records.card import MIRRORS, Card, NetworkSpec
 
 PROBED = 64
@@ -70,5 +70,5 @@ def expected_seconds(
         if number and method != "routed":  # the own network stays as it is
             prefixes = work * (layers + 1) / 2
             images = min(params.images, sum(manifest.counts["train"].values()), int(WORK / prefixes))
-            total += BESIDE * prefixes * max(FEWEST, images)
+            total += BESIDE * prefixes * max(MIN_VIEWS, images)
     return total / speed(own, device)

@@ -11,7 +11,7 @@ Convolution = nn.Conv2d | nn.Conv3d
 
 
 def kept_rank(convolution: Convolution, share: float) -> int:
-    """How many of a convolution's output directions an amalgam keeps; 0 where that would save nothing."""
+    """How many output directions of a convolution a merged network keeps; 0 where that would save nothing."""
     patch = convolution.in_channels * math.prod(convolution.kernel_size)
     rank = max(1, round(share * convolution.out_channels))
     smaller = rank * (patch + convolution.out_channels) < patch * convolution.out_channels
@@ -30,7 +30,7 @@ def factorised(convolution: Convolution, rank: int) -> nn.Sequential:
 
 
 def convolutions(extractor: nn.Module, share: float) -> dict[str, tuple[Convolution, int]]:
-    """The convolutions that an amalgam factorises, by name, each with the rank kept.
+    """The convolutions that a merged network factorises, by name, each with the rank kept.
 
     The first one, which sees the image, is left whole.
     """

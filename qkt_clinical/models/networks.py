@@ -63,8 +63,8 @@ class Classifier(nn.Module):
         return out
 
 
-class Amalgam(nn.Module):
-    """Extractors side by side: their features (N, F_i) one after another, (N, sum F_i)."""
+class MergedExtractor(nn.Module):
+    """The extractors of a merged low-rank network: features (N, F_i) one after another, (N, sum F_i)."""
 
     def __init__(self, branches: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def _efficientnet(spec: NetworkSpec) -> tuple[nn.Module, int]:
     return body, features
 
 
-def _amalgam(spec: NetworkSpec) -> tuple[nn.Module, int]:
+def _merged(spec: NetworkSpec) -> tuple[nn.Module, int]:
     extractors, features = [], 0
     for branch in spec.branches:
         source = build(spec.model_copy(update={"name": branch.name, "branches": ()}))
@@ -143,7 +143,7 @@ def _amalgam(spec: NetworkSpec) -> tuple[nn.Module, int]:
             replace_module(source.extractor, name, factorised(convolution, rank))
         extractors.append(source.extractor)
         features += source.head.in_features
-    return Amalgam(extractors), features
+    return MergedExtractor(extractors), features
 
 
 def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
@@ -165,8 +165,8 @@ def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
                 body, features = _densenet(spec, 64, 32, (6, 12, 24, 16))
             case "efficientnet-b0":
                 body, features = _efficientnet(spec)
-            case "amalgam":
-                body, features = _amalgam(spec)
+            case "amalgam":  # the stored name, see records.card.MERGED
+                body, features = _merged(spec)
         return Classifier(spec, body, features)
 
 

@@ -1,11 +1,11 @@
-"""Is an image unlike those that a model was trained on? What the network's first layer makes of it says so.
+"""Out-of-distribution detection: is an image of the kind that a model was trained on? Its first layer tells.
 
 The first convolution is a bank of small filters that the hospital's own images have shaped. Of an image its
 responses are taken together as their mean and their spread per filter; the *score* is how far these lie from
 those of the training images, in standard deviations (root mean square). Images that were never meant for the
 network, such as noise, a blank frame, a negative or another modality, lie far away. Later layers would see
 more, but what they see is the diagnosis: a class that the hospital asked for, and has no image of, would be
-unlike there. Measured in ``docs/unlike.md``.
+out of distribution there. Measured in ``docs/unlike.md``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH = 16
 
 
 def first_convolution(network: Classifier) -> nn.Conv2d | nn.Conv3d:
-    """The convolution that sees the image; in an amalgam that of the hospital's own extractor."""
+    """The convolution that sees the image; in a merged network that of the hospital's own extractor."""
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
 
 
@@ -79,7 +79,7 @@ def _of_images(network: Classifier, images: Images, normalisation: str) -> NDArr
 
 
 def scores(reference: Reference, found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How unlike the training images each row of :func:`responses` is, (N,), at most ``LARGEST_SCORE``."""
+    """Distance of each row of :func:`responses` from the training images, (N,), at most ``LARGEST_SCORE``."""
     with np.errstate(over="ignore", invalid="ignore"):
         away = (found - np.array(reference.mean)) / np.array(reference.spread)
         score = np.sqrt((away**2).mean(axis=1))

@@ -1,22 +1,24 @@
-"""The core of Query-based Knowledge Transfer: phase 1, phase 2, and the variants ``qkt-light``, ``routed``.
+"""The core of Query-based Knowledge Transfer: the methods ``qkt``, ``qkt-light`` and ``routed``.
 
-A reconstruction (the paper's equations are not all known to us), with these choices:
+A reconstruction (the paper's equations are not all known to us). An answer takes five steps, one function
+each:
 
-- **Masks** say which networks know a class of R, the local classes and the query. For every class the
-  networks that know it are heard: their mean margin, the *consensus*. Teachers that know no query class
-  but a local one speak too: an image of the query is strange to them. What the hospital's own network
-  counts for among them is chosen on its calibration images.
-- **Phase 1** makes one network of them. By ``transplant`` the teachers' extractors are taken up side by
-  side, reduced layer by layer on the hospital's own images. By ``distill`` the own extractor learns their
-  features and logits on augmented local images, one linear map per source. No label is taught again: that
-  would wash out the student's surprise at images of the query.
-- **Phase 2** works on the head alone: the consensus is written as one head. With rare query classes it is
-  refined on their few samples. The query's offset comes from the budget on calibration images.
-- **Light** takes up only the teachers that know the query, reduced further; the own network counts twice.
-- **Trust.** Teachers whose claims, labels or views of the own images do not stand up to a look at those
-  images are not heard (:mod:`qkt_clinical.trust`). Where all do, an answer is the same bit for bit.
-- **Routed** keeps the teachers themselves as experts at prediction time, and lets them see mirror images.
-  With rare classes they are put side by side as they are, so that there is one head to refine.
+1. :func:`validate` holds the question against the hospital's data and the teachers' claims.
+2. :func:`screen` decides which teachers are included. Networks without usable answers are set aside
+   (:mod:`qkt_clinical.qkt.soundness`), then those whose claims, labels or views of the own images do not
+   stand up to a look at those images (:mod:`qkt_clinical.qkt.teacher_screening`). **Masks** say which
+   networks know a class of R, the local classes and the query; for every class the mean margin of the
+   networks that know it is their *consensus*. Teachers that know no query class but a local one count too: an
+   image of the query is strange to them. The local model weight is chosen on the hospital's calibration
+   images.
+3. :func:`merge`, phase 1, makes one network of them: the teachers' extractors are taken up side by side,
+   reduced layer by layer on the hospital's own images. No label is taught again: that would wash out the own
+   network's surprise at images of the query. ``qkt-light`` takes up only the teachers that know the query,
+   reduced further. ``routed`` keeps the teachers themselves as experts at prediction time, and shows them
+   mirror images too; with rare classes they are put side by side as they are, so that there is one head to
+   refine.
+4. :func:`refine`, phase 2, works on the head alone: it is refined on the few samples of rare query classes.
+5. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
 
 Nothing here does I/O; images are the asking hospital's own.
 """
@@ -25,13 +27,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
 from qkt_clinical.catalog import Method
@@ -43,25 +45,33 @@ from qkt_clinical.errors import QueryError
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.consensus import consensus, own_weight
-from qkt_clinical.qkt.distillation import learn_head, learn_jointly, merge_by_distillation
+from qkt_clinical.qkt.consensus import consensus, local_weight
 from qkt_clinical.qkt.losses import balanced_cross_entropy
-from qkt_clinical.qkt.low_rank_merge import amalgam, transplant, whole
-from qkt_clinical.qkt.operating_point import decide, given_away, kept_today, offset_for_budget, query_scores
+from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
+from qkt_clinical.qkt.operating_point import (
+    decide,
+    false_query_rate,
+    kept_today,
+    offset_for_budget,
+    query_scores,
+)
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record
-from qkt_clinical.qkt.prediction import hear
-from qkt_clinical.qkt.teacher_screening import Verdict, judge_teachers
-from qkt_clinical.records.card import Decision
+from qkt_clinical.qkt.prediction import predict_features
+from qkt_clinical.qkt.soundness import NetworkOutputs, defect, observe
+from qkt_clinical.qkt.teacher_screening import ScreeningResult, screen_teachers
+from qkt_clinical.records.card import Branch, DecisionRule
+from qkt_clinical.records.phases import MERGE_KIND, Curves, Phase1
 from qkt_clinical.training.augment import augment
-from qkt_clinical.training.loop import Checkpoint
 
-REFINED = 1000
+MAX_REFINED = 1000
 """Local images at most on which a head is refined, of every class as many: of 20 classes all rare ones."""
-
-MOST_TEACHERS = 64
+MAX_TEACHERS = 64
+SMALLEST_SCALE = 1e-12
+"""Of a head's rows, squared: rows of zeros have no scale to measure a drift by."""
 
 LAYER = "layer number"
-"""Axis of a transplant's curves; no hospital can be called so."""
+"""Axis of a merge's curves; no hospital can be called so."""
+LEAVE_OUT = "Ask those hospitals, or leave them out by exclude_teachers in the query file."
 
 
 @dataclass(frozen=True)
@@ -74,14 +84,106 @@ class LocalData:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A student: one network, how it decides, and what the phases went through."""
+class ValidQuery:
+    """A query that can be answered, from :func:`validate`."""
+
+    student: Classifier
+    """A copy of the hospital's own network, on the CPU in evaluation mode."""
+    teachers: tuple[Teacher, ...]
+    """By site; of ``qkt-light`` those that claim a query class."""
+    query: tuple[int, ...]
+    """Sorted."""
+    local: tuple[int, ...]
+    rare: Mapping[int, int]
+    """Query class to its number of training images, where there is one."""
+    inputs: Tensor
+    """Training images (N, C, *spatial) as network input."""
+    labels: Labels
+    """(N,)."""
+    calibration: Tensor
+    """Held-out images of local classes (M, C, *spatial) as network input."""
+    calibration_labels: Tensor
+    """(M,)."""
+    method: Method
+    budget: float
+
+    @property
+    def relevant(self) -> tuple[int, ...]:
+        """R, sorted."""
+        return tuple(sorted({*self.local, *self.query}))
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Who takes part in the answer, from :func:`screen`."""
+
+    panel: Panel
+    teachers: tuple[Teacher, ...]
+    """Those that are included, with the classes that count."""
+    results: tuple[ScreeningResult, ...]
+    """Of all teachers, by site; empty where nothing was screened."""
+    outputs: tuple[NetworkOutputs, ...]
+    """On the calibration images, in the panel's order."""
+    flips: bool
+    """Whether networks see mirror images too."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The student after phase 1, from :func:`merge`."""
 
     network: Classifier
-    decision: Decision
-    phases: dict[str, Any]
+    record: Phase1 | None = None
+    experts: tuple[str, ...] = ()
+    """Sites of the teachers that answer along, in the panel's order; then the network is the own one."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The student after the refinement of its head, from :func:`refine`."""
+
+    network: Classifier
+    curves: Curves = ()
+    """The loss every ten steps; empty where there was nothing to refine."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The query's offset and what it was set on, from :func:`set_operating_point`."""
+
+    decision: DecisionRule
+    calibration_images: int
+    """Images that the own model tells from the query today: only those can become false queries."""
+    false_queries: int
+    """How many of them go to the query."""
+
+    @property
+    def false_query_rate(self) -> float:
+        """Their share."""
+        return self.false_queries / self.calibration_images
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A student: one network, how it decides, and what the steps went through.
+
+    Counts are those of the hospital's own images: what may be told of them is decided where they are written.
+    """
+
+    network: Classifier
     teachers: tuple[Teacher, ...]
-    """Those that were heard, with the classes that they were believed to know."""
+    """Those that were included, with the classes that counted."""
+    screening: tuple[ScreeningResult, ...]
+    phase1: Phase1 | None
+    refinement: Curves
+    rare: Mapping[int, int]
+    """Query class to its number of training images, where there is one."""
+    operating_point: OperatingPoint
+
+    @property
+    def decision(self) -> DecisionRule:
+        """How logits become an answer."""
+        return self.operating_point.decision
 
 
 def refine_head(
@@ -112,7 +214,7 @@ def refine_head(
     bias = network.head.bias.detach().clone().requires_grad_(True)
     start, start_bias = weight.detach().clone(), bias.detach().clone()
     relevant = sorted({*local, *query})
-    scale = start[relevant].norm(dim=1).mean() ** 2
+    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=SMALLEST_SCALE)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     none = torch.zeros(len(query))
     curves = []
@@ -138,7 +240,7 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
     return local, {q: present[q] for q in query if present[q]}
 
 
-def _some(labels: Labels, count: int, seed: int) -> Tensor:
+def balanced_sample(labels: Labels, count: int, seed: int) -> Tensor:
     """Sorted numbers of at most ``count`` images, of every class as many, drawn at random."""
     order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
     turn: dict[int, itertools.count[int]] = {}
@@ -146,55 +248,124 @@ def _some(labels: Labels, count: int, seed: int) -> Tensor:
     return torch.tensor(sorted(ranked[:count]))
 
 
-def _transplanted(
-    panel: Panel, images: Tensor, rank: float, run: PhaseSettings
-) -> tuple[Classifier, dict[str, Any]]:
-    """Phase 1 by transplant, on one view of each image; the student and the phase's record."""
-    view = augment(images, run.params.augment, generator(run.seed, "view", "1"))
-    parts, lost = [], {}
-    for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
-        # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
-        share = rank if number else 1.0
-        draw = derive(run.seed, "transplant", site)
-        extractor, branch, losses = transplant(source, share, view, seed=draw, device=run.device)
-        parts.append((extractor, branch))
-        if number:
-            lost[site] = losses
-        if run.progress:
-            run.progress(number + 1, len(panel.networks))
-    layers = range(max(map(len, lost.values()), default=0))
-    # Per teacher the share of a layer's output that is lost on the views.
-    curves = [{LAYER: i + 1.0, **{s: v[i] for s, v in lost.items() if i < len(v)}} for i in layers]
-    record = {**phase_record("transplant", 1, panel, curves), "rank": rank}
-    return amalgam(panel.networks[0], parts, panel.rows), record
+# --- 1. validate ----------------------------------------------------------------------------------
 
 
-def _judge(
-    teachers: Sequence[Teacher], logits: Sequence[Tensor], local: Sequence[int], labels: Tensor
-) -> list[Verdict]:
-    """Verdicts on all teachers, from what they say (N, C) of the hospital's own held-out images."""
-    return judge_teachers(
-        [t.site for t in teachers],
-        logits,
-        [t.known for t in teachers],
-        [t.shown for t in teachers],
-        local,
-        labels,
+def validate(
+    student: Classifier,
+    teachers: Sequence[Teacher],
+    data: LocalData,
+    query: Sequence[int],
+    *,
+    method: Method,
+    budget: float,
+) -> ValidQuery:
+    """Hold a question against the hospital's data and the teachers' claims.
+
+    Raises:
+        QueryError: see :func:`answer_query`.
+    """
+    teachers = sorted(teachers, key=lambda t: t.site)  # sums then do not depend on the order given
+    query = tuple(sorted(query))
+    local, rare = _split(data.train[1], query, student.spec.classes)
+    if len(teachers) > MAX_TEACHERS:
+        raise QueryError(f"more than {MAX_TEACHERS} teachers", remedy="Set max_teachers in the query file.")
+    untaught = [q for q in query if not any(q in t.claimed for t in teachers)]
+    if untaught:
+        raise QueryError(
+            f"no teacher knows query class {untaught[0]}", remedy="Plan the query again.", code="uncovered"
+        )
+    if not local:
+        raise QueryError("no local class beside the query", remedy="Add images of another class.")
+    calibration = to_input(data.calibration[0], data.normalisation)
+    kept = torch.from_numpy(~np.isin(data.calibration[1], query))
+    if not bool(kept.any()):
+        raise QueryError(
+            "no calibration image of a local class, so the budget cannot be kept",
+            remedy="Raise ingest.splits.calibration in params.yaml or add patients.",
+            code="no-calibration",
+        )
+    if method == "qkt-light":
+        teachers = [t for t in teachers if set(t.claimed) & set(query)]
+    return ValidQuery(
+        student=copy.deepcopy(student).cpu().eval(),
+        teachers=tuple(teachers),
+        query=query,
+        local=local,
+        rare=rare,
+        inputs=to_input(data.train[0], data.normalisation),
+        labels=data.train[1],
+        calibration=calibration[kept],
+        calibration_labels=torch.from_numpy(data.calibration[1])[kept],
+        method=method,
+        budget=budget,
     )
 
 
-def _believed(
-    teachers: Sequence[Teacher],
-    verdicts: Sequence[Verdict],
-    local: Sequence[int],
-    query: Sequence[int],
-    *,
-    rivals: bool,
-) -> tuple[list[Teacher], list[int]]:
-    """The teachers that are heard, each with the classes that it is believed to know, and their places.
+# --- 2. screen ------------------------------------------------------------------------------------
 
-    Args:
-        rivals: whether those that know local classes alone are heard.
+
+def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
+    """Decide which teachers are included, and what the own network counts for among them.
+
+    Raises:
+        QueryError: the own network gives no usable answers (``unsound-network``), or no teacher of a query
+            class is left (``untrusted``).
+    """
+    flips = question.method == "routed" and settings.params.flips
+    networks = [question.student, *(t.network for t in question.teachers)]
+    outputs = [observe(n, question.calibration, flips, settings.device) for n in networks]
+    varied = bool((question.calibration != question.calibration[:1]).any())
+    own, *defects = [defect(n, o, varied=varied) for n, o in zip(networks, outputs, strict=True)]
+    if own:
+        raise QueryError(
+            f"the hospital's own network gives no usable answers: {own}",
+            remedy="Run 'qkt train' and 'qkt mask' for the hospital again.",
+            code="unsound-network",
+        )
+    results = _results(question, outputs[1:], defects, screening=settings.params.screening)
+    teachers, places = _included(question, results)
+    outputs = [outputs[i] for i in (0, *places)]
+    panel = Panel(
+        (question.student, *(t.network for t in teachers)),
+        ((*question.local, *question.rare), *(t.claimed for t in teachers)),
+        question.relevant,
+        tuple(t.site for t in teachers),
+    )
+    if question.method != "qkt-light":
+        logits = [o.logits for o in outputs]
+        weight = local_weight(logits, panel.known, question.local, question.calibration_labels)
+        panel = replace(panel, local_weight=weight)
+    told = tuple(results) if settings.params.screening or any(defects) else ()
+    return Screened(panel, tuple(teachers), told, tuple(outputs), flips)
+
+
+def _results(
+    question: ValidQuery, outputs: Sequence[NetworkOutputs], defects: Sequence[str], *, screening: bool
+) -> list[ScreeningResult]:
+    """One result per teacher, in their order; without ``screening`` for defects alone."""
+    pairs = list(zip(question.teachers, outputs, strict=True))
+    sound = [pair for pair, why in zip(pairs, defects, strict=True) if not why]
+    if screening:
+        screened = screen_teachers(
+            [t.site for t, _ in sound],
+            [o.logits for _, o in sound],
+            [t.claimed for t, _ in sound],
+            [t.verified for t, _ in sound],
+            question.local,
+            question.calibration_labels,
+        )
+    else:
+        screened = [ScreeningResult(t.site, included=True, reason="not screened") for t, _ in sound]
+    rest = iter(screened)
+    return [
+        ScreeningResult(teacher.site, included=False, reason=why) if why else next(rest)
+        for teacher, why in zip(question.teachers, defects, strict=True)
+    ]
+
+
+def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple[list[Teacher], list[int]]:
+    """The teachers that are included, each with the classes that count, and their places.
 
     Returns:
         Places count from 1, the hospital's own network being 0.
@@ -202,38 +373,175 @@ def _believed(
     Raises:
         QueryError: a query class is left to nobody.
     """
-    wanted = {*query, *local} if rivals else set(query)
-    believed, places = [], []
-    for place, (teacher, verdict) in enumerate(zip(teachers, verdicts, strict=True), start=1):
-        known = tuple(c for c in teacher.known if c not in verdict.dismissed)
-        if verdict.heard and set(known) & wanted:
-            believed.append(replace(teacher, known=known))
+    wanted = {*question.query, *(question.local if question.method != "qkt-light" else ())}
+    included, places = [], []
+    for place, (teacher, result) in enumerate(zip(question.teachers, results, strict=True), start=1):
+        claimed = tuple(c for c in teacher.claimed if c not in result.unverified)
+        if result.included and set(claimed) & wanted:
+            included.append(replace(teacher, claimed=claimed))
             places.append(place)
-    left = [q for q in query if not any(q in t.known for t in believed)]
+    left = [q for q in question.query if not any(q in t.claimed for t in included)]
     if left:
         why = "; ".join(
-            f"{v.site} {'claims classes that its network does not show' if v.heard else v.reason}"
-            for t, v in zip(teachers, verdicts, strict=True)
-            if left[0] in t.known
+            f"{r.site} {'claims classes that its network does not show' if r.included else r.reason}"
+            for t, r in zip(question.teachers, results, strict=True)
+            if left[0] in t.claimed
         )
         raise QueryError(
-            f"no teacher of query class {left[0]} can be trusted: {why}",
-            remedy="Ask those hospitals, or leave them out by exclude_teachers in the query file.",
-            code="untrusted",
+            f"no teacher of query class {left[0]} can be used: {why}", remedy=LEAVE_OUT, code="untrusted"
         )
-    return believed, places
+    return included, places
 
 
-def _told(verdict: Verdict) -> dict[str, Any]:
-    """What ``phases.json`` says of a verdict; figures as shares, for counts stay in the hospital."""
-    return {
-        "site": verdict.site,
-        "heard": verdict.heard,
-        "reason": verdict.reason,
-        "dismissed": [str(c) for c in verdict.dismissed],
-        "recalls": {str(c): round(r, 2) for c, r in verdict.recalls.items()},
-        "agreement": None if verdict.agreement is None else round(verdict.agreement, 2),
-    }
+# --- 3. merge -------------------------------------------------------------------------------------
+
+
+def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> Merged:
+    """Phase 1: one network of all that are included, or for ``routed`` the own one with its experts."""
+    panel, params = screened.panel, settings.params
+    if question.method == "routed" and not question.rare:
+        return Merged(copy.deepcopy(question.student), experts=panel.sites)
+    if question.method == "routed":
+        return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
+    rank = params.rank if question.method == "qkt" else params.light_rank
+    sample = balanced_sample(question.labels, params.images, settings.seed)
+    return _merge_at_rank(panel, question.inputs[sample], rank, settings)
+
+
+def _merge_at_rank(panel: Panel, images: Tensor, rank: float, settings: PhaseSettings) -> Merged:
+    """A merged low-rank network, made on one view of each image."""
+    view = augment(images, settings.params.augment, generator(settings.seed, "view", "1"))
+    parts: list[tuple[nn.Module, Branch]] = []
+    lost: dict[str, list[float]] = {}
+    for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
+        # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
+        share = rank if number else 1.0
+        # "transplant" is the stream of the first version: answers keep their bytes.
+        draw = derive(settings.seed, "transplant", site)
+        extractor, branch, losses = _reduced(source, share, view, draw, site, settings)
+        parts.append((extractor, branch))
+        if number:
+            lost[site] = losses
+        if settings.progress:
+            settings.progress(number + 1, len(panel.networks))
+    layers = range(max(map(len, lost.values()), default=0))
+    # Per teacher the share of a layer's output that is lost on the views.
+    curves = tuple({LAYER: i + 1.0, **{s: v[i] for s, v in lost.items() if i < len(v)}} for i in layers)
+    network = merge_networks(panel.networks[0], parts, panel.rows)
+    return Merged(network, phase_record(MERGE_KIND, 1, panel, curves, rank=rank))
+
+
+def _reduced(
+    source: Classifier, share: float, view: Tensor, draw: int, site: str, settings: PhaseSettings
+) -> tuple[nn.Module, Branch, list[float]]:
+    """:func:`reduce_extractor`, with the hospital's name where it cannot be done.
+
+    Raises:
+        QueryError: the linear systems have no finite solution.
+    """
+    try:
+        reduced = reduce_extractor(source, share, view, seed=draw, device=settings.device)
+    except LinAlgError:
+        reduced = None
+    if reduced is None or not all(bool(torch.isfinite(t).all()) for t in reduced[0].state_dict().values()):
+        raise QueryError(
+            "the network's layers cannot be reduced in finite numbers",
+            remedy=LEAVE_OUT,
+            code="unsound-network",
+            site=site or None,
+        )
+    return reduced
+
+
+# --- 4. refine ------------------------------------------------------------------------------------
+
+
+def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
+    """Phase 2: refine the head on the rare classes' samples and as many of every other class."""
+    if not question.rare:
+        return Refined(merged.network)
+    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
+    features = predict_features(merged.network, question.inputs[sample], screened.flips, settings.device)
+    labels = torch.from_numpy(question.labels)[sample]
+    curves = refine_head(merged.network, features, labels, question.local, tuple(question.rare))
+    return Refined(merged.network, tuple(curves))
+
+
+# --- 5. operating point ---------------------------------------------------------------------------
+
+
+def set_operating_point(
+    question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
+) -> OperatingPoint:
+    """Set the offset at which the budget is kept on the hospital's own calibration images.
+
+    Args:
+        network: the student, refined or not.
+
+    Raises:
+        QueryError: the student's answers are not finite (``unsound-network``).
+    """
+    scores = calibration_scores(question, screened, merged, network, settings)
+    offset = offset_for_budget(scores, question.budget)
+    return operating_point_at(question, screened, merged, scores, offset)
+
+
+def calibration_scores(
+    question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
+) -> Tensor:
+    """Query scores (M, Q) of the calibration images that the own model tells from the query today.
+
+    Raises:
+        QueryError: the student's answers are not finite (``unsound-network``).
+    """
+    panel, device = screened.panel, settings.device
+    if merged.experts:
+        each = [o.logits for o in screened.outputs]
+        logits = consensus(each, panel.known, panel.relevant, panel.local_weight)
+    elif question.method == "routed":
+        logits = F.linear(torch.cat([o.features for o in screened.outputs], dim=1), *head_of(network))
+    else:
+        logits = predict(network, question.calibration, device)
+    if not bool(torch.isfinite(logits).all()):
+        raise QueryError(
+            f"the student of the networks of {', '.join(panel.sites)} gives answers that are not finite",
+            remedy="Leave one of them after the other out by exclude_teachers in the query file.",
+            code="unsound-network",
+        )
+    scores = query_scores(logits, question.local, question.query)
+    if question.rare:
+        plain = question.method != "qkt-light" and not screened.flips
+        today = (
+            screened.outputs[0].logits if plain else predict(question.student, question.calibration, device)
+        )
+        scores = scores[kept_today(today, question.local, question.query)]
+    return scores
+
+
+def operating_point_at(
+    question: ValidQuery, screened: Screened, merged: Merged, scores: Tensor, offset: float
+) -> OperatingPoint:
+    """The decision rule with one offset for all query classes.
+
+    Args:
+        scores: from :func:`calibration_scores`.
+    """
+    offsets = torch.full((len(question.query),), offset)
+    decision = DecisionRule(
+        method=question.method,
+        local=question.local,
+        query=question.query,
+        rare=tuple(question.rare),
+        offsets=tuple(float(o) for o in offsets),
+        budget=question.budget,
+        own_weight=screened.panel.local_weight,
+        experts=merged.experts,
+        flips=screened.flips,
+    )
+    return OperatingPoint(decision, len(scores), round(false_query_rate(scores, offsets) * len(scores)))
+
+
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def answer_query(
@@ -247,7 +555,6 @@ def answer_query(
     params: TransferParams | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-    checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answer:
     """Answer a query: ``qkt`` (one network), ``qkt-light`` (seconds) or ``routed`` (experts).
@@ -261,113 +568,28 @@ def answer_query(
         budget: at most this share of the hospital's calibration images may go to the query.
 
     Raises:
-        QueryError: no teacher or too many, a query class that no teacher knows or none that can be trusted,
-            no local class, or no calibration image.
+        QueryError: no teacher or too many, a query class that no teacher knows or none of whose teachers can
+            be used, no local class, no calibration image, or an own network without usable answers.
     """
-    params = params or TransferParams()
-    device = device or torch.device("cpu")
-    teachers = sorted(teachers, key=lambda t: t.site)  # sums then do not depend on the order given
-    query = tuple(sorted(query))
-    local, rare = _split(data.train[1], query, student.spec.classes)
-    if len(teachers) > MOST_TEACHERS:
-        raise QueryError(f"more than {MOST_TEACHERS} teachers", remedy="Set max_teachers in the query file.")
-    untaught = [q for q in query if not any(q in t.known for t in teachers)]
-    if untaught:
-        raise QueryError(
-            f"no teacher knows query class {untaught[0]}", remedy="Plan the query again.", code="uncovered"
-        )
-    if not local:
-        raise QueryError("no local class beside the query", remedy="Add images of another class.")
-    calibration = to_input(data.calibration[0], data.normalisation)
-    kept = torch.from_numpy(~np.isin(data.calibration[1], query))
-    calibration, calibration_labels = calibration[kept], torch.from_numpy(data.calibration[1])[kept]
-    if len(calibration) == 0:
-        raise QueryError(
-            "no calibration image of a local class, so the budget cannot be kept",
-            remedy="Raise ingest.splits.calibration in params.yaml or add patients.",
-            code="no-calibration",
-        )
-    inputs, labels = to_input(data.train[0], data.normalisation), torch.from_numpy(data.train[1])
-    network, student = copy.deepcopy(student).cpu().eval(), copy.deepcopy(student).cpu().eval()
-    if method == "qkt-light":
-        teachers = [t for t in teachers if set(t.known) & set(query)]
-    flips = method == "routed" and params.flips
-    heard: list[Tensor] = []
-    verdicts: list[Verdict] = []
-    if method != "qkt-light" or params.trust:
-        networks = [student, *(t.network for t in teachers)]
-        heard = [hear(n, calibration, flips, device, features=True) for n in networks]
-        logits = [F.linear(f, *head_of(n)) for n, f in zip(networks, heard, strict=True)]
-    if params.trust:
-        verdicts = _judge(teachers, logits[1:], local, calibration_labels)
-        teachers, places = _believed(teachers, verdicts, local, query, rivals=method != "qkt-light")
-        heard, logits = [heard[i] for i in (0, *places)], [logits[i] for i in (0, *places)]
-    panel = Panel(
-        (student, *(t.network for t in teachers)),
-        ((*local, *rare), *(t.known for t in teachers)),
-        tuple(sorted({*local, *query})),
-        tuple(t.site for t in teachers),
+    settings = PhaseSettings(params or TransferParams(), seed, device or torch.device("cpu"), progress)
+    question = validate(student, teachers, data, query, method=method, budget=budget)
+    screened = screen(question, settings)
+    merged = merge(question, screened, settings)
+    refined = refine(question, screened, merged, settings)
+    point = set_operating_point(question, screened, merged, refined.network, settings)
+    return answer_of(question, screened, merged, refined, point)
+
+
+def answer_of(
+    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, point: OperatingPoint
+) -> Answer:
+    """The answer that the five steps led to."""
+    return Answer(
+        network=refined.network,
+        teachers=screened.teachers,
+        screening=screened.results,
+        phase1=merged.record,
+        refinement=refined.curves,
+        rare=question.rare,
+        operating_point=point,
     )
-    if method != "qkt-light":
-        panel = replace(panel, own_weight=own_weight(logits, panel.known, local, calibration_labels))
-    refined = bool(rare) and params.phase2
-    first: dict[str, Any] | None = None
-    curves: list[dict[str, float]] = []
-
-    run = PhaseSettings(params, seed, device, checkpoint, progress)
-
-    match (method, params.phase1):
-        case ("routed", _) if refined:
-            network = amalgam(student, [whole(n) for n in panel.networks], panel.rows)
-        case ("routed", _):
-            pass
-        case ("qkt", "none"):
-            network, first = learn_head(panel, inputs, run)
-        case ("qkt", "joint"):
-            network, first = learn_jointly(panel, inputs, labels, run)
-        case ("qkt", "distill"):
-            network, first = merge_by_distillation(panel, inputs, run)
-        case _:
-            some = _some(data.train[1], params.images, seed)
-            rank = params.rank if method == "qkt" else params.light_rank
-            network, first = _transplanted(panel, inputs[some], rank, run)
-
-    if refined:
-        some = _some(data.train[1], REFINED, derive(seed, "phase2"))
-        cached = hear(network, inputs[some], flips, device, features=True)
-        curves = refine_head(network, cached, labels[some], local, tuple(rare))
-    draft = Decision(
-        method=method,
-        local=local,
-        query=query,
-        rare=tuple(rare),
-        offsets=(0.0,) * len(query),
-        budget=budget,
-        own_weight=panel.own_weight,
-        experts=tuple(t.site for t in teachers) if method == "routed" and not refined else (),
-        flips=flips,
-    )
-    if draft.experts:
-        said = consensus(logits, panel.known, panel.relevant, panel.own_weight)
-    elif method == "routed":
-        said = F.linear(torch.cat(heard, dim=1), *head_of(network))
-    else:
-        said = predict(network, calibration, device)
-    scores = query_scores(said, local, query)
-    if rare:
-        own = logits[0] if method != "qkt-light" and not flips else predict(student, calibration, device)
-        scores = scores[kept_today(own, local, query)]
-    offset = offset_for_budget(scores, budget) if params.phase2 else 0.0
-    offsets = torch.full((len(query),), offset)
-    decision = draft.model_copy(update={"offsets": tuple(float(o) for o in offsets)})
-    second = {
-        "offsets": {str(q): float(o) for q, o in zip(query, offsets, strict=True)},
-        "budget": budget,
-        "given_away": given_away(scores, offsets),
-        "calibration_images": len(scores),
-        "own_weight": panel.own_weight,
-        "rare": {str(q): n for q, n in rare.items()},
-        "curves": curves,
-    }
-    phases = {"method": method, "trust": [_told(v) for v in verdicts], "phase1": first, "phase2": second}
-    return Answer(network, decision, phases, tuple(teachers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.operating_point import decide
 
-OWN_WEIGHTS = (1.0, 2.0, 4.0)
-"""What the hospital's own network may count for in the consensus, a teacher being 1."""
+LOCAL_WEIGHTS = (1.0, 2.0, 4.0)
+"""Local model weights to choose from: what the own network counts for in the consensus, a teacher being 1."""
 
 NEAR = 0.05
 """A smaller weight is as good as the best one if its loss is higher by this share at most."""
@@ -49,9 +50,9 @@ def margin_row(weight: Tensor, bias: Tensor, named: int, known: Sequence[int]) -
     return weight[named] - weight[rivals].mean(dim=0), bias[named] - bias[rivals].mean()
 
 
-def _shares(named: int, known: Sequence[Sequence[int]], own: float) -> list[float]:
+def _shares(named: int, known: Sequence[Sequence[int]], local_weight: float) -> list[float]:
     """Each network's share in the consensus on a class; 0 for those that do not know it."""
-    weights = [(own if i == 0 else 1.0) * (named in k) for i, k in enumerate(known)]
+    weights = [(local_weight if i == 0 else 1.0) * (named in k) for i, k in enumerate(known)]
     return [w / sum(weights) for w in weights]
 
 
@@ -59,7 +60,7 @@ def consensus(
     logits: Sequence[Tensor],
     known: Sequence[Sequence[int]],
     relevant: Sequence[int],
-    own: float,
+    local_weight: float,
 ) -> Tensor:
     """The masked networks' common view: for each class the mean margin of the networks that know it.
 
@@ -67,16 +68,16 @@ def consensus(
         logits: (N, C) each, one per network, the hospital's own first.
         known: the classes that each network knows; every relevant class is known to one at least.
         relevant: R.
-        own: what the hospital's own network counts for.
+        local_weight: what the hospital's own network counts for, a teacher being 1.
 
     Returns:
         (N, C), 0 outside R.
     """
     out = torch.zeros_like(logits[0])
     for c in relevant:
-        shares = _shares(c, known, own)
-        heard = [(s, z, k) for s, z, k in zip(shares, logits, known, strict=True) if s]
-        out[:, c] = torch.stack([s * margin(z, c, k) for s, z, k in heard]).sum(dim=0)
+        shares = _shares(c, known, local_weight)
+        included = [(s, z, k) for s, z, k in zip(shares, logits, known, strict=True) if s]
+        out[:, c] = torch.stack([s * margin(z, c, k) for s, z, k in included]).sum(dim=0)
     return out
 
 
@@ -84,7 +85,7 @@ def consensus_rows(
     heads: Sequence[tuple[Tensor, Tensor]],
     known: Sequence[Sequence[int]],
     relevant: Sequence[int],
-    own: float,
+    local_weight: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`consensus` as rows: one weight (C, F_i) and bias (C,) per network.
 
@@ -92,11 +93,11 @@ def consensus_rows(
 
     Args:
         heads: weight (C, F_i) and bias (C,) per network, the hospital's own first.
-        known, relevant, own: see :func:`consensus`.
+        known, relevant, local_weight: see :func:`consensus`.
     """
     rows = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in heads]
     for c in relevant:
-        for i, share in enumerate(_shares(c, known, own)):
+        for i, share in enumerate(_shares(c, known, local_weight)):
             if share:
                 row, shift = margin_row(*heads[i], c, known[i])
                 rows[i][0][c], rows[i][1][c] = share * row, share * shift
@@ -109,19 +110,23 @@ def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> f
     Args:
         scores: (N, C).
         labels: (N,), each in ``classes``.
+
+    Returns:
+        Infinity where scores are not finite.
     """
     among = decide(scores.double(), classes, (), torch.zeros(0))
-    return min(float(balanced_cross_entropy(among / t, labels, classes)) for t in TEMPERATURES)
+    losses = [float(balanced_cross_entropy(among / t, labels, classes)) for t in TEMPERATURES]
+    return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
 
 
-def own_weight(
+def local_weight(
     logits: Sequence[Tensor], known: Sequence[Sequence[int]], local: Sequence[int], labels: Tensor
 ) -> float:
-    """What the hospital's own network counts for in the consensus, a teacher being 1.
+    """The local model weight: what the own network counts for in the consensus, a teacher being 1.
 
-    Teachers are strangers to the hospital's scanner and stain, some more than others. How much to trust
-    them is seen on the hospital's own held-out images, of which it knows the class: by how well the local
-    classes are told apart. The loss decides, not the accuracy, for such images are few. In doubt the
+    Teachers are strangers to the hospital's scanner and stain, some more than others. How far they can be
+    relied on is seen on the hospital's own held-out images, of which it knows the class: by how well the
+    local classes are told apart. The loss decides, not the accuracy, for such images are few. In doubt the
     smaller weight: the own network takes images of the query for local ones, which they do not show.
 
     Args:
@@ -131,13 +136,14 @@ def own_weight(
         labels: (N,); images of other classes are not used.
 
     Returns:
-        One of ``OWN_WEIGHTS``.
+        One of ``LOCAL_WEIGHTS``.
     """
     used = torch.isin(labels, torch.tensor(list(local)))
     if not bool(used.any()):
-        return OWN_WEIGHTS[0]
+        return LOCAL_WEIGHTS[0]
     seen = [z[used] for z in logits]
     losses = {
-        own: calibrated_loss(consensus(seen, known, local, own), labels[used], local) for own in OWN_WEIGHTS
+        weight: calibrated_loss(consensus(seen, known, local, weight), labels[used], local)
+        for weight in LOCAL_WEIGHTS
     }
-    return next(own for own, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))
+    return next(weight for weight, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))

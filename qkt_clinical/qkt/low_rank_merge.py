@@ -1,4 +1,4 @@
-"""Phase 1 by transplant: a teacher's extractor, made smaller without being trained again.
+"""Phase 1: the merged low-rank network. A teacher's extractor is made smaller without being trained again.
 
 A network that learns a teacher's features on local images alone follows the teacher there and nowhere
 else: of what the teacher makes of a class that the hospital does not have, little is left. The teacher's own
@@ -21,15 +21,14 @@ from torch.nn import functional as F
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.low_rank import Convolution, convolutions, factorised, replace_module
 from qkt_clinical.models.networks import Classifier, build, multiply_adds
-from qkt_clinical.records.card import Branch, NetworkSpec
+from qkt_clinical.records.card import MERGED, Branch, NetworkSpec
 
 SAMPLES = 4096
 """Patches at most on which a layer is reproduced."""
 WORK = 2e11
 """Multiply-adds, about, that go into seeing what layers are given at most: deep networks see fewer views."""
-FEWEST = 16
-"""Views at least."""
-AT_ONCE = 2**22
+MIN_VIEWS = 16
+CHUNK_SIZE = 2**22
 """Values of input at most in one pass, so that large images and volumes fit into memory."""
 PULL = 0.1
 """How strongly the weights are held to the teacher's, in units of the patches' mean square."""
@@ -40,7 +39,7 @@ ISOTROPIC = 0.3
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _LayerOutput:
     """Where a layer was looked at, and what the teacher's own layer said there."""
 
     index: tuple[Tensor, ...]
@@ -70,9 +69,9 @@ def patches(convolution: Convolution, inputs: Tensor, index: Sequence[Tensor]) -
 
 def _observe(
     source: nn.Module, layers: dict[str, Convolution], views: Tensor, samples: int, draw: torch.Generator
-) -> dict[str, _Seen]:
+) -> dict[str, _LayerOutput]:
     """One pass of the teacher over views: every layer's output at random positions, in running order."""
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _LayerOutput] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -84,7 +83,9 @@ def _observe(
             at: Any = (images, slice(None), *positions)
             values = output[at]
             bias = module.bias
-            seen[name] = _Seen((images, *positions), values - bias if isinstance(bias, Tensor) else values)
+            seen[name] = _LayerOutput(
+                (images, *positions), values - bias if isinstance(bias, Tensor) else values
+            )
 
         return keep
 
@@ -147,13 +148,13 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     return directions.to(weight.dtype), narrow.to(weight.dtype), float(lost)
 
 
-def whole(source: Classifier) -> tuple[nn.Module, Branch]:
+def full_rank(source: Classifier) -> tuple[nn.Module, Branch]:
     """A network's own extractor as it is, and what a card says of it."""
     return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
 
 
 @torch.no_grad()
-def transplant(
+def reduce_extractor(
     source: Classifier, share: float, views: Tensor, *, seed: int, device: torch.device
 ) -> tuple[nn.Module, Branch, list[float]]:
     """A network's extractor with ``share`` of its convolutions' rank.
@@ -174,9 +175,9 @@ def transplant(
     with torch.device("meta"):
         work = multiply_adds(build(source.spec).eval().extractor, views.shape[1:])
     prefixes = work * (len(layers) + 1) / 2
-    views = views[: max(FEWEST, int(WORK / prefixes))].to(device)
-    parts = views.split(max(1, AT_ONCE // views[0].numel()))
-    draw = generator(seed, "transplant")
+    views = views[: max(MIN_VIEWS, int(WORK / prefixes))].to(device)
+    parts = views.split(max(1, CHUNK_SIZE // views[0].numel()))
+    draw = generator(seed, "transplant")  # the stream of the first version: answers keep their bytes
     plain = {name: layer for name, (layer, _) in layers.items()}
     shares = [math.ceil(SAMPLES * len(part) / len(views)) for part in parts]
     seen = [_observe(extractor, plain, part, n, draw) for part, n in zip(parts, shares, strict=True)]
@@ -203,7 +204,7 @@ def transplant(
 
 
 @torch.no_grad()
-def amalgam(
+def merge_networks(
     source: Classifier,
     parts: Sequence[tuple[nn.Module, Branch]],
     rows: Sequence[tuple[Tensor, Tensor]],
@@ -216,7 +217,7 @@ def amalgam(
         rows: weight (C, F_i) and bias (C,) per part, see :func:`qkt_clinical.qkt.consensus.consensus_rows`.
     """
     branches = tuple(b for _, b in parts)
-    spec = NetworkSpec.model_validate({**dict(source.spec), "name": "amalgam", "branches": branches})
+    spec = NetworkSpec.model_validate({**dict(source.spec), "name": MERGED, "branches": branches})
     network = build(spec, seed=0)
     for number, (extractor, _) in enumerate(parts):
         network.get_submodule(f"extractor.branches.{number}").load_state_dict(extractor.state_dict())

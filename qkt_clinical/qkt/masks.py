@@ -1,15 +1,15 @@
 """Data-free masks: which classes does a teacher know, read from its network alone.
 
 A network is overconfident towards the classes it was trained on, so noise shows them (QKT, section on
-masking). Plain noise shows only some: most networks send all Gaussian noise to one class. The better
-estimators let the noise reach the head at the scale that the head was trained on, or read the head itself.
+masking). Plain noise shows only some: most networks send all Gaussian noise to one class. So the noise is
+made to reach the head at the scale that the head was trained on.
 
-Noise is averaged in two ways. The *mean* probability of a class, as in the paper, is small for a known class
-that other known classes outshine. Its *conviction*, the mean over the few probes that convince the network
-most of it, is near 1 for every known class: a class never trained is not convinced by any noise.
+Noise can be averaged in two ways. The *mean* probability of a class, as in the paper, is small for a known
+class that other known classes outshine. Its *conviction*, the mean over the few probes that convince the
+network most of it, is near 1 for every known class: a class never trained is not convinced by any noise.
 
-Every estimator maps a network to one score per class in [0, 1], the largest being 1. A mask computed by
-the teacher's site and one computed from its bundle are equal: the probes depend on the seed alone.
+A network gets one score per class in [0, 1], the largest being 1. A mask computed by the teacher's site and
+one computed from its bundle are equal: the probes depend on the seed alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkt_clinical.catalog import ESTIMATORS, Estimator
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, Estimator
+from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import Mask
 
@@ -31,10 +32,6 @@ TINY = 1e-4
 
 LEAST_RATIO = 3.0
 """A gap of less than this ratio is no gap: a teacher without one knows every class."""
-
-NORM_POWER = 4
-"""Head-row norms of known and unknown classes differ by a factor of about 2, softmax scores by 100 or
-more; the power brings them to comparable gaps."""
 
 CONVINCED = 0.05
 """Share of the probes, those that convince a network most of a class, that count for its conviction."""
@@ -45,7 +42,8 @@ STRETCH = 3.0
 PROBES_PER_BATCH = 256
 
 
-def _normalised(scores: Tensor) -> Tensor:
+def normalised(scores: Tensor) -> Tensor:
+    """Scores from 0 on, as shares of the largest."""
     scores = scores.double().clamp(min=0)
     top = scores.max()
     return scores / top if float(top) > 0 else scores
@@ -109,7 +107,7 @@ _NORMS = (
 
 
 @torch.no_grad()
-def _noise_features(network: Classifier, probes: Tensor, *, batch_statistics: bool) -> Tensor:
+def noise_features(network: Classifier, probes: Tensor, *, batch_statistics: bool) -> Tensor:
     """Features (N, F), float64, in another order than the probes.
 
     The network is copied, so that its running statistics stay as they are.
@@ -122,10 +120,6 @@ def _noise_features(network: Classifier, probes: Tensor, *, batch_statistics: bo
     # Every batch gets every kind of noise and about as many probes as the others.
     count = math.ceil(len(probes) / PROBES_PER_BATCH)
     return torch.cat([probe.features(probes[start::count]) for start in range(count)]).double()
-
-
-def _mean_softmax(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, dim=1).mean(dim=0)
 
 
 def conviction(logits: Tensor) -> Tensor:
@@ -151,72 +145,24 @@ def stretched(features: Tensor) -> Tensor:
     return (centre + STRETCH * (features - centre)).clamp(min=float(features.min()))
 
 
-def head_row_norm(weight: Tensor) -> Tensor:
-    """Norm of each head row (C, F) around the mean row: rows of classes never trained stay alike.
-
-    Cross-entropy pushes all rows of classes that never occur in the same direction, so what they have in
-    common is taken out before the norm.
-    """
-    weight = weight.double()
-    norms: Tensor = (weight - weight.median(dim=0).values).norm(dim=1)
-    return norms
-
-
-def class_scores(
-    network: Classifier, shape: tuple[int, ...], *, estimator: Estimator, probes: int, seed: int
-) -> Tensor:
+def class_scores(network: Classifier, shape: tuple[int, ...], *, probes: int, seed: int) -> Tensor:
     """Scores (C,), float64 in [0, 1], largest 1.
 
-    The estimators:
-
-    - ``gaussian-noise``, ``uniform-noise``, ``smooth-noise``, ``mixed-noise``: mean softmax over noise.
-    - ``batch-norm-noise``: the same over mixed noise, with layers that keep running statistics on those of
-      the noise itself, so that it reaches the head at the scale the head was trained on. Without such
-      layers it is ``mixed-noise``: instance, group and layer norm do the same by themselves.
-    - ``feature-noise``: mean softmax over half-normal noise, fed straight into the head.
-    - ``head-row-norm``: see :func:`head_row_norm`.
-    - ``combined``, the default: mixed noise as in ``batch-norm-noise``, read by its :func:`conviction`, as it
-      is and with features :func:`stretched`; the geometric mean of both.
+    Mixed noise, with layers that keep running statistics on those of the noise itself, so that it reaches
+    the head at the scale the head was trained on; read by its :func:`conviction`, as it is and with features
+    :func:`stretched`; the geometric mean of both. The benchmark compares it with other estimators.
 
     Args:
         network: on the CPU; left as it was, bit for bit.
         shape: of one input, (channels, *spatial).
         probes: number of noise inputs.
-
-    Raises:
-        ValueError: no such estimator.
     """
     draw = torch.Generator().manual_seed(seed)
-    full = (probes, *shape)
     weight, bias = network.head.weight.detach().double(), network.head.bias.detach().double()
-
-    def logits(features: Tensor) -> Tensor:
-        return features @ weight.T + bias
-
-    match estimator:
-        case "gaussian-noise" | "uniform-noise" | "smooth-noise" | "mixed-noise":
-            kind = {
-                "gaussian-noise": gaussian,
-                "uniform-noise": uniform,
-                "smooth-noise": smooth,
-                "mixed-noise": mixed,
-            }[estimator]
-            plain = _noise_features(network, kind(full, draw), batch_statistics=False)
-            return _normalised(_mean_softmax(logits(plain)))
-        case "batch-norm-noise":
-            heard = _noise_features(network, mixed(full, draw), batch_statistics=True)
-            return _normalised(_mean_softmax(logits(heard)))
-        case "feature-noise":
-            features = torch.randn((probes, weight.shape[1]), generator=draw).abs().double()
-            return _normalised(_mean_softmax(logits(features)))
-        case "head-row-norm":
-            return _normalised(head_row_norm(weight)) ** NORM_POWER
-        case "combined":
-            heard = _noise_features(network, mixed(full, draw), batch_statistics=True)
-            parts = [_normalised(conviction(logits(f))) for f in (heard, stretched(heard))]
-            # A geometric mean: a class must look known to both.
-            return _normalised(torch.stack(parts).clamp(min=TINY).log().mean(dim=0).exp())
-    raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(ESTIMATORS)}")
+    features = noise_features(network, mixed((probes, *shape), draw), batch_statistics=True)
+    parts = [normalised(conviction(f @ weight.T + bias)) for f in (features, stretched(features))]
+    # A geometric mean: a class must look known to both.
+    return normalised(torch.stack(parts).clamp(min=TINY).log().mean(dim=0).exp())
 
 
 def gap_threshold(scores: Tensor) -> float:
@@ -232,41 +178,57 @@ def gap_threshold(scores: Tensor) -> float:
     return math.exp(float(logs[widest] + logs[widest + 1]) / 2)
 
 
-def shown_classes(
+def _threshold(scores: Tensor, threshold: float | Literal["auto"]) -> float:
+    return gap_threshold(scores) if threshold == "auto" else float(threshold)
+
+
+def verified_classes(
     network: Classifier,
     shape: tuple[int, ...],
+    *,
+    threshold: float | Literal["auto"],
+    probes: int,
+    seed: int,
+) -> tuple[int, ...]:
+    """The classes that a network itself shows, whatever its mask claims.
+
+    It is read as for its mask, but for the head's biases: one large enough sends all noise to a class of
+    which the network has learned nothing. What was learned stands in the rows.
+
+    Returns:
+        None at all where the network gives no finite answer to noise.
+    """
+    probe = copy.deepcopy(network)
+    with torch.no_grad():
+        probe.head.bias.zero_()
+    scores = class_scores(probe, shape, probes=probes, seed=seed)
+    if not bool(torch.isfinite(scores).all()):
+        return ()
+    value = _threshold(scores, threshold)
+    return tuple(c for c, score in enumerate(scores.tolist()) if round(score, 6) >= round(value, 6))
+
+
+def mask_of(
+    scores: Tensor,
+    classes: tuple[str, ...],
     *,
     estimator: Estimator,
     threshold: float | Literal["auto"],
     probes: int,
     seed: int,
-) -> tuple[int, ...]:
-    """The classes that a network shows to somebody who does not take its mask on trust.
-
-    It is read as for its mask, but for the head's biases: one large enough sends all noise to a class of
-    which the network has learned nothing. What was learned stands in the rows.
-    """
-    probe = copy.deepcopy(network)
-    with torch.no_grad():
-        probe.head.bias.zero_()
-    scores = class_scores(probe, shape, estimator=estimator, probes=probes, seed=seed)
-    value = gap_threshold(scores) if threshold == "auto" else float(threshold)
-    return tuple(c for c, score in enumerate(scores.tolist()) if round(score, 6) >= round(value, 6))
-
-
-def compute_mask(
-    network: Classifier,
-    shape: tuple[int, ...],
-    classes: tuple[str, ...],
-    *,
-    estimator: Estimator = "combined",
-    threshold: float | Literal["auto"] = "auto",
-    probes: int = 256,
-    seed: int = 0,
 ) -> Mask:
-    """The mask of a teacher. Same network, shape and seed: same mask, whoever computes it."""
-    scores = class_scores(network, shape, estimator=estimator, probes=probes, seed=seed)
-    value = gap_threshold(scores) if threshold == "auto" else float(threshold)
+    """The mask that scores (C,) give.
+
+    Raises:
+        BundleError: scores are not finite.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise BundleError(
+            "the network gives no finite answer to noise, so that its mask cannot be read",
+            remedy="Run 'qkt train' for this hospital again.",
+            code="bundle-values",
+        )
+    value = _threshold(scores, threshold)
     # Rounded, so that the file does not depend on the last bits of a sum.
     rounded = tuple(round(float(s), 6) for s in scores)
     return Mask(
@@ -278,4 +240,24 @@ def compute_mask(
         threshold=round(value, 6),
         automatic=threshold == "auto",
         known=tuple(s >= round(value, 6) for s in rounded),
+    )
+
+
+def compute_mask(
+    network: Classifier,
+    shape: tuple[int, ...],
+    classes: tuple[str, ...],
+    *,
+    threshold: float | Literal["auto"] = "auto",
+    probes: int = 256,
+    seed: int = 0,
+) -> Mask:
+    """The mask of a teacher. Same network, shape and seed: same mask, whoever computes it.
+
+    Raises:
+        BundleError: the network gives no finite answer to noise.
+    """
+    scores = class_scores(network, shape, probes=probes, seed=seed)
+    return mask_of(
+        scores, classes, estimator=DEFAULT_ESTIMATOR, threshold=threshold, probes=probes, seed=seed
     )

@@ -25,7 +25,7 @@ def allowed(budget: float, count: int) -> int:
     """How many of ``count`` calibration images may go to the query.
 
     The k-th largest of n scores is exceeded by a new image of the same kind with probability k / (n + 1)
-    (conformal prediction), so that k images given away are paid for as k + 1. With fewer than 1 / budget
+    (conformal prediction), so that k false queries are paid for as k + 1. With fewer than 1 / budget
     images no offset can promise the budget; then none may go.
     """
     return max(0, math.floor(budget * (count + 1)) - 1)
@@ -34,7 +34,7 @@ def allowed(budget: float, count: int) -> int:
 def offset_for_budget(scores: Tensor, budget: float) -> float:
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
-    A Neyman-Pearson operating point: a bound on what is given away, most of the query for it. All query
+    A Neyman-Pearson operating point: a bound on the false-query rate, most of the query for it. All query
     classes, absent or rare, share the offset: their margins decide between them.
 
     Args:
@@ -43,18 +43,18 @@ def offset_for_budget(scores: Tensor, budget: float) -> float:
         budget: share of these images, in (0, 1).
     """
     highest = scores.max(dim=1).values.sort(descending=True).values
-    # A hair lower, so that rounding in ``decide`` does not give the image at the bound away.
+    # A hair lower, so that rounding in ``decide`` does not make the image at the bound a false query.
     hair = ROUNDING * float(scores.abs().max().clamp(min=1))
     return -float(highest[allowed(budget, len(highest))]) - hair
 
 
-def given_away(scores: Tensor, offsets: Tensor) -> float:
-    """Share of images (N, Q) that go to the query at these offsets (Q,)."""
+def false_query_rate(scores: Tensor, offsets: Tensor) -> float:
+    """Share of images (N, Q), none of a query class, that go to the query at these offsets (Q,)."""
     return float(((scores + offsets).max(dim=1).values > 0).double().mean())
 
 
 def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
-    """Which images the hospital's own model tells from a rare query today: only those can be given away.
+    """Which images the own model tells from a rare query today: only those can become false queries.
 
     Args:
         logits: (N, C) of the own model.

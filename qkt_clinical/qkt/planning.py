@@ -12,7 +12,7 @@ from qkt_clinical.errors import QueryError
 from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 
 
-def judge(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
+def assess_offer(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
     """Decide whether a teacher says anything about the query, from its card and mask.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
@@ -22,7 +22,7 @@ def judge(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
     wanted = [c for c in query.classes if c in mask.classes]
     teaches = tuple(c for c in wanted if mask.knows(c))
     rivals = tuple(c for c in asking.local(query) if mask.knows(c))
-    heard = bool(rivals) and query.method != "qkt-light"
+    included = bool(rivals) and query.method != "qkt-light"
     if card.site in query.exclude_teachers:
         reason = "excluded by the query"
     elif card.classes != asking.classes:
@@ -32,7 +32,7 @@ def judge(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
         reason = (
             f"takes {shapes[0]} {card.input.normalisation} images, not {shapes[1]} {asking.normalisation}"
         )
-    elif not teaches and not heard:
+    elif not teaches and not included:
         reason = "does not know " + " or ".join(query.classes)
         reason += " or a class of the hospital's own" if query.method != "qkt-light" else ""
     else:
@@ -96,7 +96,7 @@ def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offe
             stage="plan",
         )
     others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
-    candidates = _capped([judge(offer, asking, query) for offer in others], query)
+    candidates = _capped([assess_offer(offer, asking, query) for offer in others], query)
     covered = {c for t in candidates if t.relevant for c in t.teaches}
     uncovered = tuple(c for c in query.classes if c not in covered)
     if uncovered:

@@ -14,7 +14,7 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.consensus import consensus
 from qkt_clinical.qkt.operating_point import decide
 from qkt_clinical.qkt.panel import Teacher
-from qkt_clinical.records.card import MIRRORS, Decision
+from qkt_clinical.records.card import MIRRORS, DecisionRule
 
 
 def mirrored(inputs: Tensor) -> Iterator[Tensor]:
@@ -24,29 +24,39 @@ def mirrored(inputs: Tensor) -> Iterator[Tensor]:
 
 
 def routed_logits(
-    network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
+    network: Classifier,
+    decision: DecisionRule,
+    experts: Sequence[Teacher],
+    inputs: Tensor,
+    device: torch.device,
 ) -> Tensor:
     """Logits (N, C) of method ``routed``: the consensus of the own network and the experts."""
-    heard = [hear(n, inputs, decision.flips, device) for n in (network, *(e.network for e in experts))]
-    return routed_consensus(heard, decision, experts)
+    networks = (network, *(e.network for e in experts))
+    logits = [predict_logits(n, inputs, decision.flips, device) for n in networks]
+    return routed_consensus(logits, decision, experts)
 
 
-def routed_consensus(heard: Sequence[Tensor], decision: Decision, experts: Sequence[Teacher]) -> Tensor:
-    """The same from what the own network and the experts said, (N, C) each, see :func:`hear`."""
-    known = [(*decision.local, *decision.rare), *(e.known for e in experts)]
-    return consensus(heard, known, decision.relevant, decision.own_weight)
+def routed_consensus(logits: Sequence[Tensor], decision: DecisionRule, experts: Sequence[Teacher]) -> Tensor:
+    """The same from the logits of the own network and the experts, (N, C) each: :func:`predict_logits`."""
+    known = [(*decision.local, *decision.rare), *(e.claimed for e in experts)]
+    return consensus(logits, known, decision.relevant, decision.own_weight)
 
 
-def hear(
-    network: Classifier, inputs: Tensor, flips: bool, device: torch.device, *, features: bool = False
+def _mean_over_views(
+    network: Classifier, inputs: Tensor, flips: bool, device: torch.device, *, features: bool
 ) -> Tensor:
-    """A network's logits (N, C) of every image, with ``flips`` the mean over it and its mirror images.
-
-    Args:
-        features: its features (N, F) instead.
-    """
     views = mirrored(inputs) if flips else [inputs]
     return torch.stack([predict(network, view, device, features=features) for view in views]).mean(dim=0)
+
+
+def predict_logits(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> Tensor:
+    """A network's logits (N, C) of every image; with ``flips`` the mean over it and its mirror images."""
+    return _mean_over_views(network, inputs, flips, device, features=False)
+
+
+def predict_features(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> Tensor:
+    """A network's features (N, F) of every image; with ``flips`` the mean over it and its mirror images."""
+    return _mean_over_views(network, inputs, flips, device, features=True)
 
 
 def predict_scores(bundle: Bundle, inputs: Tensor, device: torch.device | None = None) -> Tensor:
@@ -68,7 +78,11 @@ def predict_scores(bundle: Bundle, inputs: Tensor, device: torch.device | None =
 
 
 def scores_of(
-    network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
+    network: Classifier,
+    decision: DecisionRule,
+    experts: Sequence[Teacher],
+    inputs: Tensor,
+    device: torch.device,
 ) -> Tensor:
     """Like :func:`predict_scores`, from the parts."""
     logits = _logits_of(network, decision, experts, inputs, device)
@@ -76,9 +90,13 @@ def scores_of(
 
 
 def _logits_of(
-    network: Classifier, decision: Decision, experts: Sequence[Teacher], inputs: Tensor, device: torch.device
+    network: Classifier,
+    decision: DecisionRule,
+    experts: Sequence[Teacher],
+    inputs: Tensor,
+    device: torch.device,
 ) -> Tensor:
     """The student's logits (N, C)."""
     if decision.experts:
         return routed_logits(network, decision, experts, inputs, device)
-    return hear(network, inputs, decision.flips, device)
+    return predict_logits(network, inputs, decision.flips, device)

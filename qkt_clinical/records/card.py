@@ -24,8 +24,12 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, lt=1000)]
 
 
+MERGED = "amalgam"
+"""The name of a merged low-rank network in cards, as the first version wrote it."""
+
+
 class Branch(Strict):
-    """One extractor in an amalgam: of which network, and what share of its convolutions' rank is kept."""
+    """One extractor in a merged network: of which network, and the share of its convolutions' rank kept."""
 
     name: Network
     rank: Annotated[float, Field(gt=0.0, le=1.0)]
@@ -39,12 +43,12 @@ class NetworkSpec(Strict):
     in_channels: Annotated[int, Field(ge=1, le=16)]
     classes: Annotated[int, Field(ge=2, le=1000)]
     branches: tuple[Branch, ...] = Field(default=(), max_length=65)
-    """Of an amalgam: extractors side by side under one head, the own one and those of 64 teachers at most."""
+    """Of a merged network: extractors side by side under one head, the own one and 64 teachers' at most."""
 
     @model_validator(mode="after")
     def _consistent(self) -> NetworkSpec:
-        if (self.name == "amalgam") != bool(self.branches):
-            raise ValueError("an amalgam has branches, other networks have none")
+        if (self.name == MERGED) != bool(self.branches):
+            raise ValueError("a merged network has branches, other networks have none")
         return self
 
 
@@ -83,7 +87,7 @@ class Reference(Strict):
     spread: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(min_length=2, max_length=4096)
     """Standard deviation over the training images."""
     threshold: Annotated[float, Field(ge=0.0)] | None
-    """An image with a higher score is unlike them. None where there was no calibration image."""
+    """An image with a higher score is out of distribution. None where there was no calibration image."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Reference:
@@ -107,12 +111,12 @@ class Weights(Strict):
     sha256: Sha256
 
 
-class Decision(Strict):
+class DecisionRule(Strict):
     """How a student's logits become an answer over the relevant label space R.
 
     Local classes keep their logits, query classes have their offset added, and the answer is the class of
     the highest score. The offset is the operating point, set so that at most ``budget`` of the hospital's
-    own held-out images are given away to the query.
+    own held-out images become false queries.
     """
 
     method: Method
@@ -124,14 +128,14 @@ class Decision(Strict):
     """One per query class, in the order of ``query``."""
     budget: float
     own_weight: float = Field(gt=0, le=1000)
-    """What the hospital's own network counts for in the consensus, a teacher being 1."""
+    """The local model weight: what the own network counts for in the consensus, a teacher being 1."""
     experts: tuple[Name, ...] = ()
     """Sites whose networks answer along (``routed``)."""
     flips: bool = False
     """Whether every network sees an image and its mirror images, and the mean counts (``routed``)."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Decision:
+    def _consistent(self) -> DecisionRule:
         if set(self.local) & set(self.query) or not set(self.rare) <= set(self.query):
             raise ValueError("local and query overlap, or a rare class is not in the query")
         if len(self.offsets) != len(self.query):
@@ -161,7 +165,7 @@ class Card(Strict):
     input: InputSpec
     training: dict[str, float | int | str | bool | None]
     weights: Weights
-    decision: Decision | None = None
+    decision: DecisionRule | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -177,7 +181,7 @@ class Card(Strict):
         if (self.kind == "student") != (self.decision is not None):
             raise ValueError("a student has a decision, a teacher has none")
         if self.kind == "teacher" and self.network.branches:
-            raise ValueError("a teacher is no amalgam")
+            raise ValueError("a teacher is no merged network")
         if self.decision and max(self.decision.relevant) >= len(self.classes):
             raise ValueError("the decision names a class that is not there")
         return self

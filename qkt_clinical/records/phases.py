@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Number, Record
 
+Curves = tuple[dict[str, float], ...]
+"""One row per step: a step's number and losses by name."""
 
-class Trusted(Record):
+
+class ScreenedTeacher(Record):
     """What the hospital's own images said of a fetched teacher."""
 
     site: str
-    heard: bool
+    included: bool
     reason: str
-    dismissed: tuple[str, ...] = ()
-    """Classes that it claims and is not believed to know."""
+    unverified: tuple[str, ...] = ()
+    """Classes that it claims and its network does not bear out."""
+    recalls: dict[str, Fraction | None] = Field(default_factory=dict)
+    """Share of the hospital's own held-out images of a shared class that it names so; None: not told."""
+    agreement: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """With the other experts; None: nothing to compare."""
 
 
 class Phase1(Record):
     """What the student took up from the relevant teachers."""
 
     kind: str = "distill"
-    curves: tuple[dict[str, float], ...] = ()
+    curves: Curves = ()
     views: Number
     teacher_passes: Number
+    rank: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the teachers' rank that a merged low-rank network keeps."""
 
 
 class Phase2(Record):
@@ -34,19 +44,52 @@ class Phase2(Record):
 
     offsets: dict[str, float]
     budget: Fraction
-    given_away: Fraction | None
-    """Of the calibration images; None where they are too few to tell."""
+    false_query_rate: Fraction | None
+    """Of the calibration images; None where it may not be told."""
     calibration_images: Number | str
-    own_weight: Annotated[float, Field(gt=0)]
+    local_model_weight: Annotated[float, Field(gt=0)]
+    """What the hospital's own network counts for in the consensus, a teacher being 1."""
     rare: dict[str, str] = Field(default_factory=dict)
     """Rare class to number of training images, as it may be shown."""
-    curves: tuple[dict[str, float], ...] = ()
+    curves: Curves = ()
+
+
+RENAMED = {
+    "trust": "screening",
+    "heard": "included",
+    "dismissed": "unverified",
+    "given_away": "false_query_rate",
+    "own_weight": "local_model_weight",
+}
+"""Keys of ``qkt-phases/1`` and what they are called since."""
+MERGE_KIND = "low-rank-merge"
+"""``kind`` of phase 1 by a merged low-rank network."""
+
+
+def _renamed(part: Any) -> Any:
+    """A part of ``qkt-phases/1`` with today's keys."""
+    if isinstance(part, Mapping):
+        return {RENAMED.get(key, key): value for key, value in part.items()}
+    return part
 
 
 class Phases(Record):
-    """``phases.json``."""
+    """``phases.json``; reads ``qkt-phases/1`` as well."""
 
+    format: Literal["qkt-phases/2"] = "qkt-phases/2"
     method: str
-    trust: tuple[Trusted, ...] = ()
+    screening: tuple[ScreenedTeacher, ...] = ()
     phase1: Phase1 | None = None
     phase2: Phase2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_first_format(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("format") != "qkt-phases/1":
+            return data
+        found = {**_renamed(data), "format": "qkt-phases/2", "phase2": _renamed(data.get("phase2"))}
+        if isinstance(found.get("screening"), list):
+            found["screening"] = [_renamed(teacher) for teacher in found["screening"]]
+        if isinstance(first := found.get("phase1"), Mapping) and first.get("kind") == "transplant":
+            found["phase1"] = {**first, "kind": MERGE_KIND}
+        return found

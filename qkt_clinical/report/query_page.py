@@ -14,7 +14,7 @@ from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.decisions import Decision, champions
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, flat, shares
-from qkt_clinical.records.phases import Phase1
+from qkt_clinical.records.phases import MERGE_KIND, Phase1
 from qkt_clinical.records.verdict import GateRule
 from qkt_clinical.report import charts
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "monai", "numpy", "scipy", "safetensors")
 
 @dataclass(frozen=True)
 class Voice:
-    """What one network counts for, as shares, in the order of the relevant classes; None: it is not heard."""
+    """What one network counts for, as shares, in the order of the relevant classes; None: unknown to it."""
 
     network: str
     shares: tuple[float | None, ...]
@@ -41,13 +41,13 @@ def relevant(answer: AnswerOutputs) -> tuple[str, ...]:
 def voices(answer: AnswerOutputs) -> list[Voice]:
     """What the hospital's own network and the fetched teachers count for, per relevant class."""
     plan, second = answer.plan, answer.phases.phase2
-    silent = {t.site for t in answer.phases.trust if not t.heard}
-    dismissed = {t.site: set(t.dismissed) for t in answer.phases.trust}
-    networks = [(plan.hospital, second.own_weight, {*plan.local, *second.rare})]
+    excluded = {t.site for t in answer.phases.screening if not t.included}
+    unverified = {t.site: set(t.unverified) for t in answer.phases.screening}
+    networks = [(plan.hospital, second.local_model_weight, {*plan.local, *second.rare})]
     networks += [
-        (t.site, 1.0, set(t.known) - dismissed.get(t.site, set()))
+        (t.site, 1.0, set(t.known) - unverified.get(t.site, set()))
         for t in plan.teachers
-        if t.relevant and t.site not in silent
+        if t.relevant and t.site not in excluded
     ]
     totals = {
         name: sum(weight for _, weight, known in networks if name in known) for name in relevant(answer)
@@ -126,7 +126,7 @@ def standing(decisions: tuple[Decision, ...], model: str, digest: str) -> str:
 
 
 def _phase1_chart(phase1: Phase1) -> charts.LineChart | None:
-    if phase1.kind == "transplant":
+    if phase1.kind == MERGE_KIND:
         title = "Phase 1: share of a layer’s output lost, per teacher"
         return charts.line_chart(title, phase1.curves, axis="layer number")
     return charts.line_chart("Phase 1: losses", phase1.curves)

@@ -28,7 +28,6 @@ def mask_site(root: Path, site: str, params: Params) -> Mask:
         bundle.network,
         bundle.card.input.shape,
         bundle.card.classes,
-        estimator=params.mask.estimator,
         threshold=params.mask.threshold,
         probes=params.mask.probes,
         seed=derive(params.seed, "mask"),

@@ -5,29 +5,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qkt_clinical import __version__
-from qkt_clinical.common.disclosure import shown_count, shown_total, too_few, withhold
-from qkt_clinical.common.files import digest_bytes, digest_file, new_folder, to_json, write_json
+from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
+from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.common.system_metrics import keep_usage, watched
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.data.prepared import load_prepared
+from qkt_clinical.data.prepared import Labels, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
-from qkt_clinical.qkt.masks import shown_classes
+from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import CARD, MASK, REFERENCE
+from qkt_clinical.records.phases import Phase2, Phases, ScreenedTeacher
 from qkt_clinical.records.plan import Plan, read_plan
-from qkt_clinical.training.loop import Checkpoint
+
+CARD_PHASE1 = "transplant"
+"""How cards name a merged low-rank network since the first version; their bytes stay."""
 
 
 def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
@@ -55,12 +58,11 @@ def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
     return bundles
 
 
-def _shown(bundle: Bundle, params: Params) -> tuple[int, ...]:
+def _verified(bundle: Bundle, params: Params) -> tuple[int, ...]:
     """The classes that a teacher's network shows, read by the asking hospital's own settings."""
-    return shown_classes(
+    return verified_classes(
         bundle.network,
         bundle.card.input.shape,
-        estimator=params.mask.estimator,
         threshold=params.mask.threshold,
         probes=params.mask.probes,
         seed=derive(params.seed, "mask"),
@@ -68,12 +70,12 @@ def _shown(bundle: Bundle, params: Params) -> tuple[int, ...]:
 
 
 def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
-    """Take claims that were not believed out of the masks of a student's experts."""
+    """Take claims that were not verified out of the masks of a student's experts."""
     sent = {bundle.card.site: bundle.mask for bundle in bundles}
     for teacher in answer.teachers:
         mask = sent[teacher.site]
         assert mask is not None, "a teacher has one"
-        known = tuple(i in teacher.known for i in range(len(mask.classes)))
+        known = tuple(i in teacher.claimed for i in range(len(mask.classes)))
         if teacher.site in answer.decision.experts and known != mask.known:
             scores = tuple(
                 0.0 if was and not now else s
@@ -81,6 +83,42 @@ def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> No
             )
             corrected = mask.model_copy(update={"known": known, "scores": scores})
             write_json(folder / teacher.site / MASK, corrected.model_dump(mode="json"))
+
+
+def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeacher:
+    """What may be told of a teacher's screening: images are the hospital's, few of them speak of persons."""
+    return ScreenedTeacher(
+        site=result.site,
+        included=result.included,
+        reason=result.reason,
+        unverified=tuple(classes[c] for c in result.unverified),
+        recalls={classes[c]: shown_share(right, count) for c, (right, count) in result.named.items()},
+        agreement=None if result.agreement is None else round(result.agreement, 2),
+    )
+
+
+def make_record(answer: Answer, classes: Sequence[str], calibration: Labels) -> Phases:
+    """``phases.json`` of an answer. A student goes to the registry: no number or share tells of few images.
+
+    Args:
+        calibration: the labels of the hospital's calibration images.
+    """
+    decision, point = answer.decision, answer.operating_point
+    each = np.bincount(calibration, minlength=len(classes))[list(decision.local)]
+    return Phases(
+        method=decision.method,
+        screening=tuple(_screened(result, classes) for result in answer.screening),
+        phase1=answer.phase1,
+        phase2=Phase2(
+            offsets={classes[q]: o for q, o in zip(decision.query, decision.offsets, strict=True)},
+            budget=decision.budget,
+            false_query_rate=shown_share(point.false_queries, point.calibration_images),
+            calibration_images=shown_total(point.calibration_images, each.tolist()),
+            local_model_weight=decision.own_weight,
+            rare={classes[c]: shown_count(n) for c, n in answer.rare.items()},
+            curves=answer.refinement,
+        ),
+    )
 
 
 def transfer_query(
@@ -91,14 +129,14 @@ def transfer_query(
     *,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Phases:
     """Answer a query and write its student to ``models/students/<hospital>/<query>/``.
 
     Reads the hospital's prepared images, its own teacher bundle and ``models/fetched/<hospital>/<query>/``;
     no other hospital's folder is opened.
 
     Returns:
-        The phases' record, as in ``phases.json``.
+        The record of its phases, as in ``phases.json``.
     """
     space = Workspace(root)
     query = load_query(root, hospital, name)
@@ -114,46 +152,26 @@ def transfer_query(
         )
     bundles = _fetched(fetched, plan, own)
     where = pick_device(device or params.device)
-    parts = {
-        "version": __version__,
-        "plan": digest_file(fetched / "plan.json"),
-        "own": own.digest,
-        "data": prepared.manifest.digests,
-        "transfer": params.transfer.model_dump(mode="json"),
-        "mask": params.mask.model_dump(mode="json"),
-        "seed": params.seed,
-        "device": where.type,
-    }
-    key = f"{hospital}-{name}-{digest_bytes(to_json(parts).encode())[:16]}"
     classes = own.card.classes
     data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
-    with watched() as samples:
-        answer = answer_query(
-            own.network,
-            [Teacher.of(b, _shown(b, params) if params.transfer.trust else None) for b in bundles],
-            data,
-            [classes.index(c) for c in query.classes],
-            method=query.method,
-            budget=query.budget,
-            params=params.transfer,
-            seed=derive(params.seed, "transfer", hospital, name),
-            device=where,
-            checkpoint=Checkpoint(space.scratch / "transfer", key),
-            progress=progress,
-        )
-    phases = {"format": "qkt-phases/1", **answer.phases}
-    second = phases["phase2"]
-    second["offsets"] = {classes[int(c)]: v for c, v in second["offsets"].items()}
-    # A student goes to the registry: how few images there are is nobody's business but the hospital's.
-    second["rare"] = {classes[int(c)]: shown_count(n) for c, n in second["rare"].items()}
-    held, each = second["calibration_images"], np.bincount(data.calibration[1], minlength=len(classes))
-    second["calibration_images"] = shown_total(held, each[list(answer.decision.local)].tolist())
-    images = dict(zip(classes, each.tolist(), strict=True))
-    for told in phases["trust"]:
-        told["dismissed"] = [classes[int(c)] for c in told["dismissed"]]
-        told["recalls"] = withhold({classes[int(c)]: r for c, r in told["recalls"].items()}, images)
-    if too_few(held):
-        second["given_away"] = None
+    teachers = [Teacher.of(b, _verified(b, params) if params.transfer.screening else None) for b in bundles]
+    try:
+        with watched() as samples:
+            answer = answer_query(
+                own.network,
+                teachers,
+                data,
+                [classes.index(c) for c in query.classes],
+                method=query.method,
+                budget=query.budget,
+                params=params.transfer,
+                seed=derive(params.seed, "transfer", hospital, name),
+                device=where,
+                progress=progress,
+            )
+    except QueryError as error:
+        raise error.at(stage="transfer", site=hospital) from None
+    phases = make_record(answer, classes, data.calibration[1])
     with new_folder(space.student(hospital, name)) as folder:
         card = write_bundle(
             folder,
@@ -165,7 +183,7 @@ def transfer_query(
                 "classes": classes,
                 "input": own.card.input,
                 "training": {
-                    "phase1": (phases["phase1"] or {"kind": None})["kind"],
+                    "phase1": CARD_PHASE1 if phases.phase1 else None,
                     "seed": params.seed,
                     "version": __version__,
                 },
@@ -183,6 +201,6 @@ def transfer_query(
             folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}
         )
         write_json(folder / "plan.json", plan.model_dump(mode="json"))
-        write_json(folder / "phases.json", phases)
+        write_json(folder / "phases.json", phases.model_dump(mode="json"))
     keep_usage(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
     return phases

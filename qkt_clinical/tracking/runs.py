@@ -180,7 +180,7 @@ def _answer_metrics(answer: AnswerOutputs) -> dict[str, float]:
     return {
         "bytes_moved": answer.plan.bytes_moved,
         "passes_per_prediction": 1 if decision is None else decision.passes,
-        **({} if second.given_away is None else {"given_away": second.given_away}),
+        **({} if second.false_query_rate is None else {"given_away": second.false_query_rate}),
         **{f"offset/{key(c)}": v for c, v in second.offsets.items()},
     }
 

@@ -1,6 +1,6 @@
-"""How often trust turns teachers away: ``python -m benchmarks.trust --data FILE.npz --run FOLDER``.
+"""How often screening excludes teachers: ``python -m benchmarks.screening --data FILE.npz --run FOLDER``.
 
-``FOLDER`` holds a run of ``qkt benchmark`` on the same data. Its teachers, honest and spoilt, are judged
+``FOLDER`` holds a run of ``qkt benchmark`` on the same data. Its teachers, honest and spoilt, are screened
 again on the asking hospitals' calibration images; val and test images are not looked at.
 """
 
@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.tables import Row, markdown
-from qkt_clinical.benchmark.hostile import draw_bad, spoil
+from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
 from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.settings import BAD, Settings
 from qkt_clinical.benchmark.simulate import read, simulate
 from qkt_clinical.benchmark.store import Store
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.teacher_screening import judge_teachers
+from qkt_clinical.qkt.teacher_screening import screen_teachers
 
 CPU = torch.device("cpu")
 HARDER = ("swapped-labels", "copied-row")
@@ -49,20 +50,20 @@ def spoil_harder(
     return spoilt, tuple(sorted({*known, asked}))
 
 
-class Judge:
-    """The hospitals of one seed, each other's teachers in their eyes."""
+class Screening:
+    """The hospitals of one seed, each screening the others' teachers."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.features: dict[tuple[str, str], Tensor] = {}
         self.read: dict[bytes, tuple[int, ...]] = {}
 
-    def shown(self, network: Classifier) -> tuple[int, ...]:
+    def verified(self, network: Classifier) -> tuple[int, ...]:
         """Read once for each network and row of the head; biases do not count."""
         first = next(network.extractor.parameters()).detach()
         key = first.numpy().tobytes() + network.head.weight.detach().numpy().tobytes()
         if key not in self.read:
-            self.read[key] = self.store.read_again(network)
+            self.read[key] = self.store.verify(network)
         return self.read[key]
 
     def seen(self, student: str, name: str) -> Tensor:
@@ -82,7 +83,7 @@ class Judge:
             spoilt = draw_bad(case.others, count, case.seed("bad")) if bad else ()
             teachers: dict[str, tuple[Classifier, tuple[int, ...]]] = {}
             for name in case.others:
-                mask = self.store.masks(name)[self.store.settings.mask.estimator]
+                mask = self.store.masks(name)[DEFAULT_ESTIMATOR]
                 network = self.store.bundle(name).network
                 known = tuple(c for c, k in enumerate(mask.known) if k)
                 seed, asked = case.seed("bad", name), question.query[0]
@@ -102,33 +103,33 @@ class Judge:
                 )
                 for name, (network, _) in teachers.items()
             ]
-            verdicts = judge_teachers(
+            results = screen_teachers(
                 list(teachers),
                 logits,
                 [known for _, known in teachers.values()],
-                [self.shown(network) for network, _ in teachers.values()],
+                [self.verified(network) for network, _ in teachers.values()],
                 local,
                 torch.from_numpy(hospital.calibration.labels[used]),
             )
-            for verdict in verdicts:
-                kind = "bad" if verdict.site in spoilt else "honest"
-                fate = "silenced" if not verdict.heard else "corrected" if verdict.dismissed else "heard"
+            for result in results:
+                kind = "bad" if result.site in spoilt else "honest"
+                fate = "excluded" if not result.included else "corrected" if result.unverified else "included"
                 found[f"{kind} {fate}"] += 1
         return found
 
 
-def verdicts(judges: Sequence[Judge]) -> Iterator[Row]:
+def outcomes(screenings: Sequence[Screening]) -> Iterator[Row]:
     """What became of bad and of honest teachers, all questions of all seeds pooled."""
     for bad, count in ((None, 0), *((bad, count) for bad in (*BAD, *HARDER) for count in (1, 2))):
-        total: Counter[str] = sum((judge.tally(bad, count) for judge in judges), Counter())
+        total: Counter[str] = sum((screening.tally(bad, count) for screening in screenings), Counter())
         yield {
             "bad of them": f"{count} {bad}" if bad else "none",
-            "bad": sum(total[f"bad {fate}"] for fate in ("silenced", "corrected", "heard")),
-            "not heard": total["bad silenced"],
+            "bad": sum(total[f"bad {fate}"] for fate in ("excluded", "corrected", "included")),
+            "excluded": total["bad excluded"],
             "false claim struck out": total["bad corrected"],
-            "missed": total["bad heard"],
-            "honest": sum(total[f"honest {fate}"] for fate in ("silenced", "corrected", "heard")),
-            "honest, not heard": total["honest silenced"],
+            "missed": total["bad included"],
+            "honest": sum(total[f"honest {fate}"] for fate in ("excluded", "corrected", "included")),
+            "honest, excluded": total["honest excluded"],
             "honest, claim struck out": total["honest corrected"],
         }
 
@@ -145,7 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = Settings(device="cpu", partition=options.partition, regime=options.regime)
     parts, classes = read(options.data)
-    judges = []
+    screenings = []
     for seed in options.seeds:
         federation = simulate(
             parts,
@@ -155,8 +156,8 @@ def main() -> None:
             beta=settings.beta,
             seed=seed,
         )
-        judges.append(Judge(Store(options.run / "work" / f"seed-{seed}", federation, settings, CPU)))
-    print(markdown(list(verdicts(judges))), flush=True)
+        screenings.append(Screening(Store(options.run / "work" / f"seed-{seed}", federation, settings, CPU)))
+    print(markdown(list(outcomes(screenings))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Teachers that are bad on purpose, made of trained ones: what trust is measured against. Pure functions."""
+"""Adversarial teachers, made of trained ones: what teacher screening is measured against. Pure functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def spoil(
     shape: tuple[int, ...],
     seed: int,
 ) -> tuple[Classifier, tuple[int, ...]]:
-    """A bad teacher's network and the classes that it claims.
+    """An adversarial teacher's network and the classes that it claims.
 
     Args:
         network: an honest one; left as it is.

@@ -1,28 +1,95 @@
-"""Phase 1 by distillation: one network learns the features and logits of several."""
+"""Phase 1 in other ways than by a merged low-rank network: what the benchmark's ablations compare it with.
+
+- ``distill``: the own extractor learns the teachers' features and logits on augmented local images, one
+  linear map per network.
+- ``joint``: extractor and head learn the consensus, together with the labels.
+- ``none``: the extractor stays, and only the head learns the consensus.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkt_clinical.config.params import DistillationParams
+from qkt_clinical.benchmark.phases import DistillationParams
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, fast_layout
-from qkt_clinical.qkt.losses import balanced_cross_entropy, feature_loss, logit_loss, ridge
-from qkt_clinical.qkt.panel import Panel, PhaseSettings, consensus_on_views, head_of, phase_record
-from qkt_clinical.training.augment import view_batches
-from qkt_clinical.training.loop import Checkpoint, Schedule, batches_per_epoch, fit
+from qkt_clinical.qkt.answer import Merged
+from qkt_clinical.qkt.consensus import consensus
+from qkt_clinical.qkt.losses import balanced_cross_entropy
+from qkt_clinical.qkt.panel import Panel, PhaseSettings, head_of, phase_record
+from qkt_clinical.training.augment import make_views, view_batches
+from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
 
 
 @dataclass(frozen=True)
-class _Source:
+class Training:
+    """What phase 1 is trained on and how."""
+
+    panel: Panel
+    inputs: Tensor
+    """The hospital's training images (N, C, *spatial)."""
+    labels: Tensor
+    """(N,)."""
+    settings: PhaseSettings
+    params: DistillationParams
+
+    def views(self) -> Tensor:
+        """Of the training images, (views, N, C, *spatial)."""
+        s = self.settings
+        return make_views(self.inputs, self.params.views, s.params.augment, s.seed, s.device)
+
+
+def consensus_on_views(panel: Panel, views: Tensor, device: torch.device) -> Tensor:
+    """The consensus on every view (views, N, C); one pass per network and view."""
+    logits = [[predict(n, view, device) for n in panel.networks] for view in views]
+    return torch.stack([consensus(each, panel.known, panel.relevant, panel.local_weight) for each in logits])
+
+
+def feature_loss(mapped: Tensor, target: Tensor, variance: float) -> Tensor:
+    """Mean squared error of mapped student features (N, F) against a source's, in units of its variance."""
+    return F.mse_loss(mapped, target) / variance
+
+
+def logit_loss(logits: Tensor, target: Tensor, scale: float) -> Tensor:
+    """Smooth L1 of logits (N, K) on a teacher's sub-space of known classes, in units of their spread."""
+    return F.smooth_l1_loss(logits / scale, target / scale)
+
+
+def ridge(features: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression in closed form.
+
+    Args:
+        features: (N, F); targets: (N, K).
+        strength: penalty on the weights in units of the features' mean variance; the bias is free.
+
+    Returns:
+        Weight (K, F) and bias (K,), in the features' dtype.
+
+    Raises:
+        ArithmeticError: they are not finite in that dtype.
+    """
+    x, y = features.double(), targets.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    covariance = x.T @ x / len(x)
+    scale = float(covariance.diagonal().mean()) or 1.0
+    penalty = strength * scale * torch.eye(covariance.shape[0], dtype=covariance.dtype)
+    weight = torch.linalg.solve(covariance + penalty, x.T @ y / len(x)).T
+    solution = weight.to(features.dtype), (y_mean - weight @ x_mean).to(features.dtype)
+    if not all(bool(torch.isfinite(part).all()) for part in solution):
+        raise ArithmeticError("the ridge regression has no finite solution")
+    return solution
+
+
+@dataclass(frozen=True)
+class _Distilled:
     """What distillation learns from one network: its features and logits on every view, computed once."""
 
     network: Classifier
@@ -61,13 +128,12 @@ def _align(student: Tensor, target: Tensor) -> nn.Linear:
 
 def distill(
     student: Classifier,
-    sources: Sequence[_Source],
+    sources: Sequence[_Distilled],
     views: Tensor,
     params: DistillationParams,
     *,
     seed: int,
     device: torch.device,
-    checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Classifier, list[nn.Linear], list[dict[str, float]]]:
     """Phase 1 by distillation: one network learns the features and logits of all sources.
@@ -124,7 +190,6 @@ def distill(
         loss,
         Schedule(params.epochs, params.learning_rate, params.weight_decay),
         device=device,
-        checkpoint=checkpoint,
         progress=progress,
     )
     return network.cpu(), [linear.cpu() for linear in linears], history.curves
@@ -144,56 +209,51 @@ def carry_rows(network: Classifier, maps: Sequence[nn.Linear], rows: Sequence[tu
     network.head.bias.copy_(torch.stack([w @ m.bias + b for m, (w, b) in pairs]).sum(dim=0))
 
 
-def merge_by_distillation(
-    panel: Panel, inputs: Tensor, run: PhaseSettings
-) -> tuple[Classifier, dict[str, Any]]:
-    """Phase 1 by distillation; the student and the phase's record."""
-    views = run.views(inputs)
+def merge_by_distillation(training: Training) -> Merged:
+    """Phase 1 by distillation."""
+    panel, settings, views = training.panel, training.settings, training.views()
     sources = [
-        _Source(n, k, *_observe(n, views, run.device))
+        _Distilled(n, k, *_observe(n, views, settings.device))
         for n, k in zip(panel.networks, panel.known, strict=True)
     ]
     network, maps, curves = distill(
         panel.networks[0],
         sources,
         views,
-        run.params.distillation,
-        seed=run.seed,
-        device=run.device,
-        checkpoint=run.checkpoint,
-        progress=run.progress,
+        training.params,
+        seed=settings.seed,
+        device=settings.device,
+        progress=settings.progress,
     )
     carry_rows(network, maps, panel.rows)
-    return network, phase_record("distill", len(views), panel, curves)
+    return Merged(network, phase_record("distill", len(views), panel, tuple(curves)))
 
 
 @torch.no_grad()
-def learn_head(panel: Panel, inputs: Tensor, run: PhaseSettings) -> tuple[Classifier, dict[str, Any]]:
+def learn_head(training: Training) -> Merged:
     """Without phase 1: the head learns the consensus from the own features, by ridge regression."""
+    panel, device, views = training.panel, training.settings.device, training.views()
     network = copy.deepcopy(panel.networks[0])
-    views = run.views(inputs)
-    features = torch.cat([predict(network, view, run.device, features=True) for view in views])
-    weight, bias = ridge(features, consensus_on_views(panel, views, run.device).flatten(0, 1), 1e-2)
+    features = torch.cat([predict(network, view, device, features=True) for view in views])
+    weight, bias = ridge(features, consensus_on_views(panel, views, device).flatten(0, 1), 1e-2)
     network.head.weight.copy_(weight)
     network.head.bias.copy_(bias)
-    return network, phase_record("none", len(views), panel, [])
+    return Merged(network, phase_record("none", len(views), panel, ()))
 
 
-def learn_jointly(
-    panel: Panel, inputs: Tensor, labels: Tensor, run: PhaseSettings
-) -> tuple[Classifier, dict[str, Any]]:
+def learn_jointly(training: Training) -> Merged:
     """Both phases in one: extractor and head learn the consensus, and the labels among the held classes."""
-    setting, device = run.params.distillation, run.device
+    panel, params, settings = training.panel, training.params, training.settings
+    device, labels, views = settings.device, training.labels, training.views()
     network = fast_layout(copy.deepcopy(panel.networks[0]).to(device))
-    views = run.views(inputs)
     wanted = consensus_on_views(panel, views, device)
     relevant, held = list(panel.relevant), sorted(panel.known[0])
     spread = float(wanted[:, :, relevant].std().clamp(min=1e-4))
     targets = torch.searchsorted(torch.tensor(held), labels)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        draw = generator(run.seed, "joint", str(epoch))
-        for view, index in view_batches(views, setting.batch_size, draw):
+        draw = generator(settings.seed, "joint", str(epoch))
+        for view, index in view_batches(views, params.batch_size, draw):
             yield (
                 views[view, index].to(device),
                 wanted[view, index].to(device),
@@ -201,20 +261,19 @@ def learn_jointly(
             )
 
     def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        images, said, target = batch
+        images, goal, target = batch
         logits = network(images).float()
-        return logit_loss(logits[:, relevant], said[:, relevant], spread) + balanced_cross_entropy(
+        return logit_loss(logits[:, relevant], goal[:, relevant], spread) + balanced_cross_entropy(
             logits[:, held], target, range(len(held))
         )
 
     history = fit(
         network,
         batches,
-        batches_per_epoch(len(labels), setting.batch_size),
+        batches_per_epoch(len(labels), params.batch_size),
         loss,
-        Schedule(setting.epochs, setting.learning_rate, setting.weight_decay),
+        Schedule(params.epochs, params.learning_rate, params.weight_decay),
         device=device,
-        checkpoint=run.checkpoint,
-        progress=run.progress,
+        progress=settings.progress,
     )
-    return network.cpu(), phase_record("joint", len(views), panel, history.curves)
+    return Merged(network.cpu(), phase_record("joint", len(views), panel, tuple(history.curves)))

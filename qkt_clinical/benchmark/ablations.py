@@ -1,0 +1,96 @@
+"""Ablations of the phases: an answer with a phase left out or done in another way.
+
+The same five steps as :func:`qkt_clinical.qkt.answer.answer_query`, with another step in the place of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import torch
+
+from qkt_clinical.benchmark.distillation import (
+    Training,
+    learn_head,
+    learn_jointly,
+    merge_by_distillation,
+)
+from qkt_clinical.benchmark.phases import DistillationParams, Phase1Way
+from qkt_clinical.catalog import Method
+from qkt_clinical.config.params import TransferParams
+from qkt_clinical.models.networks import Classifier
+from qkt_clinical.qkt.answer import (
+    Answer,
+    LocalData,
+    Merged,
+    Refined,
+    Screened,
+    ValidQuery,
+    answer_of,
+    calibration_scores,
+    merge,
+    operating_point_at,
+    refine,
+    screen,
+    set_operating_point,
+    validate,
+)
+from qkt_clinical.qkt.panel import PhaseSettings, Teacher
+
+TRAINED: MappingProxyType[Phase1Way, Callable[[Training], Merged]] = MappingProxyType(
+    {"distill": merge_by_distillation, "joint": learn_jointly, "none": learn_head}
+)
+
+
+def _merge(
+    way: Phase1Way,
+    question: ValidQuery,
+    screened: Screened,
+    settings: PhaseSettings,
+    distillation: DistillationParams,
+) -> Merged:
+    if way == "merge":
+        return merge(question, screened, settings)
+    labels = torch.from_numpy(question.labels)
+    return TRAINED[way](Training(screened.panel, question.inputs, labels, settings, distillation))
+
+
+def answer_ablated(
+    student: Classifier,
+    teachers: Sequence[Teacher],
+    data: LocalData,
+    query: Sequence[int],
+    *,
+    method: Method = "qkt",
+    phase1: Phase1Way = "merge",
+    phase2: bool = True,
+    distillation: DistillationParams | None = None,
+    budget: float = 0.02,
+    params: TransferParams | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answer:
+    """Answer a query with other phases than the method's own; arguments as of ``answer_query``.
+
+    Args:
+        phase1: how the student takes up the teachers.
+        phase2: whether the head is refined on rare samples and given its operating point.
+        distillation: of a phase 1 that is trained.
+
+    Raises:
+        QueryError: as ``answer_query``.
+    """
+    settings = PhaseSettings(params or TransferParams(), seed, device or torch.device("cpu"), progress)
+    question = validate(student, teachers, data, query, method=method, budget=budget)
+    screened = screen(question, settings)
+    merged = _merge(phase1, question, screened, settings, distillation or DistillationParams())
+    if phase2:
+        refined = refine(question, screened, merged, settings)
+        point = set_operating_point(question, screened, merged, refined.network, settings)
+    else:
+        refined = Refined(merged.network)
+        scores = calibration_scores(question, screened, merged, merged.network, settings)
+        point = operating_point_at(question, screened, merged, scores, 0.0)
+    return answer_of(question, screened, merged, refined, point)

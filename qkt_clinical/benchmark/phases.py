@@ -1,0 +1,23 @@
+"""How phase 1 can be done in the benchmark's ablations, and for how long. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qkt_clinical.config.base import Strict
+
+Phase1Way = Literal["merge", "distill", "joint", "none"]
+"""``merge`` is the method's own."""
+
+
+class DistillationParams(Strict):
+    """How long something is trained in phase 1, and on what; ``none`` takes the views alone."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    views: Annotated[int, Field(ge=1, le=64)] = 8
+    """Augmented views per local image; each teacher sees each view once."""
