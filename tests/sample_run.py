@@ -21,6 +21,7 @@ from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card, Mask
 from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.phases import MERGE_KIND, Phases
 from qkt_clinical.records.plan import Plan
+from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.gate import gate_queries
@@ -256,7 +257,7 @@ def _write_query(
         "max_teachers": None,
         "exclude_teachers": [],
     }
-    write_json(student / "query.json", ask)
+    write_as(AskedQuery, student / "query.json", ask)
     plan = {
         "format": "qkt-plan/1",
         **{k: ask[k] for k in ("hospital", "query", "classes", "method", "budget")},

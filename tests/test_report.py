@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from importlib import metadata
 from itertools import pairwise
@@ -535,6 +536,52 @@ def test_the_figure_is_drawn_twice_alike(root: Path) -> None:
     assert abs(height - 160 * (1.4 + 0.42 * 3)) < 1
     assert b"Software" not in first
     assert not list((root / "reports").glob(".*"))
+
+
+def test_figures_written_at_once_do_not_disturb_each_other(root: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(write_figure, [root] * 6))
+    assert {path.read_bytes()[:4] for path in written} == {b"\x89PNG"}
+    assert not list((root / "reports").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"relevant": ["basophil", "basophil", "eosinophil", "ig"]}, "a class is named twice"),
+        ({"classes": ["ig", "ig"]}, "a class is named twice"),
+        ({"classes": "ig"}, "classes"),
+        ({"test_images": {"ig": 10**400}}, "test_images"),
+        ({"gain": {"value": 0.1, "low": 0.2, "high": 0.1}}, "gain"),
+        ({"gain": {"value": 7, "low": 0, "high": 1}}, "gain"),
+        ({"subgroups": {"sex": {"\x1b[31m": {"images": -1}}}}, "subgroups.sex.?[31m.images"),
+    ],
+)
+def test_figures_that_cannot_be_are_named_by_their_place(
+    tmp_path: Path, values: dict[str, object], fault: str
+) -> None:
+    write_sample_run(tmp_path, sample_params())
+    path = tmp_path / "reports" / "evaluation" / "h0" / "q0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(OutputsError) as caught:
+        write_report(tmp_path, sample_params())
+    assert fault in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert caught.value.where.file == str(path)
+
+
+@pytest.mark.parametrize(
+    "file", ["decisions/h0.json", "reports/gate/h0/q0.json", "models/teachers/h0/metrics.json"]
+)
+@pytest.mark.parametrize("content", [b"", b"{}", b"[7]", b"\xff", b"[" * 100_000, b"NaN", b'"text"'])
+def test_a_foreign_file_is_one_typed_error(tmp_path: Path, file: str, content: bytes) -> None:
+    write_sample_run(tmp_path, sample_params())
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(OutputsError) as caught:
+        write_report(tmp_path, sample_params())
+    assert caught.value.where.file == str(tmp_path / file)
+    assert str(caught.value).count("\n") == 0
 
 
 def test_an_evaluation_of_another_query_is_refused(tmp_path: Path) -> None:

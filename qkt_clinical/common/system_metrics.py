@@ -7,7 +7,6 @@ when the stages are done.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -99,7 +98,9 @@ def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
 
 def read_usage(scratch: Path, bundle: str) -> list[Sample]:
     """What making a bundle took, in the order of time; empty where nobody asked."""
+    from pydantic import FiniteFloat, TypeAdapter
+
     try:
-        return list(json.loads(_file(scratch, bundle).read_bytes()))
+        return TypeAdapter(list[dict[str, FiniteFloat]]).validate_json(_file(scratch, bundle).read_bytes())
     except (OSError, ValueError):  # scratch may be removed or torn at any time
         return []
