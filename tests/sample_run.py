@@ -19,10 +19,11 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Consent, Manifest, read_manifest
 from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Card, Mask
 from qkt_clinical.records.evaluation import Evaluation
-from qkt_clinical.records.phases import Phases
+from qkt_clinical.records.phases import MERGE_KIND, Phases
 from qkt_clinical.records.plan import Plan
+from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import write_record
-from qkt_clinical.records.training import Curves, TeacherMetrics
+from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.gate import gate_queries
 
 SHAPE = (3, 16, 16)
@@ -137,7 +138,7 @@ def _write_site(workspace: Workspace, params: Params, index: int, *, weights: bo
         },
     )
     write_as(
-        Curves,
+        TrainingCurves,
         folder / "curves.json",
         [
             {"epoch": float(e), "loss": round(1.1 / e, 6), "score": round(0.95 - 0.5 / e, 6)}
@@ -256,7 +257,7 @@ def _write_query(
         "max_teachers": None,
         "exclude_teachers": [],
     }
-    write_json(student / "query.json", ask)
+    write_as(AskedQuery, student / "query.json", ask)
     plan = {
         "format": "qkt-plan/1",
         **{k: ask[k] for k in ("hospital", "query", "classes", "method", "budget")},
@@ -281,7 +282,7 @@ def _write_query(
     }
     write_as(Plan, student / "plan.json", plan)
     first = {
-        "kind": "transplant",
+        "kind": MERGE_KIND,
         "rank": 0.35 if method == "qkt-light" else 0.5,
         "curves": [
             {"layer number": float(i), **{s: round(0.01 * i, 6) for s in teachers}}
@@ -294,14 +295,15 @@ def _write_query(
         Phases,
         student / "phases.json",
         {
+            "format": "qkt-phases/2",
             "method": method,
             "phase1": first if method != "routed" else None,
             "phase2": {
                 "offsets": {asked: -1.25},
                 "budget": 0.05,
-                "given_away": 0.043478,
+                "false_query_rate": 0.043478,
                 "calibration_images": 69,
-                "own_weight": 2.0,
+                "local_model_weight": 2.0,
                 "rare": {},
                 "curves": [],
             },

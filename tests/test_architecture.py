@@ -241,7 +241,7 @@ def public_names() -> dict[str, set[str]]:
 
 
 TWICE = {
-    *("Asking", "Decision", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
+    *("Asking", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
     *("Plan", "Question", "Sample", "Settings", "Split", "State", "Store", "Verdict"),
 }
 """Names that mean two things still; nothing is added here."""

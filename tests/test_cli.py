@@ -207,6 +207,22 @@ def test_mask_in_words_and_as_json(capsys: pytest.CaptureFixture[str], root: Pat
     assert (code, out) == (0, f"birch: knows {', '.join(found['known'])}\n")
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]x", '[{"hospital": "a"}]', "[NaN]", '{"a": 1}', "[1]", "[" * 100_000, "\xff\xfe"]
+)
+def test_a_damaged_summary_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str
+) -> None:
+    path = Workspace(tmp_path).reports / "queries.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="latin-1")
+    code, out, err = run(capsys, "summary", "-C", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith("error [outputs]: ")
+    assert str(path) in err
+    assert err.count("\n") == 1
+
+
 def test_summary_prints_the_table_of_a_run(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     figures = {"query_accuracy": 0.0, "retained_accuracy": 0.9, "balanced_accuracy": 0.6}
     rows = [

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkt_clinical.common.disclosure import hide_a_second, shown_bounds, shown_figure, too_few
-from qkt_clinical.records.evaluation import Evaluation, OperatingPoint
+from qkt_clinical.records.evaluation import Evaluation, OperatingPointResult
 from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.records.published import PublishedEvaluation, published, published_metrics
 from qkt_clinical.records.training import TeacherMetrics
@@ -167,7 +167,7 @@ def test_shares_of_own_images_given_away() -> None:
     rows = [[40, 10, 0, 0], [9, 45, 6, 0], [0, 11, 38, 8], [12, 0, 0, 41]]
     whole = measured(rows, rows)
     for given_away, told in ((8 / 167, 0.05), (3 / 167, None), (0.0, 0.0)):
-        point = OperatingPoint.model_validate(
+        point = OperatingPointResult.model_validate(
             {
                 "offsets": {"d": 0.5},
                 "budget": 0.05,

@@ -170,13 +170,14 @@ def test_promoted_replaced_overridden_and_rolled_back(
     assert code == 1
     assert "champion already" in said
 
-    before = evaluation_of(root)["after"]["balanced_accuracy"]["value"]
+    exact = evaluation_of(root)["after"]["balanced_accuracy"]["value"]
+    before, after = round(exact, 2), round(exact - 0.1, 2)  # as they are told in MLflow
     rewrite(root, params, worse)
     code, said = run(root, capsys, "promote", NAME)
     assert code == 1
     assert "gate-not-passed" in said
     reason = (
-        f"worse_than_champion: 0.1 (balanced accuracy {before - 0.1:.3f}, the champion's is {before:.3f}), "
+        f"worse_than_champion: 0.1 (balanced accuracy {after:.3f}, the champion's is {before:.3f}), "
         "must be at most 0"
     )
     assert reason in said

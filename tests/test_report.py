@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from importlib import metadata
 from itertools import pairwise
@@ -263,9 +264,9 @@ def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path:
     phases = json.loads(path.read_text())
     bad, liar, *_ = sorted(before - {"h0"})
     asked = read_outputs(tmp_path, sample_params()).queries[0].plan.classes[0]
-    phases["trust"] = [
-        {"site": bad, "heard": False, "reason": "it errs", "dismissed": []},
-        {"site": liar, "heard": True, "reason": "it agrees", "dismissed": [asked]},
+    phases["screening"] = [
+        {"site": bad, "included": False, "reason": "it errs", "unverified": []},
+        {"site": liar, "included": True, "reason": "it agrees", "unverified": [asked]},
     ]
     write_json(path, phases)
     change(tmp_path, "h0-q0", student=digest_folder(path.parent))
@@ -275,8 +276,10 @@ def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path:
     assert shares[relevant(query).index(asked)] is None
     write_report(tmp_path, sample_params())
     text = query_page(tmp_path, "h0-q0").text("asked")
-    assert f"{bad}: not heard, it errs." in text
-    assert f"{liar}: it agrees; not believed to know {asked}, which its network does not show." in text
+    assert f"{bad}: excluded, it errs." in text
+    assert (
+        f"{liar}: it agrees; its claim to know {asked} is not verified: its network does not show it." in text
+    )
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 
@@ -450,7 +453,7 @@ def put(*path: object) -> Callable[[Any], None]:
         ("evaluation", ("gain_p",)),
         ("evaluation", ("operating_point", "given_away_test", "value")),
         ("evaluation", ("flips", 0, "index")),
-        ("phases", ("phase2", "given_away")),
+        ("phases", ("phase2", "false_query_rate")),
         ("phases", ("phase1", "teacher_passes")),
     ],
 )
@@ -478,7 +481,7 @@ def test_a_number_that_cannot_be_is_one_typed_error(
     [
         ("models/teachers/h0/metrics.json", put("recall", "basophil", math.nan)),
         ("models/teachers/h0/curves.json", put(0, "loss", math.inf)),
-        ("models/students/h0/q0/phases.json", put("phase2", "own_weight", 0.0)),
+        ("models/students/h0/q0/phases.json", put("phase2", "local_model_weight", 0.0)),
         ("models/students/h0/q0/phases.json", put("phase1", "curves", 0, "h1", math.nan)),
         ("reports/gate/h0/q0.json", put("rules", 3, "figure", math.nan)),
     ],
@@ -536,6 +539,52 @@ def test_the_figure_is_drawn_twice_alike(root: Path) -> None:
     assert abs(height - 160 * (1.4 + 0.42 * 3)) < 1
     assert b"Software" not in first
     assert not list((root / "reports").glob(".*"))
+
+
+def test_figures_written_at_once_do_not_disturb_each_other(root: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(write_figure, [root] * 6))
+    assert {path.read_bytes()[:4] for path in written} == {b"\x89PNG"}
+    assert not list((root / "reports").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"relevant": ["basophil", "basophil", "eosinophil", "ig"]}, "a class is named twice"),
+        ({"classes": ["ig", "ig"]}, "a class is named twice"),
+        ({"classes": "ig"}, "classes"),
+        ({"test_images": {"ig": 10**400}}, "test_images"),
+        ({"gain": {"value": 0.1, "low": 0.2, "high": 0.1}}, "gain"),
+        ({"gain": {"value": 7, "low": 0, "high": 1}}, "gain"),
+        ({"subgroups": {"sex": {"\x1b[31m": {"images": -1}}}}, "subgroups.sex.?[31m.images"),
+    ],
+)
+def test_figures_that_cannot_be_are_named_by_their_place(
+    tmp_path: Path, values: dict[str, object], fault: str
+) -> None:
+    write_sample_run(tmp_path, sample_params())
+    path = tmp_path / "reports" / "evaluation" / "h0" / "q0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(OutputsError) as caught:
+        write_report(tmp_path, sample_params())
+    assert fault in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert caught.value.where.file == str(path)
+
+
+@pytest.mark.parametrize(
+    "file", ["decisions/h0.json", "reports/gate/h0/q0.json", "models/teachers/h0/metrics.json"]
+)
+@pytest.mark.parametrize("content", [b"", b"{}", b"[7]", b"\xff", b"[" * 100_000, b"NaN", b'"text"'])
+def test_a_foreign_file_is_one_typed_error(tmp_path: Path, file: str, content: bytes) -> None:
+    write_sample_run(tmp_path, sample_params())
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(OutputsError) as caught:
+        write_report(tmp_path, sample_params())
+    assert caught.value.where.file == str(tmp_path / file)
+    assert str(caught.value).count("\n") == 0
 
 
 def test_an_evaluation_of_another_query_is_refused(tmp_path: Path) -> None:

@@ -166,9 +166,7 @@ def test_a_query_run_holds_before_after_and_files(client: Any) -> None:
 def test_nothing_of_a_class_with_few_test_images_is_mirrored(client: Any) -> None:
     """h2 asks for eosinophils, of which there are three test images."""
     run = one(runs_of(client), "query", "h2-q2")
-    assert not [m for m in run.data.metrics if m.startswith("after/recall/")], (
-        "of the others three were missed"
-    )
+    assert not [m for m in run.data.metrics if m.startswith("after/recall/")], "of the others 3 were missed"
     assert not {"after/query_accuracy", "after/balanced_accuracy", "gain"} & set(run.data.metrics)
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
     mirrored = json.loads((folder / "evaluation.json").read_text())

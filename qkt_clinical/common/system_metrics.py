@@ -104,7 +104,10 @@ def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
 
 def read_usage(scratch: Path, bundle: str) -> list[Sample]:
     """What making a bundle took, in the order of time; empty where nobody asked."""
+    from pydantic import FiniteFloat, TypeAdapter
+
     try:
-        return SAMPLES.validate_json(read_plain(_file(scratch, bundle), MAX_BYTES))
+        samples = TypeAdapter(list[dict[str, FiniteFloat]])
+        return samples.validate_json(read_plain(_file(scratch, bundle), MAX_BYTES))
     except (OSError, ValueError):  # scratch may be removed or torn at any time
         return []

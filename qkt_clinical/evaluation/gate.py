@@ -102,8 +102,9 @@ def relative_rules(
     elif figures.balanced_accuracy is None or champion.measured.balanced_accuracy is None:
         note = "too few test images to compare with the champion"
     else:
-        now, then = figures.balanced_accuracy.value, champion.measured.balanced_accuracy.value
-        figure = round(round(then, COMPARED_DECIMALS) - round(now, COMPARED_DECIMALS), COMPARED_DECIMALS)
+        now = round(figures.balanced_accuracy.value, COMPARED_DECIMALS)
+        then = round(champion.measured.balanced_accuracy.value, COMPARED_DECIMALS)
+        figure = round(then - now, COMPARED_DECIMALS)
         met = figure <= params.worse_than_champion
         note = f"balanced accuracy {now:.3f}, the champion's is {then:.3f}"
     return (

@@ -7,7 +7,6 @@ nobody has to guess from the age of a heartbeat.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,11 @@ from qkt_clinical.config.base import NAME, Name, Strict
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace, query_file, site_folder
-from qkt_clinical.errors import QktError, QueryError, visible
-from qkt_clinical.records.card import MAX_JSON_BYTES, Sha256
+from qkt_clinical.errors import OutputsError, QktError, QueryError, visible
+from qkt_clinical.records.card import Sha256
 from qkt_clinical.records.plan import Count
+from qkt_clinical.records.query import AskedQuery
+from qkt_clinical.records.reading import read_record
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
@@ -147,12 +148,10 @@ class Board:
     def _by_pipeline(self, hospital: str, query: str, config: QueryConfig) -> State:
         """``answered`` where ``dvc repro`` has left the student of this very question."""
         try:
-            student = Workspace(self.root).student(hospital, query)
-            found = json.loads(read_plain(student / "query.json", MAX_JSON_BYTES))
-            same = QueryConfig.model_validate({k: found[k] for k in QueryConfig.model_fields}) == config
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = read_record(AskedQuery, Workspace(self.root).student(hospital, query) / "query.json")
+        except OutputsError:
             return "waiting"
-        return "answered" if same else "waiting"
+        return "answered" if found.config == config else "waiting"
 
     def jobs(self, hospital: str | None = None) -> list[Job]:
         """Every query of the workspace, or of one hospital, with its state.

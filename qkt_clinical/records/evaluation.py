@@ -76,7 +76,7 @@ class SubgroupResult(Record):
     after: SubgroupScores
 
 
-class OperatingPoint(Record):
+class OperatingPointResult(Record):
     """The query's offsets, and what they give away of the hospital's own images of its own classes."""
 
     offsets: dict[str, float]
@@ -125,7 +125,7 @@ class Evaluation(Record):
     gain_p: Fraction | None = None
     class_forgetting: dict[str, Difference | None]
     flips: tuple[Flip, ...] = ()
-    operating_point: OperatingPoint | None = None
+    operating_point: OperatingPointResult | None = None
     subgroups: dict[str, dict[str, SubgroupResult]] = Field(default_factory=dict)
     """Column to group, of hospitals whose site.yaml names the column."""
 

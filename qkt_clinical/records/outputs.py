@@ -25,7 +25,7 @@ from qkt_clinical.records.published import (
     published_verdict,
 )
 from qkt_clinical.records.reading import read_record
-from qkt_clinical.records.training import Curves, TeacherMetrics
+from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.records.verdict import Verdict
 
 
@@ -163,7 +163,7 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
         card=card,
         mask=read_mask(teacher, card),
         metrics=metrics,
-        curves=read_record(Curves, curves, site=name).root if curves.is_file() else (),
+        curves=read_record(TrainingCurves, curves, site=name).root if curves.is_file() else (),
         pictures=pictures,
         decisions=decisions,
     )

@@ -24,7 +24,7 @@ from qkt_clinical.records.base import Difference, Estimate, Number, Proportion, 
 from qkt_clinical.records.evaluation import (
     Bin,
     Evaluation,
-    OperatingPoint,
+    OperatingPointResult,
     Scores,
     SubgroupResult,
     SubgroupScores,
@@ -91,7 +91,7 @@ class PublishedEvaluation(Record):
     query_gain: Difference | None
     gain_p: Fraction | None
     class_forgetting: dict[str, Difference | None]
-    operating_point: OperatingPoint | None
+    operating_point: OperatingPointResult | None
     subgroups: dict[str, dict[str, SubgroupResult]]
 
 
@@ -207,7 +207,7 @@ def _change(estimate: Estimate | None, first: Estimate | None, second: Estimate 
     return _shown(estimate, shown_figure(second.value - first.value))
 
 
-def _point(evaluation: Evaluation) -> OperatingPoint | None:
+def _point(evaluation: Evaluation) -> OperatingPointResult | None:
     """What is given away of the test images; of the calibration images it was told when it was counted."""
     point = evaluation.operating_point
     if point is None or point.given_away_test is None:

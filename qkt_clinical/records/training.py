@@ -19,7 +19,7 @@ class TeacherMetrics(Record):
     stopped_early: bool
 
 
-class Curves(RootModel[tuple[dict[str, FiniteFloat], ...]]):
+class TrainingCurves(RootModel[tuple[dict[str, FiniteFloat], ...]]):
     """``curves.json``: a row per epoch, its number under ``epoch``."""
 
     model_config = ConfigDict(frozen=True)

@@ -42,7 +42,7 @@ from qkt_clinical.models.networks import pick_device
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import DecisionRule
-from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPoint, Scores, SubgroupResult
+from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPointResult, Scores, SubgroupResult
 from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
 from qkt_clinical.records.reading import read_record, write_record
@@ -151,7 +151,7 @@ def _phases(student: Path) -> Phases:
 
 def _operating_point(
     decision: DecisionRule, classes: Sequence[str], phases: Phases, held: _Held, given_away: Estimate | None
-) -> OperatingPoint:
+) -> OperatingPointResult:
     """The query's offsets, and what they give away of the calibration and the test images.
 
     Args:
@@ -160,7 +160,7 @@ def _operating_point(
     """
     own = [int((held.own & (held.labels == c)).sum()) for c in decision.local]
     calibration = phases.phase2.calibration_images
-    return OperatingPoint(
+    return OperatingPointResult(
         offsets={classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
         budget=decision.budget,
         given_away_calibration=phases.phase2.false_query_rate,

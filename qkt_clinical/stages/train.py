@@ -23,7 +23,7 @@ from qkt_clinical.models.networks import check_size, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
 from qkt_clinical.records.reading import write_record
-from qkt_clinical.records.training import Curves, TeacherMetrics
+from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
@@ -165,7 +165,7 @@ def train_site(
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))
         write_record(part / METRICS, metrics)
-        write_record(part / CURVES, Curves(tuple(history.curves)))
+        write_record(part / CURVES, TrainingCurves(tuple(history.curves)))
         folder.mkdir(parents=True, exist_ok=True)
         # One by one, since mask.json in the same folder is another stage's; the card last, it names the rest.
         for name in MADE:

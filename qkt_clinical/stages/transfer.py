@@ -27,6 +27,8 @@ from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import CARD, MASK, REFERENCE
 from qkt_clinical.records.phases import Phase2, Phases, ScreenedTeacher
 from qkt_clinical.records.plan import Plan, read_plan
+from qkt_clinical.records.query import AskedQuery
+from qkt_clinical.records.reading import write_record
 from qkt_clinical.stages.plan import copy_bundle
 
 CARD_PHASE1 = "transplant"
@@ -201,10 +203,9 @@ def transfer_query(
         for expert in answer.decision.experts:
             copy_bundle(fetched / "teachers" / expert, folder / "experts" / expert, expert)
         correct_masks(folder / "experts", bundles, answer)
-        write_json(
-            folder / "query.json", {"hospital": hospital, "query": name, **query.model_dump(mode="json")}
-        )
-        write_json(folder / "plan.json", plan.model_dump(mode="json"))
-        write_json(folder / "phases.json", phases.model_dump(mode="json"))
+        asked = AskedQuery(hospital=hospital, query=name, **query.model_dump())
+        write_record(folder / "query.json", asked)
+        write_record(folder / "plan.json", plan)
+        write_record(folder / "phases.json", phases)
     keep_usage(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
     return phases
