@@ -257,7 +257,7 @@ def test_phase_1_is_drawn_as_what_it_was(root: Path, tmp_path: Path) -> None:
     assert "epoch 2" in text
 
 
-def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path: Path) -> None:
+def test_teachers_that_are_excluded_are_named_and_count_for_nothing(tmp_path: Path) -> None:
     write_sample_run(tmp_path, sample_params())
     path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
     before = {v.network for v in voices(read_outputs(tmp_path, sample_params()).queries[0])}
@@ -277,9 +277,8 @@ def test_teachers_that_are_not_trusted_are_named_and_count_for_nothing(tmp_path:
     write_report(tmp_path, sample_params())
     text = query_page(tmp_path, "h0-q0").text("asked")
     assert f"{bad}: excluded, it errs." in text
-    assert (
-        f"{liar}: it agrees; its claim to know {asked} is not verified: its network does not show it." in text
-    )
+    told = f"its claim to know {asked} is not verified: its network does not show it."
+    assert f"{liar}: it agrees; {told}" in text
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 

@@ -185,3 +185,37 @@ def test_order_of_teachers_does_not_matter() -> None:
     turned = screened(dict(reversed(bad.items())))
     found = screened(bad)
     assert {s: v.included for s, v in turned.items()} == {s: v.included for s, v in found.items()}
+
+
+def test_shared_classes_are_tested_together_where_each_alone_shows_nothing() -> None:
+    labels = torch.arange(4).repeat(6)
+    known = (0, 1, 2, 3)
+    wrong = torch.nn.functional.one_hot((labels + 1) % 4, CLASSES).double() + 0.1 * TRAITS[:24]
+    assert chance_level(0, 6, 4) > FALSE_ALARM, "six images of one class are no evidence"
+    (result,) = screen_teachers(["birch"], [wrong], [known], [None], known, labels)
+    assert not result.included
+    assert result.named == dict.fromkeys(known, (0, 6))
+
+
+def test_one_name_for_every_image_bears_no_label_out() -> None:
+    logits = 0.1 * TRAITS.clone()
+    logits[:, 0] += 9
+    result = screened({"birch": (logits, (0, 1, 2))})["birch"]
+    assert result.named == {0: (30, 30), 1: (0, 30)}
+    assert not result.included
+    few = torch.arange(60) % 30 < 4
+    (result,) = screen_teachers(["birch"], [logits[few]], [(0, 1, 2)], [None], (0, 1), LABELS[few])
+    assert result.reason != "names images of shared classes as the hospital does"
+
+
+def test_an_agreement_of_nothing_is_no_agreement() -> None:
+    # What is left of a constant network's margins is rounding: it has no direction to compare.
+    constant = torch.full((60, CLASSES), 7.0) + 1e-7 * TRAITS.float()
+    assert not margin_directions(constant, LABELS, (2, 3, 4)).any()
+    seen = margin_directions(HONEST["dahlia"][0], LABELS, (2, 3, 4))
+    assert agreement(torch.zeros_like(seen), (2, 3, 4), seen, (2, 3, 4)) == []
+    assert agreement(seen, (2, 3, 4), torch.zeros_like(seen), (2, 3, 4)) == []
+    found = screened({**HONEST, "elm": (constant, (3, 4, 5))})
+    assert not found["elm"].included
+    assert found["elm"].agreement is None
+    assert all(r.included for site, r in found.items() if site != "elm")

@@ -21,7 +21,7 @@ from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace, query_file, site_folder
 from qkt_clinical.errors import OutputsError, QktError, QueryError, visible
-from qkt_clinical.records.card import Sha256
+from qkt_clinical.records.card import MAX_JSON_BYTES, Sha256
 from qkt_clinical.records.plan import Count
 from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import read_record
