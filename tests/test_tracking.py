@@ -538,7 +538,7 @@ def test_a_disk_that_is_full_while_a_teacher_is_fetched_is_told_as_one(
     real = Path.open
 
     def full(self: Path, *args: Any, **options: Any) -> Any:
-                if self.name.endswith(".part"):
+        if self.name.endswith(".part"):
             return real(Path("/dev/full"), "wb", buffering=0)
         return real(self, *args, **options)
 
