@@ -233,6 +233,10 @@ FORGED: dict[str, Callable[[Path], None]] = {
     "the card of another": card_of_another,
     "a description that is none": described("[" * 5000),
     "tags of Python": described("!!python/object/apply:os.system ['true']"),
+    "maps that grow": described(
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60))
+    ),
+    "a list without end": described("- a\n" * 240_000),
     "an index of its own": line("requirements.txt", "--index-url http://127.0.0.1:9/"),
     "a package of its own": line("requirements.txt", EVIL),
     "a package by name": line("requirements.txt", "evil==1.0"),
@@ -417,7 +421,6 @@ def test_what_a_registry_says_is_no_escape_sequence_on_the_terminal(
     number = register(registry, name, files_of(registry, name))
     client.update_model_version(name, number, f"first line\nsecond {evil}")
     client.set_model_version_tag(name, number, "qkt.gate", evil)
-    client.set_registered_model_alias(name, "evil\x1b", number)
     client.create_registered_model(f"other{evil}")
     try:
         for words in (["list"], ["show", name, number], ["diff", name, "1", number]):

@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from qkt_clinical.common.files import to_json, write_json, write_text
+from qkt_clinical.common.files import digest_file, digest_folder, to_json, write_json, write_text
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.errors import QktError
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.records.card import REFERENCE
 from qkt_clinical.records.model_card import ModelCard
+from qkt_clinical.records.registered import UnsoundVersion
 from qkt_clinical.report.model_card_text import to_summary
 from qkt_clinical.serving import Answerer, _load_pyfunc
 from qkt_clinical.tracking.mirror import ALIAS, track
 from qkt_clinical.tracking.registry import open_registry
 from qkt_clinical.tracking.runs import DIGEST
+from qkt_clinical.tracking.teachers import check_teacher_version, fetch_file, registered_teachers
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 from tests.servers import mlflow_server, post, postgres, postgres_programs, served_model
 
@@ -78,7 +81,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def qkt(root: Path, *words: str) -> Any:
-    code = "from qkt_clinical.cli.stages import main; main()"
+    code = "from qkt_clinical.cli import main; main()"
     command = [sys.executable, "-c", code, *words, "--root", str(root), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -159,3 +162,30 @@ def test_a_model_without_a_reference_answers_null(served: Served, tmp_path: Path
     (row,) = answer["predictions"]
     assert row["unlike_training"] is row["unlike_training_score"] is None
     assert "budget" not in row
+
+
+def test_files_of_a_version_come_through_the_server_and_are_checked(served: Served, tmp_path: Path) -> None:
+    """Bytes that were changed on the server's disk are found, whatever the tags say."""
+    with open_registry(served.root, served.params) as registry:
+        (teacher, *_) = registered_teachers(registry.client)
+        names = ("bundle.json", "mask.json", "weights.safetensors")
+        known = {n: fetch_file(teacher, n, tmp_path / n, 10**8) for n in names}
+        assert known == {n: digest_file(Workspace(served.root).teacher(teacher.site) / n) for n in names}
+        check_teacher_version(teacher, known)
+        digest = registry.fetch("student.h1.q1", "1", tmp_path / "fetched")
+        assert digest_folder(tmp_path / "fetched" / "data" / "q1") == digest
+        elsewhere = registry.client.create_model_version("student.h1.q1", "mlflow-artifacts://127.0.0.1:9/x")
+        with pytest.raises(QktError):
+            registry.promote(
+                "student.h1.q1", str(elsewhere.version), by="R. Viewer", reason="it looked sound"
+            )
+        registry.client.delete_model_version("student.h1.q1", str(elsewhere.version))
+        (weights,) = (p for p in served.artifacts.rglob("weights.safetensors") if p.parent.name == "q1")
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        try:
+            with pytest.raises(UnsoundVersion) as caught:
+                registry.promote("student.h1.q1", "1", by="R. Viewer", reason="it looked sound")
+            assert caught.value.code == "version-digest"
+        finally:
+            weights.write_bytes(data)

@@ -29,6 +29,9 @@ hold another project of its name."""
 
 MAX_MLMODEL_BYTES, MAX_SMALL_BYTES, MAX_EXAMPLE_BYTES = 1_000_000, 20_000, 16_000_000
 MAX_WEIGHTS_BYTES = 4_000_000_000
+MAX_DEPTH, MAX_EVENTS = 30, 100_000
+YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Of both the safe one; the one in C where PyYAML was built with it."""
 MAX_ENTRIES = 100
 """In one folder; a student has 64 experts at most."""
 
@@ -218,8 +221,16 @@ def digest_of(digests: Mapping[str, str]) -> str:
 
 
 def _yaml(content: bytes) -> Any:
+    """What a YAML file holds; None where it is none, or larger or deeper than any of ours, or merges maps."""
     try:
-        return yaml.safe_load(content.decode("utf-8"))
+        depth = 0
+        for count, event in enumerate(yaml.parse(content, Loader=YAML)):  # which builds nothing yet
+            if count > MAX_EVENTS or getattr(event, "value", None) == "<<":
+                return None  # maps merged into each other grow without end
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                return None
+        return YAML(content).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
 
