@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 
 @dataclass(frozen=True)
@@ -140,18 +144,120 @@ class PolicyError(QktError):
     code = "policy"
 
 
-def refused_by_system(error: OSError) -> QktError:
-    """What the operating system refused, such as to write to a full disk; no file is named.
+DISK_FULL, NOT_ALLOWED = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+FULL = ("os error 28", "No space left on device", "disk is full", "Disk quota exceeded")
+"""How libraries word a full disk in errors of their own."""
+REFUSED = ("os error 13", "os error 30", "readonly database")
+"""How they word what may not be written."""
+SHORT = ("out of memory", "not enough memory", "can't allocate memory")
+"""How torch words it when memory on CPU or GPU does not suffice."""
 
-    Codes ``disk-full`` and ``system``.
-    """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return QktError(
-            "the disk is full", remedy="Make room on it, then run the same command again.", code="disk-full"
-        )
-    reason = os.strerror(error.errno) if error.errno else type(error).__name__
+
+def _disk_full() -> QktError:
+    return QktError(
+        "the disk is full", remedy="Make room on it, then run the same command again.", code="disk-full"
+    )
+
+
+def _refused(reason: str) -> QktError:
     return QktError(
         f"the operating system refused: {reason}",
         remedy="Check disk and permissions of the workspace, then run the same command again.",
         code="system",
     )
+
+
+def refused_by_system(error: OSError) -> QktError:
+    """What the operating system refused, such as to write to a full disk; no file is named.
+
+    Codes ``disk-full`` and ``system``.
+    """
+    if error.errno in DISK_FULL:
+        return _disk_full()
+    return _refused(os.strerror(error.errno) if error.errno else type(error).__name__)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was made of, each once."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [one.__cause__, one.__context__]
+
+
+def by_disk(error: BaseException) -> QktError | None:
+    """What the disk refused, where that is what an error or one that led to it says, else None.
+
+    Libraries wrap the system's errors in their own. Codes ``disk-full`` and ``system``.
+    """
+    chain = list(_chain(error))
+    numbers = {one.errno for one in chain if isinstance(one, OSError)}
+    texts = [str(one) for one in chain if not isinstance(one, QktError)]
+    if numbers & set(DISK_FULL) or any(word in text for text in texts for word in FULL):
+        return _disk_full()
+    if numbers & set(NOT_ALLOWED) or any(word in text for text in texts for word in REFUSED):
+        return _refused("it may not be read or written")
+    return None
+
+
+def typed(error: Exception) -> QktError:
+    """The error itself where it is typed, else what a person can do about it.
+
+    Codes ``disk-full``, ``out-of-memory``, ``system``, ``internal``. The text of an untyped error may hold
+    names or contents of files and is left out.
+    """
+    if isinstance(error, QktError):
+        return error
+    if (refused := by_disk(error)) is not None:
+        return refused
+    if isinstance(error, OSError):
+        return refused_by_system(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in SHORT)
+    ):
+        return QktError(
+            "memory does not suffice",
+            remedy="Close other programs, or use another --device, then run the same command again.",
+            code="out-of-memory",
+        )
+    return QktError(
+        f"an unforeseen {type(error).__name__}{_place(error)}",
+        remedy="This is a fault of qkt-clinical: report it with this line.",
+        code="internal",
+    )
+
+
+def _place(error: Exception) -> str:
+    """The last line of this package that an error passed."""
+    package = Path(__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_relative_to(package):
+            return f" in {Path(frame.filename).relative_to(package.parent).as_posix()}, line {frame.lineno}"
+    return ""
+
+
+class Boundary(AbstractContextManager["Boundary"]):
+    """A block that no error leaves: ``error`` is what ended it, typed, or None.
+
+    Only where something ends, a command or a reply, since it hides what went wrong from the code around it.
+    What ends the process, such as KeyboardInterrupt, passes.
+    """
+
+    error: QktError | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = typed(error) if isinstance(error, Exception) else None
+        return self.error is not None
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, a log or a record: what is no character that shows stands as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,6 +9,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can act on end as one line on standard error and exit code 1."""
     from qkt_clinical.cli.app import app
     from qkt_clinical.common.console import errors_as_lines
+    from qkt_clinical.common.files import owners_alone
 
-    with errors_as_lines():
+    with errors_as_lines(), owners_alone():
         app(args=None if arguments is None else list(arguments))

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qkt_clinical.catalog import STAGES
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, Sites, Workers, named_sites, print_json
+from qkt_clinical.cli.options import (
+    EPILOG,
+    HERE,
+    Group,
+    Json,
+    Root,
+    Sites,
+    Workers,
+    group,
+    named_sites,
+    print_json,
+    say,
+)
 from qkt_clinical.common.console import progress
-from qkt_clinical.config.loading import load_params
 
 
-class _SiteOrCommand(TyperGroup):
+class _SiteOrCommand(Group):
     """``qkt ingest [SITE]...`` and ``qkt ingest check``: a first word that is no command is a site."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -24,10 +34,8 @@ class _SiteOrCommand(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-ingest_app = typer.Typer(
+ingest_app = group(
     cls=_SiteOrCommand,
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
     help=f"{STAGES['ingest'].capitalize()}.",
 )
 
@@ -39,6 +47,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
     from qkt_clinical.common.workers import cores
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.ingest import ingest_site
 
     params = load_params(root)
@@ -49,7 +58,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
         if not as_json:
             rejected = sum(manifest.rejected.values())
-            print(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
+            say(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
     if as_json:
         print_json(done)
 
@@ -71,11 +80,11 @@ def ingest_check(
         print_json(rows)
     else:
         for row in rows:
-            print(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
+            say(f"{row['file']}: {'rejected, ' + row['code'] if row['code'] else 'accepted'}")
         for code in sorted({r["code"] for r in rejected if r["code"]}):
             meaning, remedy = reasons[code]
-            print(f"{code}: {meaning} {remedy}")
-        print(f"{len(rows) - len(rejected)} accepted, {len(rejected)} rejected")
+            say(f"{code}: {meaning} {remedy}")
+        say(f"{len(rows) - len(rejected)} accepted, {len(rejected)} rejected")
     if rejected:
         raise typer.Exit(1)
 
@@ -96,7 +105,7 @@ def ingest_locate(
         print_json(found)
     else:
         for name, path in found.items():
-            print(f"{name}: {path or 'unknown'}")
+            say(f"{name}: {path or 'unknown'}")
     if None in found.values():
         raise typer.Exit(1)
 
@@ -107,6 +116,7 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
 
     Exit code 1 if one trains on the same pixels or patients; images that only look alike are told.
     """
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.ingest import find_crossings
 
     crossings = find_crossings(root, load_params(root).sites)
@@ -114,9 +124,9 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
         print_json([c._asdict() for c in crossings])
     else:
         for c in crossings:
-            print(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
+            say(f"{c.trains} trains on {c.images} test images of {c.tests}; {c.alike} more look alike")
             if c.patients:
-                print(f"  patients at {c.tests}: {', '.join(c.patients)}")
-        print(f"{len(crossings)} pairs of hospitals share images or patients between training and test")
+                say(f"  patients at {c.tests}: {', '.join(c.patients)}")
+        say(f"{len(crossings)} pairs of hospitals share images or patients between training and test")
     if any(c.images or c.patients for c in crossings):
         raise typer.Exit(1)

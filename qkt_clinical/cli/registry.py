@@ -6,12 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, print_json
-from qkt_clinical.config.loading import load_params
+from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, group, print_json, say
 
-registry_app = typer.Typer(
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
+registry_app = group(
     no_args_is_help=True,
     help="Models registered in MLflow: which is in use, and who decided so.",
 )
@@ -24,6 +21,7 @@ WhichVersion = Annotated[str, typer.Argument(help="A number or an alias: candida
 @registry_app.command("list", epilog=EPILOG)
 def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     """Name all models with their versions, aliases and what the gate said."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -34,7 +32,7 @@ def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     for model in models:
         aliases = ", ".join(f"{alias} {number}" for alias, number in model["aliases"].items())
         judged = ", ".join(f"{n} {g}" for n, g in zip(model["versions"], model["gate"], strict=True) if g)
-        print(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}")
+        say(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}")
 
 
 @registry_app.command("show", epilog=EPILOG)
@@ -42,6 +40,7 @@ def registry_show(
     model: ModelName, version: WhichVersion = "candidate", root: Root = HERE, as_json: Json = False
 ) -> None:
     """Show a version: description, tags, and every decision about its model."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -49,12 +48,13 @@ def registry_show(
     if as_json:
         print_json(found)
         return
-    print(f"{found['name']} version {found['version']} ({', '.join(found['aliases']) or 'no alias'})")
-    print(found["description"])
+    say(f"{found['name']} version {found['version']} ({', '.join(found['aliases']) or 'no alias'})")
+    for line in found["description"].splitlines():
+        say(line)
     for tag, value in found["tags"].items():
-        print(f"  {tag}: {value}")
+        say(f"  {tag}: {value}")
     for d in found["decisions"]:
-        print(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}")
+        say(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}")
 
 
 @registry_app.command("diff", epilog=EPILOG)
@@ -66,6 +66,7 @@ def registry_diff(
     as_json: Json = False,
 ) -> None:
     """Say in which tags two versions of a model differ."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -74,8 +75,8 @@ def registry_diff(
         print_json(found)
     else:
         for tag, (one, two) in found.items():
-            print(f"{tag}: {one} | {two}")
-        print(f"{len(found)} differences between {first} and {second}")
+            say(f"{tag}: {one} | {two}")
+        say(f"{len(found)} differences between {first} and {second}")
 
 
 @registry_app.command("promote", epilog=EPILOG)
@@ -88,6 +89,7 @@ def registry_promote(
     as_json: Json = False,
 ) -> None:
     """Put a version into use (alias champion); exit code 1 if the gate speaks against it."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -104,6 +106,7 @@ def registry_rollback(
     as_json: Json = False,
 ) -> None:
     """Take the version in use back: the champion before it is the champion again."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -115,8 +118,6 @@ def _say_decision(decision: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(decision)
         return
-    print(
-        f"{decision['model']}: {decision['decision']} by {decision['by']}; now in use: {decision['digest']}"
-    )
+    say(f"{decision['model']}: {decision['decision']} by {decision['by']}; now in use: {decision['digest']}")
     for objection in decision["overridden"]:
-        print(f"  overridden: {objection}")
+        say(f"  overridden: {objection}")

@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from qkt_clinical.config.query import QueryRef
-from qkt_clinical.errors import QktError
+from qkt_clinical.errors import Boundary, QktError, visible
+
+if TYPE_CHECKING:
+    from qkt_clinical.config.query import QueryRef
 
 Step = Callable[[int, int], None]
 
@@ -47,17 +50,18 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 
 def tell_skipped(ref: QueryRef, why: QktError) -> None:
     """Name a query that a stage leaves out, on standard error."""
-    print(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}", file=sys.stderr)
+    print(visible(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}"), file=sys.stderr)
 
 
 @contextmanager
 def errors_as_lines(stage: str | None = None) -> Iterator[None]:
-    """End the process with one line on standard error and exit code 1 for what a user can put right."""
+    """End the process with one line on standard error and exit code 1, whatever went wrong."""
     try:
-        yield
-    except QktError as error:
-        print(f"error [{error.code}]: {error.at(stage=stage)}", file=sys.stderr)
-        sys.exit(1)
+        with Boundary() as end:
+            yield
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+    if end.error is not None:
+        print(visible(f"error [{end.error.code}]: {end.error.at(stage=stage)}"), file=sys.stderr)
         sys.exit(1)

@@ -45,6 +45,16 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@contextmanager
+def owners_alone() -> Iterator[None]:
+    """What the process makes within the block can be read by its owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: temporary name first, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

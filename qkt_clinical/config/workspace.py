@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from qkt_clinical.config.base import NAME
@@ -86,3 +87,30 @@ class Workspace:
     def reports(self) -> Path:
         """Evaluation, plots and the HTML report."""
         return self.root / "reports"
+
+
+# --- what other users of the machine may read -------------------------------------------------------
+
+PRIVATE = (".qkt", ".dvc/cache", ".dvc/tmp")
+"""Folders with decoded images, copies of outputs, and names of patients' files as DVC remembers them."""
+
+
+def keep_private(root: Path) -> None:
+    """Close a workspace's folders of :data:`PRIVATE` and the hospitals' salts to other users.
+
+    DVC makes folders that everybody may write to: these are made first, or put right.
+    """
+    for name in PRIVATE:
+        folder = root / name
+        if folder.parent.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _close(folder, 0o700)
+    for salt in sorted(root.glob("hospitals/*/.salt")):
+        _close(salt, 0o600)
+
+
+def _close(path: Path, mode: int) -> None:
+    """Take others' rights away, if there are any and they are ours to take."""
+    with suppress(PermissionError):
+        if path.stat().st_mode & 0o077:
+            path.chmod(mode)
