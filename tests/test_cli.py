@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -319,6 +320,10 @@ class Disk:
 
 
 DISK = Disk()
+WRITERS = (
+    *(("report",), ("gate",), ("track",), ("evaluate",), ("train", "h0"), ("mask", "h0"), ("plan",)),
+    ("query", "new", "h0", "another", "--classes", "platelet"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -327,18 +332,22 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = sample_params(train={"epochs": 1})
     write_sample_run(root, params, weights=True)
     write_pictures(root, params, params.sites)
+    labels = np.load(Workspace(root).prepared("h0") / "labels.npy")
+    labels[:] = np.arange(len(labels)) % 2  # a teacher needs two classes
+    np.save(Workspace(root).prepared("h0") / "labels.npy", labels, allow_pickle=False)
+    (root / "hospitals" / "h0").mkdir(parents=True)
     (root / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
     sys.addaudithook(DISK.hook)  # there is no way to take it away again
     DISK.folder = str(root)
     return root
 
 
-@pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize(
-    "words",
+    ("words", "number"),
     [
-        *(("report",), ("gate",), ("track",), ("evaluate",), ("train", "h0"), ("mask", "h0")),
-        *(("query", "new", "h0", "another", "--classes", "platelet"), ("plan",), ("registry", "list")),
+        *((words, "ENOSPC") for words in WRITERS),
+        *((WRITERS[0], number) for number in ("EDQUOT", "EROFS", "EACCES", "EIO")),
+        *((words, "EROFS") for words in WRITERS[1:3]),
     ],
 )
 def test_what_cannot_be_written_is_one_line(

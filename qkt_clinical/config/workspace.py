@@ -91,19 +91,22 @@ class Workspace:
 
 # --- what other users of the machine may read -------------------------------------------------------
 
-PRIVATE = (".qkt", ".dvc/cache", ".dvc/tmp")
-"""Folders with decoded images, copies of outputs, and names of patients' files as DVC remembers them."""
+OF_DVC = (".qkt", ".dvc/cache", ".dvc/tmp")
+"""Decoded images, copies of outputs, and the names of patients' files: DVC would let everybody write there."""
+PRIVATE = (*OF_DVC, "data", "models")
+"""What other users of the machine may not look into. DVC gives single files back with the rights of its user."""
 
 
 def keep_private(root: Path) -> None:
-    """Close a workspace's folders of :data:`PRIVATE` and the hospitals' salts to other users.
+    """Close a workspace's folders of :data:`PRIVATE`, and the hospitals' salts, to other users.
 
-    DVC makes folders that everybody may write to: these are made first, or put right.
+    Those that DVC would make are made before, or put right.
     """
     for name in PRIVATE:
         folder = root / name
-        if folder.parent.is_dir():
+        if name in OF_DVC and folder.parent.is_dir():
             folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_dir():
             _close(folder, 0o700)
     for salt in sorted(root.glob("hospitals/*/.salt")):
         _close(salt, 0o600)
