@@ -92,9 +92,9 @@ class Workspace:
 # --- what other users of the machine may read -------------------------------------------------------
 
 OF_DVC = (".qkt", ".dvc/cache", ".dvc/tmp")
-"""Decoded images, copies of outputs, and the names of patients' files: DVC would let everybody write there."""
+"""Decoded images, copies of outputs, names of patients' files: DVC would let everybody write there."""
 PRIVATE = (*OF_DVC, "data", "models")
-"""What other users of the machine may not look into. DVC gives single files back with the rights of its user."""
+"""What other users of the machine may not look into; files that DVC takes out of its cache are not closed."""
 
 
 def keep_private(root: Path) -> None:

@@ -242,8 +242,8 @@ def _weighted(weights: csr_array, pixels: F32, axis: int) -> F32:
     """(new, old) weights times the values along one axis.
 
     Weights and values have 24 binary digits, so that a product is exact in double precision, whether a
-    processor adds it in the same step or the next; and sums run in the order of the row's samples, however wide
-    its registers are. MONAI and torch leave both to the processor.
+    processor adds it in the same step or the next; and sums run in the order of the row's samples, whatever
+    the width of registers. MONAI and torch leave both to the processor.
     """
     exact = weights.astype(np.float64)
     first = np.ascontiguousarray(np.moveaxis(pixels, axis, 0))
