@@ -1,20 +1,15 @@
 """Stage ``gate``: ``python3 -m pipelines.gate``."""
 
-import sys
-from pathlib import Path
-
-from qkt_clinical.common.console import errors_as_lines, tell_skipped
-from qkt_clinical.config.loading import load_params
+from pipelines.start import HERE, of_all, start
+from qkt_clinical.common.console import tell_skipped
+from qkt_clinical.config.params import Params
 from qkt_clinical.stages.gate import gate_queries
 
-HERE = Path()
 
-
-def main() -> None:
+def main(params: Params) -> None:
     """Run the stage in the workspace that is the current folder."""
-    gate_queries(HERE, load_params(HERE), skipped=tell_skipped)
+    gate_queries(HERE, params, skipped=tell_skipped)
 
 
 if __name__ == "__main__":
-    with errors_as_lines("gate"):
-        main(*sys.argv[1:])
+    start("gate", of_all, main)

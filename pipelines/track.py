@@ -1,20 +1,14 @@
 """Stage ``track``: ``python3 -m pipelines.track``."""
 
-import sys
-from pathlib import Path
-
-from qkt_clinical.common.console import errors_as_lines
-from qkt_clinical.config.loading import load_params
+from pipelines.start import HERE, of_all, start
+from qkt_clinical.config.params import Params
 from qkt_clinical.tracking.mirror import track
 
-HERE = Path()
 
-
-def main() -> None:
+def main(params: Params) -> None:
     """Run the stage in the workspace that is the current folder."""
-    track(HERE, load_params(HERE))
+    track(HERE, params)
 
 
 if __name__ == "__main__":
-    with errors_as_lines("track"):
-        main(*sys.argv[1:])
+    start("track", of_all, main)

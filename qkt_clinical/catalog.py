@@ -23,6 +23,9 @@ Estimator = Literal[
 DEFAULT_ESTIMATOR: Estimator = "combined"
 """How masks are read; the benchmark compares it with the others."""
 Method = Literal["qkt", "qkt-light", "routed"]
+DEFAULT_METHOD: Method = "qkt"
+DEFAULT_BUDGET = 0.05
+"""Of own images that an answer may give away, where a query does not say."""
 Device = Literal["auto", "cpu", "cuda"]
 SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
 Split = Literal["train", "calibration", "val", "test"]

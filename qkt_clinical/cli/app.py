@@ -11,16 +11,14 @@ from qkt_clinical.cli import data, stages
 from qkt_clinical.cli.benchmark import benchmark
 from qkt_clinical.cli.federation import federation_app
 from qkt_clinical.cli.ingest import ingest_app
-from qkt_clinical.cli.options import EPILOG
+from qkt_clinical.cli.options import EPILOG, group
 from qkt_clinical.cli.query import query_app
 from qkt_clinical.cli.registry import registry_app
 
-app = typer.Typer(
+app = group(
     name="qkt",
     help="Learn to recognise a diagnosis from other hospitals' models, without any image leaving a site.",
-    epilog=EPILOG,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
     add_completion=False,
 )
 

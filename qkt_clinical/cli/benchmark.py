@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qkt_clinical.catalog import BENCHMARK_METHODS, Device, EvaluationSplit, Network, Partition, Regime
-from qkt_clinical.cli.options import Json, print_json
+from qkt_clinical.cli.options import Json, print_json, say
 from qkt_clinical.common.console import progress
 from qkt_clinical.errors import QktError
 
@@ -80,4 +80,5 @@ def benchmark(
     if as_json:
         print_json(result["summary"])
     else:
-        print(f"{methods_table(result['summary'])}\n\nfiles: {out}")
+        print(methods_table(result["summary"]))
+        say(f"files: {out}")

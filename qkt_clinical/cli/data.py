@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.cli.options import HERE, Json, Root, print_json
+from qkt_clinical.cli.options import HERE, Json, Root, print_json, say
 from qkt_clinical.common.console import progress
 
 
@@ -21,19 +21,21 @@ def phantom(
     as_json: Json = False,
 ) -> None:
     """Generate the embedded federation: hospitals with phantom images in real file formats."""
+    from qkt_clinical.config.workspace import keep_private
     from qkt_clinical.datasets.phantom import render_sheet, write_federation
 
     three: Literal[2, 3] = 3 if dims == 3 else 2
     if sheet is not None:
         render_sheet(sheet, dims=three, seed=seed)
-        print(f"sheet: {sheet}")
+        say(f"sheet: {sheet}")
         return
     with progress("phantom", quiet=as_json) as step:
+        keep_private(root)
         sites = write_federation(root, dims=three, seed=seed, images_per_site=images_per_site, progress=step)
     if as_json:
         print_json({"sites": sites})
     else:
-        print(f"hospitals: {', '.join(sites)}")
+        say(f"hospitals: {', '.join(sites)}")
 
 
 def federate(
@@ -79,7 +81,7 @@ def federate(
     if as_json:
         print_json(made.as_params())
     else:
-        print(f"{out}: {len(made.sites)} hospitals, {len(made.queries)} queries; next: cd {out} && dvc repro")
+        say(f"{out}: {len(made.sites)} hospitals, {len(made.queries)} queries; next: cd {out} && dvc repro")
 
 
 def fetch(
@@ -98,10 +100,11 @@ def fetch(
         if as_json:
             print_json(sorted(known))
         else:
-            print("\n".join(sorted(known)))
+            for known_name in sorted(known):
+                say(known_name)
         return
     path = download(name, out, size=size, base_url=base_url, progress=not as_json)
     if as_json:
         print_json({"file": path.as_posix()})
     else:
-        print(path)
+        say(str(path))

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, print_json
-from qkt_clinical.config.loading import load_params
-from qkt_clinical.config.params import Params
-from qkt_clinical.config.workspace import check_name
+from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, group, print_json, say
 from qkt_clinical.errors import ConfigError, visible
 
 if TYPE_CHECKING:
+    from qkt_clinical.config.params import Params
     from qkt_clinical.federation.server import Outcome
 
-federation_app = typer.Typer(
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
+federation_app = group(
     no_args_is_help=True,
     help="Hospitals' own machines as one federation, on NVIDIA FLARE (extra 'federation').",
 )
@@ -42,11 +38,13 @@ def _show(outcomes: Mapping[str, Outcome], as_json: bool) -> None:
     else:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("what", "state", "teachers", "fetched", "reason", box=None)
         for name, one in outcomes.items():
             moved = f"{one.bytes_moved / 1e6:.1f} MB" if one.bytes_moved else ""
-            table.add_row(name, one.state, ", ".join(one.teachers), moved, one.reason or "")
+            row = (name, one.state, ", ".join(one.teachers), moved, one.reason or "")
+            table.add_row(*(Text(visible(cell)) for cell in row))
         Console().print(table)
     if any(o.state not in ("answered", "refused") for o in outcomes.values()):
         raise typer.Exit(1)
@@ -67,7 +65,7 @@ def _asked(params: Params, queries: list[str] | None) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 @federation_app.command("simulate", epilog=EPILOG)
@@ -81,6 +79,7 @@ def simulate(
 ) -> None:
     """Every site and the server in FLARE's simulator: teachers are trained, all queries answered."""
     from qkt_clinical.common.extras import require_extra
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.federation import run
 
     params = load_params(root)
@@ -101,6 +100,7 @@ def poc(
 ) -> None:
     """The same with real processes on this machine: server, sites and an administrator, over TLS."""
     from qkt_clinical.common.extras import require_extra
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.federation import run
 
     params = load_params(root)
@@ -120,6 +120,7 @@ def kits(
 ) -> None:
     """Write startup kits for production: one folder each to hand to server, sites and administrator."""
     from qkt_clinical.common.extras import require_extra
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.federation import run
 
     require_extra("nvflare")
@@ -132,7 +133,8 @@ def kits(
     if as_json:
         print_json(found)
     else:
-        print("\n".join(found["kits"]))
+        for kit in found["kits"]:
+            say(kit)
 
 
 @federation_app.command("submit", epilog=EPILOG)
@@ -152,6 +154,7 @@ def submit(
 ) -> None:
     """Hand queries to a running server; each hospital answers those that lie in its own folder."""
     from qkt_clinical.common.extras import require_extra
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.federation import run
 
     require_extra("nvflare")
@@ -173,7 +176,7 @@ def submit(
     if as_json:
         print_json({"job": job})
     else:
-        print(f"{job}: 'qkt federation status --kit {kit} {job}' shows how far it is")
+        say(f"{job}: 'qkt federation status --kit {kit} {job}' shows how far it is")
 
 
 @federation_app.command("status", epilog=EPILOG)
@@ -193,13 +196,13 @@ def status(
             print_json({name: one.model_dump(mode="json") for name, one in outcomes.items()})
             return
         for name, outcome in outcomes.items():
-            print(outcome.line(name))
+            say(outcome.line(name))
         return
     listed = run.list_jobs(kit)
     if as_json:
         print_json(listed)
     for one in () if as_json else listed:
-        print(f"{one['job']}  {one['submitted']}  {one['state']}")
+        say(f"{one['job']}  {one['submitted']}  {one['state']}")
 
 
 @federation_app.command("fetch", epilog=EPILOG)
@@ -228,5 +231,5 @@ def audit(root: Root = HERE, as_json: Json = False) -> None:
     for entry in entries:
         when = datetime.datetime.fromtimestamp(entry.time, datetime.UTC).isoformat(timespec="seconds")
         about = ", ".join(f"{k} {v}" for k, v in sorted(entry.about.items()))
-        print(visible(f"{entry.number:5} {when} {entry.event}: {about}"))
-    print(f"{len(entries)} entries, unbroken; the last digest is {entries[-1].digest if entries else 'none'}")
+        say(f"{entry.number:5} {when} {entry.event}: {about}")
+    say(f"{len(entries)} entries, unbroken; the last digest is {entries[-1].digest if entries else 'none'}")

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qkt_clinical.catalog import STAGES
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, Sites, Workers, named_sites, print_json, say
+from qkt_clinical.cli.options import (
+    EPILOG,
+    HERE,
+    Group,
+    Json,
+    Root,
+    Sites,
+    Workers,
+    group,
+    named_sites,
+    print_json,
+    say,
+)
 from qkt_clinical.common.console import progress, tell_warnings
-from qkt_clinical.config.loading import load_params
 
 
-class _SiteOrCommand(TyperGroup):
+class _SiteOrCommand(Group):
     """``qkt ingest [SITE]...`` and ``qkt ingest check``: a first word that is no command is a site."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -24,10 +34,8 @@ class _SiteOrCommand(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-ingest_app = typer.Typer(
+ingest_app = group(
     cls=_SiteOrCommand,
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
     help=f"{STAGES['ingest'].capitalize()}.",
 )
 
@@ -39,6 +47,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     Interrupted, it goes on where it was; files that were decoded before are not decoded again.
     """
     from qkt_clinical.common.workers import cores
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.ingest import ingest_site, warnings_of
 
     params = load_params(root)
@@ -108,6 +117,7 @@ def ingest_leakage(root: Root = HERE, as_json: Json = False) -> None:
 
     Exit code 1 if one trains on the same pixels or patients; images that only look alike are told.
     """
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.ingest import find_crossings
 
     crossings = find_crossings(root, load_params(root).sites)

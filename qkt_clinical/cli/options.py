@@ -6,14 +6,17 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qkt_clinical.catalog import Device
-from qkt_clinical.config.params import Params
-from qkt_clinical.config.query import QueryRef
 from qkt_clinical.errors import ConfigError, visible
+
+if TYPE_CHECKING:
+    from qkt_clinical.config.params import Params
+    from qkt_clinical.config.query import QueryRef
 
 Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
 
@@ -49,7 +52,33 @@ def named_queries(params: Params, hospital: str | None, query: str | None) -> li
 
 def named_refs(params: Params, hospital: str | None, query: str | None) -> list[QueryRef]:
     """:func:`named_queries` as references."""
+    from qkt_clinical.config.query import QueryRef
+
     return [QueryRef(hospital=h, query=q) for h, q in named_queries(params, hospital, query)]
+
+
+class Group(TyperGroup):
+    """A group whose help option is plainly not given where it is not.
+
+    Typer checks ``None`` with pydantic, which loads longer than all the rest of ``qkt COMMAND --help``.
+    """
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Typer's own, with a default of its type."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
+def group(cls: type[Group] = Group, **settings: Any) -> typer.Typer:
+    """A group of commands, with what all of them have in common.
+
+    Help is plain: to load Rich costs half of what ``qkt --help`` may cost in all.
+    """
+    return typer.Typer(
+        cls=cls, epilog=EPILOG, pretty_exceptions_enable=False, rich_markup_mode=None, **settings
+    )
 
 
 EPILOG = "Exit codes: 0 ok, 1 failed (the message says what to do), 2 wrong use."

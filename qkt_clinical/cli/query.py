@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
-from qkt_clinical.catalog import Method
-from qkt_clinical.cli.options import EPILOG, HERE, Json, OnDevice, Root, print_json
+from qkt_clinical.catalog import DEFAULT_BUDGET, DEFAULT_METHOD, Method
+from qkt_clinical.cli.options import EPILOG, HERE, Json, OnDevice, Root, group, print_json, say
 from qkt_clinical.common.console import progress
-from qkt_clinical.common.files import digest_folder, read_plain
-from qkt_clinical.config.loading import load_params, load_query
-from qkt_clinical.config.query import QueryConfig
-from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import QktError, visible
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from qkt_clinical.jobs import Job
     from qkt_clinical.jobs.run import Report
 
 LARGEST_FILE = 64_000_000
 """Bytes of one of the workspace's records."""
 
-query_app = typer.Typer(
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
+query_app = group(
     no_args_is_help=True,
     help="Ask for a class, and have this hospital's machine answer with teachers from the registry.",
 )
 Asking = Annotated[str, typer.Argument(metavar="HOSPITAL", help="Who asks.")]
 Named = Annotated[str, typer.Argument(metavar="QUERY", help="Name of the query file without '.yaml'.")]
 Only = Annotated[str | None, typer.Argument(metavar="[HOSPITAL]", help="Of one hospital alone.")]
-DEFAULTS = QueryConfig(classes=("any",))
 
 
 @query_app.command("new", epilog=EPILOG)
@@ -43,10 +38,10 @@ def query_new(
     hospital: Asking,
     query: Named,
     classes: Annotated[str, typer.Option("--classes", help="Classes to learn, with commas.")],
-    method: Annotated[Method, typer.Option(help="How it is answered.")] = DEFAULTS.method,
+    method: Annotated[Method, typer.Option(help="How it is answered.")] = DEFAULT_METHOD,
     budget: Annotated[
         float, typer.Option(help="Give away at most this share of the images that are classified today.")
-    ] = DEFAULTS.budget,
+    ] = DEFAULT_BUDGET,
     max_teachers: Annotated[
         int | None, typer.Option(help="Hear at most so many.", show_default=False)
     ] = None,
@@ -57,6 +52,7 @@ def query_new(
     as_json: Json = False,
 ) -> None:
     """Write a query file, hospitals/HOSPITAL/queries/QUERY.yaml; nothing is run."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs.new import new_query
 
     path = new_query(
@@ -73,7 +69,7 @@ def query_new(
     if as_json:
         print_json({"hospital": hospital, "query": query, "file": path.as_posix()})
     else:
-        print(f"{path}: look it over, then 'qkt query plan {hospital} {query}'")
+        say(f"{path}: look it over, then 'qkt query plan {hospital} {query}'")
 
 
 def _words(text: str) -> list[str]:
@@ -86,6 +82,7 @@ def query_plan(
 ) -> None:
     """Show who would answer, why, and what it costs; nothing is fetched but cards and masks."""
     from qkt_clinical.common.wording import size, words
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import preview
 
     seen = preview(root, hospital, query, load_params(root), device=device)
@@ -101,17 +98,17 @@ def query_plan(
             }
         )
         return
-    print(f"{hospital} asks for {words(plan.classes)}; method {plan.method}, budget {plan.budget:g}")
+    say(f"{hospital} asks for {words(plan.classes)}; method {plan.method}, budget {plan.budget:g}")
     for teacher in plan.teachers:
         scores = ", ".join(f"{c} {s:.2f}" for c, s in teacher.scores.items())
         number = f" version {seen.versions[teacher.site]}," if teacher.relevant else ""
-        print(
+        say(
             f"  {'+' if teacher.relevant else '-'} {teacher.site}:{number} {teacher.reason}; mask {scores} "
             f"(known from {teacher.threshold:.2f}), {size(teacher.bytes)}"
         )
-    print(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
+    say(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
     for asked, names in seen.risks:
-        print(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
+        say(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
 
 
 @contextmanager
@@ -126,7 +123,7 @@ def _shown(quiet: bool) -> Iterator[Report]:
                 return
             if (job.name, job.step) != last and job.step:
                 last = (job.name, job.step)
-                typer.echo(f"{job.name}: {job.step}", err=True)
+                print(visible(f"{job.name}: {job.step}"), file=sys.stderr)
             if job.step == "transfer" and job.total:
                 step(job.done, job.total)
 
@@ -139,11 +136,11 @@ def _say(job: Job) -> None:
         extra = f" at {job.step}" + (f" {job.done}/{job.total}" if job.total else "")
     if job.version:
         extra += f", version {job.version} of student.{job.hospital}.{job.query}"
-    print(f"{job.name}: {job.state}{extra}")
+    say(f"{job.name}: {job.state}{extra}")
     if job.error:
-        print(f"  {job.error.message}. {job.error.remedy}")
+        say(f"  {job.error.message}. {job.error.remedy}")
     if job.note:
-        print(f"  {job.note}")
+        say(f"  {job.note}")
 
 
 def _as_json(job: Job) -> dict[str, Any]:
@@ -158,6 +155,7 @@ def query_run(
 
     Interrupted, it goes on where it was; what has not changed is not done again.
     """
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import run
 
     with _shown(as_json) as report:
@@ -170,6 +168,7 @@ def query_resume(
     hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
 ) -> None:
     """Go on with a query that was interrupted, has failed or was cancelled."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import resume
 
     with _shown(as_json) as report:
@@ -185,6 +184,7 @@ def query_work(
 
     Exit code 1 if a query failed.
     """
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import work
 
     with _shown(as_json) as report:
@@ -194,7 +194,7 @@ def query_work(
     else:
         for job in jobs:
             _say(job)
-        print(f"{len(jobs)} queries taken up by this worker")
+        say(f"{len(jobs)} queries taken up by this worker")
     if any(job.state == "failed" for job in jobs):
         raise typer.Exit(1)
 
@@ -202,6 +202,7 @@ def query_work(
 @query_app.command("list", epilog=EPILOG)
 def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) -> None:
     """Name all queries: what is asked, how, and how far the answer is."""
+    from qkt_clinical.config.loading import load_query
     from qkt_clinical.jobs import Board
 
     jobs = Board(root).jobs(hospital)
@@ -219,8 +220,8 @@ def query_list(hospital: Only = None, root: Root = HERE, as_json: Json = False) 
         if _readable(job):
             asked = load_query(root, job.hospital, job.query)
             words = f"; {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}"
-        print(visible(f"{job.name}: {job.state}{words}"))
-    print(f"{len(jobs)} queries")
+        say(f"{job.name}: {job.state}{words}")
+    say(f"{len(jobs)} queries")
 
 
 def _readable(job: Job) -> bool:
@@ -254,6 +255,9 @@ def query_status(
 @query_app.command("show", epilog=EPILOG)
 def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
     """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
+    from qkt_clinical.common.files import digest_folder
+    from qkt_clinical.config.loading import load_query
+    from qkt_clinical.config.workspace import Workspace
     from qkt_clinical.jobs import Board
     from qkt_clinical.records.evaluation import Evaluation
     from qkt_clinical.records.phases import Phases
@@ -276,32 +280,34 @@ def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json 
     if as_json:
         print_json(found)
         return
-    print(f"asks for {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}")
+    say(f"asks for {', '.join(asked.classes)} by {asked.method}, budget {asked.budget:g}")
     _say(Board(root).read(hospital, query))
     if found["plan"]:
         for teacher in (t for t in found["plan"]["teachers"] if t["relevant"]):
-            print(f"  {teacher['site']}: {teacher['reason']}")
+            say(f"  {teacher['site']}: {teacher['reason']}")
     if found["phases"]:
         second = found["phases"]["phase2"]
         for teacher in (t for t in found["phases"]["screening"] if not t["included"]):
-            print(f"  {teacher['site']} excluded: {teacher['reason']}")
+            say(f"  {teacher['site']} excluded: {teacher['reason']}")
         rate = second["false_query_rate"]
         told = "not told" if rate is None else f"{rate:.0%}"
-        print(f"false-query rate on own calibration images: {told}, budget {second['budget']:.1%}")
+        say(f"false-query rate on own calibration images: {told}, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]
             named = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
-            print(f"{side}: " + ", ".join(f"{n} {figures[n]['value']:.3f}" for n in named))
+            say(f"{side}: " + ", ".join(f"{n} {figures[n]['value']:.3f}" for n in named))
     elif found["plan"]:
-        print("nobody has measured this student")
+        say("nobody has measured this student")
     if found["gate"]:
         unmet = [r["rule"] for r in found["gate"]["rules"] if not r["passed"]]
-        print(f"gate: {'passed' if found['gate']['passed'] else 'not passed: ' + ', '.join(unmet)}")
+        say(f"gate: {'passed' if found['gate']['passed'] else 'not passed: ' + ', '.join(unmet)}")
 
 
 def _read(path: Path, kind: type[BaseModel]) -> Any:
     """A JSON file of the workspace in today's format, if it is one of its kind; None where there is none."""
+    from qkt_clinical.common.files import read_plain
+
     try:
         return kind.model_validate_json(read_plain(path, LARGEST_FILE)).model_dump(mode="json")
     except FileNotFoundError:
@@ -321,4 +327,4 @@ def query_cancel(hospital: Asking, query: Named, root: Root = HERE, as_json: Jso
     if as_json:
         print_json(_as_json(job))
     else:
-        print(f"{job.name}: {'cancelled' if job.state == 'cancelled' else 'will stop soon'}")
+        say(f"{job.name}: {'cancelled' if job.state == 'cancelled' else 'will stop soon'}")

@@ -7,13 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, print_json
-from qkt_clinical.config.loading import load_params
-from qkt_clinical.errors import visible
+from qkt_clinical.cli.options import EPILOG, HERE, Json, Root, group, print_json, say
 
-registry_app = typer.Typer(
-    epilog=EPILOG,
-    pretty_exceptions_enable=False,
+registry_app = group(
     no_args_is_help=True,
     help="Models registered in MLflow: which is in use, and who decided so.",
 )
@@ -26,6 +22,7 @@ WhichVersion = Annotated[str, typer.Argument(help="A number or an alias: candida
 @registry_app.command("list", epilog=EPILOG)
 def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     """Name all models with their versions, aliases and what the gate said."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -36,7 +33,7 @@ def registry_list(root: Root = HERE, as_json: Json = False) -> None:
     for model in models:
         aliases = ", ".join(f"{alias} {number}" for alias, number in model["aliases"].items())
         judged = ", ".join(f"{n} {g}" for n, g in zip(model["versions"], model["gate"], strict=True) if g)
-        print(visible(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}"))
+        say(f"{model['name']}: {aliases or 'no alias'}{f'; gate: {judged}' if judged else ''}")
 
 
 @registry_app.command("show", epilog=EPILOG)
@@ -44,6 +41,7 @@ def registry_show(
     model: ModelName, version: WhichVersion = "candidate", root: Root = HERE, as_json: Json = False
 ) -> None:
     """Show a version: description, tags, and every decision about its model."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -51,14 +49,13 @@ def registry_show(
     if as_json:
         print_json(found)
         return
-    aliases = ", ".join(found["aliases"]) or "no alias"
-    print(visible(f"{found['name']} version {found['version']} ({aliases})"))
-    for line in (found["description"] or "").split("\n"):
-        print(visible(line))
+    say(f"{found['name']} version {found['version']} ({', '.join(found['aliases']) or 'no alias'})")
+    for line in (found["description"] or "").splitlines():
+        say(line)
     for tag, value in found["tags"].items():
-        print(visible(f"  {tag}: {value}"))
+        say(f"  {tag}: {value}")
     for d in found["decisions"]:
-        print(visible(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}"))
+        say(f"{d['decision']} by {d['by']}: {d['reason'] or 'no reason given'}")
 
 
 @registry_app.command("diff", epilog=EPILOG)
@@ -70,6 +67,7 @@ def registry_diff(
     as_json: Json = False,
 ) -> None:
     """Say in which tags two versions of a model differ."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -78,8 +76,8 @@ def registry_diff(
         print_json(found)
     else:
         for tag, (one, two) in found.items():
-            print(visible(f"{tag}: {one} | {two}"))
-        print(f"{len(found)} differences between {first} and {second}")
+            say(f"{tag}: {one} | {two}")
+        say(f"{len(found)} differences between {first} and {second}")
 
 
 @registry_app.command("fetch", epilog=EPILOG)
@@ -91,6 +89,7 @@ def registry_fetch(
     as_json: Json = False,
 ) -> None:
     """Write a version's files to a folder after every check, to serve it from there."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -98,7 +97,7 @@ def registry_fetch(
     if as_json:
         print_json({"model": model, "folder": str(folder), "digest": digest})
     else:
-        print(visible(f"{folder}: {model}, digest {digest}"))
+        say(f"{folder}: {model}, digest {digest}")
 
 
 @registry_app.command("promote", epilog=EPILOG)
@@ -111,6 +110,7 @@ def registry_promote(
     as_json: Json = False,
 ) -> None:
     """Put a version into use (alias champion); exit code 1 if the gate speaks against it."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -127,6 +127,7 @@ def registry_rollback(
     as_json: Json = False,
 ) -> None:
     """Take the version in use back: the champion before it is the champion again."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.registry import open_registry
 
     with open_registry(root, load_params(root)) as registry:
@@ -138,7 +139,6 @@ def _say_decision(decision: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(decision)
         return
-    done = f"{decision['model']}: {decision['decision']} by {decision['by']}"
-    print(visible(f"{done}; now in use: {decision['digest']}"))
+    say(f"{decision['model']}: {decision['decision']} by {decision['by']}; now in use: {decision['digest']}")
     for objection in decision["overridden"]:
-        print(visible(f"  overridden: {objection}"))
+        say(f"  overridden: {objection}")

@@ -20,12 +20,10 @@ from qkt_clinical.cli.options import (
     named_refs,
     named_sites,
     print_json,
+    say,
 )
 from qkt_clinical.common.console import progress, tell_skipped
-from qkt_clinical.common.locks import hold_query
-from qkt_clinical.config.loading import load_params
-from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.errors import ConfigError
+from qkt_clinical.errors import ConfigError, visible
 
 if TYPE_CHECKING:
     from qkt_clinical.records.summary import QuerySummary
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
 
 def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
     """Train each hospital's teacher on its own images."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.train import train_site
 
     params = load_params(root)
@@ -41,13 +40,14 @@ def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_js
         with progress(f"train {site}", quiet=as_json) as step:
             done[site] = train_site(root, site, params, device=device, progress=step)
         if not as_json:
-            print(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
+            say(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
     if as_json:
         print_json(done)
 
 
 def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
     """Find out which classes each teacher knows, without any image."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.mask import mask_site
 
     params = load_params(root)
@@ -61,13 +61,15 @@ def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
             "threshold": found.threshold,
         }
         if not as_json:
-            print(f"{site}: knows {', '.join(known)}")
+            say(f"{site}: knows {', '.join(known)}")
     if as_json:
         print_json(done)
 
 
 def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
     """Choose the relevant teachers of a query and fetch their bundles."""
+    from qkt_clinical.common.locks import hold_query
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.plan import plan_query
 
     params = load_params(root)
@@ -77,9 +79,9 @@ def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_j
             made = plan_query(root, site, name, params)
         done.append(made.model_dump(mode="json"))
         if not as_json:
-            print(f"{site}/{name}: {', '.join(made.relevant)}; {made.bytes_moved:,} bytes")
+            say(f"{site}/{name}: {', '.join(made.relevant)}; {made.bytes_moved:,} bytes")
             for teacher in made.teachers:
-                print(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
+                say(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
     if as_json:
         print_json(done)
 
@@ -95,6 +97,9 @@ def transfer(
 
     Makes the plan first where there is none.
     """
+    from qkt_clinical.common.locks import hold_query
+    from qkt_clinical.config.loading import load_params
+    from qkt_clinical.config.workspace import Workspace
     from qkt_clinical.stages.plan import plan_query
     from qkt_clinical.stages.transfer import transfer_query
 
@@ -110,9 +115,9 @@ def transfer(
         if not as_json:
             rate = phases.phase2.false_query_rate
             told = "not told" if rate is None else f"{rate:.0%}"
-            print(f"{site}/{name}: answered by {phases.method}; false-query rate on own images {told}")
+            say(f"{site}/{name}: answered by {phases.method}; false-query rate on own images {told}")
             for teacher in (t for t in phases.screening if not t.included):
-                print(f"  {teacher.site} excluded: {teacher.reason}")
+                say(f"  {teacher.site} excluded: {teacher.reason}")
     if as_json:
         print_json(done)
 
@@ -128,6 +133,8 @@ def evaluate(
 
     Of several, a query without test images here is left out.
     """
+    from qkt_clinical.common.locks import hold_query
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one, evaluate_queries
 
     params = load_params(root)
@@ -154,6 +161,8 @@ def gate(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_j
 
     An answer that nobody has measured is not judged, and does not pass.
     """
+    from qkt_clinical.common.locks import hold_query
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.gate import gate_one, gate_queries
 
     params = load_params(root)
@@ -167,15 +176,16 @@ def gate(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_j
         print_json([v.model_dump(mode="json") for v in verdicts])
     else:
         for v in verdicts:
-            print(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
+            say(f"{v.hospital}/{v.query}: {'passed' if v.passed else 'not passed'}")
             for r in v.rules:
-                print(f"  {r.said}: {'met' if r.passed else 'NOT MET'} ({r.meaning})")
+                say(f"  {r.said}: {'met' if r.passed else 'NOT MET'} ({r.meaning})")
     if len(verdicts) < len(refs) or not all(v.passed for v in verdicts):
         raise typer.Exit(1)
 
 
 def report(root: Root = HERE, as_json: Json = False) -> None:
     """Write the HTML report, reports/index.html and a page per query."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.report import write_figure, write_report
 
     params = load_params(root)
@@ -183,22 +193,24 @@ def report(root: Root = HERE, as_json: Json = False) -> None:
     if as_json:
         print_json({"files": [p.as_posix() for p in written]})
     else:
-        print(f"report: {written[0]}")
+        say(f"report: {written[0]}")
 
 
 def track(root: Root = HERE, as_json: Json = False) -> None:
     """Mirror the outputs to MLflow; running it again changes nothing, and rebuilds an empty database."""
+    from qkt_clinical.config.loading import load_params
     from qkt_clinical.tracking.mirror import track as mirror
 
     done = mirror(root, load_params(root))
     if as_json:
         print_json(done)
     else:
-        print(f"track: {len(done['models'])} registered models")
+        say(f"track: {len(done['models'])} registered models")
 
 
 def summary(root: Root = HERE, as_json: Json = False) -> None:
     """Print the table of answered queries, and where report and database are."""
+    from qkt_clinical.config.workspace import Workspace
     from qkt_clinical.records.reading import read_record
     from qkt_clinical.records.summary import QuerySummaries
 
@@ -212,12 +224,13 @@ def summary(root: Root = HERE, as_json: Json = False) -> None:
     _table(rows)
     for label, file in (("report", "reports/index.html"), ("MLflow database", "mlflow.db")):
         if (root / file).exists():
-            print(f"{label}: {(root / file).resolve()}")
+            say(f"{label}: {(root / file).resolve()}")
 
 
 def _table(rows: Sequence[QuerySummary]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     def change(row: QuerySummary, key: str) -> str:
         return f"{getattr(row.before, key):.3f} → {getattr(row.after, key):.3f}"
@@ -227,7 +240,7 @@ def _table(rows: Sequence[QuerySummary]) -> None:
         table.add_column(column, overflow="fold")
     table.add_column("moved", justify="right")
     for row in rows:
-        table.add_row(
+        cells = (
             row.hospital,
             row.query,
             row.method,
@@ -235,6 +248,7 @@ def _table(rows: Sequence[QuerySummary]) -> None:
             ", ".join(row.teachers),
             f"{row.bytes_moved / 1e6:.1f} MB",
         )
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     # Without a terminal the width is unknown; a wide table reads better in a log than a folded one.
     console = Console() if sys.stdout.isatty() else Console(width=132)
     console.print(table)

@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from qkt_clinical.config.query import QueryRef
 from qkt_clinical.errors import Boundary, QktError, visible
+
+if TYPE_CHECKING:
+    from qkt_clinical.config.query import QueryRef
 
 Step = Callable[[int, int], None]
 

@@ -100,6 +100,16 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@contextmanager
+def owners_alone() -> Iterator[None]:
+    """What the process makes within the block can be read by its owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def copy_folder(source: Path, target: Path, most: int = 1 << 34) -> None:
     """Copy the plain files of a folder that came from elsewhere; links, pipes and devices are left out.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import DEFAULT_BUDGET, DEFAULT_METHOD, Method
 from qkt_clinical.config.base import Classes, Name, Names, Strict
 
 # --- hospitals/<site>/queries/<query>.yaml --------------------------------------------------------
@@ -17,8 +17,8 @@ class QueryConfig(Strict):
 
     classes: Classes = Field(min_length=1)
     """Classes to learn, in the federation's label space."""
-    method: Method = "qkt"
-    budget: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    method: Method = DEFAULT_METHOD
+    budget: Annotated[float, Field(gt=0.0, le=0.5)] = DEFAULT_BUDGET
     """Give away at most this share of the images that the hospital classifies today."""
     max_teachers: Annotated[int, Field(ge=1, le=64)] | None = None
     exclude_teachers: Names = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from qkt_clinical.config.base import NAME
@@ -93,3 +94,33 @@ class Workspace:
     def reports(self) -> Path:
         """Evaluation, plots and the HTML report."""
         return self.root / "reports"
+
+
+# --- what other users of the machine may read -------------------------------------------------------
+
+OF_DVC = (".qkt", ".dvc/cache", ".dvc/tmp")
+"""Decoded images, copies of outputs, names of patients' files: DVC would let everybody write there."""
+PRIVATE = (*OF_DVC, "data", "models")
+"""What other users of the machine may not look into; files that DVC takes out of its cache are not closed."""
+
+
+def keep_private(root: Path) -> None:
+    """Close a workspace's folders of :data:`PRIVATE`, and the hospitals' salts, to other users.
+
+    Those that DVC would make are made before, or put right.
+    """
+    for name in PRIVATE:
+        folder = root / name
+        if name in OF_DVC and folder.parent.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_dir():
+            _close(folder, 0o700)
+    for salt in sorted(root.glob("hospitals/*/.salt")):
+        _close(salt, 0o600)
+
+
+def _close(path: Path, mode: int) -> None:
+    """Take others' rights away, if there are any and they are ours to take."""
+    with suppress(PermissionError):
+        if path.stat().st_mode & 0o077:
+            path.chmod(mode)

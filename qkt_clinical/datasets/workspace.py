@@ -14,11 +14,11 @@ import qkt_clinical
 from qkt_clinical.common.files import write_text
 from qkt_clinical.config.loading import parse
 from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import keep_private
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.records.decisions import FOLDER
 
 CODE = ("pipelines", "qkt_clinical")
-DVC_CONFIG = "[core]\n    no_scm = true\n    analytics = false\n"
 
 
 def write_workspace(out: Path, params: Mapping[str, Any]) -> None:
@@ -51,4 +51,5 @@ def write_workspace(out: Path, params: Mapping[str, Any]) -> None:
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(checkout / name, out.resolve()), target_is_directory=True)
     (out / FOLDER).mkdir(exist_ok=True)
-    write_text(out / ".dvc" / "config", DVC_CONFIG)
+    write_text(out / ".dvc" / "config", (checkout / ".dvc" / "config").read_text(encoding="utf-8"))
+    keep_private(out)

@@ -36,6 +36,8 @@ GROWTH = 4
 """Beyond that, so many times the pixels of the file at most."""
 ROUNDING = 1e-6
 """What differs by no more, between 0 and 1, is the same."""
+COLUMNS = 2**16
+"""So many lines at once are resampled in double precision: memory is what a volume has most of."""
 SAME_SPACING = 1e-3
 """Relative difference up to which two spacings count as equal: header figures are rounded."""
 
@@ -222,9 +224,9 @@ def _same(first: Sequence[float], second: Sequence[float]) -> bool:
 def resample(image: F32, spacing_mm: tuple[float, ...] | None, spec: ImageSpec) -> F32:
     """Bring (C, ...) float32 to the spacing and size wanted.
 
-    With ``spec.spacing_mm``: MONAI's Spacing (linear; smoothed first where it shrinks, so that nothing
-    aliases), then pad with 0 or crop about the centre. Without: see :func:`_resized`. MONAI is imported
-    only if it has something to do.
+    With ``spec.spacing_mm``: linear interpolation (smoothed first where it shrinks, so that nothing aliases),
+    then pad with 0 or crop about the centre. Without: see :func:`_resized`. MONAI is imported only if it has
+    something to do. The same bits come out on every processor, see :func:`_weighted`.
 
     Raises:
         FileRejected: ``spacing-missing``, ``resampled-too-large``.
@@ -256,11 +258,25 @@ def _each_axis(pixels: F32, size: tuple[int, ...]) -> F32:
     for axis, new in enumerate(size):
         old = pixels.shape[axis]
         if old != new:
-            weights = averaging(old, new) if new < old else interpolating(old, new)
-            first = np.moveaxis(pixels, axis, 0)
-            changed = weights @ np.ascontiguousarray(first).reshape(old, -1)
-            pixels = np.moveaxis(changed.reshape(new, *first.shape[1:]), 0, axis)
+            pixels = _weighted(averaging(old, new) if new < old else interpolating(old, new), pixels, axis)
     return pixels
+
+
+def _weighted(weights: csr_array, pixels: F32, axis: int) -> F32:
+    """(new, old) weights times the values along one axis.
+
+    Weights and values have 24 binary digits, so that a product is exact in double precision, whether a
+    processor adds it in the same step or the next; and sums run in the order of the row's samples, whatever
+    the width of registers. MONAI and torch leave both to the processor.
+    """
+    exact = weights.astype(np.float64)
+    first = np.ascontiguousarray(np.moveaxis(pixels, axis, 0))
+    flat = first.reshape(len(first), -1)
+    changed = np.empty((weights.shape[0], flat.shape[1]), dtype=np.float32)
+    for start in range(0, flat.shape[1], COLUMNS):
+        part = slice(start, start + COLUMNS)
+        changed[:, part] = exact @ flat[:, part].astype(np.float64)
+    return np.moveaxis(changed.reshape(len(changed), *first.shape[1:]), 0, axis)
 
 
 @lru_cache(maxsize=256)
@@ -278,30 +294,36 @@ def averaging(old: int, new: int) -> csr_array:
 @lru_cache(maxsize=256)
 def interpolating(old: int, new: int) -> csr_array:
     """(new, old): row i lies between the two samples nearest to (i + 1/2) * old / new - 1/2; ends repeat."""
+    return _between((np.arange(new) + 0.5) * old / new - 0.5, old)
+
+
+def _between(place: F64, old: int) -> csr_array:
+    """(new, old): row i lies between the two samples nearest to ``place[i]``; ends repeat."""
     from scipy.sparse import csr_array
 
-    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    place = np.clip(place, 0, old - 1)
     below = np.minimum(place.astype(np.intp), max(old - 2, 0))
     above = np.minimum(below + 1, old - 1)
     share = (place - below).astype(np.float32)
-    rows = np.repeat(np.arange(new), 2)
+    rows = np.repeat(np.arange(len(place)), 2)
     values = np.stack([1 - share, share], axis=1).ravel()
-    return csr_array((values, (rows, np.stack([below, above], axis=1).ravel())), shape=(new, old))
+    return csr_array((values, (rows, np.stack([below, above], axis=1).ravel())), shape=(len(place), old))
 
 
-def _smoothed(image: F32, factors: Sequence[float]) -> F32:
-    """Smooth (C, ...) along the axes that are to shrink by ``factors`` above 1.
+def _smoothing(length: int, sigma: float) -> csr_array:
+    """(length, length): each sample becomes a mean of its neighbours up to four ``sigma``; ends repeat.
 
-    Edges are repeated outwards first: MONAI's filter takes what lies outside as 0 and would draw a dark
-    frame.
+    Weights are the normal distribution's over each sample's width.
     """
-    sigma = [max(0.0, (factor - 1) / 2) for factor in factors]
-    if not any(sigma):
-        return image
-    margin = [0, *(int(np.ceil(4 * s)) for s in sigma)]
-    padded = np.pad(image, [(m, m) for m in margin], mode="edge")
-    smooth = np.asarray(_monai().GaussianSmooth(sigma=sigma)(padded), dtype=np.float32)
-    return smooth[tuple(slice(m, length - m) for m, length in zip(margin, smooth.shape, strict=True))]
+    from scipy.sparse import csr_array
+
+    tail = math.ceil(4 * sigma)
+    steps = np.arange(-tail, tail + 1)
+    ends = [math.erf((k - 0.5) / (sigma * math.sqrt(2))) for k in range(-tail, tail + 2)]
+    weights = (np.diff(ends) / (ends[-1] - ends[0])).astype(np.float32)
+    columns = np.clip(np.arange(length)[:, None] + steps, 0, length - 1)
+    starts = np.arange(length + 1) * len(steps)
+    return csr_array((np.tile(weights, length), columns.ravel(), starts), shape=(length, length))
 
 
 def _bounded(shape: Sequence[int], old: Sequence[float], new: Sequence[float]) -> None:
@@ -321,16 +343,18 @@ def _bounded(shape: Sequence[int], old: Sequence[float], new: Sequence[float]) -
 
 
 def _respaced(image: F32, old: tuple[float, ...], new: tuple[float, ...]) -> F32:
-    import torch
+    """Linear interpolation of (C, ...) at another spacing, about the same centre; edges repeat outwards.
 
-    image = _smoothed(image, [n / o for o, n in zip(old, new, strict=True)])
-    tensor = torch.as_tensor(np.ascontiguousarray(image))
-    affine = torch.diag(torch.tensor([*old, 1.0], dtype=torch.float64))
-    # scale_extent with align_corners: outer edges of the outer pixels stay where they are.
-    change = _monai().Spacing(
-        pixdim=new, mode="bilinear", padding_mode="border", scale_extent=True, align_corners=True
-    )
-    return np.asarray(change(_monai("monai.data").MetaTensor(tensor, affine=affine)), dtype=np.float32)
+    Along axes that shrink it is smoothed first. MONAI's Spacing moves what shrinks by up to a pixel.
+    """
+    for axis, (o, n) in enumerate(zip(old, new, strict=True), start=1):
+        length = image.shape[axis]
+        if n > o:
+            image = _weighted(_smoothing(length, (n / o - 1) / 2), image, axis)
+        many = max(1, round(length * o / n))
+        place = (length - 1) / 2 + (np.arange(many) - (many - 1) / 2) * (n / o)
+        image = _weighted(_between(place, length), image, axis)
+    return image
 
 
 def prepare(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8] | F32:
@@ -381,7 +405,7 @@ def _prepared(picture: Picture, spec: ImageSpec) -> NDArray[Any]:
     if eight and untouched and not grey and pixels.dtype == np.uint8 and limits == (0.0, 255.0):
         return _channels_first(255 - pixels if picture.inverted else pixels, picture.colour)
     unit = _unit(picture, limits)
-    image: F32 = (unit @ LUMINANCE)[None] if grey else _channels_first(unit, picture.colour)
+    image: F32 = _luminance(unit)[None] if grey else _channels_first(unit, picture.colour)
     image = np.clip(resample(image, picture.spacing_mm, spec), 0.0, 1.0)
     if eight:
         return np.rint(image * 255).astype(np.uint8)
@@ -390,6 +414,12 @@ def _prepared(picture: Picture, spec: ImageSpec) -> NDArray[Any]:
         mean = float(image.mean(dtype=np.float64))
         image = ((image - mean) / spread).astype(np.float32) if spread > ROUNDING else np.zeros_like(image)
     return image
+
+
+def _luminance(colours: F32) -> F32:
+    """(..., 3) to (...), one product after the other: a matrix product adds up as the processor likes."""
+    red, green, blue = (colours[..., i] * LUMINANCE[i] for i in range(3))
+    return np.asarray(red + green + blue, dtype=np.float32)
 
 
 def _channels_first(pixels: NDArray[Any], colour: bool) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import LESIONS
+from qkt_clinical.datasets.phantom.exact import length, rounded
 
 F32 = NDArray[np.float32]
 
@@ -118,11 +119,11 @@ def _draw(
     put(soft((ring - 0.92) * 27.0), MUSCLE)
 
     # Ribs slope through the wall; the spine stands behind, between the lungs.
-    heading = np.arctan2(y, x)
+    heading = rounded(np.arctan2, y, x)
     slope, phase = _per_image(uniform(0.12, 0.25)), _per_image(uniform(0, 2 * np.pi))
-    ribs = np.cos(7.0 * heading + slope * z * 3.0 + phase)
+    ribs = rounded(np.cos, 7.0 * heading + slope * z * 3.0 + phase)
     put(soft((np.abs(ring - 0.86) - 0.05) * 27.0) * np.clip((ribs - 0.45) * 3.0, 0.0, 1.0), BONE)
-    spine = np.hypot(x, y - _per_image(17.0 * girth)) - _per_image(uniform(3.6, 4.6)) + 0.0 * z
+    spine = length(x, y - _per_image(17.0 * girth)) - _per_image(uniform(3.6, 4.6)) + 0.0 * z
     put(soft(spine), BONE * 0.8)
 
     air = np.zeros_like(volume)
@@ -149,9 +150,8 @@ def _draw(
     squash = uniform(0.85, 1.18, 3)
     rel = [(axis - _per_image(centre[:, i])) * _per_image(squash[:, i]) for i, axis in enumerate((z, y, x))]
     away = np.sqrt(rel[0] ** 2 + rel[1] ** 2 + rel[2] ** 2)
-    bumps = np.sin(rel[0] * 0.6 + _per_image(uniform(0, 6.3))) * np.sin(
-        rel[1] * 0.6 + _per_image(uniform(0, 6.3))
-    ) + np.sin(rel[2] * 0.6 + _per_image(uniform(0, 6.3)))
+    waves = [rounded(np.sin, r * 0.6 + _per_image(uniform(0, 6.3))) for r in rel]
+    bumps = waves[0] * waves[1] + waves[2]
     away = away + 0.5 * NUISANCE * bumps
     put(soft(away - _per_image(shape["radius"])), _per_image(shape["rim"]))
     put(soft(away - _per_image(shape["radius"] * shape["core"])), _per_image(shape["middle"]))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import BLOOD_CELLS
+from qkt_clinical.datasets.phantom.exact import length, rounded
 
 F32 = NDArray[np.float32]
 
@@ -207,7 +208,7 @@ def _field(count: int, side: int, scale: F32, rng: np.random.Generator) -> F32:
     white = rng.standard_normal((count, side, side), dtype=np.float32)
     fy = np.fft.fftfreq(side).astype(np.float32)[:, None]
     fx = np.fft.rfftfreq(side).astype(np.float32)[None, :]
-    keep = np.exp(-2.0 * (np.pi * scale[:, None, None]) ** 2 * (fy**2 + fx**2))
+    keep = rounded(np.exp, -2.0 * (np.pi * scale[:, None, None]) ** 2 * (fy**2 + fx**2))
     smooth = np.fft.irfft2(np.fft.rfft2(white) * keep, s=(side, side))
     smooth /= smooth.std(axis=(1, 2), keepdims=True)
     return np.asarray(smooth, dtype=np.float32)
@@ -248,10 +249,11 @@ def _red_cells(density: F32, x: F32, y: F32, reach: F32, edge: float, rng: np.ra
         turn, squeeze = _uniform(rng, 0, np.pi, count), _uniform(rng, 0.85, 1.1, count)
         pallor, deep = _uniform(rng, 0.45, 0.95, count), _uniform(rng, 0.75, 1.15, count)
         wide = radius * _uniform(rng, 0.88, 1.12, count)
-        dx = x - _per_image(far * np.cos(angle))
-        dy = y - _per_image(far * np.sin(angle))
-        along = (dx * _per_image(np.cos(turn)) + dy * _per_image(np.sin(turn))) * _per_image(squeeze)
-        across = dy * _per_image(np.cos(turn)) - dx * _per_image(np.sin(turn))
+        dx = x - _per_image(far * rounded(np.cos, angle))
+        dy = y - _per_image(far * rounded(np.sin, angle))
+        cosine, sine = _per_image(rounded(np.cos, turn)), _per_image(rounded(np.sin, turn))
+        along = (dx * cosine + dy * sine) * _per_image(squeeze)
+        across = dy * cosine - dx * sine
         distance = np.sqrt(along**2 + across**2)
         disc = _soft(distance - _per_image(wide), edge * 1.5)
         disc *= 1.0 - _per_image(pallor) * _soft(distance - _per_image(wide * 0.42), 0.26)
@@ -318,17 +320,20 @@ def _draw(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> F32
     centre = (place[0].astype(np.float32), place[1].astype(np.float32))
     turn = _uniform(rng, 0, 2 * np.pi, count)
     dx, dy = x - _per_image(centre[0]), y - _per_image(centre[1])
-    u = dx * _per_image(np.cos(turn)) + dy * _per_image(np.sin(turn))
-    v = dy * _per_image(np.cos(turn)) - dx * _per_image(np.sin(turn))
+    cosine, sine = _per_image(rounded(np.cos, turn)), _per_image(rounded(np.sin, turn))
+    u = dx * cosine + dy * sine
+    v = dy * cosine - dx * sine
     stretch = 1.0 + cells["stretch"]
     u, v = u / _per_image(np.sqrt(stretch)), v * _per_image(np.sqrt(stretch))
     far = np.sqrt(u**2 + v**2) + 1e-6
-    heading = (u + 1j * v) / far
-    wave, power = np.zeros_like(far), heading
+    # Powers of (u + iv) / far, part by part: some processors multiply and add at once, and round otherwise.
+    east, north = u / far, v / far
+    wave, real, imaginary = np.zeros_like(far), east, north
     for k in range(2, 6):
-        power = power * heading
-        phase = np.exp(1j * rng.uniform(0, 2 * np.pi, count)).astype(np.complex64)
-        wave += (power * phase[:, None, None]).real * np.float32(1.2 / k)
+        real, imaginary = real * east - imaginary * north, real * north + imaginary * east
+        phase = rng.uniform(0, 2 * np.pi, count)
+        turned = real * _per_image(np.cos(phase)) - imaginary * _per_image(np.sin(phase))
+        wave += turned * np.float32(1.2 / k)
     outline = far - _per_image(radius) * (1.0 + _per_image(cells["bumps"]) * wave)
     body = _soft(outline, edge * 1.5)
 
@@ -369,7 +374,9 @@ def _debris(density: F32, x: F32, y: F32, edge: float, rng: np.random.Generator)
     for low, high, share in ((0.04, 0.08, 0.25), (0.10, 0.15, 0.18)):
         angle, far = _uniform(rng, 0, 2 * np.pi, count), _uniform(rng, 0.75, 1.25, count)
         wide = _uniform(rng, low, high, count)
-        away = np.hypot(x - _per_image(far * np.cos(angle)), y - _per_image(far * np.sin(angle)))
+        away = length(
+            x - _per_image(far * rounded(np.cos, angle)), y - _per_image(far * rounded(np.sin, angle))
+        )
         mask = _soft(away - _per_image(wide), edge * 2)
         mask *= _per_image((rng.random(count) < share * NUISANCE) * rng.uniform(0.4, 0.9, count))
         colour = np.broadcast_to(DYED[BLOOD_CELLS.index("platelet"), 2].astype(np.float32), (count, 3))
@@ -379,7 +386,7 @@ def _debris(density: F32, x: F32, y: F32, edge: float, rng: np.random.Generator)
 def _blurred(images: F32, sigma: F32) -> F32:
     """Gaussian blur of (N, 3, S, S) with one standard deviation (N,) per image, edges repeated."""
     taps = np.arange(-2, 3, dtype=np.float32)
-    kernel = np.exp(-(taps[None, :] ** 2) / (2 * np.maximum(sigma, 0.15)[:, None] ** 2))
+    kernel = rounded(np.exp, -(taps[None, :] ** 2) / (2 * np.maximum(sigma, 0.15)[:, None] ** 2))
     kernel = (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
     for axis in (2, 3):
         pad = [(0, 0)] * 4
@@ -428,7 +435,7 @@ def render_cells(
         )
         dyes = np.asarray(stain.dyes)[None, :] * slide_dyes[slide] * strength[:, None]
         density *= dyes.astype(np.float32)[:, :, None, None]
-        light = np.exp(-density)
+        light = rounded(np.exp, -density)
         light = light.reshape(count, 3, size, 2, size, 2).mean(axis=(3, 5), dtype=np.float32)
         sigma = stain.blur * size / 32 * np.exp(0.25 * NUISANCE * rng.standard_normal(count))
         light = _blurred(light, np.minimum(sigma, 1.4).astype(np.float32))
@@ -442,7 +449,7 @@ def render_cells(
         lamp *= _per_image(np.exp(0.02 * NUISANCE * rng.standard_normal(count)))
         glass = np.asarray(stain.glass)[None, :] / 255.0 * slide_glass[slide]
         light = light * lamp[:, None] * glass.astype(np.float32)[:, :, None, None]
-        light = np.clip(light, 0.0, 1.0) ** np.float32(stain.gamma) * 255.0
+        light = rounded(np.power, np.clip(light, 0.0, 1.0), stain.gamma) * np.float32(255.0)
         light += stain.noise * rng.standard_normal(light.shape, dtype=np.float32)
         out[part] = np.clip(np.rint(light), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return out
