@@ -56,7 +56,7 @@ from qkt_clinical.cli import main
 from qkt_clinical.common.files import write_json
 from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.datasets.medmnist_file import Part
+from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.evaluation.metrics import auroc
 from qkt_clinical.federation import peers
@@ -420,10 +420,10 @@ def test_a_split_without_a_class_is_refused(tmp_path: Path) -> None:
 # --- simulated hospitals --------------------------------------------------------------------------
 
 
-def part(labels: Sequence[int], groups: Sequence[str] | None = None) -> Part:
+def part(labels: Sequence[int], groups: Sequence[str] | None = None) -> SplitArrays:
     count = len(labels)
     images = np.arange(count, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), dtype=np.uint8)
-    return Part(images, np.array(labels), None if groups is None else np.array(groups))
+    return SplitArrays(images, np.array(labels), None if groups is None else np.array(groups))
 
 
 def test_absent_questions_ask_for_what_a_hospital_lacks_and_another_has(data: Path) -> None:

@@ -20,7 +20,7 @@ from qkt_clinical.catalog import Network, Partition, Regime
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.datasets.medmnist import class_names
-from qkt_clinical.datasets.medmnist_file import Part, read_medmnist
+from qkt_clinical.datasets.medmnist_file import SplitArrays, read_medmnist
 from qkt_clinical.datasets.partition import Indices, dirichlet_shares, divide, pathological_shares
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.models.networks import check_size
@@ -149,7 +149,7 @@ def _spread(candidates: Sequence[Question], count: int | None, seed: int) -> tup
 
 
 def simulate(
-    parts: dict[str, Part],
+    parts: dict[str, SplitArrays],
     classes: tuple[str, ...],
     *,
     partition: Partition = "pathological",
@@ -245,7 +245,7 @@ def simulate(
     )
 
 
-def read(source: Path) -> tuple[dict[str, Part], tuple[str, ...]]:
+def read(source: Path) -> tuple[dict[str, SplitArrays], tuple[str, ...]]:
     """A MedMNIST-layout npz and its classes' names in label order.
 
     Raises:

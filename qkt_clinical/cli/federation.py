@@ -51,6 +51,7 @@ def _show(outcomes: Mapping[str, Outcome], as_json: bool) -> None:
 
 
 def _asked(params: Params, queries: list[str] | None) -> list[str]:
+    from qkt_clinical.config.workspace import check_name
     from qkt_clinical.federation.run import named_queries
 
     if queries is None or not queries:

@@ -215,7 +215,7 @@ def summary(root: Root = HERE, as_json: Json = False) -> None:
     from qkt_clinical.records.summary import QuerySummaries
 
     path = Workspace(root).reports / "queries.json"
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError("no results yet", remedy="Run 'dvc repro' or 'qkt evaluate'.", file=path)
     rows = read_record(QuerySummaries, path).root
     if as_json:

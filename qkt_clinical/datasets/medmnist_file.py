@@ -26,7 +26,7 @@ MAX_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitArrays:
     """One split of a MedMNIST-layout file."""
 
     images: NDArray[Any]
@@ -37,7 +37,7 @@ class Part:
     """(N,) patient ids as the file has them."""
 
 
-def read_medmnist(source: Path) -> dict[str, Part]:
+def read_medmnist(source: Path) -> dict[str, SplitArrays]:
     """Read a single-label MedMNIST-layout npz; sizes are checked before anything is allocated.
 
     Raises:
@@ -112,7 +112,7 @@ def _read_arrays(source: Path) -> dict[str, NDArray[Any]]:
         return {name.removesuffix(".npy"): content[name] for name in present}
 
 
-def _part(source: Path, arrays: Mapping[str, NDArray[Any]], split: str) -> Part:
+def _part(source: Path, arrays: Mapping[str, NDArray[Any]], split: str) -> SplitArrays:
     images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
     if images is None or labels is None:
         raise _unusable(source, f"{split}_images or {split}_labels is missing")
@@ -128,4 +128,4 @@ def _part(source: Path, arrays: Mapping[str, NDArray[Any]], split: str) -> Part:
         if groups.shape not in ((len(images),), (len(images), 1)) or groups.dtype.kind not in "uiUS":
             raise _unusable(source, f"{split}_groups is {groups.shape} {groups.dtype}")
         groups = groups.reshape(-1)
-    return Part(images, labels, groups)
+    return SplitArrays(images, labels, groups)

@@ -27,7 +27,7 @@ from qkt_clinical.config.policy import OPEN_POLICY, POLICY
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.site import SiteConfig
 from qkt_clinical.datasets.medmnist import class_names
-from qkt_clinical.datasets.medmnist_file import SPLITS, Part, read_medmnist
+from qkt_clinical.datasets.medmnist_file import SPLITS, SplitArrays, read_medmnist
 from qkt_clinical.datasets.partition import (
     Indices,
     choose_queries,
@@ -197,7 +197,9 @@ def _check_free(folder: Path, site: str) -> None:
         )
 
 
-def _class_names(source: Path, classes: tuple[str, ...] | None, parts: Mapping[str, Part]) -> tuple[str, ...]:
+def _class_names(
+    source: Path, classes: tuple[str, ...] | None, parts: Mapping[str, SplitArrays]
+) -> tuple[str, ...]:
     """The classes' names in label order; every one of them must have a training image."""
     needed = max(int(p.labels.max()) for p in parts.values()) + 1
     names = classes or class_names(source) or tuple(f"class-{c}" for c in range(needed))
@@ -218,7 +220,7 @@ def _class_names(source: Path, classes: tuple[str, ...] | None, parts: Mapping[s
 
 
 def _divide_parts(
-    source: Path, asked: FederateParams, parts: Mapping[str, Part], classes: int
+    source: Path, asked: FederateParams, parts: Mapping[str, SplitArrays], classes: int
 ) -> tuple[dict[str, list[Indices]], NDArray[np.bool_]]:
     """Indices per split and hospital, and (hospitals, classes) which classes each hospital trains on."""
     train = parts["train"]
@@ -262,7 +264,9 @@ def _slugs(names: Sequence[str]) -> list[str]:
     return [slug if slug and slugs.count(slug) == 1 else f"class-{index}" for index, slug in enumerate(slugs)]
 
 
-def _site_config(site: str, names: Sequence[str], held: NDArray[np.bool_], train: Part) -> dict[str, Any]:
+def _site_config(
+    site: str, names: Sequence[str], held: NDArray[np.bool_], train: SplitArrays
+) -> dict[str, Any]:
     shape = train.images.shape[1:]
     colour = len(shape) == 3 and shape[-1] == 3  # no volume is 3 voxels wide: sizes start at 4
     return {
@@ -285,7 +289,7 @@ def _write_hospital(
     folder: Path,
     config: Mapping[str, Any],
     queries: Mapping[str, Mapping[str, Any]],
-    content: Mapping[str, tuple[Part, Indices]],
+    content: Mapping[str, tuple[SplitArrays, Indices]],
 ) -> None:
     """Write what belongs to a simulated hospital; anything else in its folder (such as a salt) stays."""
     site = str(config["name"])

@@ -46,7 +46,7 @@ from qkt_clinical.federation.messages import (
 )
 from qkt_clinical.federation.policy import check_outbound
 from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE, Named, Settings
+from qkt_clinical.federation.settings import FILE, NamedInJob, Settings
 from qkt_clinical.federation.site import Site
 
 SAID = "qkt"
@@ -144,7 +144,7 @@ def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
     Raises:
         ConfigError: a name is none, or there are more than a thousand.
     """
-    parse(Named, {"sites": sites, "queries": queries}, file="the job")
+    parse(NamedInJob, {"sites": sites, "queries": queries}, file="the job")
 
 
 class QueryController(Controller):  # type: ignore[misc]

@@ -27,7 +27,7 @@ from qkt_clinical.records.card import (
 )
 from qkt_clinical.records.plan import SHARED
 
-Files = Mapping[str, bytes]
+FileContents = Mapping[str, bytes]
 """Name to content: of a teacher those in :data:`qkt_clinical.records.plan.SHARED`."""
 
 
@@ -70,7 +70,7 @@ def check_files(files: Any, site: str, names: tuple[str, ...] = SHARED) -> dict[
 
 
 @contextmanager
-def _laid_out(files: Files, site: str) -> Iterator[Path]:
+def _laid_out(files: FileContents, site: str) -> Iterator[Path]:
     """A temporary folder by the site's name that holds the files."""
     with tempfile.TemporaryDirectory(prefix="qkt-") as temporary:
         folder = Path(temporary) / site

@@ -16,7 +16,7 @@ QueryName = Annotated[str, Field(pattern=f"^{NAME.pattern}/{NAME.pattern}$")]
 """``<hospital>/<query>``."""
 
 
-class Named(Strict):
+class NamedInJob(Strict):
     """What a job names."""
 
     sites: Names

@@ -35,19 +35,19 @@ PAUSE_S = 0.5
 """Progress is written at most so often."""
 
 
-Said = Annotated[str, BeforeValidator(lambda text: visible(text) if isinstance(text, str) else text)]
+VisibleText = Annotated[str, BeforeValidator(lambda text: visible(text) if isinstance(text, str) else text)]
 """In words, for a terminal: what is no character that shows stands as its escape."""
 
 
 class Failure(Strict):
     """Why a job failed, as :meth:`QktError.as_dict` says it."""
 
-    code: Said
-    message: Said
-    remedy: Said
-    stage: Said | None = None
-    site: Said | None = None
-    file: Said | None = None
+    code: VisibleText
+    message: VisibleText
+    remedy: VisibleText
+    stage: VisibleText | None = None
+    site: VisibleText | None = None
+    file: VisibleText | None = None
 
 
 class Job(Strict):
@@ -66,9 +66,9 @@ class Job(Strict):
     """Progress within the step."""
     interruptions: Count = 0
     error: Failure | None = None
-    version: Said | None = None
+    version: VisibleText | None = None
     """Of the registered student."""
-    note: Said | None = None
+    note: VisibleText | None = None
     """What a person should know of an answer, such as why there are no figures."""
     transferred: tuple[Sha256, Sha256] | None = None
     """Digests of all that the transfer read and of the student that came of it: it is not done twice."""

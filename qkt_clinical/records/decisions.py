@@ -29,7 +29,7 @@ CHAMPION = "champion"
 """Alias of the version that is in use."""
 MAX_BYTES = 16_000_000
 """Of a hospital's decisions: some ten thousand."""
-Text = Annotated[str, Field(max_length=10_000)]
+DecisionText = Annotated[str, Field(max_length=10_000)]
 
 
 class RegistryError(QktError):
@@ -69,9 +69,9 @@ class Decision(Strict):
     digest: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]
     """Of the bundle that is the champion from then on."""
     decision: Literal["promoted", "rolled back"]
-    by: Text
+    by: DecisionText
     """``gate``, or the reviewer's name."""
-    reason: Text | None
+    reason: DecisionText | None
     overridden: tuple[str, ...] = ()
     """What spoke against it."""
     measured: Measured | None = None
