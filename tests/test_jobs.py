@@ -389,7 +389,7 @@ DAMAGED: dict[str, object] = {
 def test_a_damaged_record_fails_its_query_and_no_command(
     root: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qkt_clinical.cli.app import main
+    from qkt_clinical.cli import main
 
     new_query(root, "birch", "fine", ["c"], PARAMS)
     said = DAMAGED[kind]
@@ -425,7 +425,7 @@ def test_a_record_that_is_no_file_holds_nobody_up(root: Path, make: Callable[[Pa
 def test_what_a_record_says_is_shown_without_control_characters(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qkt_clinical.cli.app import main
+    from qkt_clinical.cli import main
 
     keep(root, state="answered", note="a\x1b[2J\nb", version="\x1b]0;x\x07")
     with pytest.raises(SystemExit):
@@ -446,7 +446,7 @@ def test_folders_whose_names_are_none_are_no_hospitals(root: Path) -> None:
 def test_names_that_are_none_are_one_line(
     root: Path, capsys: pytest.CaptureFixture[str], verb: str, names: tuple[str, str]
 ) -> None:
-    from qkt_clinical.cli.app import main
+    from qkt_clinical.cli import main
 
     with pytest.raises(SystemExit) as ended:
         main(["query", verb, *names, "--root", str(root)])
@@ -461,7 +461,7 @@ def test_names_that_are_none_are_one_line(
 def test_showing_a_damaged_answer_is_one_line(
     root: Path, capsys: pytest.CaptureFixture[str], name: str, damage: bytes
 ) -> None:
-    from qkt_clinical.cli.app import main
+    from qkt_clinical.cli import main
 
     student = Workspace(root).student("aster", "q")
     student.mkdir(parents=True)

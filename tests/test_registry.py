@@ -188,7 +188,7 @@ def test_promoted_replaced_overridden_and_rolled_back(
     judged = json.loads((Workspace(root).reports / "gate" / "h0" / "q0.json").read_text())
     (rule,) = [r for r in judged["rules"] if r["kind"] == "relative"]
     assert (rule["figure"], rule["threshold"], rule["passed"]) == (pytest.approx(0.1), 0.0, False)
-    assert judged["champion"]["measured"]["balanced_accuracy"]["value"] == before
+    assert judged["champion"]["measured"]["balanced_accuracy"]["value"] == exact
     _, differences = run(root, capsys, "diff", NAME)
     assert "qkt.balanced_accuracy" in differences
 

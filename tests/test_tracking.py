@@ -374,7 +374,7 @@ def test_a_damaged_database_is_refused_at_once(root: Path, tmp_path: Path) -> No
     with pytest.raises(OutputsError) as caught:
         track(root, sample_params(track={"uri": f"sqlite:///{path}"}))
     assert caught.value.code == "damaged-database"
-    assert "Remove it" in caught.value.remedy
+    assert "ove it away" in caught.value.remedy
 
 
 @pytest.mark.parametrize("linked", [False, True])
