@@ -24,7 +24,6 @@ DEFAULT_ESTIMATOR: Estimator = "combined"
 """How masks are read; the benchmark compares it with the others."""
 Method = Literal["qkt", "qkt-light", "routed"]
 Device = Literal["auto", "cpu", "cuda"]
-SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
 Split = Literal["train", "calibration", "val", "test"]
 Partition = Literal["pathological", "dirichlet"]
 Regime = Literal["absent", "rare"]
@@ -34,7 +33,6 @@ NETWORKS: tuple[str, ...] = get_args(Network)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 METHODS: tuple[str, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
-SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 SPLITS: tuple[str, ...] = get_args(Split)
 BASELINES: tuple[str, ...] = (
     "local",

@@ -241,8 +241,8 @@ def public_names() -> dict[str, set[str]]:
 
 
 TWICE = {
-    *("Asking", "Decision", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
-    *("Plan", "Question", "Sample", "Settings", "Split", "State", "Store", "Verdict"),
+    *("Asking", "Decision", "Estimate", "Federation", "Hospital"),
+    *("Plan", "Question", "Settings", "Split", "State"),
 }
 """Names that mean two things still; nothing is added here."""
 
