@@ -27,7 +27,6 @@ DEFAULT_METHOD: Method = "qkt"
 DEFAULT_BUDGET = 0.05
 """Of own images that an answer may give away, where a query does not say."""
 Device = Literal["auto", "cpu", "cuda"]
-SourceKind = Literal["dicom", "nifti", "images", "npz", "phantom"]
 Split = Literal["train", "calibration", "val", "test"]
 Partition = Literal["pathological", "dirichlet"]
 Regime = Literal["absent", "rare"]
@@ -37,7 +36,6 @@ NETWORKS: tuple[str, ...] = get_args(Network)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 METHODS: tuple[str, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
-SOURCE_KINDS: tuple[str, ...] = get_args(SourceKind)
 SPLITS: tuple[str, ...] = get_args(Split)
 BASELINES: tuple[str, ...] = (
     "local",

@@ -241,8 +241,13 @@ def public_names() -> dict[str, set[str]]:
 
 
 TWICE = {
+<<<<<<< HEAD
     *("Asking", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
     *("Plan", "Question", "Sample", "Settings", "Split", "State", "Store", "Verdict"),
+=======
+    *("Asking", "Decision", "Estimate", "Federation", "Hospital"),
+    *("Plan", "Question", "Settings", "Split", "State"),
+>>>>>>> readers
 }
 """Names that mean two things still; nothing is added here."""
 

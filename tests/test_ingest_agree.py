@@ -15,8 +15,9 @@ from PIL import Image
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest import check_folder
 from qkt_clinical.ingest.decode import decoded
-from qkt_clinical.ingest.source import Refusal, Request, list_files
-from qkt_clinical.ingest.store import Store
+from qkt_clinical.ingest.listing import list_files
+from qkt_clinical.ingest.source import Refusal, Request
+from qkt_clinical.ingest.store import ScratchStore
 from tests.ingest_files import dicom, nifti, noise, save
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -40,7 +41,7 @@ def by_run(folder: Path, kind: str, size: tuple[int, ...], store: Path) -> Verdi
     request = Request(ImageSpec(size=size, channels=1), (), LIMIT_MB * 1_000_000, "alder", 0, b"s" * 32, True)
     listing = list_files(folder, kind)
     found: Verdicts = {file.name: refusal.code for refusal in listing.refused for file in refusal.files}
-    with Store(store, site="alder", salt=request.salt, recipe=None) as opened:
+    with ScratchStore(store, site="alder", salt=request.salt, recipe=None) as opened:
         for _, result in decoded(kind, listing.files, request, opened, workers=1, step=lambda *_: None):
             code = result.code if isinstance(result, Refusal) else None
             found |= {file.name: code for file in result.files}

@@ -26,8 +26,14 @@ from pydicom.uid import (
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import PERCENTILES, Picture, _percentiles, prepare, resample
-from qkt_clinical.ingest.dicom import HEAD, _native, _open, _uncompressed, may_be_deflated
-from qkt_clinical.ingest.elements import number, values, whole, word
+from qkt_clinical.ingest.readers.dicom_file import (
+    HEAD,
+    _native,
+    _uncompressed,
+    may_be_deflated,
+    open_file,
+)
+from qkt_clinical.ingest.readers.elements import number, values, whole, word
 from tests.ingest_files import dicom, noise
 
 CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
@@ -221,7 +227,7 @@ def test_real_files_give_the_same_elements_and_pixels_as_pydicom() -> None:
     native = 0
     for path in sorted(CONFORMANCE.rglob("*")):
         try:
-            data = _open(path, 10**8, pixels=True)
+            data = open_file(path, 10**8, pixels=True)
             pixels = None if _native(data) is None else _uncompressed(data)
         except (FileRejected, IsADirectoryError):
             continue
@@ -249,7 +255,7 @@ def test_uncompressed_integers_as_they_lie(tmp_path: Path, bits: int, sign: str,
         data = dicom(stored, syntax=syntax)
         data.PixelRepresentation = int(sign == "i")
         data.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-        read = _open(tmp_path / "a.dcm", 10**6, pixels=True)
+        read = open_file(tmp_path / "a.dcm", 10**6, pixels=True)
         assert _native(read) is not None
         found = _uncompressed(read)
         np.testing.assert_array_equal(found, stored)

@@ -23,9 +23,9 @@ from pydicom.tag import Tag
 
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
-from qkt_clinical.ingest.dicom import _open, _stored
-from qkt_clinical.ingest.elements import tag_of
-from qkt_clinical.ingest.pixels import read_stream
+from qkt_clinical.ingest.readers.dicom_file import open_file, stored_pixels
+from qkt_clinical.ingest.readers.elements import tag_of
+from qkt_clinical.ingest.readers.pixels import read_stream
 from tests.ingest_files import (
     CLASSES,
     dicom,
@@ -807,6 +807,6 @@ def test_a_real_bone_scan_of_twelve_bits(tmp_path: Path) -> None:
     scan = bytes.fromhex("ffda0008 0101 00 00")
     assert blob.count(scan + b"\0\0") == 1
     (tmp_path / "b.dcm").write_bytes(blob.replace(scan + b"\0\0", scan + b"\x3f\0"))
-    pixels = _stored(_open(tmp_path / "b.dcm", 10**7, pixels=True))
+    pixels = stored_pixels(open_file(tmp_path / "b.dcm", 10**7, pixels=True))
     assert (pixels.shape, pixels.dtype) == ((1024, 256), np.uint16)
     assert 250 < pixels.max() <= 278

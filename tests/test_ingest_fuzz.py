@@ -34,11 +34,11 @@ from pydicom.uid import (
 
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import check_file, npz, reasons
+from qkt_clinical.ingest import check_file, reasons
 from qkt_clinical.ingest.codes import quiet
-from qkt_clinical.ingest.decode import decoded, finished
+from qkt_clinical.ingest.decode import decoded
 from qkt_clinical.ingest.source import Refusal, Request, SourceFile
-from qkt_clinical.ingest.store import Store
+from qkt_clinical.ingest.store import ScratchStore
 from tests.ingest_files import dicom as data_set
 from tests.ingest_files import noise
 
@@ -149,7 +149,7 @@ SAMPLES: dict[str, bytes] = {
     "stored.npz": archive(np.savez),
     "deflated.npz": archive(np.savez_compressed),
 }
-KINDS = {"dcm": "dicom", "nii": "nifti", "gz": "nifti"}
+KINDS = {"dcm": "dicom", "nii": "nifti", "gz": "nifti", "npz": "npz"}
 EXTREME = (
     b"\xff",
     b"\x00",
@@ -226,12 +226,9 @@ def judge(path: Path) -> None:
     for size in ((8, 8), (8, 8, 8)):
         spec = ImageSpec(size=size, channels=1)
         request = Request(spec, ("PatientID",), LIMIT_MB * 1_000_000, "alder", 0, b"s" * 32, True)
-        if path.suffix == ".npz":
-            found = [finished(o, request, files)[0] for o in npz.read(files, request).outcomes]
-        else:
-            with Store(path.with_suffix(".sqlite"), site="alder", salt=request.salt, recipe=None) as store:
-                results = decoded(kind, files, request, store, workers=1, step=lambda *_: None)
-                found = [result for _, result in results]
+        with ScratchStore(path.with_suffix(".sqlite"), site="alder", salt=request.salt, recipe=None) as store:
+            results = decoded(kind, files, request, store, workers=1, step=lambda *_: None)
+            found = [result for _, result in results]
         for result in found:
             if isinstance(result, Refusal):
                 assert result.code in reasons

@@ -16,10 +16,11 @@ from PIL import Image
 
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import check_file, images
+from qkt_clinical.ingest import check_file
 from qkt_clinical.ingest.arrays import Picture
-from qkt_clinical.ingest.raster import upright
-from qkt_clinical.ingest.source import Request, SourceFile
+from qkt_clinical.ingest.readers.images import ImageReader
+from qkt_clinical.ingest.readers.raster import upright
+from qkt_clinical.ingest.source import DecodedImage, Request, SourceFile, Unit
 from tests.ingest_files import noise, verdict
 
 GREY, DEEP = noise(1, 6, 8), np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
@@ -28,7 +29,9 @@ RGB, DEEP_RGB = noise(2, 6, 8, 3), noise(3, 6, 8, 3).astype(np.uint16) * 16
 
 def read(path: Path, *size: int) -> Picture:
     request = Request(ImageSpec(size=size or (8, 8), channels=1), (), 10**7, "alder", 0, b"s" * 32, False)
-    return images.read(SourceFile(path.name, str(path)), request).picture
+    (found,) = ImageReader().read(Unit((SourceFile(path.name, str(path)),)), request)
+    assert isinstance(found, DecodedImage)
+    return found.picture
 
 
 def tiff(path: Path, pixels: NDArray[Any], **options: Any) -> Picture:

@@ -32,10 +32,10 @@ from pydicom.uid import (
 
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import dicom as reader
 from qkt_clinical.ingest.arrays import prepare
-from qkt_clinical.ingest.elements import sixteen_bits
-from qkt_clinical.ingest.pixels import Bits, read_stream, stored_values, to_rgb
+from qkt_clinical.ingest.readers import dicom_file as reader
+from qkt_clinical.ingest.readers.elements import sixteen_bits
+from qkt_clinical.ingest.readers.pixels import Bits, read_stream, stored_values, to_rgb
 from tests.ingest_files import dicom, hospital, ingest, noise, save, series, uid, verdict
 
 BASELINE, EXTENDED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
@@ -49,14 +49,14 @@ JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 def stored(data: FileDataset, path: Path) -> NDArray[Any]:
     """The pixels of a data set after it was a file."""
     save(data, path / "a.dcm")
-    return reader._stored(reader._open(path / "a.dcm", 10**8, pixels=True))
+    return reader.stored_pixels(reader.open_file(path / "a.dcm", 10**8, pixels=True))
 
 
 def shown(data: FileDataset, path: Path) -> NDArray[np.float32]:
     """(8, 8) as it would be prepared, of a data set after it was a file."""
     save(data, path / "a.dcm")
-    read = reader._open(path / "a.dcm", 10**8, pixels=True)
-    picture = reader._frame_picture(read, reader._stored(read), 0, lookup=True)
+    read = reader.open_file(path / "a.dcm", 10**8, pixels=True)
+    picture = reader.frame_picture(read, reader.stored_pixels(read), 0, lookup=True)
     return np.asarray(prepare(picture, ImageSpec(size=(8, 8), channels=1))[0])
 
 
@@ -113,7 +113,7 @@ def test_signed_twelve_bits_of_sixteen_uncompressed(
         data.PixelData = whole.astype(">u2").tobytes()
         data["PixelData"].VR = "OW"
     write(data, tmp_path / "a.dcm")
-    found = reader._stored(reader._open(tmp_path / "a.dcm", 10**8, pixels=True))
+    found = reader.stored_pixels(reader.open_file(tmp_path / "a.dcm", 10**8, pixels=True))
     assert found.dtype == np.int16
     np.testing.assert_array_equal(found.reshape(-1, 2, 2), [TWELVE] * frames)
 
@@ -375,7 +375,7 @@ def test_sixteen_bits_are_read_by_the_pixel_representation(
     data.add_new("PixelPaddingValue", vr, 63_536 if vr == "US" else -2000)
     data.add_new("SmallestImagePixelValue", vr, 7)
     write(data, tmp_path / "a.dcm")
-    read = reader._open(tmp_path / "a.dcm", 10**6, pixels=False)
+    read = reader.open_file(tmp_path / "a.dcm", 10**6, pixels=False)
     assert sixteen_bits(read, "PixelPaddingValue", signed=signed) == (-2000 if signed else 63_536,)
     assert sixteen_bits(read, "SmallestImagePixelValue", signed=signed) == (7,)
     assert sixteen_bits(read, "LargestImagePixelValue", signed=signed) == ()
@@ -557,7 +557,7 @@ def test_deflated_data_sets_are_refused_before_they_are_inflated(
     assert path.stat().st_size < 300_000
     started = time.process_time()
     with pytest.raises(FileRejected) as caught:
-        reader._open(path, 10**9, pixels=True)
+        reader.open_file(path, 10**9, pixels=True)
     assert caught.value.code == "too-large"
     assert time.process_time() - started < 10  # 43 s before
 

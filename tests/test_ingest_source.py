@@ -18,7 +18,8 @@ from PIL import Image
 from qkt_clinical.cli.options import print_json, say
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest import check_file, check_folder
-from qkt_clinical.ingest.source import LONGEST_PATH, list_all, list_files, opened
+from qkt_clinical.ingest.listing import LONGEST_PATH, list_all, list_files
+from qkt_clinical.ingest.source import opened
 from tests.ingest_files import hospital, ingest, noise
 
 

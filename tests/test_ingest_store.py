@@ -14,7 +14,8 @@ import pytest
 from qkt_clinical.common.files import digest_folder
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import SourceError
-from qkt_clinical.ingest import codes, decode, dicom, images, ingest_site, store
+from qkt_clinical.ingest import codes, decode, ingest_site, store
+from qkt_clinical.ingest.readers import dicom_series, images
 from tests.ingest_files import (
     IDENTITIES,
     SITE,
@@ -67,7 +68,7 @@ def pictures(root: Path, numbers: range) -> Path:
 
 
 def test_one_new_file_costs_one_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes = Counter(monkeypatch, images, "read")
+    decodes = Counter(monkeypatch, images, "_picture")
     folder = pictures(tmp_path, range(12))
     (folder / "bad.png").write_bytes(b"no picture")
     ingest(tmp_path)
@@ -95,23 +96,23 @@ def test_what_the_machine_may_be_to_blame_for_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures(tmp_path, range(6))
-    true = images.read
+    true = images._picture
 
-    def out_of_memory(file: Any, request: Any) -> Any:
-        if file.name.endswith("3.png"):
+    def out_of_memory(path: Path, max_bytes: int, *, volumes: bool | None) -> Any:
+        if path.name.endswith("3.png"):
             raise codes.reject("too-large")
-        return true(file, request)
+        return true(path, max_bytes, volumes=volumes)
 
-    monkeypatch.setattr(images, "read", out_of_memory)
+    monkeypatch.setattr(images, "_picture", out_of_memory)
     assert ingest(tmp_path)[0].rejected == {"too-large": 1}
-    monkeypatch.setattr(images, "read", true)
-    decodes = Counter(monkeypatch, images, "read")
+    monkeypatch.setattr(images, "_picture", true)
+    decodes = Counter(monkeypatch, images, "_picture")
     assert ingest(tmp_path)[0].rejected == {}
     assert decodes.since() == 1
 
 
 def test_what_is_asked_decides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes = Counter(monkeypatch, images, "read")
+    decodes = Counter(monkeypatch, images, "_picture")
     folder = pictures(tmp_path, range(4))
     ingest(tmp_path)
     assert decodes.since() == 4
@@ -126,7 +127,7 @@ def test_what_is_asked_decides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupted_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes = Counter(monkeypatch, images, "read")
+    decodes = Counter(monkeypatch, images, "_picture")
     pictures(tmp_path, range(20))
 
     def stop(done: int, total: int) -> None:
@@ -142,7 +143,10 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_series_are_read_again_only_if_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    heads, decodes = Counter(monkeypatch, dicom, "scan"), Counter(monkeypatch, dicom, "read_series")
+    heads, decodes = (
+        Counter(monkeypatch, dicom_series, "scan"),
+        Counter(monkeypatch, dicom_series, "read_series"),
+    )
     folder = hospital(tmp_path, "dicom", image={"size": [4, 5, 6], "channels": 1}) / "solid"
     for number in range(3):
         series(folder / str(number), VOLUME + np.uint8(number))

@@ -66,7 +66,7 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
 
 @ingest_app.command("check", epilog=EPILOG)
 def ingest_check(
-    folder: Annotated[Path, typer.Argument(help="Any folder of DICOM, NIfTI, image or npz files.")],
+    folder: Annotated[Path, typer.Argument(help="Any folder with files of images.")],
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qkt_clinical.catalog import SourceKind
 from qkt_clinical.config.base import Name, Strict
 
 # --- site.yaml ---------------------------------------------------------------------------------
@@ -22,7 +21,8 @@ class Source(Strict):
     that DVC can watch ``hospitals/<site>/data``.
     """
 
-    kind: SourceKind
+    kind: Name
+    """Which kinds there are, ingest knows: they may be added to."""
     path: str = "data"
 
     @field_validator("path")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,43 +12,30 @@ from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.errors import FileRejected, SourceError
 from qkt_clinical.ingest.arrays import Picture, prepare
 from qkt_clinical.ingest.codes import quiet, reading, reject
-from qkt_clinical.ingest.nifti import pairs
-from qkt_clinical.ingest.source import Found, SourceFile, is_side_file, list_all, opened, suffix
-from qkt_clinical.ingest.tiff import MAGICS
+from qkt_clinical.ingest.listing import is_side_file, list_all
+from qkt_clinical.ingest.readers import readers, recognised, suffix
+from qkt_clinical.ingest.readers.base import Reader
+from qkt_clinical.ingest.source import Found, SourceFile, Unit, opened
 
+HEAD = 132
+"""Bytes by which a file is recognised."""
 LONGEST_SIDE = {2: 1024, 3: 256}
 """Pixels, by number of axes, beyond which an image is shrunk to be judged."""
 
 
-class Verdict(TypedDict):
+class FileVerdict(TypedDict):
     """One file: its path relative to the folder, and whether and how it can be read."""
 
     file: str
     accepted: bool
     code: str | None
     kind: str | None
-    """dicom, nifti, images or npz; None where nothing was recognised."""
+    """Of source; None where the file is refused."""
     shape: tuple[int, ...] | None
     """Of the stored array; None if rejected, like the two below."""
     dtype: str | None
     spacing_mm: tuple[float, ...] | None
     """Between pixels, per axis; None also where the file does not say."""
-
-
-def sniff(head: bytes, name: str) -> str | None:
-    """Source kind of a file by its first 132 bytes, else by its name; None if neither tells."""
-    if head[128:] == b"DICM":
-        return "dicom"
-    ending = suffix(name)
-    if ending in (".nii.gz", ".nii", ".hdr", ".img"):
-        return "nifti"
-    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", *MAGICS)):
-        return "images"
-    if head.startswith(b"PK\x03\x04") and ending == ".npz":
-        return "npz"
-    return {".png": "images", ".npz": "npz"}.get(ending) or (
-        "images" if ending in (".jpg", ".jpeg", ".tif", ".tiff") else None
-    )
 
 
 def judge(picture: Picture) -> None:
@@ -63,51 +49,57 @@ def judge(picture: Picture) -> None:
     prepare(picture, ImageSpec(size=size, channels=3 if picture.colour else 1))
 
 
-def check_file(path: Path, *, max_file_mb: int = 2_000) -> tuple[str, Found]:
+def check_file(
+    path: Path, *, max_file_mb: int = 2_000, among: Sequence[Reader] | None = None
+) -> tuple[str, Found]:
     """Decode one file completely and return its source kind and what it holds.
 
     What makes ingest refuse a file by itself, makes this refuse it, with the same code. What depends on
     site.yaml or on other files (labels, the size wanted, the rest of a series) is not asked.
 
+    Args:
+        path: of the file.
+        max_file_mb: that it may take, decoded too.
+        among: readers of whom one reads it; all that are known if left out.
+
     Raises:
         FileRejected: with a code of :data:`~qkt_clinical.ingest.codes.REASONS`.
     """
+    limit = max_file_mb * 1_000_000
     with quiet():
         with reading("unreadable"):
             real = path.resolve()
-        return _check(real, max_file_mb * 1_000_000)
+        if is_side_file(real.name):
+            raise reject("side-file")
+        with opened(real, limit) as stream, reading("unreadable"):
+            head = stream.read(HEAD)
+        reader = recognised(head, real.name, readers().values() if among is None else among)
+        return reader.kind, reader.check(real, limit, judge)
 
 
-def _check(path: Path, limit: int) -> tuple[str, Found]:
-    if is_side_file(path.name):
-        raise reject("side-file")
-    with opened(path, limit) as stream, reading("unreadable"):
-        kind = sniff(stream.read(132), path.name)
-    if kind == "npz":
-        from qkt_clinical.ingest import npz
-
-        return kind, npz.check(path, limit)
-    # What is nothing else may be DICOM: scanners name files by UIDs.
-    reader = importlib.import_module(f"qkt_clinical.ingest.{kind or 'dicom'}")
-    return kind or "dicom", reader.check(path, limit, judge)
-
-
-Unit = tuple[tuple[SourceFile, ...], str | None]
+Barred = tuple[Unit, str | None]
 """Files that are judged together, and the code that bars them from being opened."""
 
 
-def _units(found: Sequence[tuple[SourceFile, str | None]]) -> list[Unit]:
-    """The files one by one, but for an ``.img``, which belongs to the ``.hdr`` beside it."""
-    barred: list[Unit] = [((file,), code) for file, code in found if code is not None]
-    return barred + [(unit, None) for unit in pairs([file for file, code in found if code is None])]
+def _units(found: Sequence[tuple[SourceFile, str | None]]) -> list[Barred]:
+    """The files as the readers of their endings take them: one by one, or an ``.img`` with its ``.hdr``."""
+    units: list[Barred] = [(Unit((file,)), code) for file, code in found if code is not None]
+    by_ending: dict[str, list[SourceFile]] = {}
+    for file, code in found:
+        if code is None:
+            by_ending.setdefault(suffix(file.name), []).append(file)
+    for reader in readers().values():
+        own = sorted(file for ending in reader.suffixes for file in by_ending.get(ending, ()))
+        units += [(unit, None) for unit in (reader.units(own) if own else ())]
+    return units
 
 
-def _judge(unit: Unit, *, max_file_mb: int) -> list[Verdict]:
-    files, barred = unit
+def _judge(unit: Barred, *, max_file_mb: int, among: Sequence[Reader]) -> list[FileVerdict]:
+    files, barred = unit[0].files, unit[1]
     kind, held = None, None
     if barred is None:
         try:
-            kind, held = check_file(files[0].path, max_file_mb=max_file_mb)
+            kind, held = check_file(files[0].path, max_file_mb=max_file_mb, among=among)
         except FileRejected as rejected:
             barred = rejected.code
     return [
@@ -124,8 +116,8 @@ def _judge(unit: Unit, *, max_file_mb: int) -> list[Verdict]:
     ]
 
 
-def _lost(unit: Unit) -> list[Verdict]:
-    return _judge((unit[0], "decoder-crashed"), max_file_mb=0)
+def _lost(unit: Barred) -> list[FileVerdict]:
+    return _judge((unit[0], "decoder-crashed"), max_file_mb=0, among=())
 
 
 def check_folder(
@@ -134,7 +126,7 @@ def check_folder(
     max_file_mb: int = 2_000,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Verdict]:
+) -> list[FileVerdict]:
     """Judge every visible file below ``folder``, in sorted order.
 
     ``workers`` as of :func:`qkt_clinical.ingest.ingest_site`.
@@ -146,8 +138,9 @@ def check_folder(
         raise SourceError("no such folder", remedy="Name a folder that exists.", stage="ingest", file=folder)
     found = list_all(folder)
     units = _units(found)
-    work = partial(_judge, max_file_mb=max_file_mb)
-    rows: list[Verdict] = []
+    # Handed over, since a process that starts anew knows our own readers alone.
+    work = partial(_judge, max_file_mb=max_file_mb, among=tuple(readers().values()))
+    rows: list[FileVerdict] = []
     for judged in in_order(work, units, len(units), workers=workers, lost=_lost):
         rows += judged
         if progress is not None:

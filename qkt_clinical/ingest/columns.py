@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from qkt_clinical.config.site import Column, SiteConfig, Subgroup
@@ -11,9 +11,14 @@ from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import reject
 from qkt_clinical.ingest.deidentify import salted
 from qkt_clinical.ingest.identity import normal_name, normal_patient
+from qkt_clinical.ingest.readers import reader_of, readers
+from qkt_clinical.ingest.readers.base import Reader
 from qkt_clinical.ingest.source import Ready, SourceFile
 from qkt_clinical.ingest.subgroups import TAGS, UNKNOWN, group_of
 from qkt_clinical.ingest.tables import Finder, read_table
+
+SAID = {"tag": "a DICOM tag"}
+"""Words for a column's ``from`` where it is none itself."""
 
 
 def check_columns(config: SiteConfig, classes: Sequence[str], file: Path) -> None:
@@ -22,43 +27,55 @@ def check_columns(config: SiteConfig, classes: Sequence[str], file: Path) -> Non
     Raises:
         ConfigError: naming the key of site.yaml.
     """
-    problems = []
-    kind = config.source.kind
-    arrays = kind in ("npz", "phantom")
-    for name, column in (("label", config.label), ("patient", config.patient)):
-        if column.source == "tag" and kind != "dicom":
-            problems.append(f"{name} comes from a DICOM tag, but the source is {kind}")
-        if (column.source == "npz") != arrays and not (
-            name == "patient" and arrays and column.source == "none"
-        ):
-            problems.append(
-                f"{name} must come from 'npz' (the source's own arrays) for a source of kind {kind}"
-                if arrays
-                else f"{name} comes from npz, but the source is {kind}"
-            )
-        if column.source == "tag" and column.tag is not None and not _is_keyword(column.tag):
-            problems.append(f"{name}: {column.tag!r} is no DICOM keyword")
-    for name, column in config.subgroups.items():
-        where = f"subgroups.{name}"
-        if arrays:
-            problems.append(f"{where}: a source of kind {kind} has no such columns")
-        elif column.source == "tag" and kind != "dicom":
-            problems.append(f"{where} comes from a DICOM tag, but the source is {kind}")
-        elif column.source == "tag" and column.tag not in TAGS:
-            problems.append(f"{where}: {column.tag!r} is none of {', '.join(sorted(TAGS))}")
-    if config.label.source == "none":
-        problems.append("label needs a source")
-    if config.splits == "given" and kind != "npz":
-        problems.append("splits: given is for npz files")
-    words = Counter(normal_name(word) for word in config.label_map)
-    problems += [f"label_map names {word!r} twice" for word, times in words.items() if times > 1]
-    strange = sorted({v for v in config.label_map.values() if v not in classes})
-    if strange:
-        problems.append(f"label_map leads to {', '.join(strange)}, not among the federation's classes")
+    reader = reader_of(config.source.kind, site=config.name, file=file)
+    problems = [
+        *_column_problems(config, reader),
+        *_subgroup_problems(config, reader),
+        *_class_problems(config, classes),
+    ]
+    if config.splits == "given" and not reader.gives_splits:
+        able = " and ".join(kind for kind, other in readers().items() if other.gives_splits)
+        problems.append(f"splits: given is for {able} files")
     if problems:
         raise ConfigError(
             "; ".join(problems), remedy="Correct site.yaml.", file=file, site=config.name, stage="ingest"
         )
+
+
+def _wrong_source(name: str, source: str, allowed: Iterable[str], kind: str) -> str:
+    said, choice = SAID.get(source, source), " or ".join(repr(word) for word in sorted(allowed))
+    return f"{name} comes from {said}, but the source is {kind}: it must come from {choice}"
+
+
+def _column_problems(config: SiteConfig, reader: Reader) -> Iterator[str]:
+    for name, column in (("label", config.label), ("patient", config.patient)):
+        if column.source == "none":
+            if name == "label":
+                yield "label needs a source"
+        elif column.source not in reader.label_sources:
+            yield _wrong_source(name, column.source, reader.label_sources, reader.kind)
+        if column.source == "tag" and column.tag is not None and not _is_keyword(column.tag):
+            yield f"{name}: {column.tag!r} is no DICOM keyword"
+
+
+def _subgroup_problems(config: SiteConfig, reader: Reader) -> Iterator[str]:
+    allowed = reader.label_sources - {"npz"}
+    for name, column in config.subgroups.items():
+        where = f"subgroups.{name}"
+        if not allowed:
+            yield f"{where}: a source of kind {reader.kind} has no such columns"
+        elif column.source not in allowed:
+            yield _wrong_source(where, column.source, allowed, reader.kind)
+        elif column.source == "tag" and column.tag not in TAGS:
+            yield f"{where}: {column.tag!r} is none of {', '.join(sorted(TAGS))}"
+
+
+def _class_problems(config: SiteConfig, classes: Sequence[str]) -> Iterator[str]:
+    words = Counter(normal_name(word) for word in config.label_map)
+    yield from (f"label_map names {word!r} twice" for word, times in words.items() if times > 1)
+    strange = sorted({v for v in config.label_map.values() if v not in classes})
+    if strange:
+        yield f"label_map leads to {', '.join(strange)}, not among the federation's classes"
 
 
 def _is_keyword(tag: str) -> bool:

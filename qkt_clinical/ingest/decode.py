@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from qkt_clinical.common.workers import in_order
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import dicom
 from qkt_clinical.ingest.arrays import Picture, prepare
 from qkt_clinical.ingest.codes import quiet
 from qkt_clinical.ingest.leakage import hashes_of
-from qkt_clinical.ingest.source import Decoded, Outcome, Ready, Refusal, Request, SourceFile
-from qkt_clinical.ingest.store import FORGOTTEN, Result, Store, as_text
+from qkt_clinical.ingest.readers import reader_of
+from qkt_clinical.ingest.readers.base import DecodeResults, Reader, SeriesReader
+from qkt_clinical.ingest.source import (
+    Decoded,
+    DecodeResult,
+    HeaderFacts,
+    Ready,
+    Refusal,
+    Request,
+    SourceFile,
+    Unit,
+)
+from qkt_clinical.ingest.store import FORGOTTEN, Result, ScratchStore, as_text
 
-Unit = TypeVar("Unit")
 Numbered = tuple[int, Decoded]
 """A result and its number in the store."""
 PASSING = frozenset({"decoder-crashed", "too-large", "unreadable"})
@@ -28,7 +36,7 @@ Written = tuple[Result, str]
 """A result and what the store keeps of it."""
 
 
-def finished(outcome: Outcome, request: Request, unit: Sequence[SourceFile]) -> tuple[Decoded, str]:
+def finished(outcome: DecodeResult, request: Request, unit: Sequence[SourceFile]) -> tuple[Decoded, str]:
     """Bring a decoded image of a unit of files to what the site wants."""
     if isinstance(outcome, Refusal):
         return outcome, as_text(outcome, unit)
@@ -68,56 +76,51 @@ def _fingerprint(picture: Picture) -> str:
 # --- what worker processes do: functions of a module, one unit at a time ----------------------------
 
 
-def _file(unit: tuple[SourceFile, ...], *, kind: str, request: Request) -> list[Written]:
-    """A flat image, or a volume that is one file."""
-    reader = importlib.import_module(f"qkt_clinical.ingest.{kind}")
-    outcome: Outcome
+def _results(unit: Unit, reader: Reader, request: Request) -> DecodeResults:
+    try:
+        return reader.read(unit, request)
+    except FileRejected as rejected:
+        return [Refusal(unit.files[:1], rejected.code)]
+
+
+def _read(unit: Unit, *, reader: Reader, request: Request) -> list[Written]:
     with quiet():
-        try:
-            outcome = reader.read(unit[0], request)
-        except FileRejected as rejected:
-            outcome = Refusal(unit[:1], rejected.code)
-        return [finished(outcome, request, unit)]
+        return [finished(outcome, request, unit.files) for outcome in _results(unit, reader, request)]
 
 
-def _scan(unit: tuple[SourceFile, ...], *, request: Request) -> list[Written]:
+def _header(unit: Unit, *, reader: SeriesReader, request: Request) -> list[Written]:
+    (file,) = unit.files
     result: Result
     with quiet():
         try:
-            result = dicom.scan(unit[0], request)
+            result = HeaderFacts(file, reader.facts(file, request))
         except FileRejected as rejected:
-            result = Refusal(unit, rejected.code)
-    return [(result, as_text(result, unit))]
-
-
-def _series(unit: tuple[dicom.Scan, ...], *, request: Request) -> list[Written]:
-    with quiet():
-        return [finished(o, request, _files_of(unit)) for o in dicom.read_series(unit, request)]
+            result = Refusal(unit.files, rejected.code)
+    return [(result, as_text(result, unit.files))]
 
 
 # --- what the stage calls -----------------------------------------------------------------------------
 
 
 def _remembered(
-    store: Store,
+    store: ScratchStore,
     step: str,
     work: Callable[[Unit], list[Written]],
     units: Sequence[Unit],
-    files_of: Callable[[Unit], tuple[SourceFile, ...]],
     workers: int,
 ) -> Iterator[tuple[Unit, list[tuple[int, Result]]]]:
     """Every unit with its numbered results, in order: from the store, or worked out and put there."""
-    keys = [store.key(step, files_of(unit)) for unit in units]
+    keys = [store.key(step, unit.files) for unit in units]
     fresh = [unit for unit, key in zip(units, keys, strict=True) if key not in store.known]
 
     def lost(unit: Unit) -> list[Written]:
-        refusal = Refusal(files_of(unit), "decoder-crashed")
+        refusal = Refusal(unit.files, "decoder-crashed")
         return [(refusal, as_text(refusal, refusal.files))]
 
     results = in_order(work, fresh, len(fresh), workers=workers, lost=lost)
     for unit, key in zip(units, keys, strict=True):
         if key in store.known:
-            yield unit, store.get(key, files_of(unit))
+            yield unit, store.get(key, unit.files)
         else:
             found = next(results)
             codes = {result.code for result, _ in found if isinstance(result, Refusal)}
@@ -129,71 +132,84 @@ def decoded(
     kind: str,
     files: Sequence[SourceFile],
     request: Request,
-    store: Store,
+    store: ScratchStore,
     *,
     workers: int,
     step: Callable[[int, int], Any],
 ) -> Iterator[Numbered]:
-    """Everything that DICOM, NIfTI or image files of a site hold, in the order of their names.
+    """Everything that the files of a site hold, in the order of their names.
 
     Args:
-        kind: ``dicom``, ``nifti`` or ``images``.
-        files: sorted.
+        kind: of the source.
+        files: sorted; none for a source that has none.
         request: what is wanted.
         store: results are kept in it, and taken from it where they are known.
-        workers: processes at most.
-        step: called with files done and files in all; each counts twice where headers are read first.
+        workers: processes at most; sources that are not remembered are read by this one.
+        step: called with units done and units in all; each file counts twice where headers are read first,
+            each image of a source that is not remembered.
     """
-    if kind == "dicom" and request.volumes:
-        yield from _volumes(files, request, store, workers=workers, step=step)
-        return
-    if kind == "nifti":
-        from qkt_clinical.ingest.nifti import pairs
-
-        units = pairs(files)
+    reader = reader_of(kind)
+    if not reader.remembered:
+        yield from _passing(reader, files, request, store, step=step)
+    elif isinstance(reader, SeriesReader) and reader.reads_headers(request):
+        yield from _series(reader, files, request, store, workers=workers, step=step)
     else:
-        units = [(file,) for file in files]
-    work = partial(_file, kind=kind, request=request)
-    for done, (_, found) in enumerate(_remembered(store, "file", work, units, tuple, workers), start=1):
-        yield from _images(found)
-        step(done, len(units))
+        units = reader.units(files)
+        work = partial(_read, reader=reader, request=request)
+        for done, (_, found) in enumerate(_remembered(store, "file", work, units, workers), start=1):
+            yield from _images(found)
+            step(done, len(units))
 
 
-def _volumes(
+def _passing(
+    reader: Reader,
     files: Sequence[SourceFile],
     request: Request,
-    store: Store,
+    store: ScratchStore,
+    *,
+    step: Callable[[int, int], Any],
+) -> Iterator[Numbered]:
+    units = reader.units(files)
+    done, total = 0, len(units)
+    for unit in units:
+        results = _results(unit, reader, request)
+        total += len(results) - 1
+        for outcome in results:
+            found = finished(outcome, request, outcome.files)
+            (number,) = store.put(FORGOTTEN, [found])
+            yield number, found[0]
+            done += 1
+            step(min(done, total), total)
+
+
+def _series(
+    reader: SeriesReader,
+    files: Sequence[SourceFile],
+    request: Request,
+    store: ScratchStore,
     *,
     workers: int,
     step: Callable[[int, int], Any],
 ) -> Iterator[Numbered]:
     total = 2 * len(files)
     done = 0
-    scans: list[dicom.Scan] = []
-    heads = _remembered(store, "scan", partial(_scan, request=request), [(f,) for f in files], tuple, workers)
-    for _, found in heads:
+    headers: list[HeaderFacts] = []
+    look = partial(_header, reader=reader, request=request)
+    for _, found in _remembered(store, "scan", look, [Unit((file,)) for file in files], workers):
         done += 1
-        for number, result in found:
-            if isinstance(result, dicom.Scan):
-                scans.append(result)
-            elif isinstance(result, Refusal):
-                done += 1
-                yield number, result
+        headers += [result for _, result in found if isinstance(result, HeaderFacts)]
+        for image in _images(found):
+            done += 1
+            yield image
         step(done, total)
-    groups = dicom.series(scans)
-    for group, found in _remembered(
-        store, "series", partial(_series, request=request), groups, _files_of, workers
-    ):
+    work = partial(_read, reader=reader, request=request)
+    for unit, found in _remembered(store, "series", work, reader.grouped(headers), workers):
         yield from _images(found)
-        done += len(group)
+        done += len(unit.files)
         step(done, total)
-
-
-def _files_of(scans: tuple[dicom.Scan, ...]) -> tuple[SourceFile, ...]:
-    return tuple(s.file for s in scans)
 
 
 def _images(found: Sequence[tuple[int, Result]]) -> Iterator[Numbered]:
     for number, result in found:
-        if not isinstance(result, dicom.Scan):
+        if not isinstance(result, HeaderFacts):
             yield number, result

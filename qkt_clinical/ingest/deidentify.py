@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qkt_clinical.ingest.codes import DAMAGE
-from qkt_clinical.ingest.elements import tag_of, values, word
+from qkt_clinical.ingest.readers.elements import tag_of, values, word
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -1,4 +1,4 @@
-"""The files of a site's source folder, and what a reader hands over for each image."""
+"""One file of a source and how it is opened; what a reader is asked for, and what it hands over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from numpy.typing import NDArray
@@ -16,41 +16,6 @@ from numpy.typing import NDArray
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest.arrays import Picture
 from qkt_clinical.ingest.codes import reading, reject
-
-SIDE_SUFFIXES = frozenset(
-    f".{ending}"
-    for ending in (
-        *(
-            "bval",
-            "bvec",
-            "csv",
-            "db",
-            "doc",
-            "docx",
-            "dvc",
-            "htm",
-            "html",
-            "ini",
-            "inf",
-            "json",
-            "log",
-            "md",
-        ),
-        *("md5", "ods", "pdf", "rtf", "sha256", "tsv", "txt", "xls", "xlsx", "xml", "yaml", "yml"),
-    )
-)
-"""Tables, texts and indexes that lie beside images; never read as images."""
-
-SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "dicom": (".dcm", ".dicom", ".dic", ".ima"),
-    "nifti": (".nii.gz", ".nii", ".hdr", ".img"),
-    "images": (".png", ".jpg", ".jpeg", ".tif", ".tiff"),
-    "npz": (".npz",),
-}
-"""Name endings per source kind. DICOM files need none: scanners often write UIDs as names."""
-
-LONGEST_PATH = os.pathconf("/", "PC_PATH_MAX")
-"""Bytes of a path from which on the system opens nothing by it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +65,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Sample:
+class DecodedImage:
     """One decoded image and everything that may name its class and patient."""
 
     files: tuple[SourceFile, ...]
@@ -131,9 +96,9 @@ class Ready:
     """See :mod:`qkt_clinical.ingest.leakage`."""
     spacing_mm: tuple[float, ...] | None
     tags: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """As those of :class:`Sample`, every value salted."""
+    """As those of :class:`DecodedImage`, every value salted."""
     keys: tuple[str, ...] = ()
-    """As those of :class:`Sample`, salted."""
+    """As those of :class:`DecodedImage`, salted."""
     label: str | None = None
     patient: str | None = None
     split: str | None = None
@@ -141,7 +106,7 @@ class Ready:
     face: bool = False
     """See :class:`Header`."""
     subgroups: Mapping[str, str] = field(default_factory=dict)
-    """As those of :class:`Sample`."""
+    """As those of :class:`DecodedImage`."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +118,10 @@ class Refusal:
     item: str | None = None
 
 
-Outcome = Sample | Refusal
+DecodeResult = DecodedImage | Refusal
+"""What a reader makes of an image."""
 Decoded = Ready | Refusal
+"""What comes of it when it has been brought to what the site wants."""
 
 
 class Found(NamedTuple):
@@ -165,138 +132,23 @@ class Found(NamedTuple):
     spacing_mm: tuple[float, ...] | None = None
 
 
-class Reading(NamedTuple):
-    """What the reader of a source without files of its own returns: how many images, and each as it comes."""
+@dataclass(frozen=True)
+class HeaderFacts:
+    """What the header of a file says that is one of several which make an image together."""
 
-    total: int
-    outcomes: Iterator[Outcome]
-
-
-class Listing(NamedTuple):
-    """Files to read and files refused unread, both sorted by name."""
-
-    files: list[SourceFile]
-    refused: list[Refusal]
+    file: SourceFile
+    facts: Mapping[str, Any]
+    """As JSON may hold them, with nothing in them that names a patient."""
 
 
-def suffix(name: str) -> str:
-    """The known ending of a name, else nothing: an unknown one may be part of a patient's name."""
-    lower = name.lower()
-    known = (s for suffixes in SUFFIXES.values() for s in suffixes)
-    return next((s for s in known if lower.endswith(s)), "")
+@dataclass(frozen=True)
+class Unit:
+    """Files that make one image, or hold many, and are read together."""
 
-
-def stem(name: str) -> str:
-    """The name without its known ending."""
-    return name[: len(name) - len(suffix(name))]
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a name is that of a table, text or index, or hidden."""
-    last = PurePosixPath(name).name
-    return (
-        last.startswith((".", "~$"))
-        or last.upper() in {"DICOMDIR", "README", "LICENSE", "LICENCE", "CHANGES"}
-        or PurePosixPath(last.lower()).suffix in SIDE_SUFFIXES
-    )
-
-
-def _belongs(name: str, kind: str) -> bool:
-    if kind == "dicom":
-        return suffix(name) in ("", *SUFFIXES["dicom"])
-    return suffix(name) in SUFFIXES[kind]
-
-
-def _walk(root: Path) -> Iterator[tuple[SourceFile, str | None]]:
-    """Every entry below ``root`` that is no folder, and the code where it must not be opened.
-
-    Folder after folder without recursion, since backups of backups nest by the thousand. A folder that is
-    one of those above it (a mount or junction in a circle) is not entered again.
-    """
-    above: list[tuple[int, int]] = []
-    waiting: list[tuple[str, str, int]] = [(str(root), "", 0)]
-    while waiting:
-        place, prefix, depth = waiting.pop()
-        file = SourceFile(prefix.rstrip("/") or ".", place)
-        if len(os.fsencode(place)) >= LONGEST_PATH:
-            yield file, "path-too-long"
-            continue
-        try:
-            state = Path(place).stat(follow_symlinks=False)
-            with os.scandir(place) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:
-            yield file, "unreadable"
-            continue
-        del above[depth:]
-        if (state.st_dev, state.st_ino) in above:
-            continue
-        above.append((state.st_dev, state.st_ino))
-        for entry in entries:
-            if _is_folder(entry):
-                waiting.append((entry.path, f"{prefix}{entry.name}/", depth + 1))
-            else:
-                yield from _judged(entry, prefix, root)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False
-
-
-def _judged(entry: os.DirEntry[str], prefix: str, root: Path) -> Iterator[tuple[SourceFile, str | None]]:
-    """An entry that is no folder and the code that bars it; none for a link to a folder inside.
-
-    Only of links is it asked where they lead: resolving every path would take a tenth of reading it. A link
-    to a file inside the source stands for that file, which is opened by its own path.
-    """
-    file = SourceFile(prefix + entry.name, entry.path)
-    if len(os.fsencode(entry.path)) >= LONGEST_PATH:
-        yield file, "path-too-long"
-        return
-    try:
-        if entry.is_file(follow_symlinks=False):
-            yield file, None
-            return
-        real = Path(entry.path).resolve()
-        if not real.is_relative_to(root):
-            yield file, "outside-source"
-            return
-        mode = real.stat().st_mode
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
-        yield file, "unreadable"
-        return
-    if not stat.S_ISDIR(mode):
-        yield SourceFile(file.name, str(real)), None if stat.S_ISREG(mode) else "not-a-file"
-
-
-def list_files(folder: Path, kind: str) -> Listing:
-    """Files below ``folder`` that a reader of ``kind`` should open, in sorted order.
-
-    ``folder`` itself may be a symbolic link; a link below it that leads out of it is refused. Tables,
-    texts, hidden files and DICOMDIR are left out.
-    """
-    root = folder.resolve()
-    files: list[SourceFile] = []
-    refused: list[Refusal] = []
-    for file, barred in _walk(root):
-        if is_side_file(file.name):
-            continue
-        code = barred or (None if _belongs(file.name, kind) else "other-kind")
-        if code is None:
-            files.append(file)
-        else:
-            refused.append(Refusal((file,), code))
-    return Listing(sorted(files, key=lambda f: f.name), sorted(refused, key=lambda r: r.files))
-
-
-def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:
-    """Every visible file below ``folder`` with the code that bars it from being opened, sorted."""
-    root = folder.resolve()
-    found = [pair for pair in _walk(root) if not pair[0].name.rpartition("/")[2].startswith(".")]
-    return sorted(found, key=lambda pair: pair[0].name)
+    files: tuple[SourceFile, ...]
+    """The one that is named first stands for the image; none for a source that is no folder of files."""
+    facts: tuple[Mapping[str, Any], ...] = ()
+    """Of each file, where headers are read before units are known."""
 
 
 def bounded_size(path: Path, max_bytes: int) -> int:

@@ -18,12 +18,12 @@ from qkt_clinical.errors import SourceError
 SEATS: tuple[str, ...] = ("train", "test", "val", "calibration")
 """A class with k patients gets one into each of the first k."""
 
-Index = NDArray[np.int64]
+Positions = NDArray[np.int64]
 
 
 def assign(
     patients: Sequence[str], labels: NDArray[np.int64], fractions: Mapping[str, float], seed: int
-) -> dict[str, Index]:
+) -> dict[str, Positions]:
     """Divide images among splits without dividing a patient.
 
     The result depends on the patients' ids, their images' classes and the seed; neither on the order of
@@ -107,7 +107,7 @@ def keep_given(
     seed: int,
     *,
     site: str,
-) -> dict[str, Index]:
+) -> dict[str, Positions]:
     """Keep train, val and test as given and carve calibration out of train, patient-wise.
 
     Calibration gets the share of train that it has of train and calibration in ``fractions``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,35 +25,24 @@ from qkt_clinical.errors import FileRejected, PreparedError, SourceError
 from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
-from qkt_clinical.ingest.decode import Numbered, decoded, finished
+from qkt_clinical.ingest.decode import decoded
 from qkt_clinical.ingest.deidentify import salted
-from qkt_clinical.ingest.elements import tag_of
 from qkt_clinical.ingest.identity import PLACEHOLDERS, normal_name, normal_patient
 from qkt_clinical.ingest.integrity import render_integrity
 from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
-from qkt_clinical.ingest.source import (
-    Decoded,
-    Listing,
-    Reading,
-    Ready,
-    Refusal,
-    Request,
-    SourceFile,
-    list_files,
-    stem,
-    suffix,
-    whole_file,
-)
+from qkt_clinical.ingest.listing import Listing, list_files
+from qkt_clinical.ingest.readers import reader_of, suffix
+from qkt_clinical.ingest.readers.base import Reader
+from qkt_clinical.ingest.readers.elements import tag_of
+from qkt_clinical.ingest.source import Decoded, Ready, Refusal, Request, SourceFile, whole_file
 from qkt_clinical.ingest.splits import assign, empty_splits, keep_given
-from qkt_clinical.ingest.store import FORGOTTEN, Stack, Store, recipe
+from qkt_clinical.ingest.store import ScratchStore, Stack, recipe
 from qkt_clinical.ingest.subgroups import pooled
 
 MEGABYTE = 1_000_000
-REMEMBERED = frozenset({"dicom", "nifti", "images"})
-"""Kinds of source of which decoded files are kept for the next run."""
 FACE = "facial-surface"
-UNKNOWN_PATIENTS = "patients-unknown"
 """Risk of an image from which a face could be rendered."""
+UNKNOWN_PATIENTS = "patients-unknown"
 
 
 # --- names that carry no patient data -------------------------------------------------------------
@@ -108,9 +97,10 @@ def file_id(salt: bytes, name: str) -> str:
 def locate(root: Path, site: str) -> dict[str, str]:
     """At the site itself: file id of ``integrity.json`` to path relative to the source folder."""
     config = load_site(root, site)
-    if config.source.kind == "phantom":
+    folder = site_folder(root, site)
+    if not reader_of(config.source.kind, site=site, file=folder / "site.yaml").has_files:
         return {}
-    salt = read_salt(site_folder(root, site))
+    salt = read_salt(folder)
     listing = _list(config, _source_path(root, config))
     files = [*listing.files, *(f for refusal in listing.refused for f in refusal.files)]
     return {file_id(salt, file.name): file.name for file in files}
@@ -161,43 +151,24 @@ def _list(config: SiteConfig, path: Path) -> Listing:
     return Listing([SourceFile(path.name, str(path.resolve()))], [])
 
 
-def _arrays(config: SiteConfig, files: list[SourceFile], request: Request) -> Reading:
-    """The images of a source that is no folder of files."""
-    if config.source.kind == "phantom":
-        from qkt_clinical.ingest import phantom
+def _source(root: Path, config: SiteConfig, reader: Reader) -> tuple[Path, Listing]:
+    """The folder from which names of files count, and the files.
 
-        return phantom.read(request)
-    from qkt_clinical.ingest import npz
-
-    if len(files) > 1:
+    Raises:
+        SourceError: no source, or several files where one is wanted.
+    """
+    if not reader.has_files:
+        return site_folder(root, config.name), Listing([], [])
+    path = _source_path(root, config)
+    listing = _list(config, path)
+    if reader.one_file and len(listing.files) > 1:
         raise SourceError(
-            f"{len(files)} npz files, expected one",
-            remedy="Name the file in source.path, such as data/images.npz.",
+            f"{len(listing.files)} {reader.kind} files, expected one",
+            remedy=f"Name the file in source.path, such as data/images{reader.suffixes[0]}.",
             stage="ingest",
             site=config.name,
         )
-    return npz.read(files, request) if files else Reading(0, iter(()))
-
-
-def _results(
-    config: SiteConfig,
-    files: list[SourceFile],
-    request: Request,
-    store: Store,
-    workers: int,
-    step: Callable[[int, int], Any],
-) -> Iterator[Numbered]:
-    """What the source holds, image by image, each kept in the store."""
-    kind = config.source.kind
-    if kind not in REMEMBERED:
-        reading = _arrays(config, files, request)
-        for done, outcome in enumerate(reading.outcomes, start=1):
-            found = finished(outcome, request, outcome.files)
-            (number,) = store.put(FORGOTTEN, [found])
-            yield number, found[0]
-            step(min(done, reading.total), reading.total)
-    else:
-        yield from decoded(kind, files, request, store, workers=workers, step=step)
+    return path if path.is_dir() else path.parent, listing
 
 
 @dataclass
@@ -259,6 +230,7 @@ def ingest_site(
     config = load_site(root, site)
     folder = site_folder(root, site)
     check_columns(config, params.classes, folder / "site.yaml")
+    reader = reader_of(config.source.kind, site=site, file=folder / "site.yaml")
     workspace = Workspace(root)
     salt = read_salt(folder)
     request = Request(
@@ -273,11 +245,7 @@ def ingest_site(
             (n, c.tag, c.bands) for n, c in sorted(config.subgroups.items()) if c.tag is not None
         ),
     )
-    if config.source.kind == "phantom":
-        source, listing = folder, Listing([], [])
-    else:
-        path = _source_path(root, config)
-        source, listing = path if path.is_dir() else path.parent, _list(config, path)
+    source, listing = _source(root, config, reader)
     files = listing.files
     label = Lookup(config.label, "label", source, site=site, salt=salt, files=files)
     patient = Lookup(config.patient, "patient", source, site=site, salt=salt, files=files)
@@ -285,17 +253,17 @@ def ingest_site(
         GroupLookup(name, column, source, site=site, salt=salt, files=files)
         for name, column in sorted(config.subgroups.items())
     ]
-    classes = _words(config, params, salt)
+    classes = _words(config, reader, params, salt)
     step = progress or (lambda done, total: None)
     scratch = workspace.scratch / f"ingest-{site}.sqlite"
-    made_by = recipe(request, config.source.kind) if config.source.kind in REMEMBERED else None
-    with quiet(), Store(scratch, site=site, salt=salt, recipe=made_by) as store:
+    made_by = recipe(request, reader) if reader.remembered else None
+    with quiet(), ScratchStore(scratch, site=site, salt=salt, recipe=made_by) as store:
         gathered = _Gathered(refusals=list(listing.refused))
-        for number, found in _results(config, listing.files, request, store, workers, step):
+        for number, found in decoded(reader.kind, files, request, store, workers=workers, step=step):
             _take(number, found, classes, label, patient, columns, gathered)
         store.tidy()
         kept = [i for i in range(len(gathered.numbers)) if i not in gathered.withdrawn]
-        integrity = _integrity(config, listing.files, gathered, kept, salt)
+        integrity = _integrity(reader, files, gathered, kept, salt)
         if not kept:
             raise _nothing(site, integrity)
         labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
@@ -338,7 +306,7 @@ def ingest_site(
             normalisation=config.image.normalisation,
             transforms=in_words(config.image),
             integrity=integrity,
-            headers=map(store.header, numbers) if config.source.kind == "dicom" else None,
+            headers=map(store.header, numbers) if reader.keeps_headers else None,
             risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
             hashes=hashes,
             subgroups=subgroups,
@@ -447,9 +415,9 @@ def warnings_of(manifest: Manifest, fractions: Mapping[str, float]) -> list[tupl
     return [*found, ("split-empty", empty)] if empty else found
 
 
-def _words(config: SiteConfig, params: Params, salt: bytes) -> dict[str, int]:
+def _words(config: SiteConfig, reader: Reader, params: Params, salt: bytes) -> dict[str, int]:
     """A site's words, as :class:`Lookup` gives them, to indices of the federation's classes."""
-    if config.source.kind == "npz" and not config.label_map:
+    if reader.numbers_classes and not config.label_map:
         return {str(index): index for index in range(len(params.classes))}
     words = {name: name for name in params.classes} | config.label_map
     if config.label.source == "tag":
@@ -506,7 +474,7 @@ def _split(
 
 
 def _integrity(
-    config: SiteConfig, files: list[SourceFile], gathered: _Gathered, kept: list[int], salt: bytes
+    reader: Reader, files: list[SourceFile], gathered: _Gathered, kept: list[int], salt: bytes
 ) -> list[dict[str, Any]]:
     """One row per file, sorted by id, and one per rejected image of a file that holds many."""
     codes: dict[SourceFile, str | None] = {file: None for i in kept for file in gathered.files[i]}
@@ -516,21 +484,19 @@ def _integrity(
             items.append((refusal.files[0] if refusal.files else None, refusal.item, refusal.code))
         else:
             codes.update(dict.fromkeys(refusal.files, refusal.code))
-    # The readers never name the .img of a pair, nor an npz file of which every image was rejected.
-    missing = [file for file in files if file not in codes]
-    if config.source.kind == "nifti":
-        heads = {stem(file.name).lower(): code for file, code in codes.items()}
-        codes |= {file: heads[stem(file.name).lower()] for file in missing}
-    elif config.source.kind == "npz":
-        codes |= dict.fromkeys(missing)
-    rows = [_row(config, file_id(salt, file.name), code) for file, code in codes.items()]
+    # Readers may name the first file of a unit alone, and none of which every image was rejected by itself.
+    for unit in reader.units(files):
+        first = next((codes[file] for file in unit.files if file in codes), None)
+        codes |= {file: first for file in unit.files if file not in codes}
+    rows = [_row(reader.kind, file_id(salt, file.name), code) for file, code in codes.items()]
     for owner, item, code in items:
-        rows.append({**_row(config, "" if owner is None else file_id(salt, owner.name), code), "item": item})
+        name = "" if owner is None else file_id(salt, owner.name)
+        rows.append({**_row(reader.kind, name, code), "item": item})
     return sorted(rows, key=lambda row: (row["file"], row.get("item", "")))
 
 
-def _row(config: SiteConfig, file: str, code: str | None) -> dict[str, Any]:
-    return {"file": file, "accepted": code is None, "code": code, "kind": config.source.kind}
+def _row(kind: str, file: str, code: str | None) -> dict[str, Any]:
+    return {"file": file, "accepted": code is None, "code": code, "kind": kind}
 
 
 def _nothing(site: str, integrity: list[dict[str, Any]]) -> SourceError:

@@ -9,6 +9,7 @@ salted only. It is no output: delete it whenever the place is wanted.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sqlite3
@@ -25,16 +26,14 @@ from numpy.typing import NDArray
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest.arrays import as_float
 from qkt_clinical.ingest.deidentify import salted
-from qkt_clinical.ingest.dicom import Scan
-from qkt_clinical.ingest.source import Header, Ready, Refusal, Request, SourceFile
+from qkt_clinical.ingest.readers.base import Reader
+from qkt_clinical.ingest.source import Header, HeaderFacts, Ready, Refusal, Request, SourceFile
 
-Result = Ready | Refusal | Scan
+Result = Ready | Refusal | HeaderFacts
 LAYOUT = 1
 """Of the tables; a file of another is thrown away."""
-LIBRARIES = (
-    *("imagecodecs", "monai", "nibabel", "numpy", "pillow", "pydicom", "pyjpegls", "pylibjpeg"),
-    *("pylibjpeg-openjpeg", "pylibjpeg-rle", "scipy", "tifffile", "torch"),
-)
+LIBRARIES = ("monai", "numpy", "scipy", "torch")
+"""That bring what was decoded to what a site wants."""
 FORGOTTEN = b""
 """Key of what is not to be found again."""
 KEPT_S = 1.0
@@ -48,21 +47,22 @@ def _version(name: str) -> str:
         return ""
 
 
-def recipe(request: Request, kind: str) -> bytes:
+def recipe(request: Request, reader: Reader) -> bytes:
     """Digest of all that decides what a file becomes, but for the file: request, code and libraries."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), Path(inspect.getfile(type(reader)))):
         total.update(path.read_bytes())
-    words = [kind, request.spec.model_dump_json(), *request.tags, request.max_bytes, request.burned_in]
-    total.update(repr((words, request.subgroups, [_version(name) for name in LIBRARIES])).encode())
+    libraries = [_version(name) for name in (*LIBRARIES, *reader.libraries)]
+    words = [reader.kind, request.spec.model_dump_json(), *request.tags, request.max_bytes, request.burned_in]
+    total.update(repr((words, request.subgroups, libraries)).encode())
     total.update(request.salt)
     return total.digest()
 
 
 def as_text(result: Result, files: Sequence[SourceFile], header: Header | None = None) -> str:
     """A result as JSON; its files by their place among those of its unit. ``header`` is an image's."""
-    if isinstance(result, Scan):
-        return json.dumps({"scan": result.as_dict()})
+    if isinstance(result, HeaderFacts):
+        return json.dumps({"facts": dict(result.facts)})
     places = {file: place for place, file in enumerate(files)}
     held: dict[str, Any] = {"files": [places[file] for file in result.files]}
     if isinstance(result, Refusal):
@@ -90,8 +90,8 @@ def _as_image(held: dict[str, Any], data: bytes) -> NDArray[Any]:
 
 def _from_text(text: str, data: bytes | None, files: Sequence[SourceFile]) -> Result:
     held = json.loads(text)
-    if "scan" in held:
-        return Scan.from_dict(held["scan"], files[0])
+    if "facts" in held:
+        return HeaderFacts(files[0], held["facts"])
     named = tuple(files[i] for i in held["files"])
     if "code" in held:
         return Refusal(named, held["code"])
@@ -108,7 +108,7 @@ def _from_text(text: str, data: bytes | None, files: Sequence[SourceFile]) -> Re
     )
 
 
-class Store:
+class ScratchStore:
     """Results by the unit of files that they were made from.
 
     Args:
@@ -158,7 +158,7 @@ class Store:
         self._passing.unlink(missing_ok=True)
         return _connected(self._passing)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> ScratchStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -255,7 +255,7 @@ class Stack:
         dtype: float32 if one of them is; 8-bit ones become 0..1 then, so that the order does not matter.
     """
 
-    def __init__(self, store: Store, numbers: Sequence[int], dtype: np.dtype[Any]) -> None:
+    def __init__(self, store: ScratchStore, numbers: Sequence[int], dtype: np.dtype[Any]) -> None:
         self._store, self._numbers = store, numbers
         self.dtype = dtype
         self.shape = (len(numbers), *store.image(numbers[0]).shape)

@@ -17,7 +17,7 @@ from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.ingest.codes import DAMAGE
 from qkt_clinical.ingest.deidentify import KEPT, coarsened_age
-from qkt_clinical.ingest.elements import values
+from qkt_clinical.ingest.readers.elements import values
 from qkt_clinical.ingest.source import Request
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from pathlib import Path
 from qkt_clinical.config.site import Column
 from qkt_clinical.errors import ConfigError, FileRejected
 from qkt_clinical.ingest.identity import normal_name
-from qkt_clinical.ingest.source import SourceFile, stem, whole_file
+from qkt_clinical.ingest.listing import stem
+from qkt_clinical.ingest.source import SourceFile, whole_file
 
 MAX_TABLE_BYTES = 256_000_000
 DELIMITERS = ",;\t|"

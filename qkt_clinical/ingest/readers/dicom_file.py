@@ -1,32 +1,25 @@
-"""DICOM files and series, read by pydicom 3.
-
-Geometry is our own projection of ImagePositionPatient on the slice normal: MONAI's reader sorts by
-InstanceNumber, drops slices without one, averages the spacing and ignores MONOCHROME1.
-"""
+"""One DICOM file, read by pydicom 3: it is opened, its header is judged, its pixels become a picture."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.common.files import digest_file
-from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, to_head_back_left
+from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
 from qkt_clinical.ingest.codes import DAMAGE, reading, reject
 from qkt_clinical.ingest.deidentify import deidentify, may_show_face, salted, suspects_text
-from qkt_clinical.ingest.elements import has, number, sixteen_bits, tag_of, values, whole, word
 from qkt_clinical.ingest.identity import normal_patient
-from qkt_clinical.ingest.pixels import (
+from qkt_clinical.ingest.readers.elements import has, number, sixteen_bits, tag_of, values, whole, word
+from qkt_clinical.ingest.readers.pixels import (
     Bits,
     Stream,
     decode_jpeg,
@@ -37,12 +30,10 @@ from qkt_clinical.ingest.pixels import (
     to_rgb,
 )
 from qkt_clinical.ingest.source import (
+    DecodedImage,
     Found,
     Header,
-    Outcome,
-    Refusal,
     Request,
-    Sample,
     SourceFile,
     bounded_pixels,
     bounded_size,
@@ -53,7 +44,6 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
 
 Limits = tuple[float, float]
-F64 = NDArray[np.float64]
 
 HEAD = 4096
 """Bytes at a file's start, among which its transfer syntax stands as a rule."""
@@ -99,26 +89,18 @@ COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
 GREYS = frozenset({"MONOCHROME1", "MONOCHROME2"})
 PALETTE = "PALETTE COLOR"
 
-PLANNED = frozenset({"CT", "MR", "PT"})
-"""Modalities whose scans are planned on a scout."""
-_SCOUT = re.compile(r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVEYVIEW|CT_SOM\d+ TOP")
-
-ORIENTATION_TOLERANCE = 1e-3
-POSITION_ROUNDING_MM = 0.101
-"""Positions are often rounded to a tenth of a millimetre: two of them may be off by that together."""
-
 
 # --- reading one file -----------------------------------------------------------------------------
 
 
-def _reading(code: str) -> AbstractContextManager[None]:
+def reading_dicom(code: str) -> AbstractContextManager[None]:
     """The edge to pydicom: it converts values as they are looked at, so every look may raise."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
     return reading(code, BytesLengthException, InvalidDicomError)
 
 
-def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
+def open_file(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
     """Read a file's elements, with or without its pixels, after checking that it is bounded.
 
     Raises:
@@ -131,13 +113,13 @@ def _open(path: Path, max_bytes: int, *, pixels: bool) -> FileDataset:
         head = stream.read(HEAD)
     if head[128:132] != b"DICM":
         raise reject("not-dicom")
-    with _reading("header-unreadable"):
+    with reading_dicom("header-unreadable"):
         if may_be_deflated(head):
             _bounded_inflation(path, max_bytes)
         data = dcmread(path, stop_before_pixels=not pixels)
         if word(data.file_meta, "MediaStorageSOPClassUID") in NON_IMAGES:
             raise reject("non-image-object")
-        syntax = _uid(data.file_meta, "TransferSyntaxUID")
+        syntax = uid_of(data.file_meta, "TransferSyntaxUID")
         if not syntax:
             raise reject("transfer-syntax-missing")
         _check_header(data, max_bytes)
@@ -202,14 +184,14 @@ def _bounded_inflation(path: Path, max_bytes: int) -> None:
         if head.count(ITEM) > MOST_ITEMS:
             raise reject("too-large")
         whole_set = len(head) < header
-        with _reading("header-unreadable" if whole_set else "too-large"):
+        with reading_dicom("header-unreadable" if whole_set else "too-large"):
             data = read_dataset(io.BytesIO(head), False, True, stop_when=reached)
         if whole_set:
             return
         if not at_pixels:
             raise reject("too-large")
         _check_header(data, max_bytes)
-        samples = _frames(data) * math.prod(_matrix(data)) * _samples(data)
+        samples = frames_of(data) * math.prod(matrix_of(data)) * samples_of(data)
         limit = min(max_bytes, header + samples * whole(data, "BitsAllocated", 0) // 8)
         total = len(head)
         for piece in pieces:
@@ -234,20 +216,20 @@ def _check_header(data: Dataset, max_bytes: int) -> None:
     if not has(data, "Rows") or not has(data, "Columns"):
         raise reject("no-pixel-data")
     bounded_pixels(
-        (_frames(data), *_matrix(data), _samples(data)), whole(data, "BitsAllocated", 0), max_bytes
+        (frames_of(data), *matrix_of(data), samples_of(data)), whole(data, "BitsAllocated", 0), max_bytes
     )
 
 
-def _types(data: Dataset) -> str:
+def types_of(data: Dataset) -> str:
     """The image type, and that of the first frame where there are frames, as one line in capitals."""
     found = [*values(data, "ImageType")]
     for macro in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence"):
-        frame = _item(data, 0, macro)
+        frame = functional_group(data, 0, macro)
         found += () if frame is None else values(frame, "FrameType")
     return "\\".join(str(value).upper() for value in found)
 
 
-def _refuse_mosaic(data: Dataset) -> None:
+def refuse_mosaic(data: Dataset) -> None:
     """Refuse a matrix in which Siemens tiled the slices of a volume, by image type or private elements.
 
     Exports sometimes write the image type anew; how many tiles there are stands in the private group 0019
@@ -258,7 +240,7 @@ def _refuse_mosaic(data: Dataset) -> None:
     """
     tags = data.keys()  # to go over the data set itself converts every element
     siemens = any(tag >> 16 in (0x0019, 0x0029) for tag in tags)
-    if "MOSAIC" in _types(data) or (siemens and _tiles(data) > 1):
+    if "MOSAIC" in types_of(data) or (siemens and _tiles(data) > 1):
         raise reject("mosaic")
 
 
@@ -279,41 +261,45 @@ def _tiles(data: Dataset) -> int:
         return 0
 
 
-def _frames(data: Dataset) -> int:
+def frames_of(data: Dataset) -> int:
+    """How many frames it declares; 1 where it does not say."""
     return whole(data, "NumberOfFrames", 1)
 
 
-def _matrix(data: Dataset) -> tuple[int, int]:
+def matrix_of(data: Dataset) -> tuple[int, int]:
+    """Rows and columns."""
     return whole(data, "Rows", 0), whole(data, "Columns", 0)
 
 
-def _samples(data: Dataset) -> int:
+def samples_of(data: Dataset) -> int:
+    """Samples of a pixel: 3 of colour."""
     return whole(data, "SamplesPerPixel", 1)
 
 
-def _photometric(data: Dataset) -> str:
+def photometric_of(data: Dataset) -> str:
+    """What the samples mean, in capitals."""
     return word(data, "PhotometricInterpretation")
 
 
-def _stored(data: FileDataset) -> NDArray[Any]:
+def stored_pixels(data: FileDataset) -> NDArray[Any]:
     """Decoded pixels as stored, colour as RGB: (H, W), (F, H, W), each with a last axis of 3 if colour.
 
     Raises:
         FileRejected: ``truncated``, ``pixels-undecodable``, ``transfer-syntax-unsupported``,
             ``colour-unknown``, ``header-unreadable``.
     """
-    kind = _photometric(data)
+    kind = photometric_of(data)
     if kind not in COLOURS | GREYS | {PALETTE}:
         raise reject("colour-unknown")
-    with _reading("pixels-undecodable"):
+    with reading_dicom("pixels-undecodable"):
         plugin = DECODERS[str(data.file_meta.TransferSyntaxUID)]
         _refuse_more_frames(data, coded=bool(plugin))
         pixels = _decompressed(data, plugin) if plugin else _uncompressed(data)
-    colour = _samples(data) == 3
+    colour = samples_of(data) == 3
     if colour != (kind in COLOURS):
         raise reject("colour-unknown")
-    shape = (*_matrix(data), 3) if colour else _matrix(data)
-    if pixels.shape not in (shape, (_frames(data), *shape)):
+    shape = (*matrix_of(data), 3) if colour else matrix_of(data)
+    if pixels.shape not in (shape, (frames_of(data), *shape)):
         raise reject("pixels-undecodable")
     return pixels
 
@@ -361,7 +347,7 @@ def _uncompressed(data: FileDataset) -> NDArray[Any]:
         return samples
     bits = _bits(data)
     pixels = stored_values(samples, bits)
-    return to_rgb(pixels, bits.stored) if is_ybr(None, _photometric(data)) else pixels
+    return to_rgb(pixels, bits.stored) if is_ybr(None, photometric_of(data)) else pixels
 
 
 def _native(data: FileDataset) -> NDArray[Any] | None:
@@ -373,13 +359,13 @@ def _native(data: FileDataset) -> NDArray[Any] | None:
         FileRejected: ``truncated``.
     """
     bits = whole(data, "BitsAllocated", 0)
-    plain = bits in (8, 16, 32) and _samples(data) == 1
+    plain = bits in (8, 16, 32) and samples_of(data) == 1
     if not plain or str(data.file_meta.TransferSyntaxUID) not in LITTLE_ENDIAN or not has(data, "PixelData"):
         return None
     held = data.get_item(tag_of("PixelData")[0])
     if held is None or not isinstance(held.value, bytes):
         return None
-    shape = _matrix(data) if _frames(data) == 1 else (_frames(data), *_matrix(data))
+    shape = matrix_of(data) if frames_of(data) == 1 else (frames_of(data), *matrix_of(data))
     count = math.prod(shape)
     if len(held.value) < count * bits // 8:
         raise reject("truncated")
@@ -403,7 +389,7 @@ def _refuse_more_frames(data: Dataset, *, coded: bool) -> None:
     raw = None if held is None else held.value
     if not isinstance(raw, bytes):
         return
-    frames = _frames(data)
+    frames = frames_of(data)
     if coded:
         more = len(parse_basic_offsets(raw)) > frames
     else:
@@ -421,14 +407,14 @@ def _decompressed(data: FileDataset, plugin: str) -> NDArray[Any]:
     own = {"imagecodecs": _jpeg_samples, RLE: _rle_samples}.get(plugin)
     if own is None and plugin not in get_decoder(data.file_meta.TransferSyntaxUID).available_plugins:
         raise reject("transfer-syntax-unsupported")
-    bits, kind = _bits(data), _photometric(data)
+    bits, kind = _bits(data), photometric_of(data)
     frames = _coded_frames(data)
     streams = [None if plugin == RLE else _checked_stream(frame, data, bits) for frame in frames]
     if own is not None:
         samples = np.stack([own(data, *pair) for pair in zip(frames, streams, strict=True)])
     else:
         samples = _plain_samples(data, plugin)
-        samples = samples.reshape(-1, *samples.shape[samples.ndim - (2 if _samples(data) == 1 else 3) :])
+        samples = samples.reshape(-1, *samples.shape[samples.ndim - (2 if samples_of(data) == 1 else 3) :])
 
     def finished(pixels: NDArray[Any], stream: Stream | None) -> NDArray[Any]:
         pixels = stored_values(pixels, bits, stream)
@@ -455,7 +441,7 @@ def _coded_frames(data: Dataset) -> list[bytes]:
         if has(data, "ExtendedOffsetTable")
         else None
     )
-    count = _frames(data)
+    count = frames_of(data)
     frames = list(generate_frames(data.PixelData, number_of_frames=count, extended_offsets=offsets))
     if len(frames) != count:
         raise reject("pixels-undecodable")
@@ -468,7 +454,7 @@ def _checked_stream(frame: bytes, data: Dataset, bits: Bits) -> Stream:
     Decoders allocate by that inner header, which :func:`_check_header` has not seen.
     """
     stream = read_stream(frame)
-    wanted = (*_matrix(data), _samples(data))
+    wanted = (*matrix_of(data), samples_of(data))
     if stream is None or stream[:3] != wanted or stream.precision > bits.allocated:
         raise reject("pixels-undecodable")
     return stream
@@ -476,18 +462,18 @@ def _checked_stream(frame: bytes, data: Dataset, bits: Bits) -> Stream:
 
 def _jpeg_samples(data: Dataset, frame: bytes, stream: Stream | None) -> NDArray[Any]:
     assert stream is not None  # of RLE alone
-    samples = decode_jpeg(frame, stream, _photometric(data))
+    samples = decode_jpeg(frame, stream, photometric_of(data))
     return samples.astype(f"u{whole(data, 'BitsAllocated', 8) // 8}", copy=False)
 
 
 def _rle_samples(data: Dataset, frame: bytes, _stream: Stream | None) -> NDArray[Any]:
-    return decode_rle(frame, (*_matrix(data), _samples(data)), whole(data, "BitsAllocated", 8))
+    return decode_rle(frame, (*matrix_of(data), samples_of(data)), whole(data, "BitsAllocated", 8))
 
 
 # --- from stored values to the modality's units ---------------------------------------------------
 
 
-def _item(data: Dataset, frame: int, macro: str) -> Dataset | None:
+def functional_group(data: Dataset, frame: int, macro: str) -> Dataset | None:
     """A functional group of a frame, its own or the shared one; the data set itself holds older tags."""
     if not has(data, "PerFrameFunctionalGroupsSequence") and not has(data, "SharedFunctionalGroupsSequence"):
         return None
@@ -545,7 +531,7 @@ def _rescale(data: Dataset, frame: int, stored: NDArray[Any]) -> tuple[float, fl
     Raises:
         FileRejected: ``header-unreadable`` for a slope of 0 else, or a value that is no number.
     """
-    source = _item(data, frame, "PixelValueTransformationSequence") or data
+    source = functional_group(data, frame, "PixelValueTransformationSequence") or data
     slope, intercept = number(source, "RescaleSlope"), number(source, "RescaleIntercept")
     if slope is None or intercept is None:
         return 1.0, 0.0
@@ -589,7 +575,7 @@ def _entries(table: Dataset, count: int, bits: int) -> NDArray[np.uint16]:
 
 def _coloured(data: Dataset, stored: NDArray[Any]) -> tuple[NDArray[Any], Limits | None]:
     """RGB of a colour or palette image, and the range of its stored type."""
-    if _photometric(data) == PALETTE:
+    if photometric_of(data) == PALETTE:
         painted = _painted(data, stored)
         return painted, (0.0, float(np.iinfo(painted.dtype).max))
     bits = whole(data, "BitsStored", 8)
@@ -622,7 +608,7 @@ def _painted(data: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
     return high.astype(np.uint8) if eight else painted
 
 
-def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: bool) -> Picture:
+def frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: bool) -> Picture:
     """One frame with its map to the modality's units, without its spacing.
 
     Args:
@@ -632,10 +618,10 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
         lookup: whether a display look-up table or sigmoid of the file may be applied (not where
             site.yaml sets a window, nor for slices of a volume).
     """
-    if _photometric(data) not in GREYS:
+    if photometric_of(data) not in GREYS:
         values, limits = _coloured(data, stored)
         return Picture(values, colour=True, limits=limits, eight_bit=values.dtype == np.uint8)
-    inverted = _photometric(data) == "MONOCHROME1"
+    inverted = photometric_of(data) == "MONOCHROME1"
     padding = _padding(data, stored)
     limits = eight_bit_limits(stored.dtype, whole(data, "BitsStored", 8))
     slope, intercept = 1.0, 0.0
@@ -650,7 +636,7 @@ def _frame_picture(data: Dataset, stored: NDArray[Any], frame: int, *, lookup: b
     if padding is not None:
         valid = stored[~padding]
         stored = np.where(padding, valid.max() if inverted == (slope > 0) else valid.min(), stored)
-    source = _item(data, frame, "FrameVOILUTSequence") or data
+    source = functional_group(data, frame, "FrameVOILUTSequence") or data
     window = _window(source)
     if window is not None:
         eight = limits is not None and bool(np.allclose(window, limits))
@@ -696,9 +682,9 @@ def _displayed(
     return np.asarray(expit(4 * (units - centre) / width)), (0.0, 1.0)  # PS3.3 section C.11.2.1.3.1
 
 
-def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
+def pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
     """Distance between rows and between columns in millimetres."""
-    measures = _item(data, frame, "PixelMeasuresSequence")
+    measures = functional_group(data, frame, "PixelMeasuresSequence")
     for source, names in (
         (measures, ("PixelSpacing",)),
         (data, ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")),
@@ -712,7 +698,7 @@ def _pixel_spacing(data: Dataset, frame: int = 0) -> tuple[float, float] | None:
     return None
 
 
-def _tags(data: Dataset, names: Sequence[str]) -> dict[str, str]:
+def tags_of(data: Dataset, names: Sequence[str]) -> dict[str, str]:
     """The values of tags as text, without the padding of their representation; a sequence has none."""
     found = {}
     for name in names:
@@ -725,22 +711,24 @@ def _tags(data: Dataset, names: Sequence[str]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def _uid(data: Dataset, keyword: str) -> str:
+def uid_of(data: Dataset, keyword: str) -> str:
+    """First value of an element that holds UIDs; empty where it is absent."""
     return str(next(iter(values(data, keyword)), "")).strip()
 
 
-def _as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
+def as_sets(values: Sequence[dict[str, str]]) -> dict[str, frozenset[str]]:
+    """Keyword to all the values that several files hold."""
     names = sorted(set().union(*values)) if values else []
     return {name: frozenset(v[name] for v in values if name in v) for name in names}
 
 
-def _refuse_text(data: Dataset, request: Request) -> None:
+def refuse_text(data: Dataset, request: Request) -> None:
     """Hold back what may show writing, unless the site says otherwise."""
     if not request.burned_in and suspects_text(data):
         raise reject("burned-in-suspected")
 
 
-def _kept(data: Dataset, request: Request) -> Header:
+def kept_header(data: Dataset, request: Request) -> Header:
     """What is kept of the header."""
     return Header(deidentify(data, request.salt), may_show_face(data))
 
@@ -748,342 +736,29 @@ def _kept(data: Dataset, request: Request) -> Header:
 # --- flat images ----------------------------------------------------------------------------------
 
 
-def read(file: SourceFile, request: Request) -> Sample:
+def read(file: SourceFile, request: Request) -> DecodedImage:
     """Read a flat image.
 
     Raises:
         FileRejected: any code of one file.
     """
-    with _reading("header-unreadable"):
-        data = _open(file.path, request.max_bytes, pixels=True)
-        if _frames(data) > 1:
+    with reading_dicom("header-unreadable"):
+        data = open_file(file.path, request.max_bytes, pixels=True)
+        if frames_of(data) > 1:
             raise reject("multi-frame")
-        _refuse_mosaic(data)
-        _refuse_text(data, request)
-        header = _kept(data, request)
-        stored = _stored(data)
-        stored = stored[0] if stored.ndim > (3 if _photometric(data) in COLOURS else 2) else stored
-        picture = _frame_picture(data, stored, 0, lookup=request.spec.window is None)
-        tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
+        refuse_mosaic(data)
+        refuse_text(data, request)
+        header = kept_header(data, request)
+        stored = stored_pixels(data)
+        stored = stored[0] if stored.ndim > (3 if photometric_of(data) in COLOURS else 2) else stored
+        picture = frame_picture(data, stored, 0, lookup=request.spec.window is None)
+        tags = {n: salted(request.salt, "value", v) for n, v in tags_of(data, request.tags).items()}
         groups = header_groups(data, request)
-        spacing = _pixel_spacing(data)
-        uid = _uid(data, "SOPInstanceUID")
+        spacing = pixel_spacing(data)
+        uid = uid_of(data, "SOPInstanceUID")
     picture = replace(picture, spacing_mm=spacing)
     keys = (salted(request.salt, "value", uid),) if uid else ()
-    return Sample((file,), picture, tags=_as_sets([tags]), keys=keys, header=header, subgroups=groups)
-
-
-# --- series ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One slice's header: what decides its place and whether it fits the others."""
-
-    file: SourceFile
-    frame: int
-    position: F64
-    """(3,) centre of the first voxel, millimetres towards left, back and head (LPS)."""
-    orientation: F64
-    """(6,) direction along a row, then down a column."""
-    spacing: tuple[float, float]
-    kind: tuple[int, int, int, str]
-    """Rows, columns, samples per pixel and photometric interpretation."""
-
-
-class Part(NamedTuple):
-    """One file of a concatenation: an object of many frames that was divided among files."""
-
-    whole: str
-    """Salted UID of the concatenation."""
-    number: int
-    """From 1."""
-    total: int
-    """Files in all; 0 if not said."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A file's header, with nothing in it that names a patient: UIDs and tags are salted."""
-
-    file: SourceFile
-    series: str
-    acquisition: str
-    frames: int
-    slices: tuple[Slice, ...]
-    code: str | None
-    """Why it has no place in space."""
-    tags: dict[str, str]
-    part: Part | None = None
-    """Its place in a concatenation."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, without the file."""
-        slices = [
-            (s.frame, s.position.tolist(), s.orientation.tolist(), s.spacing, s.kind) for s in self.slices
-        ]
-        return {
-            "series": self.series,
-            "acquisition": self.acquisition,
-            "frames": self.frames,
-            "slices": slices,
-            "code": self.code,
-            "tags": self.tags,
-            "part": self.part,
-        }
-
-    @staticmethod
-    def from_dict(held: dict[str, Any], file: SourceFile) -> Scan:
-        """What :meth:`as_dict` gave."""
-        slices = tuple(
-            Slice(file, frame, np.array(place), np.array(turn), (spacing[0], spacing[1]), tuple(kind))
-            for frame, place, turn, spacing, kind in held["slices"]
-        )
-        part = held["part"] and Part(*held["part"])
-        return Scan(file=file, **(held | {"slices": slices, "part": part}))
-
-
-def scan(file: SourceFile, request: Request) -> Scan:
-    """Read the header of a file that may be part of a volume.
-
-    Raises:
-        FileRejected: any code of one file.
-    """
-    with _reading("header-unreadable"):
-        data = _open(file.path, request.max_bytes, pixels=False)
-        frames = _frames(data)
-        try:
-            slices = tuple(_slice(data, file, frame) for frame in range(frames))
-            code = None
-        except FileRejected as rejected:
-            slices, code = (), rejected.code
-        if frames > 1 and code == "geometry-missing":
-            code = "multi-frame"
-        series = _uid(data, "SeriesInstanceUID")
-        _refuse_mosaic(data)
-        _refuse_text(data, request)
-        if word(data, "Modality") in PLANNED and _SCOUT.search(_types(data)):
-            raise reject("localiser")
-        if not series:
-            raise reject("geometry-missing")
-        acquisition = str(whole(data, "AcquisitionNumber", 0))
-        tags = {n: salted(request.salt, "value", v) for n, v in _tags(data, request.tags).items()}
-        words = (salted(request.salt, "value", w) for w in (series, acquisition))
-        part = _part(data, series, request.salt)
-        return Scan(file, next(words), next(words), frames, slices, code, tags, part)
-
-
-def _part(data: Dataset, series: str, salt: bytes) -> Part | None:
-    number = whole(data, "InConcatenationNumber", 0)
-    named = _uid(data, "ConcatenationUID") or _uid(data, "SOPInstanceUIDOfConcatenationSource")
-    total = whole(data, "InConcatenationTotalNumber", 0)
-    if (not number and _frames(data) == 1) or (not named and max(number, total) < 2):
-        return None
-    return Part(salted(salt, "value", named or series), number, total)
-
-
-def _slice(data: Dataset, file: SourceFile, frame: int) -> Slice:
-    place = values(_item(data, frame, "PlanePositionSequence") or data, "ImagePositionPatient")
-    turn = values(_item(data, frame, "PlaneOrientationSequence") or data, "ImageOrientationPatient")
-    spacing = _pixel_spacing(data, frame)
-    shared = _frames(data) > 1 and "PerFrameFunctionalGroupsSequence" not in data
-    if spacing is None or len(place) != 3 or len(turn) != 6 or shared:
-        raise reject("geometry-missing")
-    position, orientation = np.array([float(v) for v in place]), np.array([float(v) for v in turn])
-    row, column = orientation[:3], orientation[3:]
-    sound = np.isfinite(position).all() and np.isfinite(orientation).all()
-    if not sound or abs(row @ row - 1) > 0.02 or abs(column @ column - 1) > 0.02 or abs(row @ column) > 0.02:
-        raise reject("geometry-invalid")
-    colours = _photometric(data) if _photometric(data) in COLOURS | GREYS | {PALETTE} else ""
-    kind = (*_matrix(data), _samples(data), colours)
-    return Slice(file, frame, position, orientation, spacing, kind)
-
-
-def sort_slices(slices: Sequence[Slice]) -> tuple[list[Slice], F64]:
-    """Slices in the order of their projection on the common normal, and the volume's affine.
-
-    Returns:
-        The sorted slices, and (4, 4): (slice, row, column) index to millimetres in LPS.
-
-    Raises:
-        FileRejected: ``too-few-slices``, ``sizes-mixed``, ``orientation-mixed``, ``slice-duplicate``,
-            ``slice-missing``, ``spacing-uneven``, ``slices-shifted``.
-    """
-    first = slices[0]
-    if len(slices) < 2:
-        raise reject("too-few-slices")
-    if any(s.kind != first.kind or not np.allclose(s.spacing, first.spacing, rtol=1e-3) for s in slices):
-        raise reject("sizes-mixed")
-    if any(np.abs(s.orientation - first.orientation).max() > ORIENTATION_TOLERANCE for s in slices):
-        raise reject("orientation-mixed")
-    row, column = first.orientation[:3], first.orientation[3:]
-    normal = np.cross(row, column)
-    normal /= np.linalg.norm(normal)
-    heights = np.array([s.position @ normal for s in slices])
-    order = np.argsort(heights, kind="stable")
-    heights = heights[order]
-    gaps = np.diff(heights)
-    step = float(heights[-1] - heights[0]) / len(gaps)
-    if gaps.min() < max(0.01 * step, 1e-4):
-        raise reject("slice-duplicate")
-    grid = heights[0] + step * np.arange(len(heights))
-    tolerance = max(0.02 * step, min(POSITION_ROUNDING_MM, 0.2 * step))
-    if np.abs(heights - grid).max() > tolerance:
-        steps = gaps / gaps.min()
-        raise reject("slice-missing" if np.abs(steps - np.rint(steps)).max() < 0.1 else "spacing-uneven")
-    placed = [slices[i] for i in order]
-    origin = placed[0].position
-    sideways = [s.position - origin - ((s.position - origin) @ normal) * normal for s in placed]
-    if max(float(np.linalg.norm(v)) for v in sideways) > max(0.5 * min(first.spacing), POSITION_ROUNDING_MM):
-        raise reject("slices-shifted")
-    affine = np.eye(4)
-    affine[:3, :3] = np.stack([normal * step, column * first.spacing[0], row * first.spacing[1]], axis=1)
-    affine[:3, 3] = origin
-    return placed, affine
-
-
-def _volume(slices: Sequence[Slice], affine: F64, request: Request) -> Picture:
-    """Decode sorted slices into one volume, file by file.
-
-    Raises:
-        FileRejected: of the first file that fails, with ``file`` naming it.
-    """
-    rows, columns, samples, photometric = slices[0].kind
-    bounded_pixels((len(slices), rows, columns, samples), 32, request.max_bytes)
-    colour = samples == 3 or photometric == PALETTE
-    shape = (len(slices), rows, columns, 3) if colour else (len(slices), rows, columns)
-    by_file: dict[SourceFile, list[int]] = {}
-    for place, part in enumerate(slices):
-        by_file.setdefault(part.file, []).append(place)
-    volume: NDArray[Any] | None = None
-    scale = (1.0, 0.0)
-    limits: set[Limits | None] = set()
-    eight = True
-    for file, places in by_file.items():
-        try:
-            with _reading("header-unreadable"):
-                data = _open(file.path, request.max_bytes, pixels=True)
-                stored = _stored(data)
-                frames = stored.reshape(-1, *shape[1 : 3 + (samples == 3)])
-                pictures = [
-                    _frame_picture(data, frames[slices[n].frame], slices[n].frame, lookup=False)
-                    for n in places
-                ]
-        except FileRejected as rejected:
-            raise FileRejected(
-                rejected.message, remedy=rejected.remedy, code=rejected.code, file=file.name
-            ) from None
-        for place, picture in zip(places, pictures, strict=True):
-            if volume is None:
-                volume = np.empty(shape, dtype=picture.pixels.dtype)
-                scale = (picture.slope, picture.intercept)
-            same = picture.pixels.dtype == volume.dtype and (picture.slope, picture.intercept) == scale
-            if not same and (volume.dtype != np.float32 or scale != (1.0, 0.0)):
-                # Slices scaled one by one, as those of PET are: from here on in the modality's units.
-                volume, scale = (volume * scale[0] + scale[1]).astype(np.float32), (1.0, 0.0)
-            volume[place] = picture.pixels if same else picture.intensities
-            limits.add(picture.limits)
-            eight &= picture.eight_bit
-    assert volume is not None  # slices are never empty
-    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    pixels, spacing = to_head_back_left(volume, to_ras @ affine)
-    alike = len(limits) == 1
-    return Picture(
-        pixels,
-        colour=colour,
-        spacing_mm=spacing,
-        limits=next(iter(limits)) if alike else None,
-        eight_bit=eight and alike,
-        inverted=photometric == "MONOCHROME1",
-        slope=scale[0],
-        intercept=scale[1],
-    )
-
-
-def _copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[SourceFile]]:
-    """Set aside files that are byte for byte copies of another at the same position."""
-    kept: list[Slice] = []
-    dropped: list[SourceFile] = []
-    at: dict[tuple[float, ...], list[Slice]] = {}
-    for part in slices:
-        twins = at.setdefault(tuple(part.position.round(3).tolist()), [])
-        if any(digest_file(t.file.path) == digest_file(part.file.path) for t in twins if t.file != part.file):
-            dropped.append(part.file)
-        else:
-            twins.append(part)
-            kept.append(part)
-    return kept, dropped
-
-
-def read_series(scans: Sequence[Scan], request: Request) -> Iterator[Outcome]:
-    """One volume's files (a group of :func:`series`) to one sample or its refusals."""
-    files = tuple(s.file for s in scans)
-    lost = next((s.code for s in scans if s.code is not None), None) or _gap(scans)
-    if lost is not None:
-        yield Refusal(files, lost)
-        return
-    try:
-        with reading("unreadable"):
-            slices, dropped = _copies([part for s in scans for part in s.slices])
-        if dropped:
-            yield Refusal(tuple(dropped), "duplicate")
-        files = tuple(f for f in files if f not in dropped)
-        placed, affine = sort_slices(slices)
-        picture = _volume(placed, affine, request)
-        with _reading("header-unreadable"):
-            first = _open(placed[0].file.path, request.max_bytes, pixels=False)
-            kept, groups = _kept(first, request), header_groups(first, request)
-    except FileRejected as rejected:
-        culprit = tuple(f for f in files if f.name == rejected.where.file)
-        if culprit:
-            yield Refusal(culprit, rejected.code)
-            yield Refusal(tuple(f for f in files if f not in culprit), "series-incomplete")
-        else:
-            yield Refusal(files, rejected.code)
-        return
-    tags = _as_sets([s.tags for s in scans])
-    yield Sample(files, picture, tags=tags, keys=(scans[0].series,), header=kept, subgroups=groups)
-
-
-def _gap(scans: Sequence[Scan]) -> str | None:
-    """``slice-missing`` where a file of a concatenation is not there, as far as the others can tell."""
-    parts = [s.part for s in scans if s.part is not None]
-    if not parts:
-        return None
-    said = max(part.total for part in parts)
-    total = max(said or 2, *(part.number for part in parts))
-    return None if {part.number for part in parts} == {*range(1, total + 1)} else "slice-missing"
-
-
-def series(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:
-    """The files of each volume, sorted.
-
-    A file of several frames is a volume by itself, or with the others of its concatenation. The rest belong
-    together by their series; one that holds several acquisitions of the same place (phases of a contrast
-    agent, repetitions) is one volume per acquisition.
-    """
-    groups: dict[tuple[str, ...], list[Scan]] = {}
-    for found in scans:
-        if found.part is not None:
-            alone: tuple[str, ...] = ("part", found.part.whole)
-        else:
-            alone = ("file", found.file.name) if found.frames > 1 else ()
-        groups.setdefault((found.series, *alone), []).append(found)
-    volumes = []
-    for group in groups.values():
-        apart = _overlap(group)
-        by_acquisition: dict[str, list[Scan]] = {}
-        for found in group:
-            by_acquisition.setdefault(found.acquisition if apart else "", []).append(found)
-        volumes += [tuple(sorted(part, key=lambda s: s.file)) for part in by_acquisition.values()]
-    return sorted(volumes, key=lambda volume: volume[0].file)
-
-
-def _overlap(scans: Sequence[Scan]) -> bool:
-    """Whether two acquisitions hold a slice at one place."""
-    at: dict[tuple[float, ...], str] = {}
-    places = ((tuple(p.position.round(3).tolist()), s.acquisition) for s in scans for p in s.slices)
-    return any(at.setdefault(place, acquisition) != acquisition for place, acquisition in places)
+    return DecodedImage((file,), picture, tags=as_sets([tags]), keys=keys, header=header, subgroups=groups)
 
 
 def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
@@ -1092,11 +767,11 @@ def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found
     Raises:
         FileRejected: with the reason.
     """
-    with _reading("header-unreadable"):
-        data = _open(path, max_bytes, pixels=True)
-        stored = _stored(data)
-        colour = _photometric(data) in COLOURS
+    with reading_dicom("header-unreadable"):
+        data = open_file(path, max_bytes, pixels=True)
+        stored = stored_pixels(data)
+        colour = photometric_of(data) in COLOURS
         frames = stored.reshape(-1, *stored.shape[-3 if colour else -2 :])
         for i, frame in enumerate(frames):
-            judge(_frame_picture(data, frame, i, lookup=True))
-        return Found(stored.shape, str(stored.dtype), _pixel_spacing(data))
+            judge(frame_picture(data, frame, i, lookup=True))
+        return Found(stored.shape, str(stored.dtype), pixel_spacing(data))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 from qkt_clinical.errors import FileRejected
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits
 from qkt_clinical.ingest.codes import reading, reject
+from qkt_clinical.ingest.readers.base import DecodeResults, Judge, Reader
 from qkt_clinical.ingest.source import (
+    DecodedImage,
+    DecodeResult,
     Found,
-    Outcome,
-    Reading,
     Refusal,
     Request,
-    Sample,
     SourceFile,
+    Unit,
     bounded_pixels,
     opened,
 )
@@ -153,7 +154,7 @@ def _text(value: Any) -> str:
 
 def _samples(
     file: SourceFile, archive: zipfile.ZipFile, members: dict[str, _Member], request: Request
-) -> Iterator[Outcome]:
+) -> Iterator[DecodeResult]:
     for part in PARTS:
         if f"{part}_images" not in members:
             continue
@@ -169,10 +170,10 @@ def _samples(
                 continue
             patient = None if patients is None else _text(patients[i]).strip()
             label = str(int(labels[i]))
-            yield Sample((file,), picture, label=label, patient=patient, split=part, item=item)
+            yield DecodedImage((file,), picture, label=label, patient=patient, split=part, item=item)
 
 
-def _all(file: SourceFile, request: Request) -> Iterator[Outcome]:
+def _all(file: SourceFile, request: Request) -> Iterator[DecodeResult]:
     try:
         with _opened(file.path, request.max_bytes) as archive:
             members = _members(archive, request.max_bytes)
@@ -181,7 +182,7 @@ def _all(file: SourceFile, request: Request) -> Iterator[Outcome]:
         yield Refusal((file,), rejected.code)
 
 
-def _guarded(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+def _guarded(outcomes: Iterator[DecodeResult]) -> Iterator[DecodeResult]:
     """The outcomes, with what a damaged archive raises between them turned into a rejection."""
     while True:
         with reading("pixels-undecodable", zipfile.BadZipFile):
@@ -202,30 +203,52 @@ def count(path: Path, max_bytes: int) -> int:
         return sum(member.shape[0] for name, member in members.items() if name.endswith("_images"))
 
 
-def read(files: Sequence[SourceFile], request: Request) -> Reading:
-    """Read every image of the one file."""
-    file = files[0]
-    try:
-        total = count(file.path, request.max_bytes)
-    except FileRejected as rejected:
-        return Reading(1, iter((Refusal((file,), rejected.code),)))
-    return Reading(total, _all(file, request))
+@dataclass(frozen=True)
+class _Images:
+    """The images of a file, taken from it as they are asked for."""
+
+    file: SourceFile
+    request: Request
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[DecodeResult]:
+        return _all(self.file, self.request)
 
 
-def check(path: Path, max_bytes: int) -> Found:
-    """Read every array of a file. What is found is said of its training images.
+class NpzReader(Reader):
+    """One npz file with the images, labels and patients of a site."""
 
-    Raises:
-        FileRejected: with the reason.
-    """
-    with _opened(path, max_bytes) as archive:
-        members = _members(archive, max_bytes)
-        for name, member in members.items():
-            with reading("pixels-undecodable", zipfile.BadZipFile):
-                if name.endswith("_images"):
-                    for _ in _rows(archive, member):
-                        pass
-                else:
-                    _column(archive, member)
-        images = members["train_images"]
-        return Found(images.shape, str(images.dtype))
+    kind = "npz"
+    suffixes = (".npz",)
+    libraries = ("numpy",)
+    label_sources = frozenset({"npz"})
+    one_file = True
+    remembered = False
+    gives_splits = True
+    numbers_classes = True
+
+    def sniff(self, head: bytes, ending: str) -> bool:
+        """A zip archive of that name."""
+        return head.startswith(b"PK\x03\x04") and ending in self.suffixes
+
+    def read(self, unit: Unit, request: Request) -> DecodeResults:
+        """Read every image of the file."""
+        (file,) = unit.files
+        return _Images(file, request, count(file.path, request.max_bytes))
+
+    def check(self, path: Path, max_bytes: int, judge: Judge) -> Found:
+        """Read every array of a file. What is found is said of its training images."""
+        with _opened(path, max_bytes) as archive:
+            members = _members(archive, max_bytes)
+            for name, member in members.items():
+                with reading("pixels-undecodable", zipfile.BadZipFile):
+                    if name.endswith("_images"):
+                        for _ in _rows(archive, member):
+                            pass
+                    else:
+                        _column(archive, member)
+            images = members["train_images"]
+            return Found(images.shape, str(images.dtype))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from qkt_clinical.ingest.codes import reading, reject
-from qkt_clinical.ingest.pixels import read_stream
-from qkt_clinical.ingest.raster import Pixels, on_black, rgb_of_inks, upright
+from qkt_clinical.ingest.readers.pixels import read_stream
+from qkt_clinical.ingest.readers.raster import Pixels, on_black, rgb_of_inks, upright
 from qkt_clinical.ingest.source import bounded_pixels
 
 if TYPE_CHECKING:

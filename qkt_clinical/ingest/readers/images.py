@@ -10,22 +10,22 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qkt_clinical.errors import FileRejected
-from qkt_clinical.ingest import tiff
 from qkt_clinical.ingest.arrays import Picture
 from qkt_clinical.ingest.codes import reading, reject
-from qkt_clinical.ingest.raster import Pixels, on_black, picture_of, upright
+from qkt_clinical.ingest.readers import tiff
+from qkt_clinical.ingest.readers.base import DecodeResults, Judge, Reader
+from qkt_clinical.ingest.readers.raster import Pixels, on_black, picture_of, upright
 from qkt_clinical.ingest.source import (
+    DecodedImage,
     Found,
     Request,
-    Sample,
-    SourceFile,
+    Unit,
     bounded_pixels,
     opened,
     whole_file,
@@ -142,21 +142,24 @@ def _picture(path: Path, max_bytes: int, *, volumes: bool | None) -> Picture:
     return picture_of(pages, volumes=len(pages) > 1 if volumes is None else volumes, inverted=inverted)
 
 
-def read(file: SourceFile, request: Request) -> Sample:
-    """Read a file's one image; for volumes, the pages of a TIFF file are its slices.
+class ImageReader(Reader):
+    """PNG, JPEG and TIFF files. For volumes, the pages of a TIFF file are its slices."""
 
-    Raises:
-        FileRejected: any code of one file.
-    """
-    return Sample((file,), _picture(file.path, request.max_bytes, volumes=request.volumes))
+    kind = "images"
+    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+    libraries = ("imagecodecs", "pillow", "tifffile")
 
+    def sniff(self, head: bytes, ending: str) -> bool:
+        """By how the file begins, whatever its name."""
+        return head.startswith((b"\x89PNG", b"\xff\xd8\xff", *tiff.MAGICS))
 
-def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
-    """Decode a file by itself, whatever its number of pages.
+    def read(self, unit: Unit, request: Request) -> DecodeResults:
+        """Read a file's one image."""
+        (file,) = unit.files
+        return [DecodedImage((file,), _picture(file.path, request.max_bytes, volumes=request.volumes))]
 
-    Raises:
-        FileRejected: with the reason.
-    """
-    picture = _picture(path, max_bytes, volumes=None)
-    judge(picture)
-    return Found(picture.pixels.shape, str(picture.pixels.dtype))
+    def check(self, path: Path, max_bytes: int, judge: Judge) -> Found:
+        """Decode a file by itself, whatever its number of pages."""
+        picture = _picture(path, max_bytes, volumes=None)
+        judge(picture)
+        return Found(picture.pixels.shape, str(picture.pixels.dtype))

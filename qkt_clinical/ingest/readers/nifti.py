@@ -12,7 +12,7 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from qkt_clinical.ingest.arrays import Picture, eight_bit_limits, flat_view, to_head_back_left
 from qkt_clinical.ingest.codes import reading, reject
-from qkt_clinical.ingest.source import Found, Request, Sample, SourceFile, bounded_pixels, opened
+from qkt_clinical.ingest.readers.base import DecodeResults, Judge, Reader
+from qkt_clinical.ingest.source import (
+    DecodedImage,
+    Found,
+    Request,
+    SourceFile,
+    Unit,
+    bounded_pixels,
+    opened,
+)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -386,17 +395,6 @@ def _decoded(image: _Image, *, volume: int | None, volumes: bool | None) -> tupl
     return Picture(flat, colour, pixel, limits, limits is not None), found
 
 
-def read(file: SourceFile, request: Request) -> Sample:
-    """Read a file's one image.
-
-    Raises:
-        FileRejected: any code of one file.
-    """
-    with _opened(file.path, request.max_bytes) as image:
-        picture, _ = _decoded(image, volume=request.spec.volume, volumes=request.volumes)
-    return Sample((file,), picture)
-
-
 def pairs(files: Sequence[SourceFile]) -> list[tuple[SourceFile, ...]]:
     """The files of each image: an ``.img`` belongs to the ``.hdr`` beside it, which comes first."""
     images = {f.name.lower(): f for f in files if f.name.lower().endswith(".img")}
@@ -412,14 +410,32 @@ def _is_head(file: SourceFile) -> bool:
     return file.name.lower().endswith(".hdr")
 
 
-def check(path: Path, max_bytes: int, judge: Callable[[Picture], None]) -> Found:
-    """Decode a file by itself, whatever its number of dimensions; of several volumes the first is judged.
+class NiftiReader(Reader):
+    """NIfTI files, single or in pairs."""
 
-    Raises:
-        FileRejected: with the reason.
-    """
-    with _opened(path, max_bytes) as image:
-        several = len(image.voxels.shape) == 4 and image.voxels.shape[3] > 1
-        picture, found = _decoded(image, volume=0 if several else None, volumes=None)
-    judge(picture)
-    return found
+    kind = "nifti"
+    suffixes = (".nii.gz", ".nii", ".hdr", ".img")
+    libraries = ("nibabel",)
+
+    def sniff(self, head: bytes, ending: str) -> bool:
+        """By its name: packed, it begins as any other does."""
+        return ending in self.suffixes
+
+    def units(self, files: Sequence[SourceFile]) -> list[Unit]:
+        """See :func:`pairs`."""
+        return [Unit(pair) for pair in pairs(files)]
+
+    def read(self, unit: Unit, request: Request) -> DecodeResults:
+        """Read a file's one image."""
+        file = unit.files[0]
+        with _opened(file.path, request.max_bytes) as image:
+            picture, _ = _decoded(image, volume=request.spec.volume, volumes=request.volumes)
+        return [DecodedImage((file,), picture)]
+
+    def check(self, path: Path, max_bytes: int, judge: Judge) -> Found:
+        """Decode a file by itself, whatever its number of axes; of several volumes the first is judged."""
+        with _opened(path, max_bytes) as image:
+            several = len(image.voxels.shape) == 4 and image.voxels.shape[3] > 1
+            picture, found = _decoded(image, volume=0 if several else None, volumes=None)
+        judge(picture)
+        return found
