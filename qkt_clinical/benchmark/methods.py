@@ -27,11 +27,11 @@ from qkt_clinical.benchmark.settings import (
     FINETUNED,
     ON_TEACHERS,
     SETUPS,
-    Settings,
+    BenchmarkSettings,
     Setup,
 )
-from qkt_clinical.benchmark.simulate import Hospital, Question, Split
-from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
@@ -67,8 +67,8 @@ class MethodResult:
 class Case:
     """One question and all that answers to it share."""
 
-    store: Store
-    question: Question
+    store: ResultStore
+    question: SimulatedQuery
 
     @property
     def student(self) -> str:
@@ -92,7 +92,7 @@ class Case:
         return torch.from_numpy(np.flatnonzero(np.isin(self.store.evaluation.labels, self.relevant)))
 
     @cached_property
-    def images(self) -> Split:
+    def images(self) -> LabelledImages:
         """The evaluation images of relevant classes."""
         return self.store.evaluation.take(self.index.numpy())
 
@@ -187,7 +187,7 @@ def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
     return tuple(c for c, k in enumerate(known) if k)
 
 
-def primary_truth(settings: Settings) -> str:
+def primary_truth(settings: BenchmarkSettings) -> str:
     """What masks are held against: a class that was trained on, or one that the teacher recalls.
 
     In the rare regime hospitals hold classes of so few images that their teachers did not learn them.
@@ -241,7 +241,7 @@ def _answer(
     case: Case,
     setup: Setup,
     student: Classifier,
-    hospital: Hospital,
+    hospital: SimulatedHospital,
     teachers: Sequence[Teacher],
     taught: Sequence[int],
 ) -> Answer:
@@ -346,7 +346,7 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: DecisionRule) -> d
     return moved
 
 
-def methods(settings: Settings) -> dict[str, Callable[[Case], MethodResult]]:
+def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodResult]]:
     """Every method that is computed by itself, by name."""
     found: dict[str, Callable[[Case], MethodResult]] = {
         "local": local,

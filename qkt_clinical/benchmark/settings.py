@@ -137,7 +137,7 @@ ON_TEACHERS = (FINETUNE, DISTILLED)
 """Baselines whose network starts from the teachers and is the same whatever its hospital asks."""
 
 
-class Settings(Strict):
+class BenchmarkSettings(Strict):
     """Everything on which a benchmark's figures depend beside the data."""
 
     partition: Partition = "pathological"

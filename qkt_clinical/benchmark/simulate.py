@@ -33,7 +33,7 @@ MOST_RARE = 50
 
 
 @dataclass(frozen=True)
-class Split:
+class LabelledImages:
     """Images (N, C, *spatial), uint8 or float32 in [0, 1], and labels (N,)."""
 
     images: Images
@@ -47,23 +47,23 @@ class Split:
         """Images and labels, as the training functions take them."""
         return self.images, self.labels
 
-    def take(self, index: Indices) -> Split:
+    def take(self, index: Indices) -> LabelledImages:
         """A part of it."""
-        return Split(self.images[index], self.labels[index])
+        return LabelledImages(self.images[index], self.labels[index])
 
-    def of_classes(self, classes: Sequence[int]) -> Split:
+    def of_classes(self, classes: Sequence[int]) -> LabelledImages:
         """The images of these classes."""
         return self.take(np.flatnonzero(np.isin(self.labels, classes)))
 
 
 @dataclass(frozen=True)
-class Hospital:
+class SimulatedHospital:
     """One simulated hospital."""
 
     name: str
-    train: Split
-    calibration: Split
-    val: Split
+    train: LabelledImages
+    calibration: LabelledImages
+    val: LabelledImages
     """Its part of the npz's val split, for early stopping."""
 
     @property
@@ -73,7 +73,7 @@ class Hospital:
 
 
 @dataclass(frozen=True)
-class Question:
+class SimulatedQuery:
     """A query: who asks for which classes."""
 
     student: str
@@ -81,22 +81,22 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Federation:
+class SimulatedFederation:
     """All hospitals of one seed, the splits that belong to none, and the questions to ask."""
 
     seed: int
     classes: tuple[str, ...]
     spec: NetworkSpec
-    hospitals: tuple[Hospital, ...]
-    questions: tuple[Question, ...]
-    val: Split
-    test: Split
+    hospitals: tuple[SimulatedHospital, ...]
+    questions: tuple[SimulatedQuery, ...]
+    val: LabelledImages
+    test: LabelledImages
 
-    def hospital(self, name: str) -> Hospital:
+    def hospital(self, name: str) -> SimulatedHospital:
         """By name."""
         return next(h for h in self.hospitals if h.name == name)
 
-    def relevant(self, question: Question) -> tuple[int, ...]:
+    def relevant(self, question: SimulatedQuery) -> tuple[int, ...]:
         """The relevant label space: what the student holds and what it asks for, sorted."""
         return tuple(sorted({*self.hospital(question.student).held, *question.query}))
 
@@ -131,13 +131,13 @@ def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
     return [int(held[np.argmin(counts[held])])]
 
 
-def _spread(candidates: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
+def _spread(candidates: Sequence[SimulatedQuery], count: int | None, seed: int) -> tuple[SimulatedQuery, ...]:
     """At most ``count`` questions, spread evenly over students first and classes second."""
     chance = np.random.default_rng(seed).permutation(len(candidates))
     left = [candidates[i] for i in chance]
     students: dict[str, int] = {}
     classes: dict[int, int] = {}
-    chosen: list[Question] = []
+    chosen: list[SimulatedQuery] = []
     while left and (count is None or len(chosen) < count):
         best = min(left, key=lambda q: (students.get(q.student, 0), sum(classes.get(c, 0) for c in q.query)))
         left.remove(best)
@@ -162,7 +162,7 @@ def simulate(
     seed: int = 0,
     network: Network = "resnet-small",
     max_queries: int | None = None,
-) -> Federation:
+) -> SimulatedFederation:
     """Divide a data set among simulated hospitals and choose the questions.
 
     ``absent``: sets of ``query_size`` classes of which the student has no image. ``rare``: classes of
@@ -207,21 +207,21 @@ def simulate(
             keep[rng.permutation(mine)[:samples_per_rare_class]] = True
         if groups is not None:
             held_out &= ~np.isin(groups, groups[keep])  # a patient whose rare image trains only trains
-        own = Split(images["train"][index], labels)
-        hospital = Hospital(
+        own = LabelledImages(images["train"][index], labels)
+        hospital = SimulatedHospital(
             name,
             own.take(np.flatnonzero(keep)),
             own.take(np.flatnonzero(held_out)),
-            Split(images["val"][val_index], val.labels[val_index]),
+            LabelledImages(images["val"][val_index], val.labels[val_index]),
         )
         if len(hospital.calibration) == 0:
             raise ConfigError(f"hospital {name} has no calibration image", remedy="Choose fewer hospitals.")
         sites.append(hospital)
         if regime == "absent":
             absent = [c for c in range(count) if c not in hospital.held]
-            questions += [Question(name, asked) for asked in combinations(absent, query_size)]
+            questions += [SimulatedQuery(name, asked) for asked in combinations(absent, query_size)]
         else:
-            questions += [Question(name, asked) for asked in combinations(rare, query_size)]
+            questions += [SimulatedQuery(name, asked) for asked in combinations(rare, query_size)]
     elsewhere = {c: {s.name for s in sites if c in s.held} for c in range(count)}
     questions = [q for q in questions if all(elsewhere[c] - {q.student} for c in q.query)]
     if not questions:
@@ -234,14 +234,14 @@ def simulate(
         name=network, spatial_dims=3 if sample.ndim == 5 else 2, in_channels=sample.shape[1], classes=count
     )
     check_size(spec, sample.shape[2:])
-    return Federation(
+    return SimulatedFederation(
         seed,
         classes,
         spec,
         tuple(sites),
         _spread(questions, max_queries, derive(seed, "benchmark", "questions")),
-        Split(images["val"], val.labels),
-        Split(images["test"], parts["test"].labels),
+        LabelledImages(images["val"], val.labels),
+        LabelledImages(images["test"], parts["test"].labels),
     )
 
 

@@ -24,8 +24,8 @@ from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.benchmark.metrics import figures
-from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, Settings, Variant
-from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
+from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, BenchmarkSettings, Variant
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedFederation, SimulatedHospital
 from qkt_clinical.benchmark.variants import vary
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ESTIMATORS
 from qkt_clinical.common.files import new_folder, write_json
@@ -48,7 +48,7 @@ KEPT = 16
 """So many bundles stay in a process's memory."""
 
 
-class Store:
+class ResultStore:
     """The trained networks of one seed.
 
     Args:
@@ -57,7 +57,9 @@ class Store:
         device: where networks are trained and evaluated.
     """
 
-    def __init__(self, folder: Path, federation: Federation, settings: Settings, device: torch.device):
+    def __init__(
+        self, folder: Path, federation: SimulatedFederation, settings: BenchmarkSettings, device: torch.device
+    ):
         self.folder = folder
         self.federation = federation
         self.settings = settings
@@ -79,7 +81,7 @@ class Store:
         else:
             self._train_teacher(cast(Variant, kind), which)
 
-    def data(self, hospital: str, variant: Variant = "full") -> Hospital:
+    def data(self, hospital: str, variant: Variant = "full") -> SimulatedHospital:
         """A hospital's images, as the variant has them."""
         return vary(
             self.federation.hospital(hospital),
@@ -89,7 +91,7 @@ class Store:
         )
 
     @property
-    def evaluation(self) -> Split:
+    def evaluation(self) -> LabelledImages:
         """The images that the figures are computed on."""
         return self.federation.test if self.settings.split == "test" else self.federation.val
 
@@ -285,7 +287,7 @@ class Store:
         return logits
 
 
-def _recalls(logits: Tensor, split: Split, classes: int) -> list[float]:
+def _recalls(logits: Tensor, split: LabelledImages, classes: int) -> list[float]:
     """Recall of every class, 0 where it has no image."""
     right = logits.argmax(dim=1).numpy() == split.labels
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.benchmark.settings import Settings
+from qkt_clinical.benchmark.settings import BenchmarkSettings
 from qkt_clinical.catalog import BASELINES, BENCHMARK_METHODS, DEFAULT_ESTIMATOR, ESTIMATORS, METHODS
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.evaluation.metrics import DIGITS, Floats
@@ -132,7 +132,7 @@ def budget_curves(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
-def mask_figures(judged: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, Any]:
+def mask_figures(judged: Sequence[Mapping[str, Any]], settings: BenchmarkSettings) -> dict[str, Any]:
     """Quality of every estimator's masks over all teachers of all seeds.
 
     Args:

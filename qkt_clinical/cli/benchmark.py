@@ -49,11 +49,11 @@ def benchmark(
 ) -> None:
     """Compare all methods on simulated hospitals: every query of every seed, one table."""
     from qkt_clinical.benchmark.runner import run
-    from qkt_clinical.benchmark.settings import Settings, parse_list, parse_numbers
+    from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
     from qkt_clinical.config.params import TrainParams
 
-    settings = Settings(
+    settings = BenchmarkSettings(
         partition=partition,
         hospitals=hospitals,
         classes_per_hospital=classes_per_hospital,

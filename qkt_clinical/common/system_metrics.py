@@ -22,8 +22,8 @@ SWITCH, EVERY = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "MLFLOW_SYSTEM_METRICS_S
 EVERY_S, MOST = 1.0, 10_000
 """Seconds between two samples unless said otherwise; samples kept at most."""
 
-Sample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-SAMPLES = TypeAdapter(list[Sample])
+MetricsSample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+SAMPLES = TypeAdapter(list[MetricsSample])
 MAX_BYTES = 20_000_000
 
 
@@ -39,7 +39,7 @@ def _every() -> float:
         return EVERY_S
 
 
-def _sample() -> Sample:
+def _sample() -> MetricsSample:
     import psutil
 
     memory = psutil.virtual_memory()
@@ -59,12 +59,12 @@ def _sample() -> Sample:
 
 
 @contextmanager
-def watched() -> Iterator[list[Sample]]:
+def watched() -> Iterator[list[MetricsSample]]:
     """Samples of processor, memory and graphics memory, taken at intervals while the block runs.
 
     The list is whole when the block has ended, and stays empty where nobody asked.
     """
-    samples: list[Sample] = []
+    samples: list[MetricsSample] = []
     if not asked():
         yield samples
         return
@@ -91,7 +91,7 @@ def _file(scratch: Path, bundle: str) -> Path:
     return scratch / "usage" / f"{bundle}.json"
 
 
-def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
+def keep_usage(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None:
     """Keep what making a bundle took, if anything was sampled.
 
     Args:
@@ -102,7 +102,7 @@ def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
             write_json(_file(scratch, bundle), samples)
 
 
-def read_usage(scratch: Path, bundle: str) -> list[Sample]:
+def read_usage(scratch: Path, bundle: str) -> list[MetricsSample]:
     """What making a bundle took, in the order of time; empty where nobody asked."""
     from pydantic import FiniteFloat, TypeAdapter
 

@@ -39,14 +39,14 @@ from qkt_clinical.federation.messages import (
     Contributed,
     Declined,
     Offered,
-    Question,
     Refused,
     Reply,
+    TeacherRequest,
     read_reply,
 )
 from qkt_clinical.federation.policy import check_outbound
-from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE, NamedInJob, Settings
+from qkt_clinical.federation.server import FederationOutcome, Server
+from qkt_clinical.federation.settings import FILE, FederationSettings, NamedInJob
 from qkt_clinical.federation.site import Site
 
 SAID = "qkt"
@@ -57,7 +57,7 @@ OUTCOMES = "outcomes"
 """An administrator's question to a running job, and the file in which a finished one answers it."""
 
 
-def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
+def settings_of(fl_ctx: FLContext) -> tuple[FederationSettings, str]:
     """What this machine knows of itself, from ``local/qkt.json``, and its name.
 
     Raises:
@@ -67,7 +67,7 @@ def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
     name = str(fl_ctx.get_identity_name()).removeprefix("simulator_")
     place = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir()) / FILE
     try:
-        settings = parse(Settings, json.loads(read_plain(place, MAX_CONFIG_BYTES)), file=FILE)
+        settings = parse(FederationSettings, json.loads(read_plain(place, MAX_CONFIG_BYTES)), file=FILE)
     except (OSError, ValueError, RecursionError):
         raise ConfigError(
             "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
@@ -176,9 +176,9 @@ class QueryController(Controller):  # type: ignore[misc]
         settings, _ = settings_of(fl_ctx)
         self._server = Server(Path(settings.workspace), settings.keys)
         for site in self.sites if self.contribute else ():
-            self._server.note(Outcome(state="waiting"), "teachers", site)
+            self._server.note(FederationOutcome(state="waiting"), "teachers", site)
         for one in self.queries:
-            self._server.note(Outcome(state="waiting"), "queries", *one.split("/"))
+            self._server.note(FederationOutcome(state="waiting"), "queries", *one.split("/"))
         self._engine.register_app_command(OUTCOMES, self._tell_outcomes)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
@@ -272,7 +272,7 @@ class QueryController(Controller):  # type: ignore[misc]
         """Everything in turn; what one site cannot do does not end the job."""
         if self.contribute:
             for site in self.sites:
-                self._server.note(Outcome(state="running"), "teachers", site)
+                self._server.note(FederationOutcome(state="running"), "teachers", site)
             replies = self._tell(CONTRIBUTE, {}, self.sites, abort_signal, self._take_teacher)
             for site in (s for s, said in replies.items() if said is None):
                 self._server.note(self._missing(), "teachers", site)
@@ -288,8 +288,8 @@ class QueryController(Controller):  # type: ignore[misc]
         if isinstance(said, Contributed | Refused):
             self._server.accept_teacher(site, said)
 
-    def _missing(self) -> Outcome:
-        return Outcome(state="missing", code="no-reply", reason="the site did not reply in time")
+    def _missing(self) -> FederationOutcome:
+        return FederationOutcome(state="missing", code="no-reply", reason="the site did not reply in time")
 
     def _answer_all(self, hospital: str, queries: list[str], abort_signal: Signal) -> None:
         for query in queries:
@@ -298,15 +298,15 @@ class QueryController(Controller):  # type: ignore[misc]
             with Boundary() as end:
                 outcome = self._answer(hospital, query, abort_signal)
             if end.error is not None:  # the other queries are answered all the same
-                outcome = Outcome(state="refused", code=end.error.code, reason=end.error.message)
+                outcome = FederationOutcome(state="refused", code=end.error.code, reason=end.error.message)
             self._server.note(outcome, "queries", hospital, query)
 
-    def _answer(self, hospital: str, query: str, abort_signal: Signal) -> Outcome:
-        self._server.note(Outcome(state="running"), "queries", hospital, query)
+    def _answer(self, hospital: str, query: str, abort_signal: Signal) -> FederationOutcome:
+        self._server.note(FederationOutcome(state="running"), "queries", hospital, query)
         asked = self._tell(ASK, {"query": query}, [hospital], abort_signal)[hospital]
         if not isinstance(asked, Asked):
             return self._refused(asked)
-        question = Question(
+        question = TeacherRequest(
             hospital=hospital,
             query=query,
             classes=asked.query.classes,
@@ -337,7 +337,7 @@ class QueryController(Controller):  # type: ignore[misc]
             return self._refused(answered)
         return self._server.accept_answer(plan, answered, declined)
 
-    def _refused(self, said: Reply | None) -> Outcome:
+    def _refused(self, said: Reply | None) -> FederationOutcome:
         if isinstance(said, Refused):
-            return Outcome(state="refused", code=said.code, reason=said.message)
+            return FederationOutcome(state="refused", code=said.code, reason=said.message)
         return self._missing()

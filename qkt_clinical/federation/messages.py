@@ -49,7 +49,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Question(Message):
+class TeacherRequest(Message):
     """Server to a teacher's site: may your teacher help?"""
 
     hospital: Name
@@ -107,7 +107,7 @@ class Declined(Message):
     reason: Text
 
 
-class Estimate(Message):
+class ReportedFigure(Message):
     """A figure with its interval."""
 
     value: Finite
@@ -118,11 +118,11 @@ class Estimate(Message):
 class Figures(Message):
     """What a site says of its student: no counts, nothing per class."""
 
-    balanced_accuracy_before: Estimate
-    balanced_accuracy_after: Estimate
-    gain: Estimate
-    forgetting: Estimate
-    query_gain: Estimate
+    balanced_accuracy_before: ReportedFigure
+    balanced_accuracy_after: ReportedFigure
+    gain: ReportedFigure
+    forgetting: ReportedFigure
+    query_gain: ReportedFigure
 
 
 class Answered(Message):

@@ -45,7 +45,7 @@ STATISTICS = Path(FLARE) / SERVER / "pool_stats" / "simulator_cell_stats.json"
 JOB = "server.simulate_job"
 
 
-class Plan(Strict):
+class TrainingPlan(Strict):
     """A federation to run, ``plan.json`` in its work folder."""
 
     algorithm: Algorithm
@@ -73,7 +73,7 @@ class Federated:
     its own messages about them."""
 
 
-def make_job(plan: Plan) -> Any:
+def make_job(plan: TrainingPlan) -> Any:
     """The FLARE job of a plan."""
     from nvflare.app_common.workflows.fedavg import FedAvg
     from nvflare.job_config.api import FedJob
@@ -141,7 +141,7 @@ def run_federation(
     from qkt_clinical.federation.peer_job import IMAGES
 
     participants = sorted(participants, key=lambda p: p.site)
-    plan = Plan(
+    plan = TrainingPlan(
         algorithm=algorithm,
         sites=tuple(p.site for p in participants),
         spec=spec,
@@ -225,7 +225,7 @@ def _failed(work: Path, what: str) -> QktError:
     return QktError(what, remedy=f"See {LOG} in the folder.", file=work, code="flare")
 
 
-def _result(work: Path, plan: Plan) -> Federated:
+def _result(work: Path, plan: TrainingPlan) -> Federated:
     from safetensors.numpy import load_file
 
     from qkt_clinical.federation.peer_job import NETWORK, set_arrays
@@ -262,7 +262,7 @@ def _lay_out_flare(work: Path) -> None:
 
 def main(work: Path) -> int:
     """Run the plan in a work folder; FLARE's exit status."""
-    plan = Plan.model_validate_json((work / PLAN).read_bytes())
+    plan = TrainingPlan.model_validate_json((work / PLAN).read_bytes())
     _lay_out_flare(work)
     done = make_job(plan).simulator_run(str(work / FLARE), clients=list(plan.sites), threads=len(plan.sites))
     return int(done or 0)

@@ -11,12 +11,12 @@ from typing import Any
 
 from qkt_clinical.config.policy import POLICY, Policy
 from qkt_clinical.errors import BundleError, PolicyError, QueryError
-from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, cut, read_reply
+from qkt_clinical.federation.messages import Answered, Contributed, Offered, TeacherRequest, cut, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.records.card import Mask
 
 
-def refusal(policy: Policy, question: Question, helped: int) -> str | None:
+def refusal(policy: Policy, question: TeacherRequest, helped: int) -> str | None:
     """Why the site does not help to answer a question, or None.
 
     Args:
@@ -38,7 +38,7 @@ def too_many(policy: Policy) -> str:
     return f"helps with {policy.queries_per_day} queries a day at most"
 
 
-def shown_mask(mask: Mask, policy: Policy, question: Question) -> Mask:
+def shown_mask(mask: Mask, policy: Policy, question: TeacherRequest) -> Mask:
     """The mask as the asking hospital and the server may see it."""
     if policy.mask == "all":
         return mask

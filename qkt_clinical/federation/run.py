@@ -25,7 +25,7 @@ from qkt_clinical.config.base import NAME
 from qkt_clinical.config.params import Params
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import TASKS
-from qkt_clinical.federation.server import Outcome, Server
+from qkt_clinical.federation.server import FederationOutcome, Server
 from qkt_clinical.federation.settings import FILE
 from qkt_clinical.records.card import MAX_JSON_BYTES
 
@@ -129,7 +129,7 @@ def named_queries(params: Params) -> list[str]:
     return queries
 
 
-def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
+def gather(out: Path, queries: Sequence[str]) -> dict[str, FederationOutcome]:
     """What became of each query, and the students of all sites side by side in ``out/students``.
 
     Only who runs every machine of a federation can do that: a simulation.
@@ -147,7 +147,9 @@ def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
     return outcomes
 
 
-def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -> dict[str, Outcome]:
+def simulate(
+    root: Path, out: Path, params: Params, *, threads: int, say: Say
+) -> dict[str, FederationOutcome]:
     """The whole federation in FLARE's simulator: teachers of all sites, then every query of params.yaml.
 
     FLARE's logs lie in ``out/flare``, a workspace for every site and the server in ``out/sites``, and the
@@ -384,7 +386,7 @@ def list_jobs(kit: Path) -> list[dict[str, str]]:
     ]
 
 
-def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
+def ask_outcomes(kit: Path, job: str) -> dict[str, FederationOutcome]:
     """What has become of a running job's teachers and queries so far.
 
     Raises:
@@ -404,11 +406,11 @@ def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
 
 
 ToldName = Annotated[str, Field(pattern=f"^(teacher {NAME.pattern}|{NAME.pattern}/{NAME.pattern})$")]
-TOLD = TypeAdapter(Annotated[dict[ToldName, Outcome], Field(max_length=2000)])
+TOLD = TypeAdapter(Annotated[dict[ToldName, FederationOutcome], Field(max_length=2000)])
 """What a server tells of a job: ``teacher <site>`` and ``<hospital>/<query>``."""
 
 
-def _parsed(found: Any) -> dict[str, Outcome]:
+def _parsed(found: Any) -> dict[str, FederationOutcome]:
     """What a server says of a job's outcomes.
 
     Raises:
@@ -424,7 +426,7 @@ def _parsed(found: Any) -> dict[str, Outcome]:
         ) from None
 
 
-def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
+def fetch(kit: Path, job: str, out: Path) -> dict[str, FederationOutcome]:
     """Fetch a finished job's outcomes, and the students that hospitals sent, into ``out``.
 
     Raises:
@@ -458,7 +460,7 @@ def attend(
     patience_s: int,
     say: Say,
     silence_s: int = SILENCE_S,
-) -> dict[str, Outcome]:
+) -> dict[str, FederationOutcome]:
     """Submit queries and wait until every one is answered or refused, or the time is over.
 
     What fails for want of a site or of the server is submitted again: a site that had made something before
@@ -470,14 +472,14 @@ def attend(
     Returns:
         ``<hospital>/<query>`` and ``teacher <site>`` to what became of it; ``missing`` where time ran out.
     """
-    start, told = time.monotonic(), dict[str, Outcome]()
-    outcomes = {q: Outcome(state="missing", code="time-out") for q in queries}
+    start, told = time.monotonic(), dict[str, FederationOutcome]()
+    outcomes = {q: FederationOutcome(state="missing", code="time-out") for q in queries}
     left = list(queries)
 
     def remaining() -> int:
         return int(patience_s - (time.monotonic() - start))
 
-    def watch(job: str, server: float) -> dict[str, Outcome] | None:
+    def watch(job: str, server: float) -> dict[str, FederationOutcome] | None:
         """Outcomes of a job that has ended; None where it broke off."""
         while remaining() > 0:
             time.sleep(POLL_S)
@@ -536,7 +538,7 @@ def attend(
 
 def play(
     root: Path, out: Path, params: Params, *, sites: Sequence[str], port: int, patience_s: int, say: Say
-) -> dict[str, Outcome]:
+) -> dict[str, FederationOutcome]:
     """A federation of real processes on this machine: server, sites and an administrator, over TLS.
 
     As in production, but for the folder in which the machines stand side by side.

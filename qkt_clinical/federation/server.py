@@ -27,14 +27,14 @@ from qkt_clinical.records.plan import SHARED, Offer, Plan
 
 SIGNATURE, SIGNATURE_BYTES = "signature", 64
 """File beside a teacher that was signed."""
-State = Literal["waiting", "running", "answered", "refused", "missing"]
+OutcomeState = Literal["waiting", "running", "answered", "refused", "missing"]
 
 
-class Outcome(Strict):
+class FederationOutcome(Strict):
     """What became of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
 
     format: Literal["qkt-outcome/1"] = "qkt-outcome/1"
-    state: State
+    state: OutcomeState
     reason: Said | None = None
     """Why it was refused or is missing, in the words of the site or of the server."""
     code: Said | None = None
@@ -73,24 +73,24 @@ class Server:
         place = Path(kind, *(check_name(name, "site or query") for name in named))
         return self.root / "federation" / place.with_suffix(".json")
 
-    def note(self, outcome: Outcome, *names: str) -> Outcome:
+    def note(self, outcome: FederationOutcome, *names: str) -> FederationOutcome:
         """Keep an outcome: of ``("teachers", site)`` or ``("queries", hospital, query)``."""
         write_json(self._place(*names), outcome.model_dump(mode="json"))
         return outcome
 
-    def outcome(self, *names: str) -> Outcome:
+    def outcome(self, *names: str) -> FederationOutcome:
         """What became of it; ``waiting`` where nothing is known."""
         path = self._place(*names)
         try:
-            return Outcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
+            return FederationOutcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
         except FileNotFoundError:
-            return Outcome(state="waiting")
+            return FederationOutcome(state="waiting")
         except (OSError, ValidationError):
             raise OutputsError(
                 "no readable outcome", remedy="Remove the file; the query is answered anew.", file=path
             ) from None
 
-    def outcomes(self) -> dict[str, Outcome]:
+    def outcomes(self) -> dict[str, FederationOutcome]:
         """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
         found, place = {}, self.root / "federation"
         for path in sorted((*place.glob("queries/*/*.json"), *place.glob("teachers/*.json"))):
@@ -102,7 +102,7 @@ class Server:
 
     # --- teachers ---------------------------------------------------------------------------------
 
-    def accept_teacher(self, site: str, said: Contributed | Refused) -> Outcome:
+    def accept_teacher(self, site: str, said: Contributed | Refused) -> FederationOutcome:
         """Keep a teacher that passes every check; sent twice, it is kept once.
 
         Raises:
@@ -110,7 +110,9 @@ class Server:
         """
         check_name(site, "site")
         if isinstance(said, Refused):
-            return self.note(Outcome(state="refused", reason=said.message, code=said.code), "teachers", site)
+            return self.note(
+                FederationOutcome(state="refused", reason=said.message, code=said.code), "teachers", site
+            )
         try:
             with new_folder(self.space.teacher(site)) as folder:
                 bundle = unpack_teacher(said.files, site, folder)
@@ -126,9 +128,9 @@ class Server:
                 if said.signature is not None:
                     (folder / SIGNATURE).write_bytes(said.signature)
         except BundleError as error:
-            outcome = Outcome(state="refused", reason=error.message, code=error.code)
+            outcome = FederationOutcome(state="refused", reason=error.message, code=error.code)
             return self.note(outcome, "teachers", site)
-        return self.note(Outcome(state="answered", digest=self._kept(site)), "teachers", site)
+        return self.note(FederationOutcome(state="answered", digest=self._kept(site)), "teachers", site)
 
     def _kept(self, site: str) -> str | None:
         card = self.space.teacher(site) / CARD
@@ -167,13 +169,13 @@ class Server:
         places = {site: self.space.teacher(site) / SIGNATURE for site in plan.relevant}
         return {s: read_plain(place, SIGNATURE_BYTES) for s, place in places.items() if place.is_file()}
 
-    def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> Outcome:
+    def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> FederationOutcome:
         """Keep what a hospital says of its student, and the student if it was sent."""
         if said.student is not None:
             with new_folder(self.space.student(plan.hospital, plan.query)) as folder:
                 unpack_student(said.student, plan.hospital, folder)
         return self.note(
-            Outcome(
+            FederationOutcome(
                 state="answered",
                 teachers=plan.relevant,
                 declined=dict(declined),

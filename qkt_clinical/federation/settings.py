@@ -23,7 +23,7 @@ class NamedInJob(Strict):
     queries: Annotated[tuple[QueryName, ...], Field(max_length=1000)]
 
 
-class Settings(Strict):
+class FederationSettings(Strict):
     """``qkt.json``."""
 
     workspace: Annotated[str, Field(min_length=1, max_length=4096)]

@@ -42,12 +42,12 @@ from qkt_clinical.federation.messages import (
     Asked,
     Contributed,
     Declined,
-    Estimate,
     Figures,
     Offered,
-    Question,
     Refused,
     Reply,
+    ReportedFigure,
+    TeacherRequest,
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
@@ -146,7 +146,7 @@ class Site:
             if task == ASK:
                 query = check_name(data["query"], "query")
             elif task == OFFER:
-                question = Question.model_validate(data["question"], strict=False)
+                question = TeacherRequest.model_validate(data["question"], strict=False)
             elif task == ANSWER:
                 plan, teachers = Plan.model_validate(data["plan"], strict=False), data["teachers"]
                 signatures = data.get("signatures", {})
@@ -226,7 +226,7 @@ class Site:
         signature = None if self.signing_key is None else sign(self.signing_key, files[CARD])
         return Contributed(files=files, signature=signature)
 
-    def _offer(self, question: Question, policy: Policy) -> Reply:
+    def _offer(self, question: TeacherRequest, policy: Policy) -> Reply:
         start = time.time() - DAY_S
         if reason := refusal(policy, question, count_since(self.audit, "offered", start)):
             return Declined(reason=reason)
@@ -319,8 +319,8 @@ class Site:
         path = self.space.reports / "evaluation" / self.name / f"{plan.query}.json"
         found = json.loads(path.read_bytes())
 
-        def estimate(figure: Mapping[str, float]) -> Estimate:
-            return Estimate(value=figure["value"], low=figure["low"], high=figure["high"])
+        def estimate(figure: Mapping[str, float]) -> ReportedFigure:
+            return ReportedFigure(value=figure["value"], low=figure["low"], high=figure["high"])
 
         return Figures(
             balanced_accuracy_before=estimate(found["before"]["balanced_accuracy"]),
