@@ -1,4 +1,4 @@
-"""What a teacher gives away: ``python -m benchmarks.privacy --data FILE.npz [--tables NAME ...]``.
+"""What a teacher discloses: ``python -m benchmarks.privacy --data FILE.npz [--tables NAME ...]``.
 
 Networks are trained once; what they say of the images is kept in ``--work``. All images of the attacks are of
 the file's train split.

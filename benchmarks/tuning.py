@@ -1,4 +1,6 @@
-"""Peers' settings on validation images: ``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``.
+"""Settings of baselines, on validation images.
+
+``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``
 
 Teachers are trained once and kept in ``--work``. Federations run on NVIDIA FLARE. Figures are means over all
 queries, on the val split.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.screening import Screening
+from benchmarks.adversarial_teachers import Screening
 from qkt_clinical.baselines.params import BaselineParams, DistillParams, FinetuneParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
@@ -576,7 +576,7 @@ def test_teachers_are_chosen_by_their_masks(case: Case) -> None:
 
 def test_who_is_left_out_of_the_query_may_still_speak_for_local_classes(case: Case) -> None:
     (q,) = case.question.query
-    most = Setup(mask="none", most_teachers=1)
+    most = Setup(mask="none", max_teachers=1)
     scores = {name: case.store.masks(name)["combined"].scores[q] for name in case.others}
     best = max(scores, key=lambda n: scores[n])
     found = methods_room.relevant_teachers(case, most)

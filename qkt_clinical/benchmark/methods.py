@@ -204,9 +204,9 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
     known = {name: set(known_classes(case, name, setup.mask)) for name in names}
     for q in case.question.query:
         able = [name for name in names if q in known[name]]
-        if setup.most_teachers is not None:
+        if setup.max_teachers is not None:
             masks = {name: case.store.masks(name)[DEFAULT_ESTIMATOR] for name in able}
-            for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.most_teachers :]:
+            for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.max_teachers :]:
                 known[name].discard(q)
     networks = {name: case.store.bundle(name).network for name in names}
     spoilt = draw_bad(names, setup.bad_teachers, case.seed("bad")) if setup.bad else ()

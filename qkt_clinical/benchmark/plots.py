@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
 MARKERS = dict(zip(BENCHMARK_METHODS, "osD^v<>PXooo", strict=True))
-"""Peers are told apart by shape, QKT's methods by colour."""
+"""Baselines are told apart by shape, QKT's methods by colour."""
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

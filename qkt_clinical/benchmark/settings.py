@@ -58,7 +58,7 @@ class Setup:
     method: Method = "qkt"
     mask: str = "default"
     """Who knows what: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
-    most_teachers: int | None = None
+    max_teachers: int | None = None
     """At most so many teachers for every class asked for, those of the highest mask scores."""
     rivals: bool = True
     """Whether teachers that know a local class, but none of the query, are included."""
@@ -101,8 +101,8 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/rank-1": _transfer("qkt", rank=1.0),
         "ablation/rank-0.35": _transfer("qkt", rank=0.35),
         "ablation/rank-0.25": _transfer("qkt", rank=0.25),
-        "ablation/teachers-1": Setup(most_teachers=1),
-        "ablation/teachers-2": Setup(most_teachers=2),
+        "ablation/teachers-1": Setup(max_teachers=1),
+        "ablation/teachers-2": Setup(max_teachers=2),
         "ablation/images-100": Setup(own="images-100"),
         "ablation/images-30": Setup(own="images-30"),
         "ablation/images-10": Setup(own="images-10"),

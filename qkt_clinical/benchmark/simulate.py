@@ -28,7 +28,7 @@ from qkt_clinical.records.card import NetworkSpec
 
 CALIBRATION = 0.15
 """Share of a hospital's training images (whole patients) that is held out for the operating point."""
-MOST_RARE = 50
+MAX_RARE_IMAGES = 50
 """A class of which a hospital holds at most so many training images counts as rare there."""
 
 
@@ -125,7 +125,7 @@ def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: i
 def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
     """Classes of a hospital that are made rare: those scarce already, else its smallest one of three."""
     held = np.flatnonzero(counts)
-    scarce = [int(c) for c in held if counts[c] <= MOST_RARE]
+    scarce = [int(c) for c in held if counts[c] <= MAX_RARE_IMAGES]
     if scarce or len(held) < 3:
         return scarce if len(scarce) < len(held) else scarce[1:]
     return [int(held[np.argmin(counts[held])])]
@@ -167,7 +167,7 @@ def simulate(
 
     ``absent``: sets of ``query_size`` classes of which the student has no image. ``rare``: classes of
     which it has at most ``samples_per_rare_class`` training images: those scarce by the partition
-    (``MOST_RARE``), or else its smallest class, cut down to that number before any teacher is trained.
+    (``MAX_RARE_IMAGES``), or else its smallest class, cut down to that number before any teacher is trained.
 
     Raises:
         ConfigError: the data cannot be divided so, or no such question exists.

@@ -44,7 +44,7 @@ from qkt_clinical.training.loop import Checkpoint
 LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
 FEDERATIONS = "federations"
 """Where federations run, each in a folder that is removed afterwards."""
-KEPT = 16
+CACHED_BUNDLES = 16
 """So many bundles stay in a process's memory."""
 
 
@@ -64,10 +64,10 @@ class ResultStore:
         self.federation = federation
         self.settings = settings
         self.device = device
-        self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
-        self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
-        self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._routed_logits)
-        self.verified: Callable[[str], tuple[int, ...]] = lru_cache(KEPT)(self._verified)
+        self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
+        self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)
+        self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(CACHED_BUNDLES)(self._routed_logits)
+        self.verified: Callable[[str], tuple[int, ...]] = lru_cache(CACHED_BUNDLES)(self._verified)
 
     def train(self, name: str) -> None:
         """Train the network of that name and write it."""

@@ -37,7 +37,7 @@ def benchmark(
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
-        float, typer.Option(min=0.0001, max=0.9999, help="Share of own images given away at most.")
+        float, typer.Option(min=0.0001, max=0.9999, help="Largest false-query rate on own images.")
     ] = 0.02,
     split: Annotated[EvaluationSplit, typer.Option(help="Tune on val, report on test.")] = "test",
     workers: Annotated[

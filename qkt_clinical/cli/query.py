@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qkt_clinical.jobs import Job
     from qkt_clinical.jobs.run import Report
 
-LARGEST_FILE = 64_000_000
+MAX_RECORD_BYTES = 64_000_000
 """Bytes of one of the workspace's records."""
 
 query_app = group(
@@ -40,13 +40,17 @@ def query_new(
     classes: Annotated[str, typer.Option("--classes", help="Classes to learn, with commas.")],
     method: Annotated[Method, typer.Option(help="How it is answered.")] = DEFAULT_METHOD,
     budget: Annotated[
-        float, typer.Option(help="Give away at most this share of the images that are classified today.")
+        float,
+        typer.Option(
+            help="Largest false-query rate: share of today's images that may be taken for the query."
+        ),
     ] = DEFAULT_BUDGET,
     max_teachers: Annotated[
-        int | None, typer.Option(help="Hear at most so many.", show_default=False)
+        int | None, typer.Option(help="Include at most so many teachers.", show_default=False)
     ] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Hospitals not to hear, with commas.", show_default=False)
+        str | None,
+        typer.Option(help="Hospitals whose teachers are left out, with commas.", show_default=False),
     ] = None,
     root: Root = HERE,
     as_json: Json = False,
@@ -309,7 +313,7 @@ def _read(path: Path, kind: type[BaseModel]) -> Any:
     from qkt_clinical.common.files import read_plain
 
     try:
-        return kind.model_validate_json(read_plain(path, LARGEST_FILE)).model_dump(mode="json")
+        return kind.model_validate_json(read_plain(path, MAX_RECORD_BYTES)).model_dump(mode="json")
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -48,7 +48,7 @@ def shown_parts(numbers: Mapping[str, int]) -> dict[str, int | str]:
     return {name: shown_total(number, numbers.values()) for name, number in numbers.items()}
 
 
-def withhold(figures: Mapping[str, Figure], images: Mapping[str, int]) -> dict[str, Figure | None]:
+def suppress(figures: Mapping[str, Figure], images: Mapping[str, int]) -> dict[str, Figure | None]:
     """Figures as they may be told: None for what rests on 1 to 4 images.
 
     Args:

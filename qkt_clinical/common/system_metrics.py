@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 from qkt_clinical.common.files import read_plain, write_json
 
 SWITCH, EVERY = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
-EVERY_S, MOST = 1.0, 10_000
+EVERY_S, MAX_SAMPLES = 1.0, 10_000
 """Seconds between two samples unless said otherwise; samples kept at most."""
 
 MetricsSample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
@@ -59,7 +59,7 @@ def _sample() -> MetricsSample:
 
 
 @contextmanager
-def watched() -> Iterator[list[MetricsSample]]:
+def sample_system_metrics() -> Iterator[list[MetricsSample]]:
     """Samples of processor, memory and graphics memory, taken at intervals while the block runs.
 
     The list is whole when the block has ended, and stays empty where nobody asked.
@@ -74,10 +74,10 @@ def watched() -> Iterator[list[MetricsSample]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(_every()) and len(samples) < MOST:
+        while not done.wait(_every()) and len(samples) < MAX_SAMPLES:
             samples.append(_sample())
 
-    watcher = threading.Thread(target=watch, name="usage", daemon=True)
+    watcher = threading.Thread(target=watch, name="system-metrics", daemon=True)
     watcher.start()
     try:
         yield samples
@@ -88,10 +88,10 @@ def watched() -> Iterator[list[MetricsSample]]:
 
 
 def _file(scratch: Path, bundle: str) -> Path:
-    return scratch / "usage" / f"{bundle}.json"
+    return scratch / "system-metrics" / f"{bundle}.json"
 
 
-def keep_usage(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None:
+def write_system_metrics(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None:
     """Keep what making a bundle took, if anything was sampled.
 
     Args:
@@ -102,7 +102,7 @@ def keep_usage(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None
             write_json(_file(scratch, bundle), samples)
 
 
-def read_usage(scratch: Path, bundle: str) -> list[MetricsSample]:
+def read_system_metrics(scratch: Path, bundle: str) -> list[MetricsSample]:
     """What making a bundle took, in the order of time; empty where nobody asked."""
     from pydantic import FiniteFloat, TypeAdapter
 

@@ -7,7 +7,7 @@ verdict says what speaks for and against it.
 
 from __future__ import annotations
 
-from qkt_clinical.common.disclosure import shown_count, too_few, withhold
+from qkt_clinical.common.disclosure import shown_count, suppress, too_few
 from qkt_clinical.config.params import GateParams
 from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.verdict import Bound, Champion, GateRule, Measured, Verdict
@@ -18,7 +18,7 @@ COMPARED_DECIMALS = 2
 
 def measured(evaluation: Evaluation) -> Measured:
     """What others are held against."""
-    recall = withhold(evaluation.after.recall, evaluation.test_images)
+    recall = suppress(evaluation.after.recall, evaluation.test_images)
     return Measured(
         balanced_accuracy=evaluation.after.balanced_accuracy,
         query_recall={c: recall.get(c) for c in evaluation.classes},

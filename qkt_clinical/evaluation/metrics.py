@@ -414,7 +414,7 @@ def assess(
     )
 
 
-def share_given_away(
+def false_query_rate(
     test: TestSet, own: NDArray[np.bool_], after: Floats, *, draws: int, confidence: float, seed: int
 ) -> Estimate | None:
     """Share of a hospital's own images of its own classes that the answer gives to the query.

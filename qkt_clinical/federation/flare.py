@@ -247,15 +247,15 @@ class QueryController(Controller):  # type: ignore[misc]
             one = Task(task, message, timeout=self.patience_s, result_received_cb=received)
             self.broadcast(one, fl_ctx, targets=present, min_responses=len(present))
             now = asked = time.monotonic()
-            heard = dict.fromkeys(present, now)
+            seen = dict.fromkeys(present, now)
             while one.completion_status is None and not abort_signal.triggered:
                 time.sleep(0.2)
                 now = time.monotonic()
                 waiting = [s for s in present if replies[s] is None]
                 if waiting and now - asked > PING_S:
-                    heard |= dict.fromkeys(self._alive(waiting, fl_ctx), now)
+                    seen |= dict.fromkeys(self._alive(waiting, fl_ctx), now)
                     asked = now
-                if waiting and all(now - heard[s] > self.silence_s for s in waiting):
+                if waiting and all(now - seen[s] > self.silence_s for s in waiting):
                     self.cancel_task(one, fl_ctx=fl_ctx)
                     break
         return replies

@@ -25,18 +25,18 @@ def _bytes(value: Any) -> bytes:
     return value
 
 
-LONGEST = 2000
-Text = Annotated[str, Field(max_length=LONGEST)]
+MAX_TEXT = 2000
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 FileName = Annotated[str, Field(max_length=200)]
 Content = Annotated[bytes, BeforeValidator(_bytes)]
 Files = Annotated[dict[FileName, Content], Field(max_length=256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def cut(text: str, longest: int = LONGEST) -> str:
+def cut(text: str, limit: int = MAX_TEXT) -> str:
     """Text as a message or the record takes it: on one line, of characters that show, not too long."""
-    shown = visible(text[:longest])
-    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+    shown = visible(text[:limit])
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 Said = Annotated[Text, BeforeValidator(lambda text: cut(text) if isinstance(text, str) else text)]

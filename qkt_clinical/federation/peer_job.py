@@ -1,4 +1,4 @@
-"""Federated peers as parts of an NVIDIA FLARE job: a hospital's trainer, the server's file and its order.
+"""Federated baselines as parts of an NVIDIA FLARE job: a hospital's trainer, the server's file and its order.
 
 Rounds, messages, averages and control variates are FLARE's own: the controllers ``FedAvg`` (for FedProx too)
 and ``Scaffold``, and the helpers ``PTFedProxLoss`` and ``PTScaffoldHelper``. Only weights and running

@@ -1,4 +1,4 @@
-"""FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: what QKT is compared with, run in FLARE's simulator.
+"""FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: federated baselines, run in FLARE's simulator.
 
 One process per hospital and one for the server, all on this machine. FLARE's own controllers send, wait
 and average; a hospital's round is :func:`qkt_clinical.baselines.federated.train_round`.

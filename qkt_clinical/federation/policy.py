@@ -1,4 +1,4 @@
-"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.policy.Policy`.
+"""What may leave a site, and whose queries it answers, by :class:`~qkt_clinical.config.policy.Policy`.
 
 Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named.
 """

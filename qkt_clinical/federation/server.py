@@ -40,7 +40,7 @@ class FederationOutcome(Strict):
     code: Said | None = None
     teachers: Names = ()
     declined: dict[Name, Said] = Field(default_factory=dict)
-    """Sites whose teachers were not heard, and why."""
+    """Sites whose teachers were not used, and why."""
     bytes_moved: int = 0
     """Of the bundles that were sent to the asking hospital."""
     digest: Sha256 | None = None
@@ -139,7 +139,7 @@ class Server:
     # --- queries ----------------------------------------------------------------------------------
 
     def offer(self, site: str, said: Offered) -> Offer:
-        """A teacher that its site lets be heard, as far as the mask that it shows goes.
+        """A teacher that its site lets be used, as far as the mask that it shows goes.
 
         Raises:
             BundleError: not a card and mask, or of another teacher than the one that the server keeps.

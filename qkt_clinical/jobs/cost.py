@@ -52,7 +52,7 @@ def expected_seconds(
     params: TransferParams,
     device: torch.device,
 ) -> float:
-    """Seconds of a transfer with phase 1 by transplant, within a factor of two or three.
+    """Seconds of a transfer with phase 1 by a low-rank merge, within a factor of two or three.
 
     Args:
         own: of the hospital's own network.

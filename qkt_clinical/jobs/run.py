@@ -23,10 +23,10 @@ from qkt_clinical.config.query import QueryConfig, QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Manifest, read_manifest
 from qkt_clinical.errors import ConfigError, QktError, QueryError, typed
-from qkt_clinical.jobs.fetch import Shelf, open_shelf
+from qkt_clinical.jobs.fetch import RegistryTeachers, open_teachers
 from qkt_clinical.jobs.new import tell_pipeline
 from qkt_clinical.jobs.state import (
-    MOST_INTERRUPTIONS,
+    MAX_INTERRUPTIONS,
     PAUSE_S,
     Board,
     Cancelled,
@@ -71,8 +71,10 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
         )
 
 
-def _plan(shelf: Shelf, hospital: str, name: str, query: QueryConfig, manifest: Manifest) -> Plan:
-    plan = make_plan(hospital, name, query, Asking.of(manifest), shelf.offers.values())
+def _plan(
+    teachers: RegistryTeachers, hospital: str, name: str, query: QueryConfig, manifest: Manifest
+) -> Plan:
+    plan = make_plan(hospital, name, query, Asking.of(manifest), teachers.offers.values())
     _calibrated(manifest, query)
     return plan
 
@@ -91,15 +93,15 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     where = pick_device(device or params.device)
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).teacher(hospital))
-    with open_shelf(root, params, hospital, query) as shelf:
-        plan = _plan(shelf, hospital, name, query, manifest)
-        cards = [shelf.offers[site].card for site in plan.relevant]
+    with open_teachers(root, params, hospital, query) as teachers:
+        plan = _plan(teachers, hospital, name, query, manifest)
+        cards = [teachers.offers[site].card for site in plan.relevant]
         return Preview(
             plan,
-            {site: shelf.versions[site].version for site in plan.relevant},
+            {site: teachers.versions[site].version for site in plan.relevant},
             at_risk(plan),
             expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
-            sum(shelf.offers[s].bytes for s in plan.relevant if not shelf.holds(s)),
+            sum(teachers.offers[s].bytes for s in plan.relevant if not teachers.holds(s)),
         )
 
 
@@ -210,13 +212,13 @@ class _Worker:
         query = load_query(self.board.root, hospital, name)
         manifest = read_manifest(self.space.prepared(hospital))
         read_card(self.space.teacher(hospital))  # needed later: missing, nothing need be fetched
-        with open_shelf(self.board.root, self.params, hospital, query) as shelf:
-            plan = _plan(shelf, hospital, name, query, manifest)
+        with open_teachers(self.board.root, self.params, hospital, query) as teachers:
+            plan = _plan(teachers, hospital, name, query, manifest)
             count = 0
 
             def provide(site: str, folder: Path) -> None:
                 nonlocal count
-                shelf.provide(site, folder)
+                teachers.provide(site, folder)
                 count += 1
                 self._progress(count, len(plan.relevant))
 
@@ -353,7 +355,7 @@ def resume(
 def _open(job: Job) -> bool:
     """Whether a worker may take a job up by itself."""
     ended = job.interruptions + 1  # the last one is counted when somebody takes the job up
-    return job.state == "waiting" or (job.state == "interrupted" and ended < MOST_INTERRUPTIONS)
+    return job.state == "waiting" or (job.state == "interrupted" and ended < MAX_INTERRUPTIONS)
 
 
 def work(

@@ -29,7 +29,7 @@ from qkt_clinical.records.reading import read_record
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
 """What a job does, in this order; ``plan`` fetches the bundles too, ``evaluate`` asks the gate."""
-MOST_INTERRUPTIONS = 3
+MAX_INTERRUPTIONS = 3
 """A job that ended so many processes is not given to another worker by itself."""
 PAUSE_S = 0.5
 """Progress is written at most so often."""

@@ -66,7 +66,7 @@ from qkt_clinical.training.augment import augment
 MAX_REFINED = 1000
 """Local images at most on which a head is refined, of every class as many: of 20 classes all rare ones."""
 MAX_TEACHERS = 64
-SMALLEST_SCALE = 1e-12
+MIN_SCALE = 1e-12
 """Of a head's rows, squared: rows of zeros have no scale to measure a drift by."""
 
 LAYER = "layer number"
@@ -214,7 +214,7 @@ def refine_head(
     bias = network.head.bias.detach().clone().requires_grad_(True)
     start, start_bias = weight.detach().clone(), bias.detach().clone()
     relevant = sorted({*local, *query})
-    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=SMALLEST_SCALE)
+    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=MIN_SCALE)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     none = torch.zeros(len(query))
     curves = []

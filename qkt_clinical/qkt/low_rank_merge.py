@@ -32,7 +32,7 @@ CHUNK_SIZE = 2**22
 """Values of input at most in one pass, so that large images and volumes fit into memory."""
 PULL = 0.1
 """How strongly the weights are held to the teacher's, in units of the patches' mean square."""
-LARGEST_PATCH = 5000
+MAX_PATCH = 5000
 """Layers of larger patches are not corrected: the linear system would take minutes."""
 ISOTROPIC = 0.3
 """Share of the output directions' weight that does not depend on local images: other classes need others."""
@@ -133,7 +133,7 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     """
     # Products of many patches in single precision, which is enough for them; what is solved in double.
     w, u, y = weight.double(), inputs, outputs
-    if w.shape[1] <= LARGEST_PATCH:
+    if w.shape[1] <= MAX_PATCH:
         held = PULL * float((u**2).mean().clamp(min=1e-12))
         system = (u.T @ u).double() / len(u) + held * torch.eye(w.shape[1], dtype=w.dtype)
         w = torch.linalg.solve(system, (u.T @ y).double() / len(u) + held * w.T).T

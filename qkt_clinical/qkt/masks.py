@@ -30,7 +30,7 @@ from qkt_clinical.records.card import Mask
 TINY = 1e-4
 """Scores below this are all alike: nothing is learned from how far below they lie."""
 
-LEAST_RATIO = 3.0
+MIN_RATIO = 3.0
 """A gap of less than this ratio is no gap: a teacher without one knows every class."""
 
 CONVINCED = 0.05
@@ -168,12 +168,12 @@ def class_scores(network: Classifier, shape: tuple[int, ...], *, probes: int, se
 def gap_threshold(scores: Tensor) -> float:
     """Lambda from a teacher's own scores: the middle, in logarithms, of their widest gap.
 
-    Where no neighbouring scores differ by ``LEAST_RATIO``, every class counts as known.
+    Where no neighbouring scores differ by ``MIN_RATIO``, every class counts as known.
     """
     logs = scores.clamp(min=TINY).log().sort(descending=True).values
     gaps = logs[:-1] - logs[1:]
     widest = int(gaps.argmax())
-    if float(gaps[widest]) < math.log(LEAST_RATIO):
+    if float(gaps[widest]) < math.log(MIN_RATIO):
         return math.exp(float(logs[-1]))
     return math.exp(float(logs[widest] + logs[widest + 1]) / 2)
 

@@ -19,13 +19,13 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.panel import head_of
 from qkt_clinical.qkt.prediction import predict_features
 
-LARGEST_WEIGHT = 1e10
+MAX_WEIGHT = 1e10
 """Of weights and running statistics; squares of larger ones could leave single precision."""
-LARGEST_ACTIVATION = 1e6
+MAX_ACTIVATION = 1e6
 """Of any layer's output on the hospital's images."""
-LARGEST_LOGIT = 1e4
+MAX_LOGIT = 1e4
 """Beyond it, one network outweighs hundreds of others in any mean."""
-SMALLEST_SPREAD = 1e-6
+MIN_SPREAD = 1e-6
 """Standard deviation over images of what depends on them."""
 ROUNDING = 1e-5
 """The same as a share of the largest logit: single precision rounds by a hundredth of it."""
@@ -73,7 +73,7 @@ def observe(network: Classifier, inputs: Tensor, flips: bool, device: torch.devi
 
 def _floor(logits: Tensor) -> float:
     """A spread of logits (N, C) at or below it is none."""
-    return max(SMALLEST_SPREAD, ROUNDING * float(logits.abs().max()))
+    return max(MIN_SPREAD, ROUNDING * float(logits.abs().max()))
 
 
 def defect(network: Classifier, outputs: NetworkOutputs, *, varied: bool = True) -> str:
@@ -83,13 +83,13 @@ def defect(network: Classifier, outputs: NetworkOutputs, *, varied: bool = True)
         outputs: see :func:`observe`.
         varied: whether the images differ at all: from equal ones nobody can tell whether a network looks.
     """
-    if not _largest(network.state_dict().values()) <= LARGEST_WEIGHT:
-        return f"its weights are not finite or beyond {LARGEST_WEIGHT:g}"
-    if not outputs.largest <= LARGEST_ACTIVATION:
-        return f"on the hospital's images its layers are not finite or beyond {LARGEST_ACTIVATION:g}"
+    if not _largest(network.state_dict().values()) <= MAX_WEIGHT:
+        return f"its weights are not finite or beyond {MAX_WEIGHT:g}"
+    if not outputs.largest <= MAX_ACTIVATION:
+        return f"on the hospital's images its layers are not finite or beyond {MAX_ACTIVATION:g}"
     logits = outputs.logits.double()
-    if not float(logits.abs().max()) <= LARGEST_LOGIT:
-        return f"its answers are not finite or beyond {LARGEST_LOGIT:g}"
+    if not float(logits.abs().max()) <= MAX_LOGIT:
+        return f"its answers are not finite or beyond {MAX_LOGIT:g}"
     preferences = logits - logits.mean(dim=1, keepdim=True)
     if varied and len(logits) > 1 and not float(preferences.std(dim=0).max()) > _floor(logits):
         return "its answer does not depend on the image"

@@ -35,7 +35,7 @@ from qkt_clinical.qkt.soundness import ROUNDING, indistinct
 FALSE_ALARM = 0.01
 """How often a teacher that names images of shared classes by chance is excluded for its labels; one that
 knows them better is so still less often."""
-LEAST_AGREEMENT = 0.0
+MIN_AGREEMENT = 0.0
 """A teacher at or below it agrees with the other experts no more about its own classes than about others."""
 
 
@@ -207,7 +207,7 @@ def screen_teachers(
         low = [
             (value, i)
             for i, (value, telling) in zip(left, compared, strict=True)
-            if telling and value is not None and value <= LEAST_AGREEMENT
+            if telling and value is not None and value <= MIN_AGREEMENT
         ]
         if not low:
             break
@@ -246,4 +246,4 @@ def _why_included(borne_out: bool, agrees: float | None) -> str:
         return "names images of shared classes as the hospital does"
     if agrees is None:
         return "shares no class with anybody who could tell"
-    return "agrees with the other experts" if agrees > LEAST_AGREEMENT else "too few experts to tell"
+    return "agrees with the other experts" if agrees > MIN_AGREEMENT else "too few experts to tell"

@@ -77,7 +77,10 @@ class SubgroupResult(Record):
 
 
 class OperatingPointResult(Record):
-    """The query's offsets, and what they give away of the hospital's own images of its own classes."""
+    """The query's offsets, and their false-query rate on the hospital's own images of its own classes.
+
+    ``given_away_*`` is what ``qkt-evaluation/1`` calls that rate; the keys stay with the format.
+    """
 
     offsets: dict[str, float]
     budget: Fraction

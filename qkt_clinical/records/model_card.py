@@ -75,21 +75,23 @@ class MethodFacts(Record):
     request: str = "float32 images as prepared; 8-bit images divided by 255"
     response: str = (
         "label and one probability per class, 0 for classes it does not answer for; the operating point; "
-        "whether the image is unlike the training images, by coarse looks, where the bundle has a reference"
+        "whether the image is out of the training distribution by colour, contrast and texture, where the "
+        "bundle has a reference"
     )
     bytes: int
     passes_per_prediction: int
 
 
 class Calibration(Record):
-    """How far probabilities can be trusted, and the operating point."""
+    """Calibration of the probabilities, and the operating point."""
 
     ece_before: Estimate | None
     ece: Estimate | None
     """Expected calibration error; None where nobody has measured."""
     budget: float
-    """Share of the hospital's own held-out images that may be given away to the query."""
+    """Largest false-query rate on the hospital's own held-out images."""
     given_away: float | None
+    """The false-query rate on the calibration images; the key stays, since registered cards hold it."""
     """Share that was, on the calibration images; None where they are too few to tell."""
     calibration_images: str
     offsets: dict[str, float]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkt_clinical.common.disclosure import SMALLEST_COUNT, too_few, withhold
+from qkt_clinical.common.disclosure import SMALLEST_COUNT, suppress, too_few
 from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, to_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -140,7 +140,7 @@ def _metrics(path: Path, site: str, manifest: Manifest | None) -> TeacherMetrics
     metrics = read_record(TeacherMetrics, path, site=site)
     if manifest is None:
         return metrics
-    recall = withhold(metrics.recall, manifest.counts.get("val", {}))
+    recall = suppress(metrics.recall, manifest.counts.get("val", {}))
     return metrics.model_copy(update={"recall": recall})
 
 
@@ -180,14 +180,14 @@ def _told(scores: Scores, evaluation: Evaluation) -> Scores:
     def bins(rows: Sequence[Bin] | None) -> tuple[Bin, ...] | None:
         return None if rows is None else tuple(b for b in rows if b.images >= SMALLEST_COUNT)
 
-    curves = withhold(scores.class_reliability, images)
+    curves = suppress(scores.class_reliability, images)
     return scores.model_copy(
         update={
-            "recall": withhold(scores.recall, images),
-            "precision": withhold(withhold(scores.precision, answers), images),
-            "class_auroc": withhold(scores.class_auroc, images),
-            "class_auprc": withhold(scores.class_auprc, images),
-            "class_ece": withhold(scores.class_ece, images),
+            "recall": suppress(scores.recall, images),
+            "precision": suppress(suppress(scores.precision, answers), images),
+            "class_auroc": suppress(scores.class_auroc, images),
+            "class_auprc": suppress(scores.class_auprc, images),
+            "class_ece": suppress(scores.class_ece, images),
             "class_reliability": {c: bins(rows) for c, rows in curves.items()},
             "reliability": bins(scores.reliability),
             "confusion": tuple(None if too_few(sum(row or ())) else row for row in scores.confusion),
@@ -204,7 +204,7 @@ def told(evaluation: Evaluation) -> Evaluation:
         update={
             "before": _told(evaluation.before, evaluation),
             "after": _told(evaluation.after, evaluation),
-            "class_forgetting": withhold(evaluation.class_forgetting, evaluation.test_images),
+            "class_forgetting": suppress(evaluation.class_forgetting, evaluation.test_images),
         }
     )
 

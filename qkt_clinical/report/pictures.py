@@ -18,7 +18,7 @@ from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.records.evaluation import Flip
 from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
-MOST = 12
+MAX_PICTURES = 12
 """Pictures of one direction at most."""
 SIDE = 96
 """Pixels of a picture's longer side at most."""
@@ -45,12 +45,12 @@ class Flipped:
     """Cases of hospitals that consent whose image is no test image here, or of another class."""
 
 
-def choose(flips: Sequence[Flip], most: int = MOST) -> list[Flip]:
+def choose(flips: Sequence[Flip], limit: int = MAX_PICTURES) -> list[Flip]:
     """At most so many, of every class and site in turn, in the order given within these."""
     kinds = sorted({(flip.actual, flip.site) for flip in flips})
     rows = [[flip for flip in flips if (flip.actual, flip.site) == kind] for kind in kinds]
     turns = chain.from_iterable(zip_longest(*rows))
-    return [flip for flip in turns if flip is not None][:most]
+    return [flip for flip in turns if flip is not None][:limit]
 
 
 def png(image: NDArray[Any]) -> str:

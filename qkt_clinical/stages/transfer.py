@@ -11,7 +11,7 @@ from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
 from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
-from qkt_clinical.common.system_metrics import keep_usage, watched
+from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -162,7 +162,7 @@ def transfer_query(
     data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
     teachers = [Teacher.of(b, _verified(b, params) if params.transfer.screening else None) for b in bundles]
     try:
-        with watched() as samples:
+        with sample_system_metrics() as samples:
             answer = answer_query(
                 own.network,
                 teachers,
@@ -207,5 +207,5 @@ def transfer_query(
         write_record(folder / "query.json", asked)
         write_record(folder / "plan.json", plan)
         write_record(folder / "phases.json", phases)
-    keep_usage(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
+    write_system_metrics(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
     return phases

@@ -1,4 +1,6 @@
-"""How often screening excludes teachers: ``python -m benchmarks.screening --data FILE.npz --run FOLDER``.
+"""How often screening excludes honest and adversarial teachers.
+
+``python -m benchmarks.adversarial_teachers --data FILE.npz --run FOLDER``
 
 ``FOLDER`` holds a run of ``qkt benchmark`` on the same data. Its teachers, honest and spoilt, are screened
 again on the asking hospitals' calibration images; val and test images are not looked at.
