@@ -1,6 +1,7 @@
-"""What a stage takes of the machine while it runs, for MLflow's pages.
+"""System metrics: the processor and memory that a stage uses, for MLflow's pages.
 
-Kept outside a stage's outputs, since no two runs take the same. Asked for as in MLflow itself, by
+They lie outside the stage's outputs, since they differ from run to run. They are switched on as in MLflow
+itself, by
 ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=true``. MLflow's own monitor needs an open run; here runs are mirrored
 when the stages are done.
 """
@@ -60,9 +61,9 @@ def _sample() -> MetricsSample:
 
 @contextmanager
 def sample_system_metrics() -> Iterator[list[MetricsSample]]:
-    """Samples of processor, memory and graphics memory, taken at intervals while the block runs.
+    """Sample processor, memory and GPU memory at intervals while the block runs.
 
-    The list is whole when the block has ended, and stays empty where nobody asked.
+    The list is complete after the block, and stays empty where system metrics are switched off.
     """
     samples: list[MetricsSample] = []
     if not asked():
@@ -92,10 +93,10 @@ def _file(scratch: Path, bundle: str) -> Path:
 
 
 def write_system_metrics(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None:
-    """Keep what making a bundle took, if anything was sampled.
+    """Write the samples taken while a bundle was made, if there are any.
 
     Args:
-        bundle: digest of its card, so that figures never pass for those of another model.
+        bundle: digest of its card, so that the samples are never attributed to another model.
     """
     if samples:
         with suppress(OSError):  # what was made is whole without them
@@ -103,7 +104,7 @@ def write_system_metrics(scratch: Path, bundle: str, samples: list[MetricsSample
 
 
 def read_system_metrics(scratch: Path, bundle: str) -> list[MetricsSample]:
-    """What making a bundle took, in the order of time; empty where nobody asked."""
+    """The samples taken while a bundle was made, in order of time; empty where there are none."""
     from pydantic import FiniteFloat, TypeAdapter
 
     try:
