@@ -1,4 +1,4 @@
-"""Runs a benchmark: trains what is shared once per seed, answers every question by every method.
+"""Runs a benchmark: trains shared networks once per seed, and answers every query by every method.
 
 Everything finished lies in the output folder, under ``work/``: networks, and one JSON file per seed,
 student, query and method. A resumed run computes only what is missing.
@@ -55,7 +55,7 @@ class Task:
 
 
 class _Bench:
-    """What a process needs: the data, and one seed's federation at a time."""
+    """State of a worker process: the data, and the federation of one seed at a time."""
 
     def __init__(self, data: Path, work: Path, settings: BenchmarkSettings, device: str) -> None:
         self.parts, self.classes = read(data)
@@ -105,7 +105,7 @@ def _perform(task: Task) -> None:
 
 
 def row_file(work: Path, task: Task) -> Path:
-    """Where a finished row lies."""
+    """Path of a finished row."""
     assert task.question is not None
     query = "+".join(map(str, task.question.query))
     name = task.name.replace("/", "_")
@@ -164,7 +164,7 @@ def _networks(
 
 
 def _check_splits(bench: _Bench) -> None:
-    """Refuse data on which the figures would not be defined."""
+    """Refuse data for which the figures would be undefined."""
     trained = set(np.unique(bench.parts["train"].labels).tolist())
     for split in ("val", bench.settings.split):
         missing = sorted(trained - set(bench.parts[split].labels.tolist()))
@@ -177,7 +177,7 @@ def _check_splits(bench: _Bench) -> None:
 
 
 def _claim(out: Path, key: str, resume: bool) -> None:
-    """Make the folder this run's.
+    """Claim the folder for this run.
 
     Raises:
         ConfigError: it holds a run already, and either that is not to be resumed or its settings differ.
@@ -206,7 +206,7 @@ def _claim(out: Path, key: str, resume: bool) -> None:
 
 
 def environment(device: torch.device, workers: int, *, federated: bool) -> dict[str, Any]:
-    """What the figures were computed with; nothing that names a machine or a day."""
+    """Software versions behind the figures; nothing that identifies a machine or a date."""
     import platform
 
     names = ("qkt-clinical", "torch", "monai", "numpy", *(("nvflare",) if federated else ()))

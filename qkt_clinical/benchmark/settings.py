@@ -1,4 +1,4 @@
-"""What a benchmark computes: its settings, the names of its methods, and the table of ablations.
+"""Settings of a benchmark, the names of its methods, and the table of ablations.
 
 Free of torch, so that wrong names are refused before anything heavy is loaded.
 """
@@ -53,7 +53,7 @@ BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 
 @dataclass(frozen=True)
 class Setup:
-    """How a query is answered by QKT: the default in every field, but for what an ablation changes."""
+    """How QKT answers a query: defaults, except for the fields that an ablation changes."""
 
     method: Method = "qkt"
     mask: str = "default"
@@ -81,7 +81,7 @@ def _transfer(method: Method, **changed: Any) -> Setup:
 
 
 def _mask(mask: str) -> Setup:
-    """What a mask is worth by itself: screening would correct some of its errors."""
+    """The effect of a mask alone, without screening, which would correct some of its errors."""
     return Setup(mask=mask, transfer=(("screening", False),))
 
 

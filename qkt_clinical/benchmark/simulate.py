@@ -1,4 +1,4 @@
-"""Simulated hospitals in memory: who trains on which images, and which queries are asked.
+"""Simulated hospitals in memory: their images, and the queries to ask.
 
 The npz's train split is divided among the hospitals, and within each into training and calibration
 images; its val split is divided likewise and serves early stopping. Its test split is touched by the
@@ -74,7 +74,7 @@ class SimulatedHospital:
 
 @dataclass(frozen=True)
 class SimulatedQuery:
-    """A query: who asks for which classes."""
+    """A query: the asking hospital and the classes that it asks for."""
 
     student: str
     query: tuple[int, ...]
@@ -82,7 +82,7 @@ class SimulatedQuery:
 
 @dataclass(frozen=True)
 class SimulatedFederation:
-    """All hospitals of one seed, the splits that belong to none, and the questions to ask."""
+    """All hospitals of one seed, the val and test images of all, and the queries to ask."""
 
     seed: int
     classes: tuple[str, ...]
@@ -123,7 +123,7 @@ def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: i
 
 
 def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
-    """Classes of a hospital that are made rare: those scarce already, else its smallest one of three."""
+    """Classes of a hospital to make rare: those already scarce, else the smallest of three or more."""
     held = np.flatnonzero(counts)
     scarce = [int(c) for c in held if counts[c] <= MAX_RARE_IMAGES]
     if scarce or len(held) < 3:
@@ -132,7 +132,7 @@ def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
 
 
 def _spread(candidates: Sequence[SimulatedQuery], count: int | None, seed: int) -> tuple[SimulatedQuery, ...]:
-    """At most ``count`` questions, spread evenly over students first and classes second."""
+    """At most ``count`` queries, spread evenly over students first and classes second."""
     chance = np.random.default_rng(seed).permutation(len(candidates))
     left = [candidates[i] for i in chance]
     students: dict[str, int] = {}
@@ -163,7 +163,7 @@ def simulate(
     network: Network = "resnet-small",
     max_queries: int | None = None,
 ) -> SimulatedFederation:
-    """Divide a data set among simulated hospitals and choose the questions.
+    """Divide a data set among simulated hospitals and choose the queries.
 
     ``absent``: sets of ``query_size`` classes of which the student has no image. ``rare``: classes of
     which it has at most ``samples_per_rare_class`` training images: those scarce by the partition

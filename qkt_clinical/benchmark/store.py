@@ -1,4 +1,4 @@
-"""What is trained once per seed and shared by all methods and queries: teachers, masks, global models.
+"""Networks trained once per seed and shared by all methods and queries: teachers, masks, global models.
 
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
 on the images that figures are computed on, so that most baselines cost no pass at all. A network is named by
@@ -45,7 +45,7 @@ LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.j
 FEDERATIONS = "federations"
 """Where federations run, each in a folder that is removed afterwards."""
 CACHED_BUNDLES = 16
-"""So many bundles stay in a process's memory."""
+"""Bundles cached in a process's memory."""
 
 
 class ResultStore:
@@ -96,7 +96,7 @@ class ResultStore:
         return self.federation.test if self.settings.split == "test" else self.federation.val
 
     def bytes(self, name: str) -> int:
-        """What travels when a teacher is fetched: card, weights and mask."""
+        """Bytes to transfer when a teacher is fetched: card, weights and mask."""
         return sum((self.folder / name / file).stat().st_size for file in SHARED)
 
     def traffic(self, name: str) -> tuple[int, int]:
@@ -110,7 +110,7 @@ class ResultStore:
         return {estimator: Mask.model_validate(mask) for estimator, mask in data.items()}
 
     def verify(self, network: Classifier) -> tuple[int, ...]:
-        """The classes that a network shows to an asking hospital that reads it again."""
+        """Verified classes of a network, as an asking hospital computes them again."""
         return verified_classes(
             network,
             self.evaluation.images.shape[1:],
@@ -127,7 +127,7 @@ class ResultStore:
         return tuple(self._mask_file(name)[kind])
 
     def seconds(self, name: str) -> float:
-        """How long training took."""
+        """Duration of training."""
         return float(json.loads((self.folder / name / SECONDS).read_text(encoding="utf-8")))
 
     def best_rounds(self, algorithm: str) -> int:

@@ -18,7 +18,7 @@ WEAK = 0.1
 
 
 def wrong_labels(labels: Labels, held: tuple[int, ...], share: float, seed: int) -> Labels:
-    """A copy of labels (N,) in which ``share`` of the images, drawn at random, bear another held class."""
+    """Labels (N,) with a random ``share`` of them changed to another held class."""
     random = np.random.default_rng(seed)
     out = labels.copy()
     for image in random.permutation(len(labels))[: round(share * len(labels))]:
@@ -34,7 +34,7 @@ def _some_of_each(labels: Labels, counts: dict[int, int], seed: int) -> Indices:
 
 
 def vary(hospital: SimulatedHospital, variant: Variant, *, budget: float, seed: int) -> SimulatedHospital:
-    """The hospital as a variant has it. Wrong labels are in all its images, calibration and val too."""
+    """Apply a variant to a hospital. Wrong labels affect all its images, including calibration and val."""
     name = hospital.name
     match variant:
         case "full":

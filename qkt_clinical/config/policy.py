@@ -16,7 +16,7 @@ PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Share(Strict):
-    """What leaves a site for the federation."""
+    """What a site shares with the federation."""
 
     teacher: bool = False
     """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
@@ -27,7 +27,7 @@ class Share(Strict):
 
 
 class Policy(Strict):
-    """``policy.yaml``: what a site gives to a federation, and to whom; what is not said is refused."""
+    """``policy.yaml``: what a site shares with a federation, and with whom; everything else is refused."""
 
     share: Share = Share()
     mask: Literal["all", "query"] = "query"

@@ -1,4 +1,4 @@
-"""Site and server as NVIDIA FLARE's executor, filter and controller. Thin: FLARE moves, the rest decides.
+"""Site and server as NVIDIA FLARE's executor, filter and controller: a thin layer around the library.
 
 A site's machine names its own workspace in ``local/qkt.json`` of its startup kit. What a job says cannot
 point anywhere else, since none of these classes takes a path.
@@ -58,7 +58,7 @@ OUTCOMES = "outcomes"
 
 
 def settings_of(fl_ctx: FLContext) -> tuple[FederationSettings, str]:
-    """What this machine knows of itself, from ``local/qkt.json``, and its name.
+    """Settings of this machine from ``local/qkt.json``, and its name.
 
     Raises:
         ConfigError: absent or not such a file.
@@ -85,10 +85,10 @@ def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """A site's end: does a task and replies, whatever happens."""
+    """Executor of a site: performs a task and always replies."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Say that this process is there, whenever the server asks."""
+        """Answer the server's question whether this process is alive."""
         if event_type == EventType.START_RUN:
             engine = fl_ctx.get_engine()
             engine.register_aux_message_handler(
@@ -112,7 +112,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
 
 class OutboundPolicy(Filter):  # type: ignore[misc]
-    """The site's own last look at what a job sends, named in its ``local/privacy.json``.
+    """The site's filter of what a job sends, named in its ``local/privacy.json``.
 
     It stands whatever the job is: one that is not ours may send nothing.
     """
@@ -139,7 +139,7 @@ class OutboundPolicy(Filter):  # type: ignore[misc]
 
 
 def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
-    """Let pass what a job names: sites, and queries as ``<hospital>/<query>``.
+    """Check what a job names: sites, and queries as ``<hospital>/<query>``.
 
     Raises:
         ConfigError: a name is none, or there are more than a thousand.
@@ -148,7 +148,7 @@ def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
 
 
 class QueryController(Controller):  # type: ignore[misc]
-    """The server's end: collects teachers, then has queries answered, those of one hospital in turn.
+    """Controller on the server: collects teachers, then has queries answered, one hospital's in turn.
 
     Args:
         sites: whose teachers are collected, and who is asked whether it helps.
@@ -182,7 +182,7 @@ class QueryController(Controller):  # type: ignore[misc]
         self._engine.register_app_command(OUTCOMES, self._tell_outcomes)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Leave outcomes, and students that were sent, among the job's results."""
+        """Write outcomes and received students to the job's results."""
         results = Path(self._engine.get_workspace().get_run_dir(fl_ctx.get_job_id())) / SAID
         write_json(results / f"{OUTCOMES}.json", self._outcomes())
         for one in self.queries:
@@ -201,7 +201,7 @@ class QueryController(Controller):  # type: ignore[misc]
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        """A reply that came too late; the site keeps what it made for the next time it is asked."""
+        """Ignore a reply that came too late; the site keeps its result for the next request."""
         self.log_warning(fl_ctx, f"{client.name} replied to {task_name} too late")
 
     def _tell(
@@ -212,7 +212,7 @@ class QueryController(Controller):  # type: ignore[misc]
         abort_signal: Signal,
         take: Callable[[str, Reply], object] = lambda site, reply: None,
     ) -> dict[str, Reply | None]:
-        """Give a task to sites, and what each replied; None where it did not in time.
+        """Send a task to sites and return the reply of each; None if it came too late.
 
         Args:
             take: called with site and reply as soon as it is there.
@@ -261,7 +261,7 @@ class QueryController(Controller):  # type: ignore[misc]
         return replies
 
     def _alive(self, sites: Sequence[str], fl_ctx: FLContext) -> list[str]:
-        """Which of the sites' processes for this job are there.
+        """Sites whose processes for this job are alive.
 
         FLARE looks after machines. One that was started again is there, but what it did for the job is not.
         """
@@ -269,7 +269,7 @@ class QueryController(Controller):  # type: ignore[misc]
         return [site for site, reply in said.items() if reply.get_return_code() == ReturnCode.OK]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Everything in turn; what one site cannot do does not end the job."""
+        """Run all steps in turn; the failure of one site does not end the job."""
         if self.contribute:
             for site in self.sites:
                 self._server.note(FederationOutcome(state="running"), "teachers", site)

@@ -46,7 +46,7 @@ JOB = "server.simulate_job"
 
 
 class TrainingPlan(Strict):
-    """A federation to run, ``plan.json`` in its work folder."""
+    """Plan of a federated training, ``plan.json`` in its work folder."""
 
     algorithm: Algorithm
     sites: Names
@@ -62,7 +62,7 @@ class TrainingPlan(Strict):
 
 @dataclass(frozen=True)
 class Federated:
-    """What a federation came to."""
+    """Result of a federated training."""
 
     network: Classifier
     """The global network after the last round, on the CPU, in evaluation mode."""
@@ -251,7 +251,7 @@ def _counted(statistics: dict[str, Any], sites: int) -> tuple[float, int]:
 
 
 def _lay_out_flare(work: Path) -> None:
-    """What FLARE finds in every site's ``local/``: the folder of its data, and that our classes may run."""
+    """Write every site's ``local/`` for FLARE: the folder of its data, and our classes in the allow-list."""
     from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
     local = work / FLARE / "local"

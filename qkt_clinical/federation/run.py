@@ -1,4 +1,4 @@
-"""Start federations: all in one machine by FLARE's simulator, or machines of their own by FLARE's kits."""
+"""Start federations: in FLARE's simulator on one machine, or on separate machines with FLARE's kits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_job(
     patience_s: int = PATIENCE_S,
     silence_s: int = SILENCE_S,
 ) -> FedJob:
-    """A FLARE job that collects teachers and has queries answered.
+    """Make the FLARE job that collects teachers and has queries answered.
 
     Args:
         queries: ``<hospital>/<query>``.
@@ -130,7 +130,7 @@ def named_queries(params: Params) -> list[str]:
 
 
 def gather(out: Path, queries: Sequence[str]) -> dict[str, FederationOutcome]:
-    """What became of each query, and the students of all sites side by side in ``out/students``.
+    """Outcome of each query; students of all sites are collected in ``out/students``.
 
     Only who runs every machine of a federation can do that: a simulation.
     """
@@ -254,7 +254,7 @@ def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin:
 
 
 def serve(kit: Path, storage: Path) -> None:
-    """What qkt adds to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
+    """Additions to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
     path = kit / "local" / "resources.json"
     found = json.loads(path.read_bytes())
     found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
@@ -283,7 +283,7 @@ def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a machine at once, with the processes that FLARE started for its jobs, unless it has ended."""
+    """Kill a machine and the processes that FLARE started for its jobs, unless it has ended."""
     import psutil
 
     if process.poll() is not None:
@@ -344,7 +344,7 @@ def submit(
     patience_s: int,
     silence_s: int = SILENCE_S,
 ) -> str:
-    """Hand a job to a running server; its id.
+    """Submit a job to a running server and return its id.
 
     Args:
         kit: an administrator's startup kit.
@@ -358,7 +358,7 @@ def submit(
 
 
 def _flare_errors() -> tuple[type[Exception], ...]:
-    """What FLARE's administration raises: two dozen kinds without a base of their own."""
+    """The exceptions of FLARE's administration: two dozen types without a common base."""
     from nvflare.apis import fl_exception
     from nvflare.fuel.flare_api import api_spec
 
@@ -368,7 +368,7 @@ def _flare_errors() -> tuple[type[Exception], ...]:
 
 
 def server_start(kit: Path) -> float:
-    """When the server was started, in its own seconds. Started again, it has none of its jobs left."""
+    """Start time of the server by its own clock. A restarted server has lost its jobs."""
     with session(kit) as one:
         try:
             return float(one.get_system_info().server_info.start_time)
@@ -377,7 +377,7 @@ def server_start(kit: Path) -> float:
 
 
 def list_jobs(kit: Path) -> list[dict[str, str]]:
-    """Every job that the server knows, the latest first: ``job``, ``state``, ``submitted``."""
+    """Every job of the server, latest first: ``job``, ``state``, ``submitted``."""
     with session(kit) as one:
         found = one.list_jobs(reverse=True)
     return [
@@ -387,7 +387,7 @@ def list_jobs(kit: Path) -> list[dict[str, str]]:
 
 
 def ask_outcomes(kit: Path, job: str) -> dict[str, FederationOutcome]:
-    """What has become of a running job's teachers and queries so far.
+    """Outcomes of a running job's teachers and queries so far.
 
     Raises:
         QktError: the job is not running, code ``no-job``.
@@ -411,7 +411,7 @@ TOLD = TypeAdapter(Annotated[dict[ToldName, FederationOutcome], Field(max_length
 
 
 def _parsed(found: Any) -> dict[str, FederationOutcome]:
-    """What a server says of a job's outcomes.
+    """Parse a server's report of a job's outcomes.
 
     Raises:
         QktError: not outcomes, code ``reply``.
@@ -461,7 +461,7 @@ def attend(
     say: Say,
     silence_s: int = SILENCE_S,
 ) -> dict[str, FederationOutcome]:
-    """Submit queries and wait until every one is answered or refused, or the time is over.
+    """Submit queries and wait until each is answered or refused, or until the timeout.
 
     What fails for want of a site or of the server is submitted again: a site that had made something before
     says so at once, so nothing is done twice.
@@ -480,7 +480,7 @@ def attend(
         return int(patience_s - (time.monotonic() - start))
 
     def watch(job: str, server: float) -> dict[str, FederationOutcome] | None:
-        """Outcomes of a job that has ended; None where it broke off."""
+        """Outcomes of a finished job; None if it was aborted."""
         while remaining() > 0:
             time.sleep(POLL_S)
             try:

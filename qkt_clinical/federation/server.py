@@ -1,4 +1,4 @@
-"""What the server does: keeps teachers, plans queries from masks, keeps what became of both.
+"""The server: stores teachers, plans queries from masks, and records the outcomes of both.
 
 It holds no image and opens no hospital's folder. All that it knows lies in its workspace, so that a server
 that was restarted goes on where it was.
@@ -31,7 +31,7 @@ OutcomeState = Literal["waiting", "running", "answered", "refused", "missing"]
 
 
 class FederationOutcome(Strict):
-    """What became of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
+    """Outcome of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
 
     format: Literal["qkt-outcome/1"] = "qkt-outcome/1"
     state: OutcomeState
@@ -50,12 +50,12 @@ class FederationOutcome(Strict):
     """Whether the hospital sent its student, and the server keeps it."""
 
     def line(self, name: str) -> str:
-        """In words, for a terminal."""
+        """One line for a terminal."""
         return f"{name}: {self.state}" + (f", {self.reason}" if self.reason else "")
 
 
 class Server:
-    """The server's end of the federation.
+    """The server of a federation.
 
     Args:
         root: its workspace, with a params.yaml that names the label space and the sites.
@@ -79,7 +79,7 @@ class Server:
         return outcome
 
     def outcome(self, *names: str) -> FederationOutcome:
-        """What became of it; ``waiting`` where nothing is known."""
+        """Read an outcome; ``waiting`` if there is none yet."""
         path = self._place(*names)
         try:
             return FederationOutcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
@@ -91,7 +91,7 @@ class Server:
             ) from None
 
     def outcomes(self) -> dict[str, FederationOutcome]:
-        """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
+        """All outcomes: ``teacher <site>`` and ``<hospital>/<query>``."""
         found, place = {}, self.root / "federation"
         for path in sorted((*place.glob("queries/*/*.json"), *place.glob("teachers/*.json"))):
             kind, *names = path.relative_to(place).with_suffix("").parts
@@ -170,7 +170,7 @@ class Server:
         return {s: read_plain(place, SIGNATURE_BYTES) for s, place in places.items() if place.is_file()}
 
     def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> FederationOutcome:
-        """Keep what a hospital says of its student, and the student if it was sent."""
+        """Record the reported figures of a student, and store the student if it was sent."""
         if said.student is not None:
             with new_folder(self.space.student(plan.hospital, plan.query)) as folder:
                 unpack_student(said.student, plan.hospital, folder)

@@ -1,4 +1,4 @@
-"""What a site does for the federation: with its own workspace, its own images, and the library's own stages.
+"""A site of the federation: it works with its own workspace and images, by the library's stages.
 
 Every reply is a function of the workspace and of what was asked: asked twice, a site says the same, and what
 it has made is not made again.
@@ -61,7 +61,7 @@ DAY_S = 24 * 3600.0
 
 
 class Made(Strict):
-    """What was made of what, in the site's scratch folder."""
+    """Record of an artefact and its recipe, in the site's scratch folder."""
 
     made_of: Sha256
     """Digest of its recipe."""
@@ -70,7 +70,7 @@ class Made(Strict):
 
 
 def _about(task: Any, data: Any) -> dict[str, str]:
-    """What the record says of a task: names that are names, and nothing else of what came."""
+    """Fields of a task for the audit record: only valid names are copied from it."""
     about = {"task": task if isinstance(task, str) and task in TASKS else "unknown"}
     if isinstance(data, Mapping):
         for place in (data.get("question"), data.get("plan"), data):
@@ -82,7 +82,7 @@ def _about(task: Any, data: Any) -> dict[str, str]:
 
 
 class Site:
-    """One hospital's end of the federation.
+    """One hospital in the federation.
 
     Args:
         root: its own workspace: params.yaml, ``hospitals/<name>/`` and what its stages make.
@@ -99,7 +99,7 @@ class Site:
         return self.root / RECORD
 
     def reply(self, task: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Do a task of the server's; the reply may leave, or is a refusal.
+        """Perform a task of the server; the reply is allowed by the policy, or a refusal.
 
         Nothing is raised: whatever goes wrong here is a refusal with its reason, and in the record.
         """
@@ -175,7 +175,7 @@ class Site:
     def _made(
         self, what: str, made_of: Recipe, content: Callable[[], str], make: Callable[[], object]
     ) -> None:
-        """Make something, unless it is there and was made of just this.
+        """Make an artefact, unless it exists and was made by the same recipe.
 
         Args:
             what: its name among the notes of what was made.
@@ -192,7 +192,7 @@ class Site:
         write_json(note, Made(made_of=made_of.digest, content=content()).model_dump(mode="json"))
 
     def teach(self, params: Params) -> Path:
-        """The site's teacher, trained and masked unless it is there; its folder."""
+        """Train and mask the site's teacher unless it exists, and return its folder."""
         from qkt_clinical.models.networks import pick_device
         from qkt_clinical.stages.mask import mask_site
         from qkt_clinical.stages.train import MADE, train_site

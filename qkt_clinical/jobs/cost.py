@@ -1,4 +1,4 @@
-"""What a transfer will take, told before it begins: counted work over measured speed."""
+"""Expected duration of a transfer: counted operations divided by measured speed."""
 
 from __future__ import annotations
 

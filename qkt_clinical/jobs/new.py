@@ -1,4 +1,4 @@
-"""Asking: write a query file, and tell the pipeline of a query that has been answered."""
+"""Write query files, and add answered queries to the pipeline."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ Report = Callable[[Job], None]
 
 
 class Preview(NamedTuple):
-    """What a query would cost and who would answer it; nothing has been spent."""
+    """Preview of a query: its cost and the teachers that would answer it."""
 
     plan: Plan
     versions: dict[str, str]
@@ -59,7 +59,7 @@ class Preview(NamedTuple):
 
 
 def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
-    """Refuse before anything is fetched what the transfer would refuse after."""
+    """Refuse early, before anything is fetched, a query that the transfer would refuse."""
     own = Asking.of(manifest).local(query)
     if own and not sum(manifest.counts["calibration"].get(c, 0) for c in own):
         raise QueryError(
@@ -145,7 +145,7 @@ class _Worker:
             )
 
     def answer(self) -> Job:
-        """Every step, the ones that need not be done again left out.
+        """Run every step that is not finished yet.
 
         Raises:
             QktError: whatever went wrong; the job has failed. An end of the process interrupts it.
@@ -312,7 +312,7 @@ def run(
     device: str | None = None,
     report: Report | None = None,
 ) -> Job:
-    """Answer a query here and now, or go on with it; what is there already is not done again.
+    """Answer a query now, or continue it; finished steps are not repeated.
 
     Raises:
         Busy: another process works on it.
@@ -333,7 +333,7 @@ def resume(
     device: str | None = None,
     report: Report | None = None,
 ) -> Job:
-    """Go on with a job that was interrupted, has failed or was cancelled.
+    """Continue a job that was interrupted, has failed or was cancelled.
 
     Raises:
         QueryError: there is nothing to go on with, code ``job-not-begun``; else as :func:`run`.
@@ -353,7 +353,7 @@ def resume(
 
 
 def _open(job: Job) -> bool:
-    """Whether a worker may take a job up by itself."""
+    """Whether a worker may start the job by itself."""
     ended = job.interruptions + 1  # the last one is counted when somebody takes the job up
     return job.state == "waiting" or (job.state == "interrupted" and ended < MAX_INTERRUPTIONS)
 
@@ -366,7 +366,7 @@ def work(
     device: str | None = None,
     report: Report | None = None,
 ) -> list[Job]:
-    """Answer waiting and interrupted queries until none is left; the jobs that this worker took up.
+    """Answer waiting and interrupted queries until none is left, and return their jobs.
 
     Any number of workers may do so at once. One that ends leaves its job to the others, who wait for
     running jobs before they end.

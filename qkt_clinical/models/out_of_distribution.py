@@ -33,7 +33,7 @@ BATCH = 16
 
 
 def first_convolution(network: Classifier) -> nn.Conv2d | nn.Conv3d:
-    """The convolution that sees the image; in a merged network that of the hospital's own extractor."""
+    """The first convolution; in a merged network that of the hospital's own extractor."""
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
 
 
@@ -124,5 +124,5 @@ def make_reference(
 
 
 def _rounded(value: float) -> float:
-    """Six significant digits: what a machine's way to sum changes lies below."""
+    """Round to six significant digits, above the differences between machines in summation."""
     return float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""Does a network give usable answers? What any trained network does, and what nonsense does not.
+"""Soundness checks: whether a network gives usable answers.
 
 A file can be valid and its network nonsense: weights near the largest number there is, which end in infinity
 or drown all other networks; zeros or huge variances, after which every image looks alike. Such a network says
@@ -33,7 +33,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """What a network makes of the hospital's held-out images."""
+    """Outputs of a network on the hospital's held-out images."""
 
     features: Tensor
     """(N, F)."""
@@ -50,7 +50,7 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 
 def observe(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> NetworkOutputs:
-    """One pass over images (N, C, *spatial), with an eye on every layer.
+    """Run the network once over images (N, C, *spatial) and record the magnitudes in every layer.
 
     Args:
         flips: see :func:`qkt_clinical.qkt.prediction.predict_features`.
@@ -77,7 +77,7 @@ def _floor(logits: Tensor) -> float:
 
 
 def defect(network: Classifier, outputs: NetworkOutputs, *, varied: bool = True) -> str:
-    """Why nothing that a network says can be used; empty where it can.
+    """Reason why a network is unusable as a whole; empty if it is usable.
 
     Args:
         outputs: see :func:`observe`.

@@ -13,7 +13,7 @@ FailureKind = Literal[
 
 
 class PointEstimate(Record):
-    """A figure of which there is no interval, as of a teacher's validation images."""
+    """A figure without an interval, such as those on a teacher's validation images."""
 
     value: float
     low: None = None
@@ -32,7 +32,7 @@ class CardFigure(Record):
 
 
 class CardData(Record):
-    """What the hospital's own manifest says, in counts that may be shown."""
+    """Data of the hospital's own manifest, in counts that may be shown."""
 
     site: str
     source_kind: str
@@ -64,7 +64,7 @@ class CardTeacher(Record):
 
 
 class MethodFacts(Record):
-    """How the model was made, what it takes and what it answers."""
+    """How the model was made, its input and its output."""
 
     name: str
     words: str
@@ -99,7 +99,7 @@ class Calibration(Record):
 
 
 class KnownFailure(Record):
-    """Something that the figures say against the model, found by rule."""
+    """A weakness of the model that a rule finds in the figures."""
 
     kind: FailureKind
     classes: tuple[str, ...] = ()

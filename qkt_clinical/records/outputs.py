@@ -1,4 +1,4 @@
-"""What a run left behind, read and checked once for the report and for MLflow. Imports no torch."""
+"""Outputs of a run, read and checked once for the report and for MLflow. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qkt_clinical.records.verdict import Verdict
 
 @dataclass(frozen=True)
 class SiteOutputs:
-    """What is known of a site here; another hospital's data may not be, and its teacher may not be yet."""
+    """Outputs of a site in this workspace; another hospital's data, or its teacher, may be missing."""
 
     name: str
     manifest: Manifest | None
@@ -64,7 +64,7 @@ class SiteOutputs:
 
 @dataclass(frozen=True)
 class AnswerOutputs:
-    """A student, which nobody need have measured yet."""
+    """A student, evaluated or not."""
 
     student: Path
     plan: Plan
@@ -112,7 +112,7 @@ class QueryOutputs(AnswerOutputs):
 
 @dataclass(frozen=True)
 class Outputs:
-    """A run: sites in the order of their names, queries by hospital and name."""
+    """All outputs of a run: sites sorted by name, queries by hospital and name."""
 
     params: Params
     sites: tuple[SiteOutputs, ...]

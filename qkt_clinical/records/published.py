@@ -1,4 +1,4 @@
-"""What of an evaluation, a verdict or a teacher's metrics may leave the hospital: MLflow, model cards.
+"""Evaluations, verdicts and teachers' metrics as they may leave the hospital, for MLflow and model cards.
 
 Made by the rules of :mod:`qkt_clinical.common.disclosure` alone. All figures have two decimals. No figure
 rests on fewer than five images, and no mean includes a class of so few. Where 1 to 4 images of a class were
@@ -43,7 +43,7 @@ class PublishedBin(Record):
 
 
 class PublishedScores(Record):
-    """Figures of one model as they may be told; None where there is none or it may not be.
+    """Figures of one model with suppression; None where undefined or suppressed.
 
     ``confusion`` has truth in rows, in whole percent of each row's images.
     """
@@ -119,7 +119,7 @@ def _counts(scores: Scores, evaluation: Evaluation) -> dict[str, tuple[int, int]
 
 
 def _hidden_recalls(scores: Scores, evaluation: Evaluation) -> set[str]:
-    """Classes whose recall may not be told, or would tell another's."""
+    """Classes whose recall is suppressed, or would reveal another's."""
     images = evaluation.test_images
     right = {c: n for c, (_, n) in _counts(scores, evaluation).items()}
     hidden = {c for c in evaluation.relevant if shown_share(right[c], images.get(c, 0)) is None}
@@ -243,7 +243,7 @@ def _subgroup(group: SubgroupResult) -> SubgroupResult:
 
 
 def published(evaluation: Evaluation) -> PublishedEvaluation:
-    """What of an evaluation may leave the hospital.
+    """An evaluation as it may leave the hospital.
 
     Args:
         evaluation: as the stage wrote it, with all that it counted.

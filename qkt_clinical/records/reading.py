@@ -1,4 +1,4 @@
-"""Reading and writing records: whatever a damaged or foreign file holds ends as one typed error."""
+"""Reading and writing records: any damaged or foreign file ends in one typed error."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "
 
 
 class NoTestImages(QueryError):
-    """A query cannot be measured here."""
+    """A query that cannot be evaluated here."""
 
     code = "no-test-images"
 
@@ -123,7 +123,7 @@ def _test_images(
 def _flips(
     places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
 ) -> tuple[Flip, ...]:
-    """The images that one of two models has right and the other wrong, by site and index."""
+    """Images that exactly one of the two models classifies correctly, by site and index."""
     return tuple(
         Flip(site=site, index=index, actual=truth, before=first, after=second)
         for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
@@ -305,7 +305,7 @@ def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
 
 
 def prepared_sites(space: Workspace, sites: Sequence[str]) -> dict[str, PreparedSite]:
-    """Those of the sites whose prepared data are here."""
+    """The sites whose prepared data are in this workspace."""
     return {s: load_prepared(space.prepared(s)) for s in sites if space.prepared(s).is_dir()}
 
 

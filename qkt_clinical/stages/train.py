@@ -35,7 +35,7 @@ MADE = (METRICS, CURVES, REFERENCE, WEIGHTS, CARD)
 
 
 def _secret(site: PreparedSite) -> str:
-    """What the hospital alone knows, and knows again: drawn from its patients' ids, which it has salted.
+    """A reproducible secret of the hospital, derived from its salted patient ids.
 
     The seed is no secret, it stands on every card.
     """
