@@ -27,7 +27,13 @@ from torch.nn import functional as F
 from benchmarks.tables import Row, markdown
 from qkt_clinical.benchmark.mask_estimators import class_scores
 from qkt_clinical.benchmark.mask_quality import quality, threshold_curve
-from qkt_clinical.benchmark.simulate import Federation, Hospital, Split, read, simulate
+from qkt_clinical.benchmark.simulate import (
+    LabelledImages,
+    SimulatedFederation,
+    SimulatedHospital,
+    read,
+    simulate,
+)
 from qkt_clinical.benchmark.variants import wrong_labels
 from qkt_clinical.catalog import Estimator, Partition, Regime
 from qkt_clinical.common.files import write_json
@@ -83,7 +89,7 @@ def with_norm(module: nn.Module, norm: Callable[[int], nn.Module]) -> None:
             with_norm(child, norm)
 
 
-def altered(hospital: Hospital, variant: str, classes: int, seed: int) -> Split:
+def altered(hospital: SimulatedHospital, variant: str, classes: int, seed: int) -> LabelledImages:
     """The hospital's training images as a variant of its teacher sees them."""
     train = hospital.train
     rng = np.random.default_rng(derive(seed, "masks", variant, hospital.name))
@@ -94,12 +100,18 @@ def altered(hospital: Hospital, variant: str, classes: int, seed: int) -> Split:
     if variant.startswith("wrong-"):
         among = hospital.held if variant == "wrong-own" else tuple(range(classes))
         draw = derive(seed, "masks", variant, hospital.name)
-        return Split(train.images, wrong_labels(train.labels, among, 0.3, draw))
+        return LabelledImages(train.images, wrong_labels(train.labels, among, 0.3, draw))
     return train
 
 
 def teach(
-    work: Path, stem: str, spec: NetworkSpec, train: Split, val: Split, judge: Split, **how: Any
+    work: Path,
+    stem: str,
+    spec: NetworkSpec,
+    train: LabelledImages,
+    val: LabelledImages,
+    judge: LabelledImages,
+    **how: Any,
 ) -> Teacher:
     """A teacher of ``train``, from the work folder where it is there already.
 
@@ -144,7 +156,9 @@ class Bench:
         self.parts, self.classes = read(data)
         self.work = work
 
-    def federation(self, partition: Partition, regime: Regime, seed: int, held: int = 3) -> Federation:
+    def federation(
+        self, partition: Partition, regime: Regime, seed: int, held: int = 3
+    ) -> SimulatedFederation:
         """Hospitals of one setting, of ``held`` classes each where it is pathological."""
         return simulate(
             self.parts,
@@ -343,7 +357,7 @@ def norms(bench: Bench) -> Iterator[Row]:
                 yield {"setting": f"{partition}, {regime}", "norm": norm or "batch", "estimator": name, **row}
 
 
-def coloured_digits(each: int, seed: int) -> Split:
+def coloured_digits(each: int, seed: int) -> LabelledImages:
     """Handwritten digits (scikit-learn's) in ten colours: 100 classes of 16 x 16 pixels."""
     digits, rng = load_digits(), np.random.default_rng(seed)
     grey = digits.images.repeat(2, axis=1).repeat(2, axis=2) / 16
@@ -352,7 +366,7 @@ def coloured_digits(each: int, seed: int) -> Split:
         pick = rng.choice(np.flatnonzero(digits.target == c // 10), each, replace=False)
         colour = np.array(colorsys.hsv_to_rgb(c % 10 / 10, 0.9, 1.0))[None, :, None, None]
         images.append(grey[pick][:, None] * colour * 0.9 + rng.normal(0.05, 0.05, (each, 3, 16, 16)))
-    return Split((np.clip(np.concatenate(images), 0, 1) * 255).astype(np.uint8), labels)
+    return LabelledImages((np.clip(np.concatenate(images), 0, 1) * 255).astype(np.uint8), labels)
 
 
 def classes(bench: Bench) -> Iterator[Row]:

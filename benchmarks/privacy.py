@@ -1,4 +1,4 @@
-"""What a teacher gives away: ``python -m benchmarks.privacy --data FILE.npz [--tables NAME ...]``.
+"""What a teacher discloses: ``python -m benchmarks.privacy --data FILE.npz [--tables NAME ...]``.
 
 Networks are trained once; what they say of the images is kept in ``--work``. All images of the attacks are of
 the file's train split.
@@ -19,7 +19,7 @@ from scipy.stats import kendalltau, spearmanr
 from benchmarks import masks
 from benchmarks.membership import auc, confidence, found_at, halves, lira, negative_loss
 from benchmarks.tables import Row, markdown
-from qkt_clinical.benchmark.simulate import Hospital, Split
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital
 from qkt_clinical.common.files import write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import PrivacyParams, TrainParams
@@ -66,12 +66,12 @@ class Bench(masks.Bench):
         self.seed = seed
         self.simulated = self.federation("pathological", "absent", seed)
 
-    def pool(self, hospital: Hospital) -> Split:
+    def pool(self, hospital: SimulatedHospital) -> LabelledImages:
         """A small hospital: few of its training images, in random order."""
         draw = np.random.default_rng(derive(self.seed, "privacy", "pool", hospital.name))
         return hospital.train.take(draw.permutation(len(hospital.train))[:FEW])
 
-    def logits(self, hospital: Hospital, epochs: int, strength: float, model: int) -> Logits:
+    def logits(self, hospital: SimulatedHospital, epochs: int, strength: float, model: int) -> Logits:
         """What one model says of the pool and its mirror images, (views, N, C), after its last epoch."""
         kind = "" if strength else "plain-"
         stem = f"{hospital.name}-s{self.seed}-{FEW}-{epochs}-{kind}{model}"
@@ -114,11 +114,11 @@ class Bench(masks.Bench):
             for h in federation.hospitals
         ]
 
-    def inside(self, hospital: Hospital) -> NDArray[np.bool_]:
+    def inside(self, hospital: SimulatedHospital) -> NDArray[np.bool_]:
         """Which model is trained on which image of the pool, (MODELS, FEW)."""
         return halves(MODELS, FEW, derive(self.seed, "privacy", "halves", hospital.name))
 
-    def protected(self, hospital: Hospital, name: str, params: TrainParams) -> dict[str, float]:
+    def protected(self, hospital: SimulatedHospital, name: str, params: TrainParams) -> dict[str, float]:
         """A teacher of all the hospital's images: how good it is, and what an attack and the mask find."""
         seed = self.seed
         path = self.work / f"{hospital.name}-s{seed}-{name}.json"
@@ -141,7 +141,7 @@ class Bench(masks.Bench):
                     device=CPU,
                 )
 
-            def said(split: Split) -> Logits:
+            def said(split: LabelledImages) -> Logits:
                 found: Logits = predict(network, to_input(split.images), CPU).numpy()
                 return found
 

@@ -1,4 +1,6 @@
-"""Peers' settings on validation images: ``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``.
+"""Settings of baselines, on validation images.
+
+``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``
 
 Teachers are trained once and kept in ``--work``. Federations run on NVIDIA FLARE. Figures are means over all
 queries, on the val split.
@@ -19,9 +21,9 @@ from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.baselines.params import FederatedParams, FinetuneParams
 from qkt_clinical.benchmark.metrics import figures
-from qkt_clinical.benchmark.settings import Settings
-from qkt_clinical.benchmark.simulate import Question, read, simulate
-from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.settings import BenchmarkSettings
+from qkt_clinical.benchmark.simulate import SimulatedQuery, read, simulate
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import Partition, Regime
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
@@ -41,15 +43,15 @@ class Bench:
         self.parts, self.classes = read(data)
         self.work, self.seed = work, seed
 
-    def store(self, partition: Partition, regime: Regime) -> Store:
+    def store(self, partition: Partition, regime: Regime) -> ResultStore:
         """Teachers of one setting, figures on val."""
-        settings = Settings(split="val", device="cpu", partition=partition, regime=regime)
+        settings = BenchmarkSettings(split="val", device="cpu", partition=partition, regime=regime)
         federation = simulate(
             self.parts, self.classes, partition=partition, regime=regime, seed=self.seed, beta=settings.beta
         )
-        return Store(self.work / f"{partition}-{regime}-s{self.seed}", federation, settings, CPU)
+        return ResultStore(self.work / f"{partition}-{regime}-s{self.seed}", federation, settings, CPU)
 
-    def judge(self, store: Store, logits_of: Callable[[Question], Tensor]) -> Row:
+    def judge(self, store: ResultStore, logits_of: Callable[[SimulatedQuery], Tensor]) -> Row:
         """Mean figures over all queries, of logits (N, C) on all val images."""
         val, found = store.federation.val, []
         for question in store.federation.questions:
@@ -78,7 +80,7 @@ class Bench:
         logits = predict(found.network, to_input(store.federation.val.images), CPU)
         return self.judge(store, lambda question: logits)
 
-    def teacher(self, store: Store, hospital: str) -> Classifier:
+    def teacher(self, store: ResultStore, hospital: str) -> Classifier:
         """Trained the first time."""
         name = f"full/{hospital}"
         if not (store.folder / name).is_dir():

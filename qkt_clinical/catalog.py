@@ -25,7 +25,7 @@ DEFAULT_ESTIMATOR: Estimator = "combined"
 Method = Literal["qkt", "qkt-light", "routed"]
 DEFAULT_METHOD: Method = "qkt"
 DEFAULT_BUDGET = 0.05
-"""Of own images that an answer may give away, where a query does not say."""
+"""Largest false-query rate, where a query does not say."""
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "calibration", "val", "test"]
 Partition = Literal["pathological", "dirichlet"]

@@ -79,7 +79,7 @@ class QktError(Exception):
 
 
 class ConfigError(QktError):
-    """params.yaml, site.yaml or a query file says something that cannot be used."""
+    """params.yaml, site.yaml or a query file is not valid."""
 
     code = "config"
 
@@ -168,7 +168,7 @@ def _refused(reason: str) -> QktError:
 
 
 def refused_by_system(error: OSError) -> QktError:
-    """What the operating system refused, such as to write to a full disk; no file is named.
+    """A refusal by the operating system, such as a write to a full disk; no file is named.
 
     Codes ``disk-full`` and ``system``.
     """
@@ -178,7 +178,7 @@ def refused_by_system(error: OSError) -> QktError:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was made of, each once."""
+    """An error and its causes, each once."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -190,7 +190,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def by_disk(error: BaseException) -> QktError | None:
-    """What the disk refused, where that is what an error or one that led to it says, else None.
+    """The refusal by the disk among an error and its causes, or None.
 
     Libraries wrap the system's errors in their own. Codes ``disk-full`` and ``system``.
     """
@@ -205,7 +205,7 @@ def by_disk(error: BaseException) -> QktError | None:
 
 
 def typed(error: Exception) -> QktError:
-    """The error itself where it is typed, else what a person can do about it.
+    """The error itself if it is typed, else a typed error with a remedy.
 
     Codes ``disk-full``, ``out-of-memory``, ``system``, ``internal``. The text of an untyped error may hold
     names or contents of files and is left out.
@@ -232,7 +232,7 @@ def typed(error: Exception) -> QktError:
 
 
 def _place(error: Exception) -> str:
-    """The last line of this package that an error passed."""
+    """The last line of this package in the traceback of an error."""
     package = Path(__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if Path(frame.filename).is_relative_to(package):
@@ -241,7 +241,7 @@ def _place(error: Exception) -> str:
 
 
 class Boundary(AbstractContextManager["Boundary"]):
-    """A block that no error leaves: ``error`` is what ended it, typed, or None.
+    """A block that no error leaves: ``error`` is the typed error that ended it, or None.
 
     Only where something ends, a command or a reply, since it hides what went wrong from the code around it.
     What ends the process, such as KeyboardInterrupt, passes.
@@ -257,7 +257,7 @@ class Boundary(AbstractContextManager["Boundary"]):
 
 
 def visible(text: str) -> str:
-    """Text for a terminal, a log or a record: what is no character that shows stands as its escape."""
+    """Text for a terminal, a log or a record: characters that are not printable are escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,8 +9,8 @@ registers, see :func:`check_served`. MLflow comes first, though: it has read ``M
 loader that stands there before this module is asked, so that whose folder it is has to be settled earlier,
 by ``qkt registry fetch``.
 
-An answer also holds the operating point that it rests on, and whether the image is unlike those that the
-model was trained on, see :mod:`qkt_clinical.models.out_of_distribution`.
+An answer also holds the operating point that it rests on, and whether the image is out of the distribution
+of the training images, see :mod:`qkt_clinical.models.out_of_distribution`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ BATCH, BATCH_NUMBERS = 256, 1 << 24
 """Images, and numbers in them, that go through the network at once."""
 REQUEST_NUMBERS = 1 << 26
 """Numbers in the images of one request: 256 MiB in single precision."""
-UNLIKE_COLUMNS = ("unlike_training", "unlike_training_score", "unlike_training_threshold")
+FLAG_COLUMNS = ("unlike_training", "unlike_training_score", "unlike_training_threshold")
+"""Columns of out-of-distribution detection; their names stand in the signature of every registered model."""
 TOLERANCE = 1e-4
 """Resampling in single precision may leave [0, 1] by this much."""
 
@@ -66,7 +67,7 @@ def probability_column(class_name: str) -> str:
 def operating_point(card: Card) -> dict[str, float]:
     """Columns of the answer that say how a student's query classes are weighed; a teacher's has none.
 
-    ``budget`` is the share of the hospital's own held-out images that may be given away to the query,
+    ``budget`` is the largest false-query rate on the hospital's own held-out images,
     ``offset_<class>`` what was added to the class's logit to keep to it.
     """
     if card.decision is None:
@@ -174,23 +175,23 @@ class Answerer:
         card = self.bundle.card
         images = check_images(data, self.bundle)
         answers: list[Tensor] = []
-        unlike: list[float] = []
+        distances: list[float] = []
         with torch.inference_mode():
             step = max(1, min(BATCH, BATCH_NUMBERS // math.prod(card.input.shape)))
             for part in np.array_split(images, range(step, len(images), step)):
                 inputs = to_input(part, card.input.normalisation)
                 answers.append(answer_scores(self.bundle, inputs))
                 if self.reference is not None:
-                    unlike += scores(self.reference, responses(self.bundle.network, inputs)).tolist()
+                    distances += scores(self.reference, responses(self.bundle.network, inputs)).tolist()
         said = torch.cat(answers)
         probabilities = torch.softmax(said.double(), dim=1).numpy()
         columns: dict[str, Any] = {"label": [card.classes[i] for i in said.argmax(1).tolist()]}
         columns |= {probability_column(c): probabilities[:, i] for i, c in enumerate(card.classes)}
         columns |= {name: np.full(len(images), value) for name, value in operating_point(card).items()}
         threshold = None if self.reference is None else self.reference.threshold
-        flags = [None if threshold is None else score > threshold for score in unlike]
+        flags = [None if threshold is None else score > threshold for score in distances]
         nothing = [None] * len(images)  # objects, so that JSON has null and not NaN
-        for name, values in zip(UNLIKE_COLUMNS, (flags, unlike, [threshold] * len(images)), strict=True):
+        for name, values in zip(FLAG_COLUMNS, (flags, distances, [threshold] * len(images)), strict=True):
             columns[name] = pd.Series(values or nothing, dtype=object)
         return pd.DataFrame(columns)
 

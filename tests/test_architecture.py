@@ -240,6 +240,7 @@ def public_names() -> dict[str, set[str]]:
     return found
 
 
+<<<<<<< HEAD
 TWICE = {
 <<<<<<< HEAD
     *("Asking", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
@@ -250,6 +251,10 @@ TWICE = {
 >>>>>>> readers
 }
 """Names that mean two things still; nothing is added here."""
+=======
+TWICE = {"Index", "Verdict"}
+"""Names that mean two things still, one of them in ``ingest/``; nothing is added here."""
+>>>>>>> words
 
 
 def test_one_name_means_one_thing() -> None:

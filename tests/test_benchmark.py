@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.screening import Screening
+from benchmarks.adversarial_teachers import Screening
 from qkt_clinical.baselines.params import BaselineParams, DistillParams, FinetuneParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
@@ -30,13 +30,13 @@ from qkt_clinical.benchmark.settings import (
     RECALIBRATED,
     SETUPS,
     Bad,
-    Settings,
+    BenchmarkSettings,
     Setup,
     parse_list,
     parse_numbers,
 )
-from qkt_clinical.benchmark.simulate import Hospital, Question, Split, simulate
-from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery, simulate
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.benchmark.summary import (
     FIELDS,
     ablations_table,
@@ -76,7 +76,7 @@ ROW = {
     *("forgetting", "auroc", "ece", "bytes_moved", "rounds", "seconds"),
     *("passes_per_prediction", "cost_per_prediction"),
 }
-QUICK = Settings(
+QUICK = BenchmarkSettings(
     hospitals=3,
     classes_per_hospital=2,
     seeds=(0,),
@@ -378,7 +378,7 @@ def test_grey_images_and_volumes(kind: str, shape: tuple[int, ...], tmp_path: Pa
     )
     result = run(source, tmp_path / "out", settings, workers=1)
     assert sorted(r["method"] for r in result["rows"]) == sorted(QUICK.methods)
-    store = Store(tmp_path / "out" / WORK / "seed-0", federation_of(source), settings, CPU)
+    store = ResultStore(tmp_path / "out" / WORK / "seed-0", federation_of(source), settings, CPU)
     assert set(store.logits("full/h1")) == {"val"}  # tuning touches no test image
     assert store.bundle("full/h1").card.input.shape == shape
 
@@ -462,12 +462,12 @@ def test_a_patient_with_a_rare_image_in_training_is_not_used_for_calibration() -
 # --- variants -------------------------------------------------------------------------------------
 
 
-def hospital(counts: Sequence[int], calibration: int = 40) -> Hospital:
+def hospital(counts: Sequence[int], calibration: int = 40) -> SimulatedHospital:
     labels = np.repeat(np.arange(len(counts)), counts)
     images = np.arange(len(labels))[:, None, None, None]
     held_out = np.zeros(calibration, dtype=np.int64)
-    split = Split(np.arange(calibration)[:, None, None, None], held_out)
-    return Hospital("h1", Split(images, labels), split, split)
+    split = LabelledImages(np.arange(calibration)[:, None, None, None], held_out)
+    return SimulatedHospital("h1", LabelledImages(images, labels), split, split)
 
 
 def test_wrong_labels_are_as_many_as_said_and_of_held_classes() -> None:
@@ -508,7 +508,7 @@ def test_fewer_images_keep_calibration_in_proportion_but_enough_for_the_budget()
 def case(whole: tuple[Path, dict[str, Any]], data: Path) -> Case:
     settings = QUICK.model_copy(update={"methods": ("all", "ablations")})
     federation = federation_of(data)
-    store = Store(whole[0] / WORK / "seed-0", federation, settings, CPU)
+    store = ResultStore(whole[0] / WORK / "seed-0", federation, settings, CPU)
     return Case(store, federation.questions[0])
 
 
@@ -548,7 +548,7 @@ def test_without_a_teacher_the_own_model_answers(case: Case, monkeypatch: pytest
 def test_a_class_that_nobody_teaches_is_never_answered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     held = case.store.federation.hospital(case.question.student).held
     absent = tuple(c for c in EVERY if c not in held)
-    both = Case(case.store, Question(case.question.student, absent))
+    both = Case(case.store, SimulatedQuery(case.question.student, absent))
     monkeypatch.setattr(methods_room, "known_classes", lambda *_: (held[0], absent[0]))
     scores = qkt(both, Setup(method="routed")).scores
     assert scores[:, [*held, absent[0]]].isfinite().all()
@@ -576,7 +576,7 @@ def test_teachers_are_chosen_by_their_masks(case: Case) -> None:
 
 def test_who_is_left_out_of_the_query_may_still_speak_for_local_classes(case: Case) -> None:
     (q,) = case.question.query
-    most = Setup(mask="none", most_teachers=1)
+    most = Setup(mask="none", max_teachers=1)
     scores = {name: case.store.masks(name)["combined"].scores[q] for name in case.others}
     best = max(scores, key=lambda n: scores[n])
     found = methods_room.relevant_teachers(case, most)
@@ -733,7 +733,7 @@ def test_queries_one_by_one_beside_the_best_baseline() -> None:
 def test_the_number_of_rounds_is_chosen_on_validation_images(case: Case) -> None:
     labels = torch.from_numpy(case.store.federation.val.labels)
     right = torch.nn.functional.one_hot(labels, 4).float()
-    store = Store(case.store.folder, case.store.federation, case.store.settings, CPU)
+    store = ResultStore(case.store.folder, case.store.federation, case.store.settings, CPU)
     stored = {"fedavg/1": {"val": right}, "fedavg/2": {"val": 1 - right}}
     store.logits = stored.__getitem__
     assert store.best_rounds("fedavg") == 1
@@ -812,7 +812,7 @@ def test_ablations_are_held_against_the_method_that_they_change() -> None:
     assert base_of("ablation/rank-0.25") == "qkt"
     assert base_of("ablation/routed-one-view") == base_of("ablation/routed-budget-0.10") == "routed"
     assert base_of("ablation/fedavg-finetuned") == "fedavg"
-    assert {base_of(a) for a in Settings().ablations} == {"qkt", "routed", *FEDERATED}
+    assert {base_of(a) for a in BenchmarkSettings().ablations} == {"qkt", "routed", *FEDERATED}
     worse = [
         row("ablation/rank-0.25", r["student"], r["query"], r["query_accuracy"] - 0.2, 0.9)
         for r in ROWS
@@ -851,12 +851,12 @@ def test_budget_curves_are_means_over_the_answers_that_have_one() -> None:
 def test_mask_figures_by_hand() -> None:
     mask = {"scores": [1.0, 0.5, 0.3], "known": [True, True, False]}
     judged = [{"masks": dict.fromkeys(ESTIMATORS, mask), "held": [True, False, True], "recalled": [True] * 3}]
-    absent = mask_figures(judged, Settings())["combined"]
+    absent = mask_figures(judged, BenchmarkSettings())["combined"]
     assert (absent["precision"], absent["recall"], absent["f1"], absent["auc"]) == (0.5, 0.5, 0.5, 0.5)
     assert absent["recalled"]["recall"] == pytest.approx(2 / 3, abs=1e-6)
     at = {p["lambda"]: p["f1"] for p in absent["curve"]}
     assert (at[0.3], at[0.5], at[0.7]) == (0.8, 0.5, pytest.approx(2 / 3, abs=1e-6))
-    rare = mask_figures(judged, Settings(regime="rare"))["combined"]
+    rare = mask_figures(judged, BenchmarkSettings(regime="rare"))["combined"]
     assert rare["f1"] == rare["recalled"]["f1"] == 0.8
 
 
@@ -877,21 +877,25 @@ def test_the_table_ranks_by_balanced_accuracy(whole: tuple[Path, dict[str, Any]]
 
 
 def test_methods_are_named_in_groups_or_one_by_one() -> None:
-    assert Settings().chosen == BENCHMARK_METHODS
-    assert Settings(methods=("ablations",)).chosen == Settings().ablations
-    named = Settings(methods=("routed", "local", "routed", "ablation/mask-oracle"))
+    assert BenchmarkSettings().chosen == BENCHMARK_METHODS
+    assert BenchmarkSettings(methods=("ablations",)).chosen == BenchmarkSettings().ablations
+    named = BenchmarkSettings(methods=("routed", "local", "routed", "ablation/mask-oracle"))
     assert named.chosen == ("local", "routed", "ablation/mask-oracle")
     assert "ablation/mask-combined" not in SETUPS
     with pytest.raises(ConfigError, match=r"unknown method 'rooted', did you mean 'routed'\?") as error:
-        _ = Settings(methods=("rooted",)).chosen
+        _ = BenchmarkSettings(methods=("rooted",)).chosen
     assert error.value.code == "method"
 
 
 def test_the_key_names_what_rows_depend_on() -> None:
-    key = Settings().key("data", "cpu")
-    assert Settings(seeds=(5,), methods=("qkt",)).key("data", "cpu") == key
-    changed = [Settings(budget=0.05), Settings(max_queries=1), Settings(train=TrainParams(epochs=2))]
-    keys = {key, Settings().key("other", "cpu"), Settings().key("data", "cuda")}
+    key = BenchmarkSettings().key("data", "cpu")
+    assert BenchmarkSettings(seeds=(5,), methods=("qkt",)).key("data", "cpu") == key
+    changed = [
+        BenchmarkSettings(budget=0.05),
+        BenchmarkSettings(max_queries=1),
+        BenchmarkSettings(train=TrainParams(epochs=2)),
+    ]
+    keys = {key, BenchmarkSettings().key("other", "cpu"), BenchmarkSettings().key("data", "cuda")}
     assert len(keys | {s.key("data", "cpu") for s in changed}) == 6
 
 
@@ -908,7 +912,7 @@ def test_the_command_passes_everything_on(
 ) -> None:
     called: dict[str, Any] = {}
 
-    def pretend(data: Path, out: Path, settings: Settings, **more: Any) -> dict[str, Any]:
+    def pretend(data: Path, out: Path, settings: BenchmarkSettings, **more: Any) -> dict[str, Any]:
         called.update(more, data=data, out=out, settings=settings)
         return {"summary": {"qkt": {"n": 1}}}
 
@@ -920,7 +924,7 @@ def test_the_command_passes_everything_on(
         main(words.split())
     assert end.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"qkt": {"n": 1}}
-    assert called["settings"] == Settings(
+    assert called["settings"] == BenchmarkSettings(
         partition="dirichlet",
         hospitals=4,
         beta=0.5,
@@ -973,7 +977,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_row_files_have_safe_names(tmp_path: Path) -> None:
-    file = row_file(tmp_path, Task(3, "ablation/mask-none", Question("h2", (1, 4))))
+    file = row_file(tmp_path, Task(3, "ablation/mask-none", SimulatedQuery("h2", (1, 4))))
     assert file == tmp_path / "seed-3" / "rows" / "h2" / "1+4" / "ablation_mask-none.json"
     write_json(file, {})
     assert file.is_file()

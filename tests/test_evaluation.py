@@ -16,12 +16,12 @@ from qkt_clinical.evaluation.metrics import (
     calibration_errors,
     error_interval,
     expected_calibration_error,
+    false_query_rate,
     paired_p,
     patient_weights,
     precisions,
     recalls,
     reliability,
-    share_given_away,
     softmax,
 )
 from qkt_clinical.evaluation.metrics import TestSet as Held
@@ -395,8 +395,8 @@ def test_a_group_without_a_class_is_judged_by_the_others() -> None:
 def test_what_is_given_away_of_own_images() -> None:
     """Of six images of own classes, four are the hospital's; one of them goes to the query."""
     own = np.array([True] * 4 + [False] * 2 + [True] * 3)
-    found = share_given_away(held(), own, one_hot(AFTER, 3), **HOW)
+    found = false_query_rate(held(), own, one_hot(AFTER, 3), **HOW)
     assert found is not None
     assert found.value == 0.25
     assert 0.0 <= found.low < 0.25 < found.high <= 1.0
-    assert share_given_away(held(), np.zeros(9, bool), one_hot(AFTER, 3), **HOW) is None
+    assert false_query_rate(held(), np.zeros(9, bool), one_hot(AFTER, 3), **HOW) is None

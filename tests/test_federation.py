@@ -36,13 +36,13 @@ from qkt_clinical.federation.messages import (
     Contributed,
     Declined,
     Offered,
-    Question,
     Refused,
+    TeacherRequest,
     read_reply,
 )
 from qkt_clinical.federation.parcel import pack, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
-from qkt_clinical.federation.server import Outcome, Server
+from qkt_clinical.federation.server import FederationOutcome, Server
 from qkt_clinical.federation.site import Site
 from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Mask
 from qkt_clinical.stages.mask import mask_site
@@ -130,7 +130,7 @@ class Federation:
         """Aster's query to the server, and what the others say to it."""
         asked = read_reply(self.sites["aster"].reply(ASK, {"query": "c"}), ASK, "aster")
         assert isinstance(asked, Asked), asked
-        question = Question(hospital="aster", query="c", classes=("c",), held=asked.asking.held)
+        question = TeacherRequest(hospital="aster", query="c", classes=("c",), held=asked.asking.held)
         data = {"question": question.model_dump(mode="json"), "hospital": "aster", "query": "c"}
         replies = {}
         for name in ("birch", "cedar"):
@@ -286,7 +286,7 @@ def test_an_empty_policy_refuses_everything(copy: Site) -> None:
     ],
 )
 def test_whose_questions_are_heard(changes: dict[str, Any], helped: int, reason: str | None) -> None:
-    question = Question(hospital="aster", query="c", classes=("c",), held=("a",))
+    question = TeacherRequest(hospital="aster", query="c", classes=("c",), held=("a",))
     chosen = Policy.model_validate(OPEN.model_dump() | changes)
     assert refusal(chosen, question, helped) == reason
 
@@ -305,7 +305,7 @@ def test_the_rate_counts_what_the_record_says(copy: Site) -> None:
 
 def test_a_mask_may_be_hidden_for_what_is_not_asked(copy: Site) -> None:
     whole = Mask.model_validate_json((copy.space.teacher("birch") / MASK).read_bytes())
-    question = Question(hospital="aster", query="c", classes=("c",), held=("a",))
+    question = TeacherRequest(hospital="aster", query="c", classes=("c",), held=("a",))
     assert shown_mask(whole, OPEN, question) == whole
     shown = shown_mask(whole, OPEN.model_copy(update={"mask": "query"}), question)
     assert shown.scores == (whole.scores[0], 0.0, whole.scores[2])
@@ -1064,7 +1064,7 @@ def test_the_server_writes_nothing_outside_its_workspace(
     before = sorted(federation.folder.rglob("*"))
     bad = names[0] if names[1] == "c" else names[1]
     for act in (
-        lambda: federation.server.note(Outcome(state="waiting"), "queries", *names),
+        lambda: federation.server.note(FederationOutcome(state="waiting"), "queries", *names),
         lambda: federation.server.outcome("queries", *names),
         lambda: federation.server.accept_teacher(bad, Refused(code="", message="", remedy="")),
         lambda: federation.server.space.student(*names),
@@ -1077,7 +1077,7 @@ def test_the_server_writes_nothing_outside_its_workspace(
 
 def test_what_is_no_outcome_on_the_server_is_not_shown(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    server.note(Outcome(state="refused", reason="x\x1b[2J" + "y" * 5000), "queries", "aster", "c")
+    server.note(FederationOutcome(state="refused", reason="x\x1b[2J" + "y" * 5000), "queries", "aster", "c")
     for name in (
         "queries/Bad Name/c.json",
         "queries/aster/\x1b[2J.json",

@@ -175,7 +175,7 @@ def test_a_slow_job_is_waited_for_and_a_lost_one_submitted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qkt_clinical.federation import run
-    from qkt_clinical.federation.server import Outcome
+    from qkt_clinical.federation.server import FederationOutcome
 
     # By look: when the server was started, the job's state, and whether the job answers.
     looks = iter(
@@ -197,12 +197,12 @@ def test_a_slow_job_is_waited_for_and_a_lost_one_submitted_again(
         now[0] = next(looks)
         return [{"job": submitted[-1], "state": now[0][1]}]
 
-    def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
+    def ask_outcomes(kit: Path, job: str) -> dict[str, FederationOutcome]:
         if not now[0][2]:
             raise QktError("the job does not answer", remedy="Wait.", code="no-job")
-        return {"aster/basophil": Outcome(state="running")}
+        return {"aster/basophil": FederationOutcome(state="running")}
 
-    done = {"aster/basophil": Outcome(state="answered")}
+    done = {"aster/basophil": FederationOutcome(state="answered")}
     monkeypatch.setattr(run, "POLL_S", 0.0)
     monkeypatch.setattr(run, "server_start", lambda kit: now[0][0])
     for stand_in in (submit, list_jobs, ask_outcomes):

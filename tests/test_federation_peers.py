@@ -18,8 +18,8 @@ import torch
 from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.params import BaselineParams, FederatedParams
 from qkt_clinical.benchmark.runner import WORK, run
-from qkt_clinical.benchmark.settings import FEDERATED, Settings
-from qkt_clinical.benchmark.simulate import Federation, read, simulate
+from qkt_clinical.benchmark.settings import FEDERATED, BenchmarkSettings
+from qkt_clinical.benchmark.simulate import SimulatedFederation, read, simulate
 from qkt_clinical.cli import main
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import TrainParams
@@ -34,7 +34,7 @@ from tests.shapes import CPU, shapes, spec, state
 pytestmark = pytest.mark.slow
 
 PARAMS = FederatedParams(batch_size=16)
-SETTINGS = Settings(
+SETTINGS = BenchmarkSettings(
     hospitals=2,
     classes_per_hospital=2,
     seeds=(0,),
@@ -77,12 +77,12 @@ def bench(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 
 
 @pytest.fixture(scope="module")
-def federation(data: Path) -> Federation:
+def federation(data: Path) -> SimulatedFederation:
     parts, classes = read(data)
     return simulate(parts, classes, hospitals=2, classes_per_hospital=2, max_queries=1)
 
 
-def participants(federation: Federation) -> list[Participant]:
+def participants(federation: SimulatedFederation) -> list[Participant]:
     return [Participant(h.name, h.train.pair) for h in federation.hospitals]
 
 
@@ -95,7 +95,7 @@ SEED = derive(0, "benchmark", "federated")
 
 @pytest.mark.parametrize("algorithm", FEDERATED)
 def test_flare_comes_to_the_network_that_is_written_out(
-    bench: tuple[Path, dict[str, Any]], federation: Federation, algorithm: Algorithm
+    bench: tuple[Path, dict[str, Any]], federation: SimulatedFederation, algorithm: Algorithm
 ) -> None:
     found = load_bundle(bench[0] / WORK / "seed-0" / algorithm / str(ROUNDS)).network
     expected = reference(
@@ -151,7 +151,7 @@ def test_nothing_of_a_finished_run_is_left_and_it_is_not_run_again(
 
 def test_the_same_bytes_whoever_replies_first_and_not_a_line_on_the_terminal(
     bench: tuple[Path, dict[str, Any]],
-    federation: Federation,
+    federation: SimulatedFederation,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:

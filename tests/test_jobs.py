@@ -57,7 +57,7 @@ def test_a_new_query_is_a_file_that_reads_back(root: Path) -> None:
     query = load_query(root, "birch", "cd")
     assert (query.classes, query.method, query.budget) == (("c", "d"), "qkt", 0.02)
     assert (query.max_teachers, query.exclude_teachers) == (None, ("cedar",))
-    assert "give away at most 2 % of what we classify today" in path.read_text(encoding="utf-8")
+    assert "false-query rate: at most 2 % of today's images" in path.read_text(encoding="utf-8")
 
 
 def test_class_names_that_yaml_would_read_otherwise_stay_words(root: Path) -> None:

@@ -33,7 +33,7 @@ from qkt_clinical.records.verdict import GateRule
 from qkt_clinical.report import charts, write_figure, write_report
 from qkt_clinical.report.index_page import gain_map
 from qkt_clinical.report.page import gain_bars, render_chart, render_reliability
-from qkt_clinical.report.pictures import MOST, choose, png
+from qkt_clinical.report.pictures import MAX_PICTURES, choose, png
 from qkt_clinical.report.query_page import relevant, rule_figure, rule_threshold, voices
 from tests.sample_run import LAYERS, sample_params, write_pictures, write_sample_run
 
@@ -695,7 +695,10 @@ def test_figures_over_all_classes_and_calibration_of_each_are_shown(root: Path) 
     assert "AUROC, mean over classes 0.860 0.820 to 0.900 0.953" in text
     assert "AUPRC, mean over classes 0.720 0.680 to 0.760 0.905" in text
     assert "Calibration error 0.050 0.030 to 0.070 0.050 0.030 to 0.070" in text
-    assert "given away to the query budget 5.0%; 150 images of own classes – ▼ 0.060 0.040 to 0.080" in text
+    assert (
+        "False-query rate on own test images budget 5.0%; 150 images of own classes – ▼ 0.060 0.040 to 0.080"
+        in text
+    )
     assert "0.100 → 0.036" in text, "of the class asked for"
     assert "▼ 0.023 → 0.025" in text, "of its own ones"
 
@@ -879,7 +882,7 @@ def test_cases_are_chosen_from_every_class_and_site_in_turn() -> None:
     flips += [Flip(site="b", index=i, actual="x", before="y", after="x") for i in range(2)]
     flips += [Flip(site="a", index=i, actual="w", before="y", after="w") for i in range(1)]
     chosen = choose(flips)
-    assert len(chosen) == MOST
+    assert len(chosen) == MAX_PICTURES
     places = [(f.actual, f.site, f.index) for f in chosen[:6]]
     assert places == [
         ("w", "a", 0),

@@ -19,7 +19,7 @@ from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.card import REFERENCE, read_card
-from qkt_clinical.serving import BATCH, UNLIKE_COLUMNS, Answerer, _load_pyfunc, operating_point
+from qkt_clinical.serving import BATCH, FLAG_COLUMNS, Answerer, _load_pyfunc, operating_point
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()
@@ -53,7 +53,7 @@ def test_importing_it_loads_no_mlflow() -> None:
 def test_a_teacher_answers_among_the_classes_it_knows(teacher: Answerer) -> None:
     data = images(6)
     table = teacher.predict(data)
-    assert list(table.columns) == ["label", *(f"probability_{c}" for c in PARAMS.classes), *UNLIKE_COLUMNS]
+    assert list(table.columns) == ["label", *(f"probability_{c}" for c in PARAMS.classes), *FLAG_COLUMNS]
     with torch.no_grad():
         logits = teacher.bundle.network((torch.from_numpy(data) - 0.5) / 0.5)[:, :3].double()
     expected = torch.softmax(logits, dim=1).numpy()
@@ -197,10 +197,9 @@ def test_a_student_answers_with_its_operating_point(root: Path) -> None:
 def test_without_a_reference_nothing_is_said_of_the_image(teacher: Answerer) -> None:
     table = teacher.predict(images(2))
     assert (
-        json.loads(table[list(UNLIKE_COLUMNS)].to_json(orient="records"))
-        == [dict.fromkeys(UNLIKE_COLUMNS)] * 2
+        json.loads(table[list(FLAG_COLUMNS)].to_json(orient="records")) == [dict.fromkeys(FLAG_COLUMNS)] * 2
     )
-    assert [table[c].tolist() for c in UNLIKE_COLUMNS] == [[None] * 2] * 3
+    assert [table[c].tolist() for c in FLAG_COLUMNS] == [[None] * 2] * 3
 
 
 def test_an_image_unlike_those_of_the_training_is_flagged(root: Path, tmp_path: Path) -> None:

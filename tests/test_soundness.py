@@ -18,7 +18,7 @@ from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.masks import compute_mask, verified_classes
 from qkt_clinical.qkt.panel import Teacher
-from qkt_clinical.qkt.soundness import LARGEST_LOGIT, NetworkOutputs, defect, indistinct, observe
+from qkt_clinical.qkt.soundness import MAX_LOGIT, NetworkOutputs, defect, indistinct, observe
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state, teacher
 from tests.test_transfer import DATA, RARE
 
@@ -254,7 +254,7 @@ def test_defects_by_hand() -> None:
     outputs = NetworkOutputs(torch.zeros(2, 3), logits, 1.0)
     assert defect(network, outputs) == ""
     assert "its layers" in defect(network, replace(outputs, largest=math.nan))
-    assert "its answers" in defect(network, replace(outputs, logits=logits * 2 * LARGEST_LOGIT))
+    assert "its answers" in defect(network, replace(outputs, logits=logits * 2 * MAX_LOGIT))
     assert "does not depend" in defect(network, replace(outputs, logits=logits * 0 + 3.0))
     assert "does not depend" in defect(network, replace(outputs, logits=logits * 0 + logits[:, :2].sum()))
 

@@ -1,4 +1,4 @@
-"""Ablations of the phases: an answer with a phase left out or done in another way.
+"""Ablations of the phases: answers with a phase left out or replaced.
 
 The same five steps as :func:`qkt_clinical.qkt.answer.answer_query`, with another step in the place of one.
 """
@@ -72,7 +72,7 @@ def answer_ablated(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answer:
-    """Answer a query with other phases than the method's own; arguments as of ``answer_query``.
+    """Answer a query with phases left out or replaced; arguments as of ``answer_query``.
 
     Args:
         phase1: how the student takes up the teachers.

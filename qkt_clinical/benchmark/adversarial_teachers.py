@@ -1,4 +1,4 @@
-"""Adversarial teachers, made of trained ones: what teacher screening is measured against. Pure functions."""
+"""Adversarial teachers made from trained ones, to measure teacher screening. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARE = 0.99
 
 
 def draw_bad(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """So many names at random; of the same names and seed, the first ones are the same for every count."""
+    """Draw ``count`` names at random; with the same names and seed, a larger count adds to a smaller one."""
     order = np.random.default_rng(seed).permutation(len(names))
     return tuple(names[i] for i in order[:count])
 
@@ -34,7 +34,7 @@ def spoil(
     shape: tuple[int, ...],
     seed: int,
 ) -> tuple[Classifier, tuple[int, ...]]:
-    """An adversarial teacher's network and the classes that it claims.
+    """Make a teacher adversarial: its changed network and the classes that it claims.
 
     Args:
         network: an honest one; left as it is.

@@ -1,4 +1,4 @@
-"""Phase 1 in other ways than by a merged low-rank network: what the benchmark's ablations compare it with.
+"""Alternatives to the merged low-rank network in phase 1, for the benchmark's ablations.
 
 - ``distill``: the own extractor learns the teachers' features and logits on augmented local images, one
   linear map per network.
@@ -30,7 +30,7 @@ from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
 
 @dataclass(frozen=True)
 class Training:
-    """What phase 1 is trained on and how."""
+    """Data and settings on which phase 1 is trained."""
 
     panel: Panel
     inputs: Tensor
@@ -90,7 +90,7 @@ def ridge(features: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class _Distilled:
-    """What distillation learns from one network: its features and logits on every view, computed once."""
+    """Distillation targets of one network: its features and logits on every view, computed once."""
 
     network: Classifier
     known: tuple[int, ...]
@@ -197,7 +197,7 @@ def distill(
 
 @torch.no_grad()
 def carry_rows(network: Classifier, maps: Sequence[nn.Linear], rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write a distilled student's head: rows over the sources' features, through their maps.
+    """Write the head of a distilled student: rows over the sources' features, mapped to its own.
 
     Args:
         network: changed in place, its head only.
@@ -242,7 +242,7 @@ def learn_head(training: Training) -> Merged:
 
 
 def learn_jointly(training: Training) -> Merged:
-    """Both phases in one: extractor and head learn the consensus, and the labels among the held classes."""
+    """Both phases at once: extractor and head learn the consensus and the labels of held classes."""
     panel, params, settings = training.panel, training.params, training.settings
     device, labels, views = settings.device, training.labels, training.views()
     network = fast_layout(copy.deepcopy(panel.networks[0]).to(device))

@@ -1,4 +1,4 @@
-"""How good masks are, where the truth is known: in simulation. Pure functions.
+"""Quality of masks, measured in simulation, where the truth is known. Pure functions.
 
 All teachers of a federation are pooled: every (teacher, class) pair counts once. No figure is ever NaN;
 what a ratio means where there is nothing to divide by is said at each.
@@ -72,7 +72,7 @@ def quality(scores: Tensor, known: Tensor, truth: Tensor) -> MaskQuality:
 
 
 def threshold_curve(scores: Tensor, truth: Tensor, thresholds: Sequence[float]) -> list[dict[str, float]]:
-    """Precision, recall and F1 if one lambda were given to all teachers.
+    """Precision, recall and F1 with one lambda for all teachers.
 
     Args:
         scores: (T, C) float.

@@ -1,4 +1,4 @@
-"""How every method answers one question: scores on the evaluation images, and what the answer cost.
+"""Answers of every method to one query: scores on the evaluation images, and costs.
 
 To add a method or an ablation: its name and function into :func:`methods`; an ablation that is QKT with
 something changed only needs its line in ``settings.SETUPS``.
@@ -27,11 +27,11 @@ from qkt_clinical.benchmark.settings import (
     FINETUNED,
     ON_TEACHERS,
     SETUPS,
-    Settings,
+    BenchmarkSettings,
     Setup,
 )
-from qkt_clinical.benchmark.simulate import Hospital, Question, Split
-from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
@@ -65,10 +65,10 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Case:
-    """One question and all that answers to it share."""
+    """One query and everything that its answers share."""
 
-    store: Store
-    question: Question
+    store: ResultStore
+    question: SimulatedQuery
 
     @property
     def student(self) -> str:
@@ -92,7 +92,7 @@ class Case:
         return torch.from_numpy(np.flatnonzero(np.isin(self.store.evaluation.labels, self.relevant)))
 
     @cached_property
-    def images(self) -> Split:
+    def images(self) -> LabelledImages:
         """The evaluation images of relevant classes."""
         return self.store.evaluation.take(self.index.numpy())
 
@@ -121,14 +121,14 @@ def local(case: Case, *, own: str = "full") -> MethodResult:
 
 
 def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> MethodResult:
-    """All hospitals' networks at every prediction."""
+    """Ensemble of all hospitals' networks at every prediction."""
     every = [case.student, *case.others]
     scores = restrict(combine([case.logits(name) for name in every]), case.relevant)
     return MethodResult(scores, sum(map(case.store.bytes, case.others)), passes=len(every))
 
 
 def one_shot_average(case: Case) -> MethodResult:
-    """The mean of all networks' weights, weighed by their numbers of training images."""
+    """Mean of all networks' weights, weighted by their numbers of training images."""
     every = [case.student, *case.others]
     start = time.perf_counter()
     networks = [case.store.bundle(name).network for name in every]
@@ -148,7 +148,7 @@ def on_teachers(case: Case, kind: str) -> MethodResult:
 
 
 def global_model(case: Case, algorithm: str, rounds: int | None = None) -> MethodResult:
-    """A federation's network; ``None``: after the number of rounds that is best on validation images."""
+    """Global network of a federation; ``None``: after the number of rounds best on validation images."""
     name = f"{algorithm}/{rounds or case.store.best_rounds(algorithm)}"
     done, moved = case.store.traffic(name)
     scores = restrict(case.logits(name), case.relevant)
@@ -187,8 +187,8 @@ def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
     return tuple(c for c, k in enumerate(known) if k)
 
 
-def primary_truth(settings: Settings) -> str:
-    """What masks are held against: a class that was trained on, or one that the teacher recalls.
+def primary_truth(settings: BenchmarkSettings) -> str:
+    """Ground truth of masks: a class that was trained on, or one that the teacher recalls.
 
     In the rare regime hospitals hold classes of so few images that their teachers did not learn them.
     """
@@ -204,9 +204,9 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
     known = {name: set(known_classes(case, name, setup.mask)) for name in names}
     for q in case.question.query:
         able = [name for name in names if q in known[name]]
-        if setup.most_teachers is not None:
+        if setup.max_teachers is not None:
             masks = {name: case.store.masks(name)[DEFAULT_ESTIMATOR] for name in able}
-            for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.most_teachers :]:
+            for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.max_teachers :]:
                 known[name].discard(q)
     networks = {name: case.store.bundle(name).network for name in names}
     spoilt = draw_bad(names, setup.bad_teachers, case.seed("bad")) if setup.bad else ()
@@ -225,7 +225,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
     wanted = relevant if setup.rivals and setup.method != "qkt-light" else query
 
     def verified(name: str) -> tuple[int, ...] | None:
-        """None where an ablation says what a teacher knows: it would be taken for a false claim."""
+        """Verified classes; None where an ablation sets the mask, which would count as a false claim."""
         if setup.mask != "default":
             return None
         return case.store.verify(networks[name]) if name in spoilt else case.store.verified(name)
@@ -241,7 +241,7 @@ def _answer(
     case: Case,
     setup: Setup,
     student: Classifier,
-    hospital: Hospital,
+    hospital: SimulatedHospital,
     teachers: Sequence[Teacher],
     taught: Sequence[int],
 ) -> Answer:
@@ -331,7 +331,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
 
 
 def at_budgets(scores: Tensor, calibration: Tensor, decision: DecisionRule) -> dict[float, Tensor]:
-    """An answer's scores if another budget had been asked for: only the query's offsets move.
+    """Scores of an answer at other budgets: only the query's offsets change.
 
     Args:
         scores: (N, C) as answered.
@@ -346,8 +346,8 @@ def at_budgets(scores: Tensor, calibration: Tensor, decision: DecisionRule) -> d
     return moved
 
 
-def methods(settings: Settings) -> dict[str, Callable[[Case], MethodResult]]:
-    """Every method that is computed by itself, by name."""
+def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodResult]]:
+    """Every separately computed method, by name."""
     found: dict[str, Callable[[Case], MethodResult]] = {
         "local": local,
         "ensemble-prob": partial(ensemble, combine=mean_probability_scores),

@@ -1,4 +1,4 @@
-"""How phase 1 can be done in the benchmark's ablations, and for how long. Free of torch."""
+"""Variants of phase 1 in the benchmark's ablations, and their settings. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Phase1Way = Literal["merge", "distill", "joint", "none"]
 
 
 class DistillationParams(Strict):
-    """How long something is trained in phase 1, and on what; ``none`` takes the views alone."""
+    """Duration and data of training in phase 1; ``none`` uses the views only."""
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 24
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64

@@ -1,4 +1,4 @@
-"""Figures of a benchmark, as PNG. Same result and same matplotlib: same bytes."""
+"""Plots of a benchmark as PNG. The same result and matplotlib give the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
 MARKERS = dict(zip(BENCHMARK_METHODS, "osD^v<>PXooo", strict=True))
-"""Peers are told apart by shape, QKT's methods by colour."""
+"""Baselines are told apart by shape, QKT's methods by colour."""
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -53,7 +53,7 @@ def query_against_retained(result: Mapping[str, Any]) -> Figure:
 
 
 def gain_per_query(result: Mapping[str, Any]) -> Figure | None:
-    """Points of balanced accuracy gained on every question, by ``qkt`` and by the best baseline."""
+    """Gain in balanced accuracy (percentage points) on every query, for ``qkt`` and the best baseline."""
     rows = result["rows"]
     methods, best = by_method(rows), best_baseline(rows)
     if best is None or "qkt" not in methods or "local" not in methods:
@@ -78,7 +78,7 @@ def _question(row: Mapping[str, Any]) -> tuple[int, str, str]:
 
 
 def lambda_curve(result: Mapping[str, Any]) -> Figure:
-    """F1 of every estimator's masks over one threshold for all; the dashed line is the automatic one."""
+    """F1 of every estimator's masks against a common threshold; dashed: the automatic threshold."""
     figure, axes = _figure(8, 5)
     for number, (name, mask) in enumerate(result["masks"].items()):
         colour = f"C{number}"

@@ -1,4 +1,4 @@
-"""Independent tasks in worker processes, one torch thread each, so that figures do not depend on how many."""
+"""Independent tasks in worker processes, one torch thread each: figures do not depend on their number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _start(prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def _guarded(work: Callable[[Task], None], task: Task) -> dict[str, str | None] | None:
-    """None, or the error that a user can act on, as text: exceptions with arguments cannot be sent back."""
+    """None, or a typed error as text: exceptions with arguments cannot be sent between processes."""
     try:
         work(task)
     except QktError as error:
@@ -49,7 +49,7 @@ def run_tasks(
     prepare: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> Iterator[Task]:
-    """Yield every task when it is done; those that take longest should come first.
+    """Yield every task when it is done; put the longest tasks first.
 
     Args:
         work: a module's function of one task.

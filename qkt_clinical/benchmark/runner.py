@@ -1,4 +1,4 @@
-"""Runs a benchmark: trains what is shared once per seed, answers every question by every method.
+"""Runs a benchmark: trains shared networks once per seed, and answers every query by every method.
 
 Everything finished lies in the output folder, under ``work/``: networks, and one JSON file per seed,
 student, query and method. A resumed run computes only what is missing.
@@ -22,9 +22,16 @@ from qkt_clinical.benchmark.methods import Case, MethodResult, methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
 from qkt_clinical.benchmark.pool import run_tasks
-from qkt_clinical.benchmark.settings import FEDERATED, FINETUNED, ON_TEACHERS, RECALIBRATED, SETUPS, Settings
-from qkt_clinical.benchmark.simulate import Federation, Question, read, simulate
-from qkt_clinical.benchmark.store import MASKS, Store
+from qkt_clinical.benchmark.settings import (
+    FEDERATED,
+    FINETUNED,
+    ON_TEACHERS,
+    RECALIBRATED,
+    SETUPS,
+    BenchmarkSettings,
+)
+from qkt_clinical.benchmark.simulate import SimulatedFederation, SimulatedQuery, read, simulate
+from qkt_clinical.benchmark.store import MASKS, ResultStore
 from qkt_clinical.benchmark.summary import NOTE, budget_curves, markdown, mask_figures, summarise
 from qkt_clinical.common.console import Step
 from qkt_clinical.common.files import digest_file, write_json, write_text
@@ -44,19 +51,19 @@ class Task:
     seed: int
     name: str
     """Of the network, see :mod:`qkt_clinical.benchmark.store`, or of the method."""
-    question: Question | None = None
+    question: SimulatedQuery | None = None
 
 
 class _Bench:
-    """What a process needs: the data, and one seed's federation at a time."""
+    """State of a worker process: the data, and the federation of one seed at a time."""
 
-    def __init__(self, data: Path, work: Path, settings: Settings, device: str) -> None:
+    def __init__(self, data: Path, work: Path, settings: BenchmarkSettings, device: str) -> None:
         self.parts, self.classes = read(data)
         self.work, self.settings, self.device = work, settings, torch.device(device)
         self.store = lru_cache(1)(self._store)
         self.answers = methods(settings)
 
-    def federation(self, seed: int) -> Federation:
+    def federation(self, seed: int) -> SimulatedFederation:
         s = self.settings
         return simulate(
             self.parts,
@@ -73,14 +80,14 @@ class _Bench:
             max_queries=s.max_queries,
         )
 
-    def _store(self, seed: int) -> Store:
-        return Store(self.work / f"seed-{seed}", self.federation(seed), self.settings, self.device)
+    def _store(self, seed: int) -> ResultStore:
+        return ResultStore(self.work / f"seed-{seed}", self.federation(seed), self.settings, self.device)
 
 
 _BENCH: _Bench | None = None
 
 
-def _prepare(data: Path, work: Path, settings: Settings, device: str) -> None:
+def _prepare(data: Path, work: Path, settings: BenchmarkSettings, device: str) -> None:
     global _BENCH
     _BENCH = _Bench(data, work, settings, device)
 
@@ -98,7 +105,7 @@ def _perform(task: Task) -> None:
 
 
 def row_file(work: Path, task: Task) -> Path:
-    """Where a finished row lies."""
+    """Path of a finished row."""
     assert task.question is not None
     query = "+".join(map(str, task.question.query))
     name = task.name.replace("/", "_")
@@ -133,7 +140,9 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
     }
 
 
-def _networks(federation: Federation, chosen: Sequence[str], settings: Settings) -> Iterator[str]:
+def _networks(
+    federation: SimulatedFederation, chosen: Sequence[str], settings: BenchmarkSettings
+) -> Iterator[str]:
     """Names of the networks that the chosen methods need, those that take longest first."""
     for algorithm in FEDERATED:
         named = [m for m in chosen if m.removeprefix("ablation/").startswith(algorithm)]
@@ -155,7 +164,7 @@ def _networks(federation: Federation, chosen: Sequence[str], settings: Settings)
 
 
 def _check_splits(bench: _Bench) -> None:
-    """Refuse data on which the figures would not be defined."""
+    """Refuse data for which the figures would be undefined."""
     trained = set(np.unique(bench.parts["train"].labels).tolist())
     for split in ("val", bench.settings.split):
         missing = sorted(trained - set(bench.parts[split].labels.tolist()))
@@ -168,7 +177,7 @@ def _check_splits(bench: _Bench) -> None:
 
 
 def _claim(out: Path, key: str, resume: bool) -> None:
-    """Make the folder this run's.
+    """Claim the folder for this run.
 
     Raises:
         ConfigError: it holds a run already, and either that is not to be resumed or its settings differ.
@@ -197,7 +206,7 @@ def _claim(out: Path, key: str, resume: bool) -> None:
 
 
 def environment(device: torch.device, workers: int, *, federated: bool) -> dict[str, Any]:
-    """What the figures were computed with; nothing that names a machine or a day."""
+    """Software versions behind the figures; nothing that identifies a machine or a date."""
     import platform
 
     names = ("qkt-clinical", "torch", "monai", "numpy", *(("nvflare",) if federated else ()))
@@ -215,7 +224,7 @@ def environment(device: torch.device, workers: int, *, federated: bool) -> dict[
 def run(
     data: Path,
     out: Path,
-    settings: Settings,
+    settings: BenchmarkSettings,
     *,
     workers: int | None = None,
     resume: bool = False,
@@ -248,7 +257,7 @@ def run(
     _check_splits(bench)
     digest = digest_file(data)
     networks: list[Task] = []
-    questions: list[tuple[int, Question]] = []
+    questions: list[tuple[int, SimulatedQuery]] = []
     for seed in settings.seeds:  # one federation at a time: each holds a copy of all images
         federation = bench.federation(seed)
         networks += [Task(seed, name) for name in _networks(federation, chosen, settings)]
@@ -308,7 +317,7 @@ def _read(path: Path) -> Any:
 
 
 def _rows(
-    work: Path, questions: Sequence[tuple[int, Question]], chosen: Sequence[str]
+    work: Path, questions: Sequence[tuple[int, SimulatedQuery]], chosen: Sequence[str]
 ) -> list[dict[str, Any]]:
     """All rows asked for; those of another budget are read off the curve of the method's row."""
     rows = []

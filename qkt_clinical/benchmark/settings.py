@@ -1,4 +1,4 @@
-"""What a benchmark computes: its settings, the names of its methods, and the table of ablations.
+"""Settings of a benchmark, the names of its methods, and the table of ablations.
 
 Free of torch, so that wrong names are refused before anything heavy is loaded.
 """
@@ -53,12 +53,12 @@ BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 
 @dataclass(frozen=True)
 class Setup:
-    """How a query is answered by QKT: the default in every field, but for what an ablation changes."""
+    """How QKT answers a query: defaults, except for the fields that an ablation changes."""
 
     method: Method = "qkt"
     mask: str = "default"
     """Who knows what: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
-    most_teachers: int | None = None
+    max_teachers: int | None = None
     """At most so many teachers for every class asked for, those of the highest mask scores."""
     rivals: bool = True
     """Whether teachers that know a local class, but none of the query, are included."""
@@ -81,7 +81,7 @@ def _transfer(method: Method, **changed: Any) -> Setup:
 
 
 def _mask(mask: str) -> Setup:
-    """What a mask is worth by itself: screening would correct some of its errors."""
+    """The effect of a mask alone, without screening, which would correct some of its errors."""
     return Setup(mask=mask, transfer=(("screening", False),))
 
 
@@ -101,8 +101,8 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/rank-1": _transfer("qkt", rank=1.0),
         "ablation/rank-0.35": _transfer("qkt", rank=0.35),
         "ablation/rank-0.25": _transfer("qkt", rank=0.25),
-        "ablation/teachers-1": Setup(most_teachers=1),
-        "ablation/teachers-2": Setup(most_teachers=2),
+        "ablation/teachers-1": Setup(max_teachers=1),
+        "ablation/teachers-2": Setup(max_teachers=2),
         "ablation/images-100": Setup(own="images-100"),
         "ablation/images-30": Setup(own="images-30"),
         "ablation/images-10": Setup(own="images-10"),
@@ -137,7 +137,7 @@ ON_TEACHERS = (FINETUNE, DISTILLED)
 """Baselines whose network starts from the teachers and is the same whatever its hospital asks."""
 
 
-class Settings(Strict):
+class BenchmarkSettings(Strict):
     """Everything on which a benchmark's figures depend beside the data."""
 
     partition: Partition = "pathological"

@@ -1,4 +1,4 @@
-"""Simulated hospitals in memory: who trains on which images, and which queries are asked.
+"""Simulated hospitals in memory: their images, and the queries to ask.
 
 The npz's train split is divided among the hospitals, and within each into training and calibration
 images; its val split is divided likewise and serves early stopping. Its test split is touched by the
@@ -28,12 +28,12 @@ from qkt_clinical.records.card import NetworkSpec
 
 CALIBRATION = 0.15
 """Share of a hospital's training images (whole patients) that is held out for the operating point."""
-MOST_RARE = 50
+MAX_RARE_IMAGES = 50
 """A class of which a hospital holds at most so many training images counts as rare there."""
 
 
 @dataclass(frozen=True)
-class Split:
+class LabelledImages:
     """Images (N, C, *spatial), uint8 or float32 in [0, 1], and labels (N,)."""
 
     images: Images
@@ -47,23 +47,23 @@ class Split:
         """Images and labels, as the training functions take them."""
         return self.images, self.labels
 
-    def take(self, index: Indices) -> Split:
+    def take(self, index: Indices) -> LabelledImages:
         """A part of it."""
-        return Split(self.images[index], self.labels[index])
+        return LabelledImages(self.images[index], self.labels[index])
 
-    def of_classes(self, classes: Sequence[int]) -> Split:
+    def of_classes(self, classes: Sequence[int]) -> LabelledImages:
         """The images of these classes."""
         return self.take(np.flatnonzero(np.isin(self.labels, classes)))
 
 
 @dataclass(frozen=True)
-class Hospital:
+class SimulatedHospital:
     """One simulated hospital."""
 
     name: str
-    train: Split
-    calibration: Split
-    val: Split
+    train: LabelledImages
+    calibration: LabelledImages
+    val: LabelledImages
     """Its part of the npz's val split, for early stopping."""
 
     @property
@@ -73,30 +73,30 @@ class Hospital:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A query: who asks for which classes."""
+class SimulatedQuery:
+    """A query: the asking hospital and the classes that it asks for."""
 
     student: str
     query: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Federation:
-    """All hospitals of one seed, the splits that belong to none, and the questions to ask."""
+class SimulatedFederation:
+    """All hospitals of one seed, the val and test images of all, and the queries to ask."""
 
     seed: int
     classes: tuple[str, ...]
     spec: NetworkSpec
-    hospitals: tuple[Hospital, ...]
-    questions: tuple[Question, ...]
-    val: Split
-    test: Split
+    hospitals: tuple[SimulatedHospital, ...]
+    questions: tuple[SimulatedQuery, ...]
+    val: LabelledImages
+    test: LabelledImages
 
-    def hospital(self, name: str) -> Hospital:
+    def hospital(self, name: str) -> SimulatedHospital:
         """By name."""
         return next(h for h in self.hospitals if h.name == name)
 
-    def relevant(self, question: Question) -> tuple[int, ...]:
+    def relevant(self, question: SimulatedQuery) -> tuple[int, ...]:
         """The relevant label space: what the student holds and what it asks for, sorted."""
         return tuple(sorted({*self.hospital(question.student).held, *question.query}))
 
@@ -123,21 +123,21 @@ def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: i
 
 
 def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
-    """Classes of a hospital that are made rare: those scarce already, else its smallest one of three."""
+    """Classes of a hospital to make rare: those already scarce, else the smallest of three or more."""
     held = np.flatnonzero(counts)
-    scarce = [int(c) for c in held if counts[c] <= MOST_RARE]
+    scarce = [int(c) for c in held if counts[c] <= MAX_RARE_IMAGES]
     if scarce or len(held) < 3:
         return scarce if len(scarce) < len(held) else scarce[1:]
     return [int(held[np.argmin(counts[held])])]
 
 
-def _spread(candidates: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
-    """At most ``count`` questions, spread evenly over students first and classes second."""
+def _spread(candidates: Sequence[SimulatedQuery], count: int | None, seed: int) -> tuple[SimulatedQuery, ...]:
+    """At most ``count`` queries, spread evenly over students first and classes second."""
     chance = np.random.default_rng(seed).permutation(len(candidates))
     left = [candidates[i] for i in chance]
     students: dict[str, int] = {}
     classes: dict[int, int] = {}
-    chosen: list[Question] = []
+    chosen: list[SimulatedQuery] = []
     while left and (count is None or len(chosen) < count):
         best = min(left, key=lambda q: (students.get(q.student, 0), sum(classes.get(c, 0) for c in q.query)))
         left.remove(best)
@@ -162,12 +162,12 @@ def simulate(
     seed: int = 0,
     network: Network = "resnet-small",
     max_queries: int | None = None,
-) -> Federation:
-    """Divide a data set among simulated hospitals and choose the questions.
+) -> SimulatedFederation:
+    """Divide a data set among simulated hospitals and choose the queries.
 
     ``absent``: sets of ``query_size`` classes of which the student has no image. ``rare``: classes of
     which it has at most ``samples_per_rare_class`` training images: those scarce by the partition
-    (``MOST_RARE``), or else its smallest class, cut down to that number before any teacher is trained.
+    (``MAX_RARE_IMAGES``), or else its smallest class, cut down to that number before any teacher is trained.
 
     Raises:
         ConfigError: the data cannot be divided so, or no such question exists.
@@ -207,21 +207,21 @@ def simulate(
             keep[rng.permutation(mine)[:samples_per_rare_class]] = True
         if groups is not None:
             held_out &= ~np.isin(groups, groups[keep])  # a patient whose rare image trains only trains
-        own = Split(images["train"][index], labels)
-        hospital = Hospital(
+        own = LabelledImages(images["train"][index], labels)
+        hospital = SimulatedHospital(
             name,
             own.take(np.flatnonzero(keep)),
             own.take(np.flatnonzero(held_out)),
-            Split(images["val"][val_index], val.labels[val_index]),
+            LabelledImages(images["val"][val_index], val.labels[val_index]),
         )
         if len(hospital.calibration) == 0:
             raise ConfigError(f"hospital {name} has no calibration image", remedy="Choose fewer hospitals.")
         sites.append(hospital)
         if regime == "absent":
             absent = [c for c in range(count) if c not in hospital.held]
-            questions += [Question(name, asked) for asked in combinations(absent, query_size)]
+            questions += [SimulatedQuery(name, asked) for asked in combinations(absent, query_size)]
         else:
-            questions += [Question(name, asked) for asked in combinations(rare, query_size)]
+            questions += [SimulatedQuery(name, asked) for asked in combinations(rare, query_size)]
     elsewhere = {c: {s.name for s in sites if c in s.held} for c in range(count)}
     questions = [q for q in questions if all(elsewhere[c] - {q.student} for c in q.query)]
     if not questions:
@@ -234,14 +234,14 @@ def simulate(
         name=network, spatial_dims=3 if sample.ndim == 5 else 2, in_channels=sample.shape[1], classes=count
     )
     check_size(spec, sample.shape[2:])
-    return Federation(
+    return SimulatedFederation(
         seed,
         classes,
         spec,
         tuple(sites),
         _spread(questions, max_queries, derive(seed, "benchmark", "questions")),
-        Split(images["val"], val.labels),
-        Split(images["test"], parts["test"].labels),
+        LabelledImages(images["val"], val.labels),
+        LabelledImages(images["test"], parts["test"].labels),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is trained once per seed and shared by all methods and queries: teachers, masks, global models.
+"""Networks trained once per seed and shared by all methods and queries: teachers, masks, global models.
 
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
 on the images that figures are computed on, so that most baselines cost no pass at all. A network is named by
@@ -24,8 +24,8 @@ from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.benchmark.metrics import figures
-from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, Settings, Variant
-from qkt_clinical.benchmark.simulate import Federation, Hospital, Split
+from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, BenchmarkSettings, Variant
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedFederation, SimulatedHospital
 from qkt_clinical.benchmark.variants import vary
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ESTIMATORS
 from qkt_clinical.common.files import new_folder, write_json
@@ -44,11 +44,11 @@ from qkt_clinical.training.loop import Checkpoint
 LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
 FEDERATIONS = "federations"
 """Where federations run, each in a folder that is removed afterwards."""
-KEPT = 16
-"""So many bundles stay in a process's memory."""
+CACHED_BUNDLES = 16
+"""Bundles cached in a process's memory."""
 
 
-class Store:
+class ResultStore:
     """The trained networks of one seed.
 
     Args:
@@ -57,15 +57,17 @@ class Store:
         device: where networks are trained and evaluated.
     """
 
-    def __init__(self, folder: Path, federation: Federation, settings: Settings, device: torch.device):
+    def __init__(
+        self, folder: Path, federation: SimulatedFederation, settings: BenchmarkSettings, device: torch.device
+    ):
         self.folder = folder
         self.federation = federation
         self.settings = settings
         self.device = device
-        self.bundle: Callable[[str], Bundle] = lru_cache(KEPT)(self._bundle)
-        self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(KEPT)(self._logits)
-        self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(KEPT)(self._routed_logits)
-        self.verified: Callable[[str], tuple[int, ...]] = lru_cache(KEPT)(self._verified)
+        self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
+        self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)
+        self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(CACHED_BUNDLES)(self._routed_logits)
+        self.verified: Callable[[str], tuple[int, ...]] = lru_cache(CACHED_BUNDLES)(self._verified)
 
     def train(self, name: str) -> None:
         """Train the network of that name and write it."""
@@ -79,7 +81,7 @@ class Store:
         else:
             self._train_teacher(cast(Variant, kind), which)
 
-    def data(self, hospital: str, variant: Variant = "full") -> Hospital:
+    def data(self, hospital: str, variant: Variant = "full") -> SimulatedHospital:
         """A hospital's images, as the variant has them."""
         return vary(
             self.federation.hospital(hospital),
@@ -89,12 +91,12 @@ class Store:
         )
 
     @property
-    def evaluation(self) -> Split:
+    def evaluation(self) -> LabelledImages:
         """The images that the figures are computed on."""
         return self.federation.test if self.settings.split == "test" else self.federation.val
 
     def bytes(self, name: str) -> int:
-        """What travels when a teacher is fetched: card, weights and mask."""
+        """Bytes to transfer when a teacher is fetched: card, weights and mask."""
         return sum((self.folder / name / file).stat().st_size for file in SHARED)
 
     def traffic(self, name: str) -> tuple[int, int]:
@@ -108,7 +110,7 @@ class Store:
         return {estimator: Mask.model_validate(mask) for estimator, mask in data.items()}
 
     def verify(self, network: Classifier) -> tuple[int, ...]:
-        """The classes that a network shows to an asking hospital that reads it again."""
+        """Verified classes of a network, as an asking hospital computes them again."""
         return verified_classes(
             network,
             self.evaluation.images.shape[1:],
@@ -125,7 +127,7 @@ class Store:
         return tuple(self._mask_file(name)[kind])
 
     def seconds(self, name: str) -> float:
-        """How long training took."""
+        """Duration of training."""
         return float(json.loads((self.folder / name / SECONDS).read_text(encoding="utf-8")))
 
     def best_rounds(self, algorithm: str) -> int:
@@ -285,7 +287,7 @@ class Store:
         return logits
 
 
-def _recalls(logits: Tensor, split: Split, classes: int) -> list[float]:
+def _recalls(logits: Tensor, split: LabelledImages, classes: int) -> list[float]:
     """Recall of every class, 0 where it has no image."""
     right = logits.argmax(dim=1).numpy() == split.labels
     return [

@@ -1,4 +1,4 @@
-"""From rows to a summary with intervals, and to a Markdown table. Pure functions."""
+"""Summary of rows with intervals, and its Markdown tables. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.benchmark.settings import Settings
+from qkt_clinical.benchmark.settings import BenchmarkSettings
 from qkt_clinical.catalog import BASELINES, BENCHMARK_METHODS, DEFAULT_ESTIMATOR, ESTIMATORS, METHODS
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.evaluation.metrics import DIGITS, Floats
@@ -76,7 +76,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def best_baseline(rows: Sequence[Row]) -> str | None:
-    """The baseline of the highest mean balanced accuracy, or None without baselines."""
+    """The baseline with the highest mean balanced accuracy, or None without baselines."""
     means = {m: _of(r, "balanced_accuracy").mean() for m, r in by_method(rows).items() if m in BASELINES}
     return max(means, key=lambda m: means[m]) if means else None
 
@@ -89,11 +89,12 @@ def base_of(ablation: str) -> str:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Per method every field's mean with its interval, and for QKT's methods the distance to the baselines.
+    """Mean of every field per method with its interval, and differences of QKT's methods to the baselines.
 
-    ``query_gain_over_peers`` is query accuracy less the mean of all baselines' on the same question,
+    ``query_gain_over_peers`` is query accuracy less the mean of all baselines' on the same query (the key
+    names of ``benchmark.json`` stay),
     ``lead_over_best_peer`` balanced accuracy less that of :func:`best_baseline`; an ablation's ``change`` is
-    against the method that it changes, ``base``. All are paired by question.
+    against the method that it changes, ``base``. All are paired by query.
     """
     methods = by_method(rows)
     baselines = [m for m in methods if m in BASELINES]
@@ -132,7 +133,7 @@ def budget_curves(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
-def mask_figures(judged: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, Any]:
+def mask_figures(judged: Sequence[Mapping[str, Any]], settings: BenchmarkSettings) -> dict[str, Any]:
     """Quality of every estimator's masks over all teachers of all seeds.
 
     Args:
@@ -208,7 +209,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
 
 
 def ablations_table(summary: Mapping[str, Any]) -> str:
-    """What every ablation changes against its method, in points, method by method, best first."""
+    """Difference of every ablation from its method, in percentage points, method by method, best first."""
     shown = [m for m in summary if "base" in summary[m]]
     ranked = sorted(
         shown, key=lambda m: (summary[m]["base"], -summary[m]["change"]["balanced_accuracy"]["mean"], m)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from qkt_clinical.benchmark.settings import Variant
-from qkt_clinical.benchmark.simulate import Hospital, Split
+from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.prepared import Labels
 from qkt_clinical.datasets.partition import Indices
@@ -18,7 +18,7 @@ WEAK = 0.1
 
 
 def wrong_labels(labels: Labels, held: tuple[int, ...], share: float, seed: int) -> Labels:
-    """A copy of labels (N,) in which ``share`` of the images, drawn at random, bear another held class."""
+    """Labels (N,) with a random ``share`` of them changed to another held class."""
     random = np.random.default_rng(seed)
     out = labels.copy()
     for image in random.permutation(len(labels))[: round(share * len(labels))]:
@@ -33,8 +33,8 @@ def _some_of_each(labels: Labels, counts: dict[int, int], seed: int) -> Indices:
     return np.sort(np.concatenate(drawn))
 
 
-def vary(hospital: Hospital, variant: Variant, *, budget: float, seed: int) -> Hospital:
-    """The hospital as a variant has it. Wrong labels are in all its images, calibration and val too."""
+def vary(hospital: SimulatedHospital, variant: Variant, *, budget: float, seed: int) -> SimulatedHospital:
+    """Apply a variant to a hospital. Wrong labels affect all its images, including calibration and val."""
     name = hospital.name
     match variant:
         case "full":
@@ -49,9 +49,9 @@ def vary(hospital: Hospital, variant: Variant, *, budget: float, seed: int) -> H
         case "label-noise-10" | "label-noise-30":
             share = int(variant.rsplit("-", 1)[1]) / 100
 
-            def noisy(part: str, split: Split) -> Split:
+            def noisy(part: str, split: LabelledImages) -> LabelledImages:
                 draw = derive(seed, "benchmark", variant, name, part)
-                return Split(split.images, wrong_labels(split.labels, hospital.held, share, draw))
+                return LabelledImages(split.images, wrong_labels(split.labels, hospital.held, share, draw))
 
             return dataclasses.replace(
                 hospital,
@@ -61,7 +61,9 @@ def vary(hospital: Hospital, variant: Variant, *, budget: float, seed: int) -> H
             )
 
 
-def with_fewer_images(hospital: Hospital, images: int, budget: float, seed: int) -> Hospital:
+def with_fewer_images(
+    hospital: SimulatedHospital, images: int, budget: float, seed: int
+) -> SimulatedHospital:
     """At most ``images`` training and val images of every class, calibration images in the same proportion.
 
     Calibration keeps at least 1 / budget images where there are so many: with fewer, no offset can

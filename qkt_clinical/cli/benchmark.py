@@ -37,7 +37,7 @@ def benchmark(
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
-        float, typer.Option(min=0.0001, max=0.9999, help="Share of own images given away at most.")
+        float, typer.Option(min=0.0001, max=0.9999, help="Largest false-query rate on own images.")
     ] = 0.02,
     split: Annotated[EvaluationSplit, typer.Option(help="Tune on val, report on test.")] = "test",
     workers: Annotated[
@@ -49,11 +49,11 @@ def benchmark(
 ) -> None:
     """Compare all methods on simulated hospitals: every query of every seed, one table."""
     from qkt_clinical.benchmark.runner import run
-    from qkt_clinical.benchmark.settings import Settings, parse_list, parse_numbers
+    from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
     from qkt_clinical.config.params import TrainParams
 
-    settings = Settings(
+    settings = BenchmarkSettings(
         partition=partition,
         hospitals=hospitals,
         classes_per_hospital=classes_per_hospital,

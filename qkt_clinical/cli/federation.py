@@ -14,7 +14,7 @@ from qkt_clinical.errors import ConfigError, visible
 
 if TYPE_CHECKING:
     from qkt_clinical.config.params import Params
-    from qkt_clinical.federation.server import Outcome
+    from qkt_clinical.federation.server import FederationOutcome
 
 federation_app = group(
     no_args_is_help=True,
@@ -31,7 +31,7 @@ Queries = Annotated[
 ]
 
 
-def _show(outcomes: Mapping[str, Outcome], as_json: bool) -> None:
+def _show(outcomes: Mapping[str, FederationOutcome], as_json: bool) -> None:
     """Print what became of what; exit code 1 if a query has no answer and no refusal."""
     if as_json:
         print_json({name: outcome.model_dump(mode="json") for name, outcome in outcomes.items()})

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 Sites = Annotated[list[str] | None, typer.Argument(help="Hospitals; all of params.yaml where none is named.")]
 
-Hospital = Annotated[str | None, typer.Argument(help="The asking hospital; all queries where none is named.")]
+HospitalArgument = Annotated[
+    str | None, typer.Argument(help="The asking hospital; all queries where none is named.")
+]
 
-Query = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
+QueryArgument = Annotated[str | None, typer.Argument(help="Name of the query file without '.yaml'.")]
 
 Workers = Annotated[
     int | None,

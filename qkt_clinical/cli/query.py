@@ -21,32 +21,36 @@ if TYPE_CHECKING:
     from qkt_clinical.jobs import Job
     from qkt_clinical.jobs.run import Report
 
-LARGEST_FILE = 64_000_000
+MAX_RECORD_BYTES = 64_000_000
 """Bytes of one of the workspace's records."""
 
 query_app = group(
     no_args_is_help=True,
     help="Ask for a class, and have this hospital's machine answer with teachers from the registry.",
 )
-Asking = Annotated[str, typer.Argument(metavar="HOSPITAL", help="Who asks.")]
+AskingHospital = Annotated[str, typer.Argument(metavar="HOSPITAL", help="Who asks.")]
 Named = Annotated[str, typer.Argument(metavar="QUERY", help="Name of the query file without '.yaml'.")]
 Only = Annotated[str | None, typer.Argument(metavar="[HOSPITAL]", help="Of one hospital alone.")]
 
 
 @query_app.command("new", epilog=EPILOG)
 def query_new(
-    hospital: Asking,
+    hospital: AskingHospital,
     query: Named,
     classes: Annotated[str, typer.Option("--classes", help="Classes to learn, with commas.")],
     method: Annotated[Method, typer.Option(help="How it is answered.")] = DEFAULT_METHOD,
     budget: Annotated[
-        float, typer.Option(help="Give away at most this share of the images that are classified today.")
+        float,
+        typer.Option(
+            help="Largest false-query rate: share of today's images that may be taken for the query."
+        ),
     ] = DEFAULT_BUDGET,
     max_teachers: Annotated[
-        int | None, typer.Option(help="Hear at most so many.", show_default=False)
+        int | None, typer.Option(help="Include at most so many teachers.", show_default=False)
     ] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Hospitals not to hear, with commas.", show_default=False)
+        str | None,
+        typer.Option(help="Hospitals whose teachers are left out, with commas.", show_default=False),
     ] = None,
     root: Root = HERE,
     as_json: Json = False,
@@ -78,7 +82,7 @@ def _words(text: str) -> list[str]:
 
 @query_app.command("plan", epilog=EPILOG)
 def query_plan(
-    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+    hospital: AskingHospital, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
 ) -> None:
     """Show who would answer, why, and what it costs; nothing is fetched but cards and masks."""
     from qkt_clinical.common.wording import size, words
@@ -149,7 +153,7 @@ def _as_json(job: Job) -> dict[str, Any]:
 
 @query_app.command("run", epilog=EPILOG)
 def query_run(
-    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+    hospital: AskingHospital, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
 ) -> None:
     """Answer a query: fetch the relevant teachers, transfer, register the student.
 
@@ -165,7 +169,7 @@ def query_run(
 
 @query_app.command("resume", epilog=EPILOG)
 def query_resume(
-    hospital: Asking, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
+    hospital: AskingHospital, query: Named, root: Root = HERE, device: OnDevice = None, as_json: Json = False
 ) -> None:
     """Go on with a query that was interrupted, has failed or was cancelled."""
     from qkt_clinical.config.loading import load_params
@@ -253,7 +257,7 @@ def query_status(
 
 
 @query_app.command("show", epilog=EPILOG)
-def query_show(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
+def query_show(hospital: AskingHospital, query: Named, root: Root = HERE, as_json: Json = False) -> None:
     """Show a query: its job, who answered, its figures, the gate's verdict, as far as there are any."""
     from qkt_clinical.common.files import digest_folder
     from qkt_clinical.config.loading import load_query
@@ -309,7 +313,7 @@ def _read(path: Path, kind: type[BaseModel]) -> Any:
     from qkt_clinical.common.files import read_plain
 
     try:
-        return kind.model_validate_json(read_plain(path, LARGEST_FILE)).model_dump(mode="json")
+        return kind.model_validate_json(read_plain(path, MAX_RECORD_BYTES)).model_dump(mode="json")
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -319,7 +323,7 @@ def _read(path: Path, kind: type[BaseModel]) -> Any:
 
 
 @query_app.command("cancel", epilog=EPILOG)
-def query_cancel(hospital: Asking, query: Named, root: Root = HERE, as_json: Json = False) -> None:
+def query_cancel(hospital: AskingHospital, query: Named, root: Root = HERE, as_json: Json = False) -> None:
     """Take a query back: workers leave it alone, and who answers it now stops; 'run' asks it again."""
     from qkt_clinical.jobs import Board
 

@@ -10,10 +10,10 @@ import typer
 
 from qkt_clinical.cli.options import (
     HERE,
-    Hospital,
+    HospitalArgument,
     Json,
     OnDevice,
-    Query,
+    QueryArgument,
     Root,
     Sites,
     named_queries,
@@ -66,7 +66,9 @@ def mask(sites: Sites = None, root: Root = HERE, as_json: Json = False) -> None:
         print_json(done)
 
 
-def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+def plan(
+    hospital: HospitalArgument = None, query: QueryArgument = None, root: Root = HERE, as_json: Json = False
+) -> None:
     """Choose the relevant teachers of a query and fetch their bundles."""
     from qkt_clinical.common.locks import hold_query
     from qkt_clinical.config.loading import load_params
@@ -87,8 +89,8 @@ def plan(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_j
 
 
 def transfer(
-    hospital: Hospital = None,
-    query: Query = None,
+    hospital: HospitalArgument = None,
+    query: QueryArgument = None,
     root: Root = HERE,
     device: OnDevice = None,
     as_json: Json = False,
@@ -123,8 +125,8 @@ def transfer(
 
 
 def evaluate(
-    hospital: Hospital = None,
-    query: Query = None,
+    hospital: HospitalArgument = None,
+    query: QueryArgument = None,
     root: Root = HERE,
     device: OnDevice = None,
     as_json: Json = False,
@@ -156,7 +158,9 @@ def evaluate(
         _table(rows)
 
 
-def gate(hospital: Hospital = None, query: Query = None, root: Root = HERE, as_json: Json = False) -> None:
+def gate(
+    hospital: HospitalArgument = None, query: QueryArgument = None, root: Root = HERE, as_json: Json = False
+) -> None:
     """Judge every answer by the rules of params.yaml, or one; exit code 1 if one does not pass.
 
     An answer that nobody has measured is not judged, and does not pass.

@@ -1,1 +1,1 @@
-"""What every room may use, and which uses none of them."""
+"""Helpers that every package may use and that import no other package."""

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: progress bars, or plain lines where there is no terminal."""
+"""Output for people: progress bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Step]:
 
 
 def tell_skipped(ref: QueryRef, why: QktError) -> None:
-    """Name a query that a stage leaves out, on standard error."""
+    """Report on standard error a query that a stage skips."""
     print(visible(f"{ref.hospital}/{ref.query}: left out [{why.code}]: {why}"), file=sys.stderr)
 
 
 def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) -> None:
-    """Say on standard error what is no error but should be known; pairs of code and words."""
+    """Print warnings, pairs of code and message, to standard error."""
     for code, words in warnings:
         print(visible(f"warning [{code}]: {words} (stage {stage}, site {site})"), file=sys.stderr)
 
 
 def tell_set_aside(what: str, why: str) -> None:
-    """Name what is left out of a whole because it cannot be used, on standard error."""
+    """Report on standard error an item that is skipped because it cannot be used."""
     print(f"{visible(what)}: set aside: {visible(why)}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written, reading those of others, and digests of both."""
+"""Atomic writing of files, safe reading of files from elsewhere, and digests of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = 1 << 20
 
 
 class TooLarge(OSError):
-    """A file holds more than it may."""
+    """A file is larger than allowed."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def plain_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_plain(path: Path, most: int) -> bytes:
-    """A plain file's content by one handle: what is hashed and what is parsed are the same bytes.
+    """Read a plain file through one handle, so that the hashed and the parsed bytes are the same.
 
     Args:
         most: bytes that it may hold.
@@ -102,7 +102,7 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def owners_alone() -> Iterator[None]:
-    """What the process makes within the block can be read by its owner alone."""
+    """Files that the process creates within the block can be read by their owner only."""
     before = os.umask(0o077)
     try:
         yield
@@ -128,7 +128,7 @@ def copy_folder(source: Path, target: Path, most: int = 1 << 34) -> None:
 
 @contextmanager
 def passing_file(target: Path) -> Iterator[Path]:
-    """Yield a name beside ``target`` that is nobody else's; after the block, what was written replaces it.
+    """Yield a unique name beside ``target``; after the block, the file of that name replaces it.
 
     Where the block fails, or the disk does, ``target`` is as it was and nothing is left beside it.
     """
@@ -153,7 +153,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_list(path: Path, values: Iterable[Any]) -> None:
-    """Write a JSON list, one value a line, with one in memory at a time; the file must be nobody's yet."""
+    """Write a JSON list, one value per line and one in memory at a time; the file must not exist yet."""
     with path.open("w", encoding="utf-8") as stream:
         for i, value in enumerate(values):
             text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -162,13 +162,13 @@ def write_json_list(path: Path, values: Iterable[Any]) -> None:
 
 
 def _passing(target: Path, ending: str) -> Path:
-    """A name beside ``target`` that nobody else has: numbers of processes come again."""
+    """A unique name beside ``target``; process ids alone would repeat."""
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{ending}")
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder, by which :func:`sweep` knows that its process lives.
+    """Lock a folder, which shows :func:`sweep` that its process is alive.
 
     Raises:
         OSError: somebody holds it, it is not there, or the file system knows no locks.
@@ -182,7 +182,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def sweep(target: Path) -> None:
-    """Remove what a process that has ended left beside ``target`` while it made it anew."""
+    """Remove temporary files beside ``target`` that a process left when it ended early."""
     for path in sorted(target.parent.glob(f".{target.name}.*")):
         if re.fullmatch(r"[0-9a-f]+\.(part|old)", path.name.removeprefix(f".{target.name}.")):
             with suppress(OSError), _held(path):

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def page_environment(package: str) -> Environment:
-    """Of the templates in ``package``'s folder ``templates/``."""
+    """The Jinja environment of the templates in ``package``'s folder ``templates/``."""
     return Environment(
         loader=PackageLoader(package),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""Locks between processes. They belong to the process: the system takes them back however it ends.
+"""Locks between processes. The system releases them when the process ends, however it ends.
 
-They are those of one machine's file system. A lock taken twice by one process waits for itself: only the
-outermost (a command, a stage, a job) takes that of a query.
+They hold within one machine's file system. A process that takes a lock twice waits for itself, so only the
+outermost caller (a command, a stage or a job) takes the lock of a query.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PATIENCE_S = 0.2
 
 
 class Busy(QueryError):
-    """Another process works on the query."""
+    """Another process is working on the query."""
 
     code = "job-running"
 
 
 @contextmanager
 def lock(path: Path, *, patience_s: float = math.inf) -> Iterator[None]:
-    """Hold a lock, whose file stays where it is, within the block.
+    """Hold a file lock within the block; the lock file stays.
 
     Raises:
         BlockingIOError: another process held it for ``patience_s`` seconds.
@@ -59,7 +59,7 @@ def lock(path: Path, *, patience_s: float = math.inf) -> Iterator[None]:
 
 @contextmanager
 def hold_query(root: Path, hospital: str, query: str, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Write what belongs to a query, its plan, student, evaluation and verdict, as the only process.
+    """Hold a query's lock: only its holder writes the query's plan, student, evaluation and verdict.
 
     Raises:
         ConfigError: a name that is none.

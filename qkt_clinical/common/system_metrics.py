@@ -1,6 +1,7 @@
-"""What a stage takes of the machine while it runs, for MLflow's pages.
+"""System metrics: the processor and memory that a stage uses, for MLflow's pages.
 
-Kept outside a stage's outputs, since no two runs take the same. Asked for as in MLflow itself, by
+They lie outside the stage's outputs, since they differ from run to run. They are switched on as in MLflow
+itself, by
 ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=true``. MLflow's own monitor needs an open run; here runs are mirrored
 when the stages are done.
 """
@@ -19,11 +20,11 @@ from pydantic import Field, TypeAdapter
 from qkt_clinical.common.files import read_plain, write_json
 
 SWITCH, EVERY = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
-EVERY_S, MOST = 1.0, 10_000
+EVERY_S, MAX_SAMPLES = 1.0, 10_000
 """Seconds between two samples unless said otherwise; samples kept at most."""
 
-Sample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-SAMPLES = TypeAdapter(list[Sample])
+MetricsSample = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+SAMPLES = TypeAdapter(list[MetricsSample])
 MAX_BYTES = 20_000_000
 
 
@@ -39,7 +40,7 @@ def _every() -> float:
         return EVERY_S
 
 
-def _sample() -> Sample:
+def _sample() -> MetricsSample:
     import psutil
 
     memory = psutil.virtual_memory()
@@ -59,12 +60,12 @@ def _sample() -> Sample:
 
 
 @contextmanager
-def watched() -> Iterator[list[Sample]]:
-    """Samples of processor, memory and graphics memory, taken at intervals while the block runs.
+def sample_system_metrics() -> Iterator[list[MetricsSample]]:
+    """Sample processor, memory and GPU memory at intervals while the block runs.
 
-    The list is whole when the block has ended, and stays empty where nobody asked.
+    The list is complete after the block, and stays empty where system metrics are switched off.
     """
-    samples: list[Sample] = []
+    samples: list[MetricsSample] = []
     if not asked():
         yield samples
         return
@@ -74,10 +75,10 @@ def watched() -> Iterator[list[Sample]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(_every()) and len(samples) < MOST:
+        while not done.wait(_every()) and len(samples) < MAX_SAMPLES:
             samples.append(_sample())
 
-    watcher = threading.Thread(target=watch, name="usage", daemon=True)
+    watcher = threading.Thread(target=watch, name="system-metrics", daemon=True)
     watcher.start()
     try:
         yield samples
@@ -88,22 +89,22 @@ def watched() -> Iterator[list[Sample]]:
 
 
 def _file(scratch: Path, bundle: str) -> Path:
-    return scratch / "usage" / f"{bundle}.json"
+    return scratch / "system-metrics" / f"{bundle}.json"
 
 
-def keep_usage(scratch: Path, bundle: str, samples: list[Sample]) -> None:
-    """Keep what making a bundle took, if anything was sampled.
+def write_system_metrics(scratch: Path, bundle: str, samples: list[MetricsSample]) -> None:
+    """Write the samples taken while a bundle was made, if there are any.
 
     Args:
-        bundle: digest of its card, so that figures never pass for those of another model.
+        bundle: digest of its card, so that the samples are never attributed to another model.
     """
     if samples:
         with suppress(OSError):  # what was made is whole without them
             write_json(_file(scratch, bundle), samples)
 
 
-def read_usage(scratch: Path, bundle: str) -> list[Sample]:
-    """What making a bundle took, in the order of time; empty where nobody asked."""
+def read_system_metrics(scratch: Path, bundle: str) -> list[MetricsSample]:
+    """The samples taken while a bundle was made, in order of time; empty where there are none."""
     from pydantic import FiniteFloat, TypeAdapter
 
     try:

@@ -1,4 +1,4 @@
-"""Worker processes: how many, how they start and how they end."""
+"""Worker processes: their number, start and end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def _end_with_parent() -> None:
-    """End this worker as soon as its parent is gone; it would wait for the next task for ever."""
+    """End this worker when its parent has ended; otherwise it would wait for a task for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -60,7 +60,7 @@ def start_method() -> str:
 
 
 class Pool:
-    """Processes that end with this one; leaving the context after an error ends them at once."""
+    """A pool of processes that ends with this one; an error in the context ends them at once."""
 
     def __init__(
         self, workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
@@ -156,7 +156,7 @@ def _windowed(
 def _alone(
     work: Callable[[Item], Result], items: list[Item], lost: Callable[[Item], Result]
 ) -> Iterator[Result]:
-    """One by one in a process of its own, until that has ended too: then that item was the reason."""
+    """Process items one by one in a new process until that ends as well: that item was the cause."""
     left = deque(items)
     while left:
         try:

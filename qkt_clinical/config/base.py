@@ -1,4 +1,4 @@
-"""What all configuration files have in common: strict models and checked names."""
+"""Base of all configuration models: strict parsing and checked names."""
 
 from __future__ import annotations
 

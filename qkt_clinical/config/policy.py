@@ -1,4 +1,4 @@
-"""``policy.yaml``: what a hospital lets out of the house, and whom it hears."""
+"""``policy.yaml``: what may leave a hospital, and whose queries and teachers it accepts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Share(Strict):
-    """What leaves a site for the federation."""
+    """What a site shares with the federation."""
 
     teacher: bool = False
     """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
@@ -27,7 +27,7 @@ class Share(Strict):
 
 
 class Policy(Strict):
-    """``policy.yaml``: what a site gives to a federation, and to whom; what is not said is refused."""
+    """``policy.yaml``: what a site shares with a federation, and with whom; everything else is refused."""
 
     share: Share = Share()
     mask: Literal["all", "query"] = "query"
@@ -39,13 +39,13 @@ class Policy(Strict):
     queries_per_day: Annotated[int, Field(ge=0)] = 0
     """Queries that the site helps to answer at most within any 24 hours."""
     keys: dict[Name, PublicKey] = Field(default_factory=dict)
-    """Whose teachers are heard only if they are signed: site to its Ed25519 public key."""
+    """Sites whose teachers are used only if they are signed, with their Ed25519 public keys."""
 
 
 POLICY = "policy.yaml"
 
 OPEN_POLICY = """\
-# What may leave this hospital for a federation, and whose questions it hears; what is not said is refused.
+# What may leave this hospital for a federation, and whose queries it answers; what is not said is refused.
 share:
   teacher: true # its network and what it knows, for other hospitals' queries
   metrics: true # figures of its own students, with intervals, without counts
@@ -54,6 +54,6 @@ mask: all # all | query: others see only whether we know the classes asked for a
 refuse_classes: []
 refuse_requesters: []
 queries_per_day: 1000
-keys: {} # hospital: its public key; whoever is named is heard only if its teacher is signed
+keys: {} # hospital: its public key; the teacher of whoever is named is used only if it is signed
 """
 """What generated and simulated hospitals begin with."""

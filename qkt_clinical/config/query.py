@@ -19,7 +19,7 @@ class QueryConfig(Strict):
     """Classes to learn, in the federation's label space."""
     method: Method = DEFAULT_METHOD
     budget: Annotated[float, Field(gt=0.0, le=0.5)] = DEFAULT_BUDGET
-    """Give away at most this share of the images that the hospital classifies today."""
+    """Largest false-query rate: the share of own images that may be taken for the query."""
     max_teachers: Annotated[int, Field(ge=1, le=64)] | None = None
     exclude_teachers: Names = ()
 

@@ -15,7 +15,7 @@ from qkt_clinical.config.base import Name, Strict
 
 
 class Source(Strict):
-    """Where a site's images lie.
+    """Location and kind of a site's images.
 
     ``path`` is relative to the site's folder and stays inside it (a symbolic link may lead out), so
     that DVC can watch ``hospitals/<site>/data``.
@@ -72,7 +72,7 @@ OLDEST_BAND = 90
 
 
 class Subgroup(Column):
-    """A column by which figures are shown apart, such as sex or scanner.
+    """A column whose groups get separate figures, such as sex or scanner.
 
     ``bands`` are rising whole edges that turn numbers, or DICOM ages, into ``<40``, ``40-59``, ``60+``; a
     column of ages needs them.
@@ -103,7 +103,7 @@ LARGEST_IMAGE = 200_000_000
 
 
 class ImageSpec(Strict):
-    """What every image of a site is brought to.
+    """Target format of every image of a site.
 
     ``size`` in pixels, (H, W) or (D, H, W); ``spacing_mm`` of the same length, or null to resize
     without regard to spacing; ``channels`` 1 or 3. ``window`` maps intensities to [0, 1] (null: the

@@ -1,4 +1,4 @@
-"""Where things lie in a workspace."""
+"""Paths of a workspace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def query_file(root: Path, site: str, query: str) -> Path:
 
 
 def check_name(value: str, what: str) -> str:
-    """The name itself, if it is one of a site or query: it becomes a part of paths.
+    """Return the name if it is a valid site or query name: it becomes a part of paths.
 
     Raises:
         ConfigError: it is malformed.
@@ -70,7 +70,7 @@ class Workspace:
         return self.root / "data" / "prepared" / check_name(site, "site")
 
     def consent(self, site: str) -> Path:
-        """What a site lets others see."""
+        """Consent of a site: what others may see."""
         return self.root / "data" / "consent" / f"{check_name(site, 'site')}.json"
 
     def teacher(self, site: str) -> Path:
@@ -120,7 +120,7 @@ def keep_private(root: Path) -> None:
 
 
 def _close(path: Path, mode: int) -> None:
-    """Take others' rights away, if there are any and they are ours to take."""
+    """Remove other users' permissions, if there are any and the file is ours."""
     with suppress(PermissionError):
         if path.stat().st_mode & 0o077:
             path.chmod(mode)

@@ -46,7 +46,7 @@ MOST_COLUMNS, LONGEST_GROUP = 8, 64
 
 
 class ImageStack(Protocol):
-    """Images one after the other, of one shape and type: an array, or what gives them one by one."""
+    """Images of one shape and type: an array, or an object that yields them one by one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class ImageStack(Protocol):
 
 
 class Manifest(Strict):
-    """What a prepared site holds. Counts are for the site's own eyes and never leave it."""
+    """What a prepared site holds. Its counts never leave the site."""
 
     format: Literal["qkt-prepared/1"]
     site: str
@@ -90,7 +90,7 @@ class Manifest(Strict):
 
 
 class Consent(Strict):
-    """``data/consent/<site>.json``: what the hospital lets others see, written by ``ingest``.
+    """``data/consent/<site>.json``: which of its data others may see, written by ``ingest``.
 
     It lies beside the prepared site, not in it: to give or to withdraw consent must not train a teacher anew.
     """

@@ -11,7 +11,7 @@ from qkt_clinical.errors import ConfigError
 
 Indices = NDArray[np.int64]
 
-FEWEST = 5
+MIN_IMAGES = 5
 """Dirichlet: a share of fewer training images than this is none, so that a held class can be learned."""
 
 DRAWS = 1000
@@ -51,13 +51,13 @@ def dirichlet_shares(
 ) -> NDArray[np.float64]:
     """Shares (hospitals, classes): every class is divided in proportions drawn from Dirichlet(beta).
 
-    Shares below ``FEWEST`` training images are taken as none. Draws are repeated until every hospital
+    Shares below ``MIN_IMAGES`` training images are taken as none. Draws are repeated until every hospital
     holds at least two classes and a quarter of an even share of all images.
 
     Args:
         counts: (classes,) training images per class, each at least 1.
         hospitals: at least 2.
-        beta: concentration; the smaller, the more unlike the hospitals.
+        beta: concentration; the smaller, the more the hospitals differ.
         seed: of the draws.
 
     Raises:
@@ -67,7 +67,7 @@ def dirichlet_shares(
     for _ in range(DRAWS):
         shares: NDArray[np.float64] = rng.dirichlet(np.full(hospitals, beta), size=len(counts)).T.copy()
         largest = shares.argmax(axis=0)
-        shares[shares * counts < FEWEST] = 0.0
+        shares[shares * counts < MIN_IMAGES] = 0.0
         empty = shares.sum(axis=0) == 0.0
         shares[largest[empty], empty] = 1.0
         shares /= shares.sum(axis=0)

@@ -66,7 +66,7 @@ class Preset(Strict):
 
 
 @dataclass(frozen=True)
-class Federation:
+class DividedDataSet:
     """What params.yaml needs to know of the hospitals."""
 
     classes: tuple[str, ...]
@@ -111,7 +111,7 @@ def federate(
     queries: int | None = None,
     method: str = "qkt",
     budget: float = 0.05,
-) -> Federation:
+) -> DividedDataSet:
     """Turn one labelled npz into simulated hospitals below ``out/hospitals``.
 
     Writes ``<site>/data/images.npz``, ``<site>/queries/*.yaml`` and ``<site>/site.yaml`` per hospital;
@@ -170,7 +170,7 @@ def federate(
             {slugs[c]: {"classes": [names[c]], "method": asked.method, "budget": asked.budget} for c in mine},
             {split: (parts[split], pieces[split][h]) for split in SPLITS},
         )
-    return Federation(names, sites, keys)
+    return DividedDataSet(names, sites, keys)
 
 
 def _checked(arguments: dict[str, Any]) -> FederateParams:

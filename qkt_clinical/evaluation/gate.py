@@ -7,7 +7,7 @@ verdict says what speaks for and against it.
 
 from __future__ import annotations
 
-from qkt_clinical.common.disclosure import shown_count, too_few, withhold
+from qkt_clinical.common.disclosure import shown_count, suppress, too_few
 from qkt_clinical.config.params import GateParams
 from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.verdict import Bound, Champion, GateRule, Measured, Verdict
@@ -17,8 +17,8 @@ COMPARED_DECIMALS = 2
 
 
 def measured(evaluation: Evaluation) -> Measured:
-    """What others are held against."""
-    recall = withhold(evaluation.after.recall, evaluation.test_images)
+    """The figures of an answer with which others are compared."""
+    recall = suppress(evaluation.after.recall, evaluation.test_images)
     return Measured(
         balanced_accuracy=evaluation.after.balanced_accuracy,
         query_recall={c: recall.get(c) for c in evaluation.classes},
@@ -33,7 +33,7 @@ def _rule(name: str, meaning: str, figure: float | None, bound: Bound, threshold
 
 
 def absolute_rules(evaluation: Evaluation, figures: Measured, params: GateParams) -> tuple[GateRule, ...]:
-    """What every answer must reach, whatever is in use.
+    """Rules for every answer, whichever version is in use.
 
     Whether a figure that may not be told reaches a threshold is not told either: the rule is met only where
     every figure would meet it.
@@ -84,7 +84,7 @@ def absolute_rules(evaluation: Evaluation, figures: Measured, params: GateParams
 def relative_rules(
     figures: Measured, digest: str | None, champion: Champion | None, params: GateParams
 ) -> tuple[GateRule, ...]:
-    """What an answer must reach beside the version in use.
+    """Rules that compare an answer with the version in use.
 
     Figures of other test images say nothing about which of two versions is better: the rule is not met
     then. It is met where nothing is in use, or the answer itself is.
@@ -153,7 +153,7 @@ def judge(
 
 
 def against(verdict: Verdict, champion: Champion | None, params: GateParams) -> Verdict:
-    """The same verdict beside another champion: which is in use may have changed since it was made."""
+    """The same verdict against another champion: the version in use may have changed since."""
     if verdict.measured is None:
         return verdict
     rules = (

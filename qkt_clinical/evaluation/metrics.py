@@ -41,7 +41,7 @@ class TestSet:
 
 
 class Draws(TypedDict):
-    """How intervals are drawn: bootstrap draws over patients, confidence such as 0.95, and their seed."""
+    """Settings of intervals: bootstrap draws over patients, confidence such as 0.95, and the seed."""
 
     draws: int
     confidence: float
@@ -414,10 +414,10 @@ def assess(
     )
 
 
-def share_given_away(
+def false_query_rate(
     test: TestSet, own: NDArray[np.bool_], after: Floats, *, draws: int, confidence: float, seed: int
 ) -> Estimate | None:
-    """Share of a hospital's own images of its own classes that the answer gives to the query.
+    """False-query rate: share of a hospital's images of its own classes that are taken for the query.
 
     Args:
         test: labels and patients.

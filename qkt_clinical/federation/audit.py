@@ -1,4 +1,4 @@
-"""A site's record of what it was asked and what it decided: append-only, each line sealed by the one before.
+"""Audit record of a site's requests and decisions: append-only, each line chained to the one before.
 
 A line that is changed, removed or put in between breaks the chain. The number of lines and the digest of the
 last one stand in a small file beside it, so a cut end is seen too. Only who changes both files goes unseen:
@@ -69,7 +69,7 @@ class Entry(Strict):
 
 
 class Head(Strict):
-    """How far a record goes."""
+    """The head of a record: its number of lines and the last digest."""
 
     format: Literal["qkt-audit-head/1"] = "qkt-audit-head/1"
     count: Annotated[int, Field(ge=0)] = 0
@@ -110,7 +110,7 @@ def _write_head(path: Path, head: Head) -> None:
 
 
 def _entries(stream: BinaryIO, path: Path) -> Iterator[_Read]:
-    """Every whole line, held against the one before; at the end all of them against the head.
+    """Every complete line, checked against the one before, and finally against the head.
 
     Half a line at the end is what a fault left of one that was never confirmed; it is passed over.
     """
@@ -139,7 +139,7 @@ def _entries(stream: BinaryIO, path: Path) -> Iterator[_Read]:
 
 
 def read_record(path: Path) -> Iterator[Entry]:
-    """Every entry, the oldest first, each held against the one before.
+    """Every entry, oldest first, each checked against the one before.
 
     Raises:
         OutputsError: a line is no entry or does not follow, or the end is missing, code ``audit-broken``.
@@ -209,7 +209,7 @@ class _Writer:
 
 @contextmanager
 def _writing(path: Path, clock: Callable[[], float]) -> Iterator[_Writer]:
-    """The record for this process and thread alone; made where there is none."""
+    """Lock the record for this process and thread; create it if there is none."""
     with lock(path.with_suffix(LOCK)):
         taken_away = None if path.exists() else _read_head(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -228,7 +228,7 @@ def _writing(path: Path, clock: Callable[[], float]) -> Iterator[_Writer]:
 def record(
     path: Path, event: Event, about: Mapping[str, str], clock: Callable[[], float] = time.time
 ) -> Entry:
-    """Add an entry, on the disk before this returns; one process at a time.
+    """Add an entry and flush it to disk; one process at a time.
 
     Raises:
         OutputsError: the record is broken; nothing is added, so nothing is done that it should hold.
@@ -259,7 +259,7 @@ def record_within(
 
 
 def count_since(path: Path, event: Event, start: float) -> int:
-    """How many entries of an event are not older than ``start``; none where the record was taken away."""
+    """Number of entries of an event since ``start``; 0 if the record was removed."""
     if not path.exists():
         return 0
     return sum(entry.event == event and entry.time >= start for entry in read_record(path))

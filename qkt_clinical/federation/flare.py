@@ -1,4 +1,4 @@
-"""Site and server as NVIDIA FLARE's executor, filter and controller. Thin: FLARE moves, the rest decides.
+"""Site and server as NVIDIA FLARE's executor, filter and controller: a thin layer around the library.
 
 A site's machine names its own workspace in ``local/qkt.json`` of its startup kit. What a job says cannot
 point anywhere else, since none of these classes takes a path.
@@ -39,14 +39,14 @@ from qkt_clinical.federation.messages import (
     Contributed,
     Declined,
     Offered,
-    Question,
     Refused,
     Reply,
+    TeacherRequest,
     read_reply,
 )
 from qkt_clinical.federation.policy import check_outbound
-from qkt_clinical.federation.server import Outcome, Server
-from qkt_clinical.federation.settings import FILE, NamedInJob, Settings
+from qkt_clinical.federation.server import FederationOutcome, Server
+from qkt_clinical.federation.settings import FILE, FederationSettings, NamedInJob
 from qkt_clinical.federation.site import Site
 
 SAID = "qkt"
@@ -57,8 +57,8 @@ OUTCOMES = "outcomes"
 """An administrator's question to a running job, and the file in which a finished one answers it."""
 
 
-def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
-    """What this machine knows of itself, from ``local/qkt.json``, and its name.
+def settings_of(fl_ctx: FLContext) -> tuple[FederationSettings, str]:
+    """Settings of this machine from ``local/qkt.json``, and its name.
 
     Raises:
         ConfigError: absent or not such a file.
@@ -67,7 +67,7 @@ def settings_of(fl_ctx: FLContext) -> tuple[Settings, str]:
     name = str(fl_ctx.get_identity_name()).removeprefix("simulator_")
     place = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir()) / FILE
     try:
-        settings = parse(Settings, json.loads(read_plain(place, MAX_CONFIG_BYTES)), file=FILE)
+        settings = parse(FederationSettings, json.loads(read_plain(place, MAX_CONFIG_BYTES)), file=FILE)
     except (OSError, ValueError, RecursionError):
         raise ConfigError(
             "cannot be read", remedy="Name the qkt workspace in it; docs/federation.md shows how.", file=FILE
@@ -85,10 +85,10 @@ def workspace_of(fl_ctx: FLContext) -> tuple[Path, str]:
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """A site's end: does a task and replies, whatever happens."""
+    """Executor of a site: performs a task and always replies."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Say that this process is there, whenever the server asks."""
+        """Answer the server's question whether this process is alive."""
         if event_type == EventType.START_RUN:
             engine = fl_ctx.get_engine()
             engine.register_aux_message_handler(
@@ -112,7 +112,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
 
 class OutboundPolicy(Filter):  # type: ignore[misc]
-    """The site's own last look at what a job sends, named in its ``local/privacy.json``.
+    """The site's filter of what a job sends, named in its ``local/privacy.json``.
 
     It stands whatever the job is: one that is not ours may send nothing.
     """
@@ -139,7 +139,7 @@ class OutboundPolicy(Filter):  # type: ignore[misc]
 
 
 def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
-    """Let pass what a job names: sites, and queries as ``<hospital>/<query>``.
+    """Check what a job names: sites, and queries as ``<hospital>/<query>``.
 
     Raises:
         ConfigError: a name is none, or there are more than a thousand.
@@ -148,7 +148,7 @@ def check_job(sites: Sequence[str], queries: Sequence[str]) -> None:
 
 
 class QueryController(Controller):  # type: ignore[misc]
-    """The server's end: collects teachers, then has queries answered, those of one hospital in turn.
+    """Controller on the server: collects teachers, then has queries answered, one hospital's in turn.
 
     Args:
         sites: whose teachers are collected, and who is asked whether it helps.
@@ -176,13 +176,13 @@ class QueryController(Controller):  # type: ignore[misc]
         settings, _ = settings_of(fl_ctx)
         self._server = Server(Path(settings.workspace), settings.keys)
         for site in self.sites if self.contribute else ():
-            self._server.note(Outcome(state="waiting"), "teachers", site)
+            self._server.note(FederationOutcome(state="waiting"), "teachers", site)
         for one in self.queries:
-            self._server.note(Outcome(state="waiting"), "queries", *one.split("/"))
+            self._server.note(FederationOutcome(state="waiting"), "queries", *one.split("/"))
         self._engine.register_app_command(OUTCOMES, self._tell_outcomes)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Leave outcomes, and students that were sent, among the job's results."""
+        """Write outcomes and received students to the job's results."""
         results = Path(self._engine.get_workspace().get_run_dir(fl_ctx.get_job_id())) / SAID
         write_json(results / f"{OUTCOMES}.json", self._outcomes())
         for one in self.queries:
@@ -201,7 +201,7 @@ class QueryController(Controller):  # type: ignore[misc]
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        """A reply that came too late; the site keeps what it made for the next time it is asked."""
+        """Ignore a reply that came too late; the site keeps its result for the next request."""
         self.log_warning(fl_ctx, f"{client.name} replied to {task_name} too late")
 
     def _tell(
@@ -212,7 +212,7 @@ class QueryController(Controller):  # type: ignore[misc]
         abort_signal: Signal,
         take: Callable[[str, Reply], object] = lambda site, reply: None,
     ) -> dict[str, Reply | None]:
-        """Give a task to sites, and what each replied; None where it did not in time.
+        """Send a task to sites and return the reply of each; None if it came too late.
 
         Args:
             take: called with site and reply as soon as it is there.
@@ -247,21 +247,21 @@ class QueryController(Controller):  # type: ignore[misc]
             one = Task(task, message, timeout=self.patience_s, result_received_cb=received)
             self.broadcast(one, fl_ctx, targets=present, min_responses=len(present))
             now = asked = time.monotonic()
-            heard = dict.fromkeys(present, now)
+            seen = dict.fromkeys(present, now)
             while one.completion_status is None and not abort_signal.triggered:
                 time.sleep(0.2)
                 now = time.monotonic()
                 waiting = [s for s in present if replies[s] is None]
                 if waiting and now - asked > PING_S:
-                    heard |= dict.fromkeys(self._alive(waiting, fl_ctx), now)
+                    seen |= dict.fromkeys(self._alive(waiting, fl_ctx), now)
                     asked = now
-                if waiting and all(now - heard[s] > self.silence_s for s in waiting):
+                if waiting and all(now - seen[s] > self.silence_s for s in waiting):
                     self.cancel_task(one, fl_ctx=fl_ctx)
                     break
         return replies
 
     def _alive(self, sites: Sequence[str], fl_ctx: FLContext) -> list[str]:
-        """Which of the sites' processes for this job are there.
+        """Sites whose processes for this job are alive.
 
         FLARE looks after machines. One that was started again is there, but what it did for the job is not.
         """
@@ -269,10 +269,10 @@ class QueryController(Controller):  # type: ignore[misc]
         return [site for site, reply in said.items() if reply.get_return_code() == ReturnCode.OK]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Everything in turn; what one site cannot do does not end the job."""
+        """Run all steps in turn; the failure of one site does not end the job."""
         if self.contribute:
             for site in self.sites:
-                self._server.note(Outcome(state="running"), "teachers", site)
+                self._server.note(FederationOutcome(state="running"), "teachers", site)
             replies = self._tell(CONTRIBUTE, {}, self.sites, abort_signal, self._take_teacher)
             for site in (s for s, said in replies.items() if said is None):
                 self._server.note(self._missing(), "teachers", site)
@@ -288,8 +288,8 @@ class QueryController(Controller):  # type: ignore[misc]
         if isinstance(said, Contributed | Refused):
             self._server.accept_teacher(site, said)
 
-    def _missing(self) -> Outcome:
-        return Outcome(state="missing", code="no-reply", reason="the site did not reply in time")
+    def _missing(self) -> FederationOutcome:
+        return FederationOutcome(state="missing", code="no-reply", reason="the site did not reply in time")
 
     def _answer_all(self, hospital: str, queries: list[str], abort_signal: Signal) -> None:
         for query in queries:
@@ -298,15 +298,15 @@ class QueryController(Controller):  # type: ignore[misc]
             with Boundary() as end:
                 outcome = self._answer(hospital, query, abort_signal)
             if end.error is not None:  # the other queries are answered all the same
-                outcome = Outcome(state="refused", code=end.error.code, reason=end.error.message)
+                outcome = FederationOutcome(state="refused", code=end.error.code, reason=end.error.message)
             self._server.note(outcome, "queries", hospital, query)
 
-    def _answer(self, hospital: str, query: str, abort_signal: Signal) -> Outcome:
-        self._server.note(Outcome(state="running"), "queries", hospital, query)
+    def _answer(self, hospital: str, query: str, abort_signal: Signal) -> FederationOutcome:
+        self._server.note(FederationOutcome(state="running"), "queries", hospital, query)
         asked = self._tell(ASK, {"query": query}, [hospital], abort_signal)[hospital]
         if not isinstance(asked, Asked):
             return self._refused(asked)
-        question = Question(
+        question = TeacherRequest(
             hospital=hospital,
             query=query,
             classes=asked.query.classes,
@@ -337,7 +337,7 @@ class QueryController(Controller):  # type: ignore[misc]
             return self._refused(answered)
         return self._server.accept_answer(plan, answered, declined)
 
-    def _refused(self, said: Reply | None) -> Outcome:
+    def _refused(self, said: Reply | None) -> FederationOutcome:
         if isinstance(said, Refused):
-            return Outcome(state="refused", code=said.code, reason=said.message)
+            return FederationOutcome(state="refused", code=said.code, reason=said.message)
         return self._missing()

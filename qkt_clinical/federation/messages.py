@@ -1,4 +1,4 @@
-"""What is said between sites and server, field by field; what is not named here is not said.
+"""Messages between sites and server. Only the fields named here are sent.
 
 Only plain types travel. A message of another organisation is parsed with these models before it is used.
 """
@@ -25,18 +25,18 @@ def _bytes(value: Any) -> bytes:
     return value
 
 
-LONGEST = 2000
-Text = Annotated[str, Field(max_length=LONGEST)]
+MAX_TEXT = 2000
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 FileName = Annotated[str, Field(max_length=200)]
 Content = Annotated[bytes, BeforeValidator(_bytes)]
 Files = Annotated[dict[FileName, Content], Field(max_length=256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def cut(text: str, longest: int = LONGEST) -> str:
-    """Text as a message or the record takes it: on one line, of characters that show, not too long."""
-    shown = visible(text[:longest])
-    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+def cut(text: str, limit: int = MAX_TEXT) -> str:
+    """Text for a message or the record: one line of printable characters, at most ``limit``."""
+    shown = visible(text[:limit])
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 Said = Annotated[Text, BeforeValidator(lambda text: cut(text) if isinstance(text, str) else text)]
@@ -49,8 +49,8 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Question(Message):
-    """Server to a teacher's site: may your teacher help?"""
+class TeacherRequest(Message):
+    """Server to a teacher's site: request to use its teacher for a query."""
 
     hospital: Name
     query: Name
@@ -60,7 +60,7 @@ class Question(Message):
 
 
 class Refused(Message):
-    """Site to server: what was asked cannot be done, as :meth:`QktError.as_dict` says it."""
+    """Site to server: the task failed, with the fields of :meth:`QktError.as_dict`."""
 
     kind: Literal["refused"] = "refused"
     code: Text
@@ -86,7 +86,7 @@ class Contributed(Message):
 
 
 class Asked(Message):
-    """Site to server: its query, and what a plan needs to know of it."""
+    """Site to server: its query, and its description for the plan."""
 
     kind: Literal["asked"] = "asked"
     query: QueryConfig
@@ -107,7 +107,7 @@ class Declined(Message):
     reason: Text
 
 
-class Estimate(Message):
+class ReportedFigure(Message):
     """A figure with its interval."""
 
     value: Finite
@@ -116,17 +116,17 @@ class Estimate(Message):
 
 
 class Figures(Message):
-    """What a site says of its student: no counts, nothing per class."""
+    """Figures of a student that a site reports: no counts, nothing per class."""
 
-    balanced_accuracy_before: Estimate
-    balanced_accuracy_after: Estimate
-    gain: Estimate
-    forgetting: Estimate
-    query_gain: Estimate
+    balanced_accuracy_before: ReportedFigure
+    balanced_accuracy_after: ReportedFigure
+    gain: ReportedFigure
+    forgetting: ReportedFigure
+    query_gain: ReportedFigure
 
 
 class Answered(Message):
-    """Site to server: it has its student."""
+    """Site to server: the query is answered."""
 
     kind: Literal["answered"] = "answered"
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -1,4 +1,4 @@
-"""Bundles as they travel: names to bytes. What arrives is bounded and checked before it is stored."""
+"""Bundles in transit: names to bytes. Received bundles are bounded and checked before they are stored."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _refuse(what: str, site: str, code: str) -> BundleError:
 
 
 def check_files(files: Any, site: str, names: tuple[str, ...] = SHARED) -> dict[str, bytes]:
-    """What a peer sent in place of files, if it is files, these and no others, of a size that can be.
+    """Check that a peer sent exactly the expected files, of possible sizes.
 
     Raises:
         BundleError: codes ``bundle-missing``, ``bundle-size``, ``bundle-format``.
@@ -71,7 +71,7 @@ def check_files(files: Any, site: str, names: tuple[str, ...] = SHARED) -> dict[
 
 @contextmanager
 def _laid_out(files: FileContents, site: str) -> Iterator[Path]:
-    """A temporary folder by the site's name that holds the files."""
+    """Write the files to a temporary folder named after the site."""
     with tempfile.TemporaryDirectory(prefix="qkt-") as temporary:
         folder = Path(temporary) / site
         folder.mkdir()
@@ -81,7 +81,7 @@ def _laid_out(files: FileContents, site: str) -> Iterator[Path]:
 
 
 def read_offer_files(files: Any, site: str) -> tuple[Card, Mask]:
-    """Card and mask of a teacher that is offered; its weights are somewhere else.
+    """Read card and mask of an offered teacher, whose weights are elsewhere.
 
     Raises:
         BundleError: not a card and a mask of the site's teacher.
@@ -119,7 +119,7 @@ STUDENT = (CARD, WEIGHTS, "query.json", "plan.json")
 
 
 def pack_student(folder: Path) -> dict[str, bytes]:
-    """A student's files that may travel; of a routed one also its experts'."""
+    """Files of a student that may be sent; for a routed one also its experts'."""
     files = pack(folder, STUDENT)
     for place in sorted((folder / "experts").glob("*")):
         files |= {f"experts/{place.name}/{n}": content for n, content in pack(place).items()}

@@ -1,4 +1,4 @@
-"""Federated peers as parts of an NVIDIA FLARE job: a hospital's trainer, the server's file and its order.
+"""Federated baselines as parts of an NVIDIA FLARE job: a hospital's trainer, the server's file and its order.
 
 Rounds, messages, averages and control variates are FLARE's own: the controllers ``FedAvg`` (for FedProx too)
 and ``Scaffold``, and the helpers ``PTFedProxLoss`` and ``PTScaffoldHelper``. Only weights and running
@@ -63,7 +63,7 @@ def set_arrays(network: Classifier, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 class Trainer(Executor):  # type: ignore[misc]
-    """A hospital's end: one round on its own images. The server's message says which algorithm it is.
+    """Executor of a hospital: one round on its own images, by the algorithm that the server's message names.
 
     Args:
         spec: of the network.
@@ -174,7 +174,7 @@ class NetworkFile(ModelPersistor):  # type: ignore[misc]
 
 
 def by_name(results: Sequence[FLModel]) -> list[FLModel]:
-    """Replies in the order of their sites' names: the last digits of a sum depend on its order."""
+    """Replies sorted by site name: the last digits of a sum depend on its order."""
     return sorted(results, key=lambda result: str(result.meta["client_name"]))
 
 

@@ -1,4 +1,4 @@
-"""FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: what QKT is compared with, run in FLARE's simulator.
+"""FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: federated baselines, run in FLARE's simulator.
 
 One process per hospital and one for the server, all on this machine. FLARE's own controllers send, wait
 and average; a hospital's round is :func:`qkt_clinical.baselines.federated.train_round`.
@@ -45,8 +45,8 @@ STATISTICS = Path(FLARE) / SERVER / "pool_stats" / "simulator_cell_stats.json"
 JOB = "server.simulate_job"
 
 
-class Plan(Strict):
-    """A federation to run, ``plan.json`` in its work folder."""
+class TrainingPlan(Strict):
+    """Plan of a federated training, ``plan.json`` in its work folder."""
 
     algorithm: Algorithm
     sites: Names
@@ -62,7 +62,7 @@ class Plan(Strict):
 
 @dataclass(frozen=True)
 class Federated:
-    """What a federation came to."""
+    """Result of a federated training."""
 
     network: Classifier
     """The global network after the last round, on the CPU, in evaluation mode."""
@@ -73,7 +73,7 @@ class Federated:
     its own messages about them."""
 
 
-def make_job(plan: Plan) -> Any:
+def make_job(plan: TrainingPlan) -> Any:
     """The FLARE job of a plan."""
     from nvflare.app_common.workflows.fedavg import FedAvg
     from nvflare.job_config.api import FedJob
@@ -141,7 +141,7 @@ def run_federation(
     from qkt_clinical.federation.peer_job import IMAGES
 
     participants = sorted(participants, key=lambda p: p.site)
-    plan = Plan(
+    plan = TrainingPlan(
         algorithm=algorithm,
         sites=tuple(p.site for p in participants),
         spec=spec,
@@ -225,7 +225,7 @@ def _failed(work: Path, what: str) -> QktError:
     return QktError(what, remedy=f"See {LOG} in the folder.", file=work, code="flare")
 
 
-def _result(work: Path, plan: Plan) -> Federated:
+def _result(work: Path, plan: TrainingPlan) -> Federated:
     from safetensors.numpy import load_file
 
     from qkt_clinical.federation.peer_job import NETWORK, set_arrays
@@ -251,7 +251,7 @@ def _counted(statistics: dict[str, Any], sites: int) -> tuple[float, int]:
 
 
 def _lay_out_flare(work: Path) -> None:
-    """What FLARE finds in every site's ``local/``: the folder of its data, and that our classes may run."""
+    """Write every site's ``local/`` for FLARE: the folder of its data, and our classes in the allow-list."""
     from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
     local = work / FLARE / "local"
@@ -262,7 +262,7 @@ def _lay_out_flare(work: Path) -> None:
 
 def main(work: Path) -> int:
     """Run the plan in a work folder; FLARE's exit status."""
-    plan = Plan.model_validate_json((work / PLAN).read_bytes())
+    plan = TrainingPlan.model_validate_json((work / PLAN).read_bytes())
     _lay_out_flare(work)
     done = make_job(plan).simulator_run(str(work / FLARE), clients=list(plan.sites), threads=len(plan.sites))
     return int(done or 0)

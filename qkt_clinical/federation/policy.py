@@ -1,6 +1,6 @@
-"""What may leave a site, and whose questions it hears, by :class:`~qkt_clinical.config.policy.Policy`.
+"""What may leave a site, and whose queries it answers, by :class:`~qkt_clinical.config.policy.Policy`.
 
-Closed unless open: without a readable policy nothing is sent, and of what is sent only what is named.
+Closed by default: without a readable policy nothing is sent, and otherwise only what it names.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from qkt_clinical.config.policy import POLICY, Policy
 from qkt_clinical.errors import BundleError, PolicyError, QueryError
-from qkt_clinical.federation.messages import Answered, Contributed, Offered, Question, cut, read_reply
+from qkt_clinical.federation.messages import Answered, Contributed, Offered, TeacherRequest, cut, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.records.card import Mask
 
 
-def refusal(policy: Policy, question: Question, helped: int) -> str | None:
-    """Why the site does not help to answer a question, or None.
+def refusal(policy: Policy, question: TeacherRequest, helped: int) -> str | None:
+    """Reason why the site refuses to help with a query, or None.
 
     Args:
         helped: queries that it has helped to answer within the last 24 hours.
@@ -34,12 +34,12 @@ def refusal(policy: Policy, question: Question, helped: int) -> str | None:
 
 
 def too_many(policy: Policy) -> str:
-    """Why the site does not help once more today."""
+    """Reason to refuse further requests today."""
     return f"helps with {policy.queries_per_day} queries a day at most"
 
 
-def shown_mask(mask: Mask, policy: Policy, question: Question) -> Mask:
-    """The mask as the asking hospital and the server may see it."""
+def shown_mask(mask: Mask, policy: Policy, question: TeacherRequest) -> Mask:
+    """The mask as the policy shows it to the asking hospital and the server."""
     if policy.mask == "all":
         return mask
     seen = {*question.classes, *question.held}
@@ -53,7 +53,7 @@ def shown_mask(mask: Mask, policy: Policy, question: Question) -> Mask:
 
 
 def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
-    """Let a reply pass that says and holds nothing but what it may.
+    """Check that a reply contains only what the policy allows.
 
     Every field is one of :mod:`~qkt_clinical.federation.messages`, nothing is shared that the policy keeps,
     and every bundle is one that its receiver would accept.

@@ -1,4 +1,4 @@
-"""Start federations: all in one machine by FLARE's simulator, or machines of their own by FLARE's kits."""
+"""Start federations: in FLARE's simulator on one machine, or on separate machines with FLARE's kits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qkt_clinical.config.base import NAME
 from qkt_clinical.config.params import Params
 from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.federation.messages import TASKS
-from qkt_clinical.federation.server import Outcome, Server
+from qkt_clinical.federation.server import FederationOutcome, Server
 from qkt_clinical.federation.settings import FILE
 from qkt_clinical.records.card import MAX_JSON_BYTES
 
@@ -55,7 +55,7 @@ def make_job(
     patience_s: int = PATIENCE_S,
     silence_s: int = SILENCE_S,
 ) -> FedJob:
-    """A FLARE job that collects teachers and has queries answered.
+    """Make the FLARE job that collects teachers and has queries answered.
 
     Args:
         queries: ``<hospital>/<query>``.
@@ -129,8 +129,8 @@ def named_queries(params: Params) -> list[str]:
     return queries
 
 
-def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
-    """What became of each query, and the students of all sites side by side in ``out/students``.
+def gather(out: Path, queries: Sequence[str]) -> dict[str, FederationOutcome]:
+    """Outcome of each query; students of all sites are collected in ``out/students``.
 
     Only who runs every machine of a federation can do that: a simulation.
     """
@@ -147,7 +147,9 @@ def gather(out: Path, queries: Sequence[str]) -> dict[str, Outcome]:
     return outcomes
 
 
-def simulate(root: Path, out: Path, params: Params, *, threads: int, say: Say) -> dict[str, Outcome]:
+def simulate(
+    root: Path, out: Path, params: Params, *, threads: int, say: Say
+) -> dict[str, FederationOutcome]:
     """The whole federation in FLARE's simulator: teachers of all sites, then every query of params.yaml.
 
     FLARE's logs lie in ``out/flare``, a workspace for every site and the server in ``out/sites``, and the
@@ -252,7 +254,7 @@ def provision(out: Path, sites: Sequence[str], *, server: str, port: int, admin:
 
 
 def serve(kit: Path, storage: Path) -> None:
-    """What qkt adds to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
+    """Additions to a server's kit: jobs and snapshots are kept in ``storage``, not in /tmp."""
     path = kit / "local" / "resources.json"
     found = json.loads(path.read_bytes())
     found["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
@@ -281,7 +283,7 @@ def start(kit: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a machine at once, with the processes that FLARE started for its jobs, unless it has ended."""
+    """Kill a machine and the processes that FLARE started for its jobs, unless it has ended."""
     import psutil
 
     if process.poll() is not None:
@@ -342,7 +344,7 @@ def submit(
     patience_s: int,
     silence_s: int = SILENCE_S,
 ) -> str:
-    """Hand a job to a running server; its id.
+    """Submit a job to a running server and return its id.
 
     Args:
         kit: an administrator's startup kit.
@@ -356,7 +358,7 @@ def submit(
 
 
 def _flare_errors() -> tuple[type[Exception], ...]:
-    """What FLARE's administration raises: two dozen kinds without a base of their own."""
+    """The exceptions of FLARE's administration: two dozen types without a common base."""
     from nvflare.apis import fl_exception
     from nvflare.fuel.flare_api import api_spec
 
@@ -366,7 +368,7 @@ def _flare_errors() -> tuple[type[Exception], ...]:
 
 
 def server_start(kit: Path) -> float:
-    """When the server was started, in its own seconds. Started again, it has none of its jobs left."""
+    """Start time of the server by its own clock. A restarted server has lost its jobs."""
     with session(kit) as one:
         try:
             return float(one.get_system_info().server_info.start_time)
@@ -375,7 +377,7 @@ def server_start(kit: Path) -> float:
 
 
 def list_jobs(kit: Path) -> list[dict[str, str]]:
-    """Every job that the server knows, the latest first: ``job``, ``state``, ``submitted``."""
+    """Every job of the server, latest first: ``job``, ``state``, ``submitted``."""
     with session(kit) as one:
         found = one.list_jobs(reverse=True)
     return [
@@ -384,8 +386,8 @@ def list_jobs(kit: Path) -> list[dict[str, str]]:
     ]
 
 
-def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
-    """What has become of a running job's teachers and queries so far.
+def ask_outcomes(kit: Path, job: str) -> dict[str, FederationOutcome]:
+    """Outcomes of a running job's teachers and queries so far.
 
     Raises:
         QktError: the job is not running, code ``no-job``.
@@ -404,12 +406,12 @@ def ask_outcomes(kit: Path, job: str) -> dict[str, Outcome]:
 
 
 ToldName = Annotated[str, Field(pattern=f"^(teacher {NAME.pattern}|{NAME.pattern}/{NAME.pattern})$")]
-TOLD = TypeAdapter(Annotated[dict[ToldName, Outcome], Field(max_length=2000)])
+TOLD = TypeAdapter(Annotated[dict[ToldName, FederationOutcome], Field(max_length=2000)])
 """What a server tells of a job: ``teacher <site>`` and ``<hospital>/<query>``."""
 
 
-def _parsed(found: Any) -> dict[str, Outcome]:
-    """What a server says of a job's outcomes.
+def _parsed(found: Any) -> dict[str, FederationOutcome]:
+    """Parse a server's report of a job's outcomes.
 
     Raises:
         QktError: not outcomes, code ``reply``.
@@ -424,7 +426,7 @@ def _parsed(found: Any) -> dict[str, Outcome]:
         ) from None
 
 
-def fetch(kit: Path, job: str, out: Path) -> dict[str, Outcome]:
+def fetch(kit: Path, job: str, out: Path) -> dict[str, FederationOutcome]:
     """Fetch a finished job's outcomes, and the students that hospitals sent, into ``out``.
 
     Raises:
@@ -458,8 +460,8 @@ def attend(
     patience_s: int,
     say: Say,
     silence_s: int = SILENCE_S,
-) -> dict[str, Outcome]:
-    """Submit queries and wait until every one is answered or refused, or the time is over.
+) -> dict[str, FederationOutcome]:
+    """Submit queries and wait until each is answered or refused, or until the timeout.
 
     What fails for want of a site or of the server is submitted again: a site that had made something before
     says so at once, so nothing is done twice.
@@ -470,15 +472,15 @@ def attend(
     Returns:
         ``<hospital>/<query>`` and ``teacher <site>`` to what became of it; ``missing`` where time ran out.
     """
-    start, told = time.monotonic(), dict[str, Outcome]()
-    outcomes = {q: Outcome(state="missing", code="time-out") for q in queries}
+    start, told = time.monotonic(), dict[str, FederationOutcome]()
+    outcomes = {q: FederationOutcome(state="missing", code="time-out") for q in queries}
     left = list(queries)
 
     def remaining() -> int:
         return int(patience_s - (time.monotonic() - start))
 
-    def watch(job: str, server: float) -> dict[str, Outcome] | None:
-        """Outcomes of a job that has ended; None where it broke off."""
+    def watch(job: str, server: float) -> dict[str, FederationOutcome] | None:
+        """Outcomes of a finished job; None if it was aborted."""
         while remaining() > 0:
             time.sleep(POLL_S)
             try:
@@ -536,7 +538,7 @@ def attend(
 
 def play(
     root: Path, out: Path, params: Params, *, sites: Sequence[str], port: int, patience_s: int, say: Say
-) -> dict[str, Outcome]:
+) -> dict[str, FederationOutcome]:
     """A federation of real processes on this machine: server, sites and an administrator, over TLS.
 
     As in production, but for the folder in which the machines stand side by side.

@@ -1,4 +1,4 @@
-"""What the server does: keeps teachers, plans queries from masks, keeps what became of both.
+"""The server: stores teachers, plans queries from masks, and records the outcomes of both.
 
 It holds no image and opens no hospital's folder. All that it knows lies in its workspace, so that a server
 that was restarted goes on where it was.
@@ -27,20 +27,20 @@ from qkt_clinical.records.plan import SHARED, Offer, Plan
 
 SIGNATURE, SIGNATURE_BYTES = "signature", 64
 """File beside a teacher that was signed."""
-State = Literal["waiting", "running", "answered", "refused", "missing"]
+OutcomeState = Literal["waiting", "running", "answered", "refused", "missing"]
 
 
-class Outcome(Strict):
-    """What became of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
+class FederationOutcome(Strict):
+    """Outcome of a query, or of a site's teacher: ``federation/<kind>/...json`` on the server."""
 
     format: Literal["qkt-outcome/1"] = "qkt-outcome/1"
-    state: State
+    state: OutcomeState
     reason: Said | None = None
     """Why it was refused or is missing, in the words of the site or of the server."""
     code: Said | None = None
     teachers: Names = ()
     declined: dict[Name, Said] = Field(default_factory=dict)
-    """Sites whose teachers were not heard, and why."""
+    """Sites whose teachers were not used, and why."""
     bytes_moved: int = 0
     """Of the bundles that were sent to the asking hospital."""
     digest: Sha256 | None = None
@@ -50,12 +50,12 @@ class Outcome(Strict):
     """Whether the hospital sent its student, and the server keeps it."""
 
     def line(self, name: str) -> str:
-        """In words, for a terminal."""
+        """One line for a terminal."""
         return f"{name}: {self.state}" + (f", {self.reason}" if self.reason else "")
 
 
 class Server:
-    """The server's end of the federation.
+    """The server of a federation.
 
     Args:
         root: its workspace, with a params.yaml that names the label space and the sites.
@@ -73,25 +73,25 @@ class Server:
         place = Path(kind, *(check_name(name, "site or query") for name in named))
         return self.root / "federation" / place.with_suffix(".json")
 
-    def note(self, outcome: Outcome, *names: str) -> Outcome:
+    def note(self, outcome: FederationOutcome, *names: str) -> FederationOutcome:
         """Keep an outcome: of ``("teachers", site)`` or ``("queries", hospital, query)``."""
         write_json(self._place(*names), outcome.model_dump(mode="json"))
         return outcome
 
-    def outcome(self, *names: str) -> Outcome:
-        """What became of it; ``waiting`` where nothing is known."""
+    def outcome(self, *names: str) -> FederationOutcome:
+        """Read an outcome; ``waiting`` if there is none yet."""
         path = self._place(*names)
         try:
-            return Outcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
+            return FederationOutcome.model_validate_json(read_plain(path, MAX_JSON_BYTES))
         except FileNotFoundError:
-            return Outcome(state="waiting")
+            return FederationOutcome(state="waiting")
         except (OSError, ValidationError):
             raise OutputsError(
                 "no readable outcome", remedy="Remove the file; the query is answered anew.", file=path
             ) from None
 
-    def outcomes(self) -> dict[str, Outcome]:
-        """All that is known: ``teacher <site>`` and ``<hospital>/<query>``."""
+    def outcomes(self) -> dict[str, FederationOutcome]:
+        """All outcomes: ``teacher <site>`` and ``<hospital>/<query>``."""
         found, place = {}, self.root / "federation"
         for path in sorted((*place.glob("queries/*/*.json"), *place.glob("teachers/*.json"))):
             kind, *names = path.relative_to(place).with_suffix("").parts
@@ -102,7 +102,7 @@ class Server:
 
     # --- teachers ---------------------------------------------------------------------------------
 
-    def accept_teacher(self, site: str, said: Contributed | Refused) -> Outcome:
+    def accept_teacher(self, site: str, said: Contributed | Refused) -> FederationOutcome:
         """Keep a teacher that passes every check; sent twice, it is kept once.
 
         Raises:
@@ -110,7 +110,9 @@ class Server:
         """
         check_name(site, "site")
         if isinstance(said, Refused):
-            return self.note(Outcome(state="refused", reason=said.message, code=said.code), "teachers", site)
+            return self.note(
+                FederationOutcome(state="refused", reason=said.message, code=said.code), "teachers", site
+            )
         try:
             with new_folder(self.space.teacher(site)) as folder:
                 bundle = unpack_teacher(said.files, site, folder)
@@ -126,9 +128,9 @@ class Server:
                 if said.signature is not None:
                     (folder / SIGNATURE).write_bytes(said.signature)
         except BundleError as error:
-            outcome = Outcome(state="refused", reason=error.message, code=error.code)
+            outcome = FederationOutcome(state="refused", reason=error.message, code=error.code)
             return self.note(outcome, "teachers", site)
-        return self.note(Outcome(state="answered", digest=self._kept(site)), "teachers", site)
+        return self.note(FederationOutcome(state="answered", digest=self._kept(site)), "teachers", site)
 
     def _kept(self, site: str) -> str | None:
         card = self.space.teacher(site) / CARD
@@ -137,7 +139,7 @@ class Server:
     # --- queries ----------------------------------------------------------------------------------
 
     def offer(self, site: str, said: Offered) -> Offer:
-        """A teacher that its site lets be heard, as far as the mask that it shows goes.
+        """A teacher that its site lets be used, as far as the mask that it shows goes.
 
         Raises:
             BundleError: not a card and mask, or of another teacher than the one that the server keeps.
@@ -167,13 +169,13 @@ class Server:
         places = {site: self.space.teacher(site) / SIGNATURE for site in plan.relevant}
         return {s: read_plain(place, SIGNATURE_BYTES) for s, place in places.items() if place.is_file()}
 
-    def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> Outcome:
-        """Keep what a hospital says of its student, and the student if it was sent."""
+    def accept_answer(self, plan: Plan, said: Answered, declined: Mapping[str, str]) -> FederationOutcome:
+        """Record the reported figures of a student, and store the student if it was sent."""
         if said.student is not None:
             with new_folder(self.space.student(plan.hospital, plan.query)) as folder:
                 unpack_student(said.student, plan.hospital, folder)
         return self.note(
-            Outcome(
+            FederationOutcome(
                 state="answered",
                 teachers=plan.relevant,
                 declined=dict(declined),

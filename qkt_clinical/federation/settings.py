@@ -1,4 +1,4 @@
-"""What a machine of the federation knows of itself: ``local/qkt.json`` in its startup kit."""
+"""Settings of a machine of the federation: ``local/qkt.json`` in its startup kit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ QueryName = Annotated[str, Field(pattern=f"^{NAME.pattern}/{NAME.pattern}$")]
 
 
 class NamedInJob(Strict):
-    """What a job names."""
+    """The sites and queries that a job names."""
 
     sites: Names
     queries: Annotated[tuple[QueryName, ...], Field(max_length=1000)]
 
 
-class Settings(Strict):
+class FederationSettings(Strict):
     """``qkt.json``."""
 
     workspace: Annotated[str, Field(min_length=1, max_length=4096)]

@@ -1,4 +1,4 @@
-"""Signatures of teachers, end to end: whoever hears one can know that its site made it, whoever kept it.
+"""Signatures of teachers, end to end: whoever uses one can know that its site made it, whoever kept it.
 
 Ed25519 (RFC 8032) by the library ``cryptography``. What is signed is the card, which holds the digest of the
 weights. The mask is not: a site may show parts of it, and anybody can compute it from the weights.

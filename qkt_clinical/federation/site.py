@@ -1,4 +1,4 @@
-"""What a site does for the federation: with its own workspace, its own images, and the library's own stages.
+"""A site of the federation: it works with its own workspace and images, by the library's stages.
 
 Every reply is a function of the workspace and of what was asked: asked twice, a site says the same, and what
 it has made is not made again.
@@ -42,12 +42,12 @@ from qkt_clinical.federation.messages import (
     Asked,
     Contributed,
     Declined,
-    Estimate,
     Figures,
     Offered,
-    Question,
     Refused,
     Reply,
+    ReportedFigure,
+    TeacherRequest,
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
@@ -61,7 +61,7 @@ DAY_S = 24 * 3600.0
 
 
 class Made(Strict):
-    """What was made of what, in the site's scratch folder."""
+    """Record of an artefact and its recipe, in the site's scratch folder."""
 
     made_of: Sha256
     """Digest of its recipe."""
@@ -70,7 +70,7 @@ class Made(Strict):
 
 
 def _about(task: Any, data: Any) -> dict[str, str]:
-    """What the record says of a task: names that are names, and nothing else of what came."""
+    """Fields of a task for the audit record: only valid names are copied from it."""
     about = {"task": task if isinstance(task, str) and task in TASKS else "unknown"}
     if isinstance(data, Mapping):
         for place in (data.get("question"), data.get("plan"), data):
@@ -82,7 +82,7 @@ def _about(task: Any, data: Any) -> dict[str, str]:
 
 
 class Site:
-    """One hospital's end of the federation.
+    """One hospital in the federation.
 
     Args:
         root: its own workspace: params.yaml, ``hospitals/<name>/`` and what its stages make.
@@ -99,7 +99,7 @@ class Site:
         return self.root / RECORD
 
     def reply(self, task: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Do a task of the server's; the reply may leave, or is a refusal.
+        """Perform a task of the server; the reply is allowed by the policy, or a refusal.
 
         Nothing is raised: whatever goes wrong here is a refusal with its reason, and in the record.
         """
@@ -146,7 +146,7 @@ class Site:
             if task == ASK:
                 query = check_name(data["query"], "query")
             elif task == OFFER:
-                question = Question.model_validate(data["question"], strict=False)
+                question = TeacherRequest.model_validate(data["question"], strict=False)
             elif task == ANSWER:
                 plan, teachers = Plan.model_validate(data["plan"], strict=False), data["teachers"]
                 signatures = data.get("signatures", {})
@@ -175,7 +175,7 @@ class Site:
     def _made(
         self, what: str, made_of: Recipe, content: Callable[[], str], make: Callable[[], object]
     ) -> None:
-        """Make something, unless it is there and was made of just this.
+        """Make an artefact, unless it exists and was made by the same recipe.
 
         Args:
             what: its name among the notes of what was made.
@@ -192,7 +192,7 @@ class Site:
         write_json(note, Made(made_of=made_of.digest, content=content()).model_dump(mode="json"))
 
     def teach(self, params: Params) -> Path:
-        """The site's teacher, trained and masked unless it is there; its folder."""
+        """Train and mask the site's teacher unless it exists, and return its folder."""
         from qkt_clinical.models.networks import pick_device
         from qkt_clinical.stages.mask import mask_site
         from qkt_clinical.stages.train import MADE, train_site
@@ -226,7 +226,7 @@ class Site:
         signature = None if self.signing_key is None else sign(self.signing_key, files[CARD])
         return Contributed(files=files, signature=signature)
 
-    def _offer(self, question: Question, policy: Policy) -> Reply:
+    def _offer(self, question: TeacherRequest, policy: Policy) -> Reply:
         start = time.time() - DAY_S
         if reason := refusal(policy, question, count_since(self.audit, "offered", start)):
             return Declined(reason=reason)
@@ -319,8 +319,8 @@ class Site:
         path = self.space.reports / "evaluation" / self.name / f"{plan.query}.json"
         found = json.loads(path.read_bytes())
 
-        def estimate(figure: Mapping[str, float]) -> Estimate:
-            return Estimate(value=figure["value"], low=figure["low"], high=figure["high"])
+        def estimate(figure: Mapping[str, float]) -> ReportedFigure:
+            return ReportedFigure(value=figure["value"], low=figure["low"], high=figure["high"])
 
         return Figures(
             balanced_accuracy_before=estimate(found["before"]["balanced_accuracy"]),

@@ -1,4 +1,4 @@
-"""What a transfer will take, told before it begins: counted work over measured speed."""
+"""Expected duration of a transfer: counted operations divided by measured speed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def expected_seconds(
     params: TransferParams,
     device: torch.device,
 ) -> float:
-    """Seconds of a transfer with phase 1 by transplant, within a factor of two or three.
+    """Seconds of a transfer with phase 1 by a low-rank merge, within a factor of two or three.
 
     Args:
         own: of the hospital's own network.

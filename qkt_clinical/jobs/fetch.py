@@ -36,22 +36,22 @@ from qkt_clinical.tracking.teachers import (
 
 SQLITE = "sqlite:///"
 FETCHED = "fetch"
-"""What is being fetched, in a folder of its own beside what is kept."""
+"""What is being fetched, in a folder of its own inside the cache."""
 
 
-class Shelf(NamedTuple):
-    """The teachers of a registry, and where what was fetched of them is kept."""
+class RegistryTeachers(NamedTuple):
+    """The teachers of a registry, and the cache of their weights."""
 
     folder: Path
     """Holds ``<site>/bundle.json`` and ``<site>/mask.json``."""
-    kept: Path
-    """Weights by their digest, which an interrupted job need not fetch again."""
+    cache: Path
+    """Folder of weights by their digest, which an interrupted job need not fetch again."""
     offers: dict[str, Offer]
     versions: dict[str, Registered]
 
     def holds(self, site: str) -> bool:
-        """Whether a teacher's weights have been fetched before."""
-        return (self.kept / self.offers[site].card.weights.sha256).is_file()
+        """Whether a teacher's weights are in the cache."""
+        return (self.cache / self.offers[site].card.weights.sha256).is_file()
 
     def provide(self, site: str, folder: Path) -> None:
         """Put a teacher's bundle into ``folder``; its weights are fetched unless they are here.
@@ -63,11 +63,11 @@ class Shelf(NamedTuple):
         from qkt_clinical.models.bundle import load_bundle
 
         weights = self.offers[site].card.weights
-        stored = self.kept / weights.sha256
+        stored = self.cache / weights.sha256
         for name in (CARD, MASK):
             copy_plain(self.folder / site / name, folder / name, MAX_JSON_BYTES)
-        if not self._kept_copy(stored, folder / WEIGHTS, weights):
-            with passing_folder(self.kept / FETCHED) as passing:
+        if not self._cached_copy(stored, folder / WEIGHTS, weights):
+            with passing_folder(self.cache / FETCHED) as passing:
                 fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
                 if copy_plain(passing / WEIGHTS, folder / WEIGHTS, weights.bytes) != weights.sha256:
                     raise BundleError(
@@ -83,7 +83,7 @@ class Shelf(NamedTuple):
         )
 
     @staticmethod
-    def _kept_copy(stored: Path, target: Path, weights: Weights) -> bool:
+    def _cached_copy(stored: Path, target: Path, weights: Weights) -> bool:
         """Whether weights that were fetched before are whole; they are at ``target`` then."""
         try:
             return copy_plain(stored, target, weights.bytes) == weights.sha256
@@ -113,7 +113,9 @@ def _nobody(what: str, hospital: str) -> QueryError:
 
 
 @contextmanager
-def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) -> Iterator[Shelf]:
+def open_teachers(
+    root: Path, params: Params, hospital: str, query: QueryConfig
+) -> Iterator[RegistryTeachers]:
     """Every other hospital's teacher in the registry, by its card and mask; their weights stay there.
 
     Raises:
@@ -139,6 +141,6 @@ def open_shelf(root: Path, params: Params, hospital: str, query: QueryConfig) ->
             versions[teacher.site] = teacher
         if not offers:
             raise _nobody("the registry holds no other hospital's teacher", hospital)
-        kept = Workspace(root).scratch / "bundles"
-        sweep(kept / FETCHED)
-        yield Shelf(folder, kept, offers, versions)
+        cache = Workspace(root).scratch / "bundles"
+        sweep(cache / FETCHED)
+        yield RegistryTeachers(folder, cache, offers, versions)

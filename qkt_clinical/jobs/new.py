@@ -1,4 +1,4 @@
-"""Asking: write a query file, and tell the pipeline of a query that has been answered."""
+"""Write query files, and add answered queries to the pipeline."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def new_query(
     lines = {
         "classes": f"[{', '.join(_word(c) for c in query.classes)}]",
         "method": f"{query.method} # qkt | qkt-light | routed",
-        "budget": f"{query.budget!r} # give away at most {100 * query.budget:g} % of what we classify today",
+        "budget": f"{query.budget!r} # false-query rate: at most {100 * query.budget:g} % of today's images",
     }
     if query.max_teachers is not None:
         lines["max_teachers"] = str(query.max_teachers)
@@ -85,10 +85,10 @@ def tell_pipeline(root: Path, hospital: str, name: str, teachers: Sequence[str] 
     One line is added and everything else, comments too, stays as it is.
 
     Args:
-        teachers: sites that the query hears.
+        teachers: sites whose teachers the query uses.
 
     Raises:
-        ConfigError: the file is not laid out so that a line can be added, or ``dvc repro`` could not hear a
+        ConfigError: the file is not laid out so that a line can be added, or ``dvc repro`` could not use a
             teacher: its site is not in the file, or neither its bundle nor its hospital is here.
     """
     path = root / "params.yaml"
@@ -97,7 +97,7 @@ def tell_pipeline(root: Path, hospital: str, name: str, teachers: Sequence[str] 
         ref = QueryRef(hospital=hospital, query=name)
         if ref in params.queries.values():
             return False
-        if absent := [site for site in teachers if not _heard_here(root, params, site)]:
+        if absent := [site for site in teachers if not _available(root, params, site)]:
             raise ConfigError(
                 f"no teacher of {', '.join(absent)} is in this workspace",
                 remedy=f"'qkt query run {hospital} {name}' tells the pipeline where there is.",
@@ -121,7 +121,7 @@ def tell_pipeline(root: Path, hospital: str, name: str, teachers: Sequence[str] 
     return True
 
 
-def _heard_here(root: Path, params: Params, site: str) -> bool:
+def _available(root: Path, params: Params, site: str) -> bool:
     """Whether the stage ``plan`` finds a site's teacher, or the pipeline makes it."""
     bundle, hospital = Workspace(root).teacher(site) / CARD, root / "hospitals" / site / "site.yaml"
     return site in params.sites and (bundle.is_file() or hospital.is_file())

@@ -23,10 +23,10 @@ from qkt_clinical.config.query import QueryConfig, QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Manifest, read_manifest
 from qkt_clinical.errors import ConfigError, QktError, QueryError, typed
-from qkt_clinical.jobs.fetch import Shelf, open_shelf
+from qkt_clinical.jobs.fetch import RegistryTeachers, open_teachers
 from qkt_clinical.jobs.new import tell_pipeline
 from qkt_clinical.jobs.state import (
-    MOST_INTERRUPTIONS,
+    MAX_INTERRUPTIONS,
     PAUSE_S,
     Board,
     Cancelled,
@@ -45,7 +45,7 @@ Report = Callable[[Job], None]
 
 
 class Preview(NamedTuple):
-    """What a query would cost and who would answer it; nothing has been spent."""
+    """Preview of a query: its cost and the teachers that would answer it."""
 
     plan: Plan
     versions: dict[str, str]
@@ -59,7 +59,7 @@ class Preview(NamedTuple):
 
 
 def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
-    """Refuse before anything is fetched what the transfer would refuse after."""
+    """Refuse early, before anything is fetched, a query that the transfer would refuse."""
     own = Asking.of(manifest).local(query)
     if own and not sum(manifest.counts["calibration"].get(c, 0) for c in own):
         raise QueryError(
@@ -71,8 +71,10 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
         )
 
 
-def _plan(shelf: Shelf, hospital: str, name: str, query: QueryConfig, manifest: Manifest) -> Plan:
-    plan = make_plan(hospital, name, query, Asking.of(manifest), shelf.offers.values())
+def _plan(
+    teachers: RegistryTeachers, hospital: str, name: str, query: QueryConfig, manifest: Manifest
+) -> Plan:
+    plan = make_plan(hospital, name, query, Asking.of(manifest), teachers.offers.values())
     _calibrated(manifest, query)
     return plan
 
@@ -91,15 +93,15 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     where = pick_device(device or params.device)
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).teacher(hospital))
-    with open_shelf(root, params, hospital, query) as shelf:
-        plan = _plan(shelf, hospital, name, query, manifest)
-        cards = [shelf.offers[site].card for site in plan.relevant]
+    with open_teachers(root, params, hospital, query) as teachers:
+        plan = _plan(teachers, hospital, name, query, manifest)
+        cards = [teachers.offers[site].card for site in plan.relevant]
         return Preview(
             plan,
-            {site: shelf.versions[site].version for site in plan.relevant},
+            {site: teachers.versions[site].version for site in plan.relevant},
             at_risk(plan),
             expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
-            sum(shelf.offers[s].bytes for s in plan.relevant if not shelf.holds(s)),
+            sum(teachers.offers[s].bytes for s in plan.relevant if not teachers.holds(s)),
         )
 
 
@@ -143,7 +145,7 @@ class _Worker:
             )
 
     def answer(self) -> Job:
-        """Every step, the ones that need not be done again left out.
+        """Run every step that is not finished yet.
 
         Raises:
             QktError: whatever went wrong; the job has failed. An end of the process interrupts it.
@@ -210,13 +212,13 @@ class _Worker:
         query = load_query(self.board.root, hospital, name)
         manifest = read_manifest(self.space.prepared(hospital))
         read_card(self.space.teacher(hospital))  # needed later: missing, nothing need be fetched
-        with open_shelf(self.board.root, self.params, hospital, query) as shelf:
-            plan = _plan(shelf, hospital, name, query, manifest)
+        with open_teachers(self.board.root, self.params, hospital, query) as teachers:
+            plan = _plan(teachers, hospital, name, query, manifest)
             count = 0
 
             def provide(site: str, folder: Path) -> None:
                 nonlocal count
-                shelf.provide(site, folder)
+                teachers.provide(site, folder)
                 count += 1
                 self._progress(count, len(plan.relevant))
 
@@ -310,7 +312,7 @@ def run(
     device: str | None = None,
     report: Report | None = None,
 ) -> Job:
-    """Answer a query here and now, or go on with it; what is there already is not done again.
+    """Answer a query now, or continue it; finished steps are not repeated.
 
     Raises:
         Busy: another process works on it.
@@ -331,7 +333,7 @@ def resume(
     device: str | None = None,
     report: Report | None = None,
 ) -> Job:
-    """Go on with a job that was interrupted, has failed or was cancelled.
+    """Continue a job that was interrupted, has failed or was cancelled.
 
     Raises:
         QueryError: there is nothing to go on with, code ``job-not-begun``; else as :func:`run`.
@@ -351,9 +353,9 @@ def resume(
 
 
 def _open(job: Job) -> bool:
-    """Whether a worker may take a job up by itself."""
+    """Whether a worker may start the job by itself."""
     ended = job.interruptions + 1  # the last one is counted when somebody takes the job up
-    return job.state == "waiting" or (job.state == "interrupted" and ended < MOST_INTERRUPTIONS)
+    return job.state == "waiting" or (job.state == "interrupted" and ended < MAX_INTERRUPTIONS)
 
 
 def work(
@@ -364,7 +366,7 @@ def work(
     device: str | None = None,
     report: Report | None = None,
 ) -> list[Job]:
-    """Answer waiting and interrupted queries until none is left; the jobs that this worker took up.
+    """Answer waiting and interrupted queries until none is left, and return their jobs.
 
     Any number of workers may do so at once. One that ends leaves its job to the others, who wait for
     running jobs before they end.

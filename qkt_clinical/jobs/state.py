@@ -1,4 +1,4 @@
-"""What is known of query jobs: one small file and one lock each, below ``.qkt/jobs/``.
+"""State of query jobs: one small file and one lock each, below ``.qkt/jobs/``.
 
 The lock belongs to the process that works on a job, and the system takes it back when that process ends,
 however it ends. So a job that is *running* and not locked was interrupted, and anyone may go on with it;
@@ -29,7 +29,7 @@ from qkt_clinical.records.reading import read_record
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
 """What a job does, in this order; ``plan`` fetches the bundles too, ``evaluate`` asks the gate."""
-MOST_INTERRUPTIONS = 3
+MAX_INTERRUPTIONS = 3
 """A job that ended so many processes is not given to another worker by itself."""
 PAUSE_S = 0.5
 """Progress is written at most so often."""
@@ -51,7 +51,7 @@ class Failure(Strict):
 
 
 class Job(Strict):
-    """A query and how far its answer is."""
+    """A query job and its progress."""
 
     format: Literal["qkt-job/1"] = "qkt-job/1"
     hospital: Name
@@ -80,13 +80,13 @@ class Job(Strict):
 
 
 class Cancelled(QueryError):
-    """Somebody took the job back while it ran."""
+    """The job was cancelled while it ran."""
 
     code = "job-cancelled"
 
 
 def asked(query: QueryConfig) -> str:
-    """Digest of what a query file says."""
+    """Digest of the content of a query file."""
     return digest_bytes(to_json(query.model_dump(mode="json")).encode())
 
 
@@ -194,7 +194,7 @@ class Board:
             yield self.read(hospital, query, held=True)
 
     def cancel(self, hospital: str, query: str) -> Job:
-        """Take a job back: at once where nobody works on it, else as soon as who does looks up.
+        """Cancel a job: at once if nobody works on it, else at the next check of its worker.
 
         Raises:
             QueryError: it is answered already, code ``job-answered``.
@@ -222,9 +222,9 @@ class Board:
             return job
 
     def is_cancelled(self, hospital: str, query: str) -> bool:
-        """Whether the running job has been taken back."""
+        """Whether the running job has been cancelled."""
         return self._path(hospital, query, "cancel").exists()
 
     def clear_cancel(self, hospital: str, query: str) -> None:
-        """Forget that a job was taken back: it begins anew, or has ended."""
+        """Remove the mark of cancellation, when the job starts again or has ended."""
         self._path(hospital, query, "cancel").unlink(missing_ok=True)

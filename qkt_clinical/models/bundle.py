@@ -85,7 +85,7 @@ def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> 
 
 
 def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
-    """Tensors of a weights file that is the card's, checked before one is made and hashed as it is parsed.
+    """Tensors of the card's weights file, checked before allocation and hashed while parsed.
 
     Raises:
         BundleError: no plain file, or not of the card's size, names, shapes, types or digest.
@@ -118,7 +118,7 @@ def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
 
 
 def _bounded(stream: BinaryIO, card: Card, wanted: Specs, refuse: Refuse) -> bytes:
-    """The file's content, read only if its size is the one that network and card make it."""
+    """The file's content, read only if it has the size that follows from network and card."""
     longest = HEADER_BYTES + sum(len(name) + HEADER_BYTES_PER_TENSOR for name in wanted)
     room = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in wanted.values())
     size = os.fstat(stream.fileno()).st_size
@@ -188,7 +188,7 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def _expert(folder: Path, name: str, student: Card) -> Bundle:
-    """A teacher that answers along, of which nothing is loaded before its card says that it is one."""
+    """Load an expert of a routed student, after its card was checked to be that of a teacher."""
     place = folder / "experts" / name
     links = place.is_symlink() or place.parent.is_symlink()
     card = None if links else read_card(place)

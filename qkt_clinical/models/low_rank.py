@@ -11,7 +11,7 @@ Convolution = nn.Conv2d | nn.Conv3d
 
 
 def kept_rank(convolution: Convolution, share: float) -> int:
-    """How many output directions of a convolution a merged network keeps; 0 where that would save nothing."""
+    """Rank of a convolution in a merged network; 0 where factorising it would save nothing."""
     patch = convolution.in_channels * math.prod(convolution.kernel_size)
     rank = max(1, round(share * convolution.out_channels))
     smaller = rank * (patch + convolution.out_channels) < patch * convolution.out_channels
@@ -21,7 +21,7 @@ def kept_rank(convolution: Convolution, share: float) -> int:
 
 
 def factorised(convolution: Convolution, rank: int) -> nn.Sequential:
-    """A convolution to ``rank`` channels, then a pointwise one to all: the same shapes, fewer weights."""
+    """Factorise a convolution: one to ``rank`` channels, then a pointwise one to all."""
     kind: Any = type(convolution)
     shape: dict[str, Any] = {"stride": convolution.stride, "padding": convolution.padding, "bias": False}
     narrow: nn.Module = kind(convolution.in_channels, rank, convolution.kernel_size, **shape)
@@ -40,6 +40,6 @@ def convolutions(extractor: nn.Module, share: float) -> dict[str, tuple[Convolut
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, by its dotted name."""
+    """Replace a module by its dotted name."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, module)

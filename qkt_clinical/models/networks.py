@@ -98,7 +98,7 @@ GROUPS = 8
 
 
 def _with_group_norm(module: nn.Module) -> None:
-    """Put group norm in the place of every batch norm, in place."""
+    """Replace every batch norm by group norm, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
             setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
@@ -172,7 +172,7 @@ def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
 
 @torch.no_grad()
 def multiply_adds(network: nn.Module, shape: Sequence[int]) -> int:
-    """What one image (C, *spatial) costs: the multiply-adds of all convolutions and linear layers."""
+    """Multiply-adds of all convolutions and linear layers for one image (C, *spatial)."""
     counts: list[int] = []
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -190,7 +190,7 @@ def multiply_adds(network: nn.Module, shape: Sequence[int]) -> int:
 
 
 def fast_layout(network: Classifier) -> Classifier:
-    """Lay out 2D weights channels-last: the same function, a fifth faster to train on a CPU."""
+    """Store 2D weights channels-last: the same function, a fifth faster to train on a CPU."""
     if network.spec.spatial_dims == 2:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network

@@ -1,4 +1,4 @@
-"""What a teacher offers: its card and mask, read before any weight is fetched."""
+"""Offers of teachers: card and mask, read before any weights are fetched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_teacher(card: Card, site: str, folder: Path) -> None:
 
 
 def read_offer(folder: Path, site: str) -> Offer:
-    """What a site's bundle folder offers; no weight is read.
+    """Read the offer in a site's bundle folder; no weights are read.
 
     Raises:
         BundleError: card or mask is not valid, or not that of the site's teacher, or a file is missing.

@@ -1,11 +1,10 @@
-"""Out-of-distribution detection: is an image of the kind that a model was trained on? Its first layer tells.
+"""Out-of-distribution detection from the responses of the network's first convolution.
 
-The first convolution is a bank of small filters that the hospital's own images have shaped. Of an image its
-responses are taken together as their mean and their spread per filter; the *score* is how far these lie from
-those of the training images, in standard deviations (root mean square). Images that were never meant for the
-network, such as noise, a blank frame, a negative or another modality, lie far away. Later layers would see
-more, but what they see is the diagnosis: a class that the hospital asked for, and has no image of, would be
-out of distribution there. Measured in ``docs/unlike.md``.
+An image is described by the mean and the standard deviation of every filter's response. The *score* is the
+distance of these numbers from those of the training images, in standard deviations (root mean square).
+Images that were never meant for the network, such as noise, a blank frame, a negative or another modality,
+lie far away. Later layers see more, but what they see is the diagnosis: a class that the hospital asked for
+and has no image of would be out of distribution there. Measured in ``docs/out-of-distribution.md``.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import REFERENCE, Card, Reference, read_reference
 
 KNOWN_SHARE = 0.99
-"""Of the hospital's own held-out images that are not flagged."""
-LARGEST_SCORE = 1e9
-LEAST_SPREAD = 1e-3
+"""Share of the hospital's own held-out images that are not flagged."""
+MAX_SCORE = 1e9
+MIN_SPREAD = 1e-3
 """Of a number, as a share of all numbers' spread: one that never varies would flag everything."""
 BATCH = 16
 
 
 def first_convolution(network: Classifier) -> nn.Conv2d | nn.Conv3d:
-    """The convolution that sees the image; in a merged network that of the hospital's own extractor."""
+    """The first convolution; in a merged network that of the hospital's own extractor."""
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
 
 
@@ -79,13 +78,11 @@ def _of_images(network: Classifier, images: Images, normalisation: str) -> NDArr
 
 
 def scores(reference: Reference, found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distance of each row of :func:`responses` from the training images, (N,), at most ``LARGEST_SCORE``."""
+    """Distance of each row of :func:`responses` from the training images, (N,), at most ``MAX_SCORE``."""
     with np.errstate(over="ignore", invalid="ignore"):
         away = (found - np.array(reference.mean)) / np.array(reference.spread)
         score = np.sqrt((away**2).mean(axis=1))
-    out: NDArray[np.float64] = np.minimum(
-        np.nan_to_num(score, nan=LARGEST_SCORE, posinf=LARGEST_SCORE), LARGEST_SCORE
-    )
+    out: NDArray[np.float64] = np.minimum(np.nan_to_num(score, nan=MAX_SCORE, posinf=MAX_SCORE), MAX_SCORE)
     return out
 
 
@@ -111,7 +108,7 @@ def make_reference(
         training, calibration: (N, C, *spatial) as prepared; training never saw the latter.
     """
     seen = _of_images(network, training, normalisation)
-    spread = np.sqrt(seen.var(axis=0) + (LEAST_SPREAD * seen.std()) ** 2) + 1e-12
+    spread = np.sqrt(seen.var(axis=0) + (MIN_SPREAD * seen.std()) ** 2) + 1e-12
     draft = Reference(
         weights=card.weights.sha256,
         mean=tuple(_rounded(v) for v in seen.mean(axis=0)),
@@ -127,5 +124,5 @@ def make_reference(
 
 
 def _rounded(value: float) -> float:
-    """Six significant digits: what a machine's way to sum changes lies below."""
+    """Round to six significant digits, above the differences between machines in summation."""
     return float(f"{value:.6g}")

@@ -66,7 +66,7 @@ from qkt_clinical.training.augment import augment
 MAX_REFINED = 1000
 """Local images at most on which a head is refined, of every class as many: of 20 classes all rare ones."""
 MAX_TEACHERS = 64
-SMALLEST_SCALE = 1e-12
+MIN_SCALE = 1e-12
 """Of a head's rows, squared: rows of zeros have no scale to measure a drift by."""
 
 LAYER = "layer number"
@@ -165,7 +165,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """A student: one network, how it decides, and what the steps went through.
+    """A student: its network, its decision rule and the records of the steps.
 
     Counts are those of the hospital's own images: what may be told of them is decided where they are written.
     """
@@ -214,7 +214,7 @@ def refine_head(
     bias = network.head.bias.detach().clone().requires_grad_(True)
     start, start_bias = weight.detach().clone(), bias.detach().clone()
     relevant = sorted({*local, *query})
-    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=SMALLEST_SCALE)
+    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=MIN_SCALE)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     none = torch.zeros(len(query))
     curves = []
@@ -241,7 +241,7 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
 
 
 def balanced_sample(labels: Labels, count: int, seed: int) -> Tensor:
-    """Sorted numbers of at most ``count`` images, of every class as many, drawn at random."""
+    """Sorted indices of at most ``count`` images drawn at random, equally many of every class."""
     order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
     turn: dict[int, itertools.count[int]] = {}
     ranked = sorted(order, key=lambda i: next(turn.setdefault(int(labels[i]), itertools.count())))
@@ -260,7 +260,7 @@ def validate(
     method: Method,
     budget: float,
 ) -> ValidQuery:
-    """Hold a question against the hospital's data and the teachers' claims.
+    """Check a query against the hospital's data and the teachers' claims.
 
     Raises:
         QueryError: see :func:`answer_query`.
@@ -306,7 +306,7 @@ def validate(
 
 
 def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
-    """Decide which teachers are included, and what the own network counts for among them.
+    """Decide which teachers are included, and set the local model weight.
 
     Raises:
         QueryError: the own network gives no usable answers (``unsound-network``), or no teacher of a query
@@ -397,7 +397,7 @@ def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple
 
 
 def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> Merged:
-    """Phase 1: one network of all that are included, or for ``routed`` the own one with its experts."""
+    """Phase 1: merge the included networks into one; ``routed`` keeps its own network with the experts."""
     panel, params = screened.panel, settings.params
     if question.method == "routed" and not question.rare:
         return Merged(copy.deepcopy(question.student), experts=panel.sites)
@@ -473,7 +473,7 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
 def set_operating_point(
     question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
 ) -> OperatingPoint:
-    """Set the offset at which the budget is kept on the hospital's own calibration images.
+    """Set the offset that keeps the budget on the hospital's own calibration images.
 
     Args:
         network: the student, refined or not.
@@ -489,7 +489,7 @@ def set_operating_point(
 def calibration_scores(
     question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
 ) -> Tensor:
-    """Query scores (M, Q) of the calibration images that the own model tells from the query today.
+    """Query scores (M, Q) of the calibration images that the own model does not take for the query.
 
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
@@ -583,7 +583,7 @@ def answer_query(
 def answer_of(
     question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, point: OperatingPoint
 ) -> Answer:
-    """The answer that the five steps led to."""
+    """The answer that results from the five steps."""
     return Answer(
         network=refined.network,
         teachers=screened.teachers,

@@ -27,7 +27,7 @@ def rivals_of(named: int, known: Sequence[int], classes: int) -> list[int]:
 
 
 def margin(logits: Tensor, named: int, known: Sequence[int]) -> Tensor:
-    """How much a network prefers a class to all else that it knows: ``z_c - mean z_rival``, (N,).
+    """Preference of a network for a class over the other classes that it knows: ``z_c - mean z_rival``, (N,).
 
     Linear in the logits, so that a head's row can say it (:func:`margin_row`).
 
@@ -105,7 +105,7 @@ def consensus_rows(
 
 
 def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """Class-balanced cross-entropy among some classes, at the temperature that suits the scores best.
+    """Class-balanced cross-entropy over some classes, at the best-fitting temperature of the scores.
 
     Args:
         scores: (N, C).
@@ -122,7 +122,7 @@ def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> f
 def local_weight(
     logits: Sequence[Tensor], known: Sequence[Sequence[int]], local: Sequence[int], labels: Tensor
 ) -> float:
-    """The local model weight: what the own network counts for in the consensus, a teacher being 1.
+    """The local model weight: the weight of the own network in the consensus, relative to a teacher's 1.
 
     Teachers are strangers to the hospital's scanner and stain, some more than others. How far they can be
     relied on is seen on the hospital's own held-out images, of which it knows the class: by how well the

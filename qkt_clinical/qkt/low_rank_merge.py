@@ -1,4 +1,4 @@
-"""Phase 1: the merged low-rank network. A teacher's extractor is made smaller without being trained again.
+"""Phase 1: the merged low-rank network. Teachers' extractors are reduced in rank without training.
 
 A network that learns a teacher's features on local images alone follows the teacher there and nowhere
 else: of what the teacher makes of a class that the hospital does not have, little is left. The teacher's own
@@ -32,7 +32,7 @@ CHUNK_SIZE = 2**22
 """Values of input at most in one pass, so that large images and volumes fit into memory."""
 PULL = 0.1
 """How strongly the weights are held to the teacher's, in units of the patches' mean square."""
-LARGEST_PATCH = 5000
+MAX_PATCH = 5000
 """Layers of larger patches are not corrected: the linear system would take minutes."""
 ISOTROPIC = 0.3
 """Share of the output directions' weight that does not depend on local images: other classes need others."""
@@ -49,7 +49,7 @@ class _LayerOutput:
 
 
 def patches(convolution: Convolution, inputs: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """What a convolution sees at some output positions: (S, in * kernel), as ``weight.flatten(1)`` counts.
+    """Input patches of a convolution at output positions, (S, in * kernel), as in ``weight.flatten(1)``.
 
     Args:
         inputs: (N, in, *spatial).
@@ -103,7 +103,7 @@ class _Reached(Exception):
 
 
 def _inputs_of(network: nn.Module, layer: nn.Module, views: Tensor) -> Tensor:
-    """What a layer is given when the network sees the views."""
+    """The inputs of a layer when the network processes the views."""
     given: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -121,7 +121,7 @@ def _inputs_of(network: nn.Module, layer: nn.Module, views: Tensor) -> Tensor:
 
 
 def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """A layer's weights (out, P) as ``wide @ narrow`` of the given rank, made for what it now sees.
+    """Factorise a layer's weights (out, P) into ``wide @ narrow`` of the rank, fitted to its inputs now.
 
     The weights are first corrected so that the patches ``inputs`` (S, P), which earlier layers changed, give
     the teacher's ``outputs`` (S, out) again: least squares, held to the old weights. Then the ``rank``
@@ -133,7 +133,7 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     """
     # Products of many patches in single precision, which is enough for them; what is solved in double.
     w, u, y = weight.double(), inputs, outputs
-    if w.shape[1] <= LARGEST_PATCH:
+    if w.shape[1] <= MAX_PATCH:
         held = PULL * float((u**2).mean().clamp(min=1e-12))
         system = (u.T @ u).double() / len(u) + held * torch.eye(w.shape[1], dtype=w.dtype)
         w = torch.linalg.solve(system, (u.T @ y).double() / len(u) + held * w.T).T
@@ -149,7 +149,7 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
 
 
 def full_rank(source: Classifier) -> tuple[nn.Module, Branch]:
-    """A network's own extractor as it is, and what a card says of it."""
+    """A network's own extractor unchanged, and its entry in the card."""
     return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
 
 
@@ -209,7 +209,7 @@ def merge_networks(
     parts: Sequence[tuple[nn.Module, Branch]],
     rows: Sequence[tuple[Tensor, Tensor]],
 ) -> Classifier:
-    """One network of all extractors; its head is the sum of the rows, each over its own extractor's features.
+    """Merge all extractors into one network, whose head sums the rows over each extractor's features.
 
     Args:
         source: the asking hospital's network, for what is not a matter of branches.

@@ -1,4 +1,4 @@
-"""Data-free masks: which classes does a teacher know, read from its network alone.
+"""Data-free masks: which classes a teacher knows, computed from its network alone.
 
 A network is overconfident towards the classes it was trained on, so noise shows them (QKT, section on
 masking). Plain noise shows only some: most networks send all Gaussian noise to one class. So the noise is
@@ -30,7 +30,7 @@ from qkt_clinical.records.card import Mask
 TINY = 1e-4
 """Scores below this are all alike: nothing is learned from how far below they lie."""
 
-LEAST_RATIO = 3.0
+MIN_RATIO = 3.0
 """A gap of less than this ratio is no gap: a teacher without one knows every class."""
 
 CONVINCED = 0.05
@@ -43,7 +43,7 @@ PROBES_PER_BATCH = 256
 
 
 def normalised(scores: Tensor) -> Tensor:
-    """Scores from 0 on, as shares of the largest."""
+    """Scores divided by their maximum, and not below 0."""
     scores = scores.double().clamp(min=0)
     top = scores.max()
     return scores / top if float(top) > 0 else scores
@@ -123,7 +123,7 @@ def noise_features(network: Classifier, probes: Tensor, *, batch_statistics: boo
 
 
 def conviction(logits: Tensor) -> Tensor:
-    """How sure of each class the probes that speak for it most make the network.
+    """Confidence of the network in each class on the probes that favour the class most.
 
     Args:
         logits: (N, C), one row per probe.
@@ -168,12 +168,12 @@ def class_scores(network: Classifier, shape: tuple[int, ...], *, probes: int, se
 def gap_threshold(scores: Tensor) -> float:
     """Lambda from a teacher's own scores: the middle, in logarithms, of their widest gap.
 
-    Where no neighbouring scores differ by ``LEAST_RATIO``, every class counts as known.
+    Where no neighbouring scores differ by ``MIN_RATIO``, every class counts as known.
     """
     logs = scores.clamp(min=TINY).log().sort(descending=True).values
     gaps = logs[:-1] - logs[1:]
     widest = int(gaps.argmax())
-    if float(gaps[widest]) < math.log(LEAST_RATIO):
+    if float(gaps[widest]) < math.log(MIN_RATIO):
         return math.exp(float(logs[-1]))
     return math.exp(float(logs[widest] + logs[widest + 1]) / 2)
 
@@ -190,7 +190,7 @@ def verified_classes(
     probes: int,
     seed: int,
 ) -> tuple[int, ...]:
-    """The classes that a network itself shows, whatever its mask claims.
+    """Verified classes: those that the network itself supports, whatever its mask claims.
 
     It is read as for its mask, but for the head's biases: one large enough sends all noise to a class of
     which the network has learned nothing. What was learned stands in the rows.
@@ -252,7 +252,7 @@ def compute_mask(
     probes: int = 256,
     seed: int = 0,
 ) -> Mask:
-    """The mask of a teacher. Same network, shape and seed: same mask, whoever computes it.
+    """The mask of a teacher. The same network, shape and seed give the same mask, whoever computes it.
 
     Raises:
         BundleError: the network gives no finite answer to noise.

@@ -1,4 +1,4 @@
-"""Operating points: how many of the hospital's own images may go to the query."""
+"""Operating points: offsets that bound the false-query rate on the hospital's own images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def false_query_rate(scores: Tensor, offsets: Tensor) -> float:
 
 
 def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
-    """Which images the own model tells from a rare query today: only those can become false queries.
+    """Images that the own model does not take for a rare query today: only those can become false queries.
 
     Args:
         logits: (N, C) of the own model.

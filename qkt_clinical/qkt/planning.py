@@ -1,4 +1,4 @@
-"""A query's plan: which teachers are relevant, why, and what fetching them costs. Free of torch.
+"""Plan of a query: the relevant teachers, the reasons, and the bytes to fetch. Free of torch.
 
 Plans are made from cards and masks alone; the weights of a teacher that is not relevant are never moved.
 """
@@ -13,7 +13,7 @@ from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 
 
 def assess_offer(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
-    """Decide whether a teacher says anything about the query, from its card and mask.
+    """Decide from its card and mask whether a teacher is relevant to the query.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
     ``qkt-light`` goes without those.
@@ -135,7 +135,7 @@ def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offe
 
 
 def at_risk(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
-    """Per class asked for, the hospital's own classes that no fetched teacher learned to tell it from.
+    """Classes at risk of confusion: per class asked for, own classes that no fetched teacher knows beside it.
 
     Such a teacher would know both: nobody has ever seen images of the two side by side.
     """

@@ -1,4 +1,4 @@
-"""A student's scores on images, whatever the method that made it."""
+"""Scores of a student on images, for all methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a network give usable answers? What any trained network does, and what nonsense does not.
+"""Soundness checks: whether a network gives usable answers.
 
 A file can be valid and its network nonsense: weights near the largest number there is, which end in infinity
 or drown all other networks; zeros or huge variances, after which every image looks alike. Such a network says
@@ -19,13 +19,13 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.panel import head_of
 from qkt_clinical.qkt.prediction import predict_features
 
-LARGEST_WEIGHT = 1e10
+MAX_WEIGHT = 1e10
 """Of weights and running statistics; squares of larger ones could leave single precision."""
-LARGEST_ACTIVATION = 1e6
+MAX_ACTIVATION = 1e6
 """Of any layer's output on the hospital's images."""
-LARGEST_LOGIT = 1e4
+MAX_LOGIT = 1e4
 """Beyond it, one network outweighs hundreds of others in any mean."""
-SMALLEST_SPREAD = 1e-6
+MIN_SPREAD = 1e-6
 """Standard deviation over images of what depends on them."""
 ROUNDING = 1e-5
 """The same as a share of the largest logit: single precision rounds by a hundredth of it."""
@@ -33,7 +33,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """What a network makes of the hospital's held-out images."""
+    """Outputs of a network on the hospital's held-out images."""
 
     features: Tensor
     """(N, F)."""
@@ -50,7 +50,7 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 
 def observe(network: Classifier, inputs: Tensor, flips: bool, device: torch.device) -> NetworkOutputs:
-    """One pass over images (N, C, *spatial), with an eye on every layer.
+    """Run the network once over images (N, C, *spatial) and record the magnitudes in every layer.
 
     Args:
         flips: see :func:`qkt_clinical.qkt.prediction.predict_features`.
@@ -73,23 +73,23 @@ def observe(network: Classifier, inputs: Tensor, flips: bool, device: torch.devi
 
 def _floor(logits: Tensor) -> float:
     """A spread of logits (N, C) at or below it is none."""
-    return max(SMALLEST_SPREAD, ROUNDING * float(logits.abs().max()))
+    return max(MIN_SPREAD, ROUNDING * float(logits.abs().max()))
 
 
 def defect(network: Classifier, outputs: NetworkOutputs, *, varied: bool = True) -> str:
-    """Why nothing that a network says can be used; empty where it can.
+    """Reason why a network is unusable as a whole; empty if it is usable.
 
     Args:
         outputs: see :func:`observe`.
         varied: whether the images differ at all: from equal ones nobody can tell whether a network looks.
     """
-    if not _largest(network.state_dict().values()) <= LARGEST_WEIGHT:
-        return f"its weights are not finite or beyond {LARGEST_WEIGHT:g}"
-    if not outputs.largest <= LARGEST_ACTIVATION:
-        return f"on the hospital's images its layers are not finite or beyond {LARGEST_ACTIVATION:g}"
+    if not _largest(network.state_dict().values()) <= MAX_WEIGHT:
+        return f"its weights are not finite or beyond {MAX_WEIGHT:g}"
+    if not outputs.largest <= MAX_ACTIVATION:
+        return f"on the hospital's images its layers are not finite or beyond {MAX_ACTIVATION:g}"
     logits = outputs.logits.double()
-    if not float(logits.abs().max()) <= LARGEST_LOGIT:
-        return f"its answers are not finite or beyond {LARGEST_LOGIT:g}"
+    if not float(logits.abs().max()) <= MAX_LOGIT:
+        return f"its answers are not finite or beyond {MAX_LOGIT:g}"
     preferences = logits - logits.mean(dim=1, keepdim=True)
     if varied and len(logits) > 1 and not float(preferences.std(dim=0).max()) > _floor(logits):
         return "its answer does not depend on the image"

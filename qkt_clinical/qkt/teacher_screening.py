@@ -35,7 +35,7 @@ from qkt_clinical.qkt.soundness import ROUNDING, indistinct
 FALSE_ALARM = 0.01
 """How often a teacher that names images of shared classes by chance is excluded for its labels; one that
 knows them better is so still less often."""
-LEAST_AGREEMENT = 0.0
+MIN_AGREEMENT = 0.0
 """A teacher at or below it agrees with the other experts no more about its own classes than about others."""
 
 
@@ -56,7 +56,7 @@ class ScreeningResult:
 
     @property
     def recalls(self) -> dict[int, float]:
-        """The share of the images of each shared class that it names so."""
+        """Recall of each shared class."""
         return {c: right / count for c, (right, count) in self.named.items()}
 
 
@@ -68,7 +68,7 @@ def chance_level(correct: int, count: int, classes: int) -> float:
 
 
 def count_recalled(logits: Tensor, labels: Tensor, known: Sequence[int], named: int) -> tuple[int, int]:
-    """How many images of a class a network names so among the classes that it knows, and of how many.
+    """Number of images of a class that a network recalls among the classes that it knows, and their total.
 
     Args:
         logits: (N, C).
@@ -98,7 +98,7 @@ def margin_directions(logits: Tensor, labels: Tensor, known: Sequence[int]) -> T
 
 
 def agreement(screened: Tensor, known: Sequence[int], other: Tensor, others: Sequence[int]) -> list[float]:
-    """How far a network agrees with another about the classes that both know, one figure a class.
+    """Agreement of two networks on the classes that both know, one figure per class.
 
     Args:
         screened: (N, K) of the network in question, see :func:`margin_directions`; known: its K classes.
@@ -123,7 +123,7 @@ def agreement(screened: Tensor, known: Sequence[int], other: Tensor, others: Seq
 
 @dataclass(frozen=True)
 class _LabelTest:
-    """What the hospital's own labels say of a teacher's."""
+    """Result of testing a teacher against the hospital's own labels."""
 
     named: Mapping[int, tuple[int, int]]
     refuted: bool = False
@@ -133,7 +133,7 @@ class _LabelTest:
 
 
 def _test_labels(logits: Tensor, labels: Tensor, known: Sequence[int], local: Sequence[int]) -> _LabelTest:
-    """All shared classes, each alone and all together."""
+    """Test all shared classes, each alone and all together."""
     shared = [c for c in local if c in known and bool((labels == c).any())]
     if len(known) < 2 or not shared:
         return _LabelTest({})
@@ -153,7 +153,7 @@ def _test_labels(logits: Tensor, labels: Tensor, known: Sequence[int], local: Se
 def _test_experts(
     directions: Sequence[Tensor], known: Sequence[Sequence[int]], borne_out: Sequence[bool]
 ) -> list[tuple[float | None, bool]]:
-    """Per teacher its mean agreement with the others, and whether that is ground to exclude it.
+    """Mean agreement of each teacher with the others, and whether it is excluded for it.
 
     The others are those whose labels the hospital's own images bear out, or, where none of them shares a
     class, all. Two strangers who disagree do not show which of them is wrong.
@@ -207,7 +207,7 @@ def screen_teachers(
         low = [
             (value, i)
             for i, (value, telling) in zip(left, compared, strict=True)
-            if telling and value is not None and value <= LEAST_AGREEMENT
+            if telling and value is not None and value <= MIN_AGREEMENT
         ]
         if not low:
             break
@@ -227,23 +227,23 @@ def screen_teachers(
 
 
 def _verified(claimed: Sequence[int], verified: Sequence[int] | None, logits: Tensor) -> tuple[int, ...]:
-    """The claims that a network bears out."""
+    """The claims that the network supports."""
     claims = [c for c in sorted(claimed) if verified is None or c in verified]
     same = indistinct(logits, claims)
     return tuple(c for c in claims if c not in same)
 
 
 def _why_excluded(known: Sequence[int], test: _LabelTest) -> str:
-    """Why a teacher is excluded, whatever the other experts say; empty where it may be included."""
+    """Reason to exclude a teacher regardless of the other experts; empty if there is none."""
     if not known:
         return "its network shows none of the classes that it claims"
     return "names images of shared classes less often so than by chance" if test.refuted else ""
 
 
 def _why_included(borne_out: bool, agrees: float | None) -> str:
-    """Why a teacher is included."""
+    """Reason to include a teacher."""
     if borne_out:
         return "names images of shared classes as the hospital does"
     if agrees is None:
         return "shares no class with anybody who could tell"
-    return "agrees with the other experts" if agrees > LEAST_AGREEMENT else "too few experts to tell"
+    return "agrees with the other experts" if agrees > MIN_AGREEMENT else "too few experts to tell"

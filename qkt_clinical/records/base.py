@@ -1,4 +1,4 @@
-"""What all records have in common: frozen models of finite numbers, and figures with their intervals."""
+"""Base of all records: frozen models of finite numbers, and estimates with intervals."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Number = Annotated[int, Field(ge=0, le=10**15)]
-"""How many; more than any file of ours can mean is damage."""
+"""A count; larger values than any of our files can hold are damage."""
 
 SignedFraction = Annotated[float, Field(ge=-1, le=1)]
 """A difference of fractions."""
 
 
 class Record(BaseModel):
-    """A JSON file or a part of one. Keys that a later version adds are left out; numbers are finite."""
+    """A JSON file or a part of one. Unknown keys of later versions are ignored; numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Estimate(Record):
-    """A figure with its bootstrap interval, which need not hold it."""
+    """A figure with its bootstrap interval, which need not contain it."""
 
     value: float
     low: float

@@ -1,4 +1,4 @@
-"""Cards: what a bundle says of itself in JSON. Free of torch, so that a plan costs no framework import."""
+"""Cards: the JSON description of a bundle. Free of torch, so that planning needs no framework import."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ MERGED = "amalgam"
 
 
 class Branch(Strict):
-    """One extractor in a merged network: of which network, and the share of its convolutions' rank kept."""
+    """One extractor in a merged network: its architecture, and the share of its convolutions' rank kept."""
 
     name: Network
     rank: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class NetworkSpec(Strict):
-    """What is needed to build a network; nothing in it can run code."""
+    """Specification to build a network; nothing in it can run code."""
 
     name: Network | Literal["amalgam"]
     spatial_dims: Literal[2, 3]
@@ -54,7 +54,7 @@ class NetworkSpec(Strict):
 
 
 class Mask(Strict):
-    """What a mask file says: ``mask.json``."""
+    """A mask, ``mask.json``."""
 
     format: Literal["qkt-mask/1"] = "qkt-mask/1"
     estimator: Estimator
@@ -75,7 +75,7 @@ class Mask(Strict):
 
 
 class Reference(Strict):
-    """``reference.json``: what the first layer makes of the training images. Other hospitals do not fetch it.
+    """``reference.json``: first-layer statistics of the training images. Other hospitals do not fetch it.
 
     Per filter the mean of its responses over an image and their spread, the means of all filters first.
     """
@@ -98,7 +98,7 @@ class Reference(Strict):
 
 
 class InputSpec(Strict):
-    """What the network takes: shape (C, H, W) or (C, D, H, W) and how images are normalised."""
+    """Input of the network: shape (C, H, W) or (C, D, H, W) and how images are normalised."""
 
     shape: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(min_length=3, max_length=4)
     normalisation: Literal["unit", "zscore"]
@@ -145,7 +145,7 @@ class DecisionRule(Strict):
 
     @property
     def passes(self) -> int:
-        """Passes of a network that one prediction takes."""
+        """Network passes per prediction."""
         return (1 + len(self.experts)) * (len(MIRRORS) if self.flips else 1)
 
     @property
@@ -155,7 +155,7 @@ class DecisionRule(Strict):
 
 
 class Card(Strict):
-    """``bundle.json``: what a bundle is. No class counts, no paths, no people."""
+    """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
     format: Literal["qkt-bundle/1"] = "qkt-bundle/1"
     kind: Literal["teacher", "student"]
@@ -189,7 +189,7 @@ class Card(Strict):
 
 
 class Read(NamedTuple):
-    """A JSON file of a bundle, parsed from the very bytes that were measured and hashed."""
+    """A JSON file of a bundle, parsed from the same bytes that were measured and hashed."""
 
     data: Any
     bytes: int
@@ -222,7 +222,7 @@ def _read_json(path: Path, site: str | None) -> Read:
 
 
 def cannot_be_read(error: OSError, path: Path, site: str | None) -> BundleError:
-    """Of a bundle's file that cannot be opened, or is a link, a folder, a pipe or a device."""
+    """The error for a bundle's file that cannot be opened, or is a link, a folder, a pipe or a device."""
     return BundleError(
         f"cannot be read as a plain file: {typed(error).message}",
         remedy="Put the file itself there, with permission to read it; links are not followed.",

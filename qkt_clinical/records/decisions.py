@@ -1,4 +1,4 @@
-"""Decisions about models: which is in use, who said so, and what spoke against it.
+"""Decisions about models: which version is in use, who decided it, and which rules it did not meet.
 
 Decisions of people cannot be made again from outputs, so each is kept, by the digest of the bundle, in
 ``decisions/<site>.json``. ``gate`` holds answers against the champion by it, and ``track`` sets the alias
@@ -33,7 +33,7 @@ DecisionText = Annotated[str, Field(max_length=10_000)]
 
 
 class RegistryError(QktError):
-    """A version cannot be put into use, or taken back, as asked."""
+    """A version cannot be promoted or rolled back as requested."""
 
     code = "registry"
 
@@ -54,7 +54,7 @@ def site_of(model: str) -> str:
 
 
 def _named(model: str) -> str:
-    """The name of a model itself, if it is one: it becomes a part of paths and of searches."""
+    """Return the name if it is a valid model name: it becomes a part of paths and of searches."""
     try:
         site_of(model)
     except RegistryError as error:
@@ -111,7 +111,7 @@ def read_decisions(root: Path, site: str) -> tuple[Decision, ...]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no name stands twice: which of the two counts is a matter of the reader."""
+    """A JSON object without repeated names, of which readers would pick one or the other."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name that stands twice")
@@ -119,7 +119,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def keep_decision(root: Path, decision: Decision) -> None:
-    """Add a decision to its hospital's.
+    """Add a decision to the file of its hospital.
 
     Raises:
         OutputsError: those that there are cannot be read.
@@ -136,7 +136,7 @@ def keep_decision(root: Path, decision: Decision) -> None:
 
 
 def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:
-    """Promotions of a model that stand, the present champion's last: a rollback takes the last away."""
+    """Promotions of a model that are in force, the present champion's last; a rollback removes the last."""
     stack: list[Decision] = []
     for decision in decisions:
         if decision.model != model:
@@ -149,12 +149,12 @@ def standing(decisions: Sequence[Decision], model: str) -> list[Decision]:
 
 
 def champions(decisions: Sequence[Decision], model: str) -> list[str]:
-    """Digests of a model's champions that stand, the present one last."""
+    """Digests of a model's champions that are in force, the present one last."""
     return [decision.digest for decision in standing(decisions, model)]
 
 
 def champion_of(root: Path, model: str) -> Champion | None:
-    """The version of a model that is in use by what was decided.
+    """The version of a model that is in use according to the decisions.
 
     Raises:
         OutputsError: the decisions are malformed.

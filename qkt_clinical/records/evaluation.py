@@ -13,7 +13,7 @@ from qkt_clinical.records.base import Difference, Number, Proportion, Record
 
 
 class Bin(Record):
-    """Images of like confidence: how sure the model was of them, and how often it was right."""
+    """One bin of a reliability curve: mean confidence, accuracy and number of images."""
 
     confidence: Fraction
     accuracy: Fraction
@@ -21,7 +21,7 @@ class Bin(Record):
 
 
 class Scores(Record):
-    """Figures of one model on held-out images; None where there is none or it may not be told.
+    """Figures of one model on held-out images; None where undefined or suppressed.
 
     ``confusion`` has truth in rows, ordered as ``relevant``.
     """
@@ -45,7 +45,7 @@ class Scores(Record):
 
 
 class Flip(Record):
-    """A test image that one model has right and the other wrong; ``index`` into the prepared arrays."""
+    """A test image, ``index`` of the prepared arrays, that only one of the models classifies correctly."""
 
     site: str
     index: Number
@@ -60,7 +60,7 @@ class Flip(Record):
 
 
 class SubgroupScores(Record):
-    """Figures of a group of patients; None where too few stand behind one."""
+    """Figures of a group of patients; None where they rest on too few."""
 
     query_accuracy: Proportion | None
     retained_accuracy: Proportion | None
@@ -77,7 +77,10 @@ class SubgroupResult(Record):
 
 
 class OperatingPointResult(Record):
-    """The query's offsets, and what they give away of the hospital's own images of its own classes."""
+    """The query's offsets, and their false-query rate on the hospital's own images of its own classes.
+
+    ``given_away_*`` is what ``qkt-evaluation/1`` calls that rate; the keys stay with the format.
+    """
 
     offsets: dict[str, float]
     budget: Fraction
@@ -88,7 +91,7 @@ class OperatingPointResult(Record):
 
 
 def _confusion_fault(confusion: Sequence[Sequence[int] | None], images: Sequence[int]) -> str | None:
-    """What a confusion matrix cannot be, of so many images per class; None if nothing is wrong with it."""
+    """Why a confusion matrix contradicts the numbers of images per class; None if it does not."""
     size = len(images)
     rows = [row or () for row in confusion]
     if [len(row) for row in rows] != [size] * size:
@@ -143,5 +146,5 @@ class Evaluation(Record):
 
     @property
     def few(self) -> tuple[str, ...]:
-        """Classes of whose test images too few are here to tell a figure."""
+        """Classes with too few test images to show a figure."""
         return tuple(c for c in self.relevant if too_few(self.test_images.get(c, 0)))

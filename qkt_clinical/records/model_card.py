@@ -13,7 +13,7 @@ FailureKind = Literal[
 
 
 class PointEstimate(Record):
-    """A figure of which there is no interval, as of a teacher's validation images."""
+    """A figure without an interval, such as those on a teacher's validation images."""
 
     value: float
     low: None = None
@@ -32,7 +32,7 @@ class CardFigure(Record):
 
 
 class CardData(Record):
-    """What the hospital's own manifest says, in counts that may be shown."""
+    """Data of the hospital's own manifest, in counts that may be shown."""
 
     site: str
     source_kind: str
@@ -64,7 +64,7 @@ class CardTeacher(Record):
 
 
 class MethodFacts(Record):
-    """How the model was made, what it takes and what it answers."""
+    """How the model was made, its input and its output."""
 
     name: str
     words: str
@@ -75,21 +75,23 @@ class MethodFacts(Record):
     request: str = "float32 images as prepared; 8-bit images divided by 255"
     response: str = (
         "label and one probability per class, 0 for classes it does not answer for; the operating point; "
-        "whether the image is unlike the training images, by coarse looks, where the bundle has a reference"
+        "whether the image is out of the training distribution by colour, contrast and texture, where the "
+        "bundle has a reference"
     )
     bytes: int
     passes_per_prediction: int
 
 
 class Calibration(Record):
-    """How far probabilities can be trusted, and the operating point."""
+    """Calibration of the probabilities, and the operating point."""
 
     ece_before: Estimate | None
     ece: Estimate | None
     """Expected calibration error; None where nobody has measured."""
     budget: float
-    """Share of the hospital's own held-out images that may be given away to the query."""
+    """Largest false-query rate on the hospital's own held-out images."""
     given_away: float | None
+    """The false-query rate on the calibration images; the key stays, since registered cards hold it."""
     """Share that was, on the calibration images; None where they are too few to tell."""
     calibration_images: str
     offsets: dict[str, float]
@@ -97,7 +99,7 @@ class Calibration(Record):
 
 
 class KnownFailure(Record):
-    """Something that the figures say against the model, found by rule."""
+    """A weakness of the model that a rule finds in the figures."""
 
     kind: FailureKind
     classes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a run left behind, read and checked once for the report and for MLflow. Imports no torch."""
+"""Outputs of a run, read and checked once for the report and for MLflow. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkt_clinical.common.disclosure import SMALLEST_COUNT, too_few, withhold
+from qkt_clinical.common.disclosure import SMALLEST_COUNT, suppress, too_few
 from qkt_clinical.common.files import digest_bytes, digest_file, digest_folder, to_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -31,7 +31,7 @@ from qkt_clinical.records.verdict import Verdict
 
 @dataclass(frozen=True)
 class SiteOutputs:
-    """What is known of a site here; another hospital's data may not be, and its teacher may not be yet."""
+    """Outputs of a site in this workspace; another hospital's data, or its teacher, may be missing."""
 
     name: str
     manifest: Manifest | None
@@ -64,7 +64,7 @@ class SiteOutputs:
 
 @dataclass(frozen=True)
 class AnswerOutputs:
-    """A student, which nobody need have measured yet."""
+    """A student, evaluated or not."""
 
     student: Path
     plan: Plan
@@ -112,7 +112,7 @@ class QueryOutputs(AnswerOutputs):
 
 @dataclass(frozen=True)
 class Outputs:
-    """A run: sites in the order of their names, queries by hospital and name."""
+    """All outputs of a run: sites sorted by name, queries by hospital and name."""
 
     params: Params
     sites: tuple[SiteOutputs, ...]
@@ -140,7 +140,7 @@ def _metrics(path: Path, site: str, manifest: Manifest | None) -> TeacherMetrics
     metrics = read_record(TeacherMetrics, path, site=site)
     if manifest is None:
         return metrics
-    recall = withhold(metrics.recall, manifest.counts.get("val", {}))
+    recall = suppress(metrics.recall, manifest.counts.get("val", {}))
     return metrics.model_copy(update={"recall": recall})
 
 
@@ -180,14 +180,14 @@ def _told(scores: Scores, evaluation: Evaluation) -> Scores:
     def bins(rows: Sequence[Bin] | None) -> tuple[Bin, ...] | None:
         return None if rows is None else tuple(b for b in rows if b.images >= SMALLEST_COUNT)
 
-    curves = withhold(scores.class_reliability, images)
+    curves = suppress(scores.class_reliability, images)
     return scores.model_copy(
         update={
-            "recall": withhold(scores.recall, images),
-            "precision": withhold(withhold(scores.precision, answers), images),
-            "class_auroc": withhold(scores.class_auroc, images),
-            "class_auprc": withhold(scores.class_auprc, images),
-            "class_ece": withhold(scores.class_ece, images),
+            "recall": suppress(scores.recall, images),
+            "precision": suppress(suppress(scores.precision, answers), images),
+            "class_auroc": suppress(scores.class_auroc, images),
+            "class_auprc": suppress(scores.class_auprc, images),
+            "class_ece": suppress(scores.class_ece, images),
             "class_reliability": {c: bins(rows) for c, rows in curves.items()},
             "reliability": bins(scores.reliability),
             "confusion": tuple(None if too_few(sum(row or ())) else row for row in scores.confusion),
@@ -204,7 +204,7 @@ def told(evaluation: Evaluation) -> Evaluation:
         update={
             "before": _told(evaluation.before, evaluation),
             "after": _told(evaluation.after, evaluation),
-            "class_forgetting": withhold(evaluation.class_forgetting, evaluation.test_images),
+            "class_forgetting": suppress(evaluation.class_forgetting, evaluation.test_images),
         }
     )
 

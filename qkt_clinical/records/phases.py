@@ -1,4 +1,4 @@
-"""``phases.json``: what the two phases of a transfer went through."""
+"""``phases.json``: record of the two phases of a transfer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Curves = tuple[dict[str, float], ...]
 
 
 class ScreenedTeacher(Record):
-    """What the hospital's own images said of a fetched teacher."""
+    """Screening result of a fetched teacher on the hospital's own images."""
 
     site: str
     included: bool
@@ -29,7 +29,7 @@ class ScreenedTeacher(Record):
 
 
 class Phase1(Record):
-    """What the student took up from the relevant teachers."""
+    """Phase 1: what the student learned from the relevant teachers."""
 
     kind: str = "distill"
     curves: Curves = ()
@@ -40,7 +40,7 @@ class Phase1(Record):
 
 
 class Phase2(Record):
-    """Refinement of the head; the operating point."""
+    """Phase 2: refinement of the head, and the operating point."""
 
     offsets: dict[str, float]
     budget: Fraction

@@ -24,7 +24,7 @@ SHARED = (CARD, WEIGHTS, MASK)
 
 @dataclass(frozen=True)
 class Offer:
-    """What a plan needs to know of a teacher: its card and mask, not its weights."""
+    """Description of a teacher for planning: its card and mask, without weights."""
 
     card: Card
     mask: Mask
@@ -79,7 +79,7 @@ class Plan(Strict):
 
 
 class Asking(Strict):
-    """What a plan needs to know of the asking hospital; no number of images."""
+    """Description of the asking hospital for planning; no numbers of images."""
 
     classes: Classes
     """The federation's label space."""

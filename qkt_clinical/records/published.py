@@ -1,4 +1,4 @@
-"""What of an evaluation, a verdict or a teacher's metrics may leave the hospital: MLflow, model cards.
+"""Evaluations, verdicts and teachers' metrics as they may leave the hospital, for MLflow and model cards.
 
 Made by the rules of :mod:`qkt_clinical.common.disclosure` alone. All figures have two decimals. No figure
 rests on fewer than five images, and no mean includes a class of so few. Where 1 to 4 images of a class were
@@ -16,8 +16,8 @@ from qkt_clinical.common.disclosure import (
     shown_count,
     shown_figure,
     shown_share,
+    suppress,
     too_few,
-    withhold,
 )
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Difference, Estimate, Number, Proportion, Record
@@ -43,7 +43,7 @@ class PublishedBin(Record):
 
 
 class PublishedScores(Record):
-    """Figures of one model as they may be told; None where there is none or it may not be.
+    """Figures of one model with suppression; None where undefined or suppressed.
 
     ``confusion`` has truth in rows, in whole percent of each row's images.
     """
@@ -107,7 +107,7 @@ def _shown(estimate: Estimate | None, value: float | None = None) -> Estimate | 
 def _all_shown(
     figures: Mapping[str, Estimate | None], images: Mapping[str, int]
 ) -> dict[str, Estimate | None]:
-    return {name: _shown(figure) for name, figure in withhold(figures, images).items()}
+    return {name: _shown(figure) for name, figure in suppress(figures, images).items()}
 
 
 def _counts(scores: Scores, evaluation: Evaluation) -> dict[str, tuple[int, int]]:
@@ -119,7 +119,7 @@ def _counts(scores: Scores, evaluation: Evaluation) -> dict[str, tuple[int, int]
 
 
 def _hidden_recalls(scores: Scores, evaluation: Evaluation) -> set[str]:
-    """Classes whose recall may not be told, or would tell another's."""
+    """Classes whose recall is suppressed, or would reveal another's."""
     images = evaluation.test_images
     right = {c: n for c, (_, n) in _counts(scores, evaluation).items()}
     hidden = {c for c in evaluation.relevant if shown_share(right[c], images.get(c, 0)) is None}
@@ -186,9 +186,9 @@ def _published_scores(scores: Scores, evaluation: Evaluation, hidden: Collection
         class_auroc=_all_shown(scores.class_auroc, images),
         class_auprc=_all_shown(scores.class_auprc, images),
         class_ece={
-            c: None if e is None else shown_figure(e) for c, e in withhold(scores.class_ece, images).items()
+            c: None if e is None else shown_figure(e) for c, e in suppress(scores.class_ece, images).items()
         },
-        class_reliability={c: _bins(rows) for c, rows in withhold(scores.class_reliability, images).items()},
+        class_reliability={c: _bins(rows) for c, rows in suppress(scores.class_reliability, images).items()},
         macro_precision=_shown(scores.macro_precision) if mean_precision and not few else None,
         macro_auroc=None if few else _shown(scores.macro_auroc),
         macro_auprc=None if few else _shown(scores.macro_auprc),
@@ -208,7 +208,10 @@ def _change(estimate: Estimate | None, first: Estimate | None, second: Estimate 
 
 
 def _point(evaluation: Evaluation) -> OperatingPointResult | None:
-    """What is given away of the test images; of the calibration images it was told when it was counted."""
+    """The operating point with its false-query rate on the test images as it may be shown.
+
+    The rate on the calibration images was suppressed, if need be, when it was counted.
+    """
     point = evaluation.operating_point
     if point is None or point.given_away_test is None:
         return point
@@ -240,7 +243,7 @@ def _subgroup(group: SubgroupResult) -> SubgroupResult:
 
 
 def published(evaluation: Evaluation) -> PublishedEvaluation:
-    """What of an evaluation may leave the hospital.
+    """An evaluation as it may leave the hospital.
 
     Args:
         evaluation: as the stage wrote it, with all that it counted.

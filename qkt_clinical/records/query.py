@@ -1,4 +1,4 @@
-"""``query.json`` of a student: what it was asked for."""
+"""``query.json`` of a student: the query that it answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing records: whatever a damaged or foreign file holds ends as one typed error."""
+"""Reading and writing records: any damaged or foreign file ends in one typed error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qkt_clinical.common.files import write_json
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.records.card import MAX_JSON_BYTES
 
-LARGEST_FILE = 16 * MAX_JSON_BYTES
+MAX_RECORD_BYTES = 16 * MAX_JSON_BYTES
 """Bytes; an evaluation names every image that flipped."""
-LONGEST_PLACE = 80
+MAX_PLACE = 80
 """Characters of a place in a file that an error names: keys are the file's own."""
 REMEDY = "Run 'dvc repro' to make it again."
 
@@ -24,7 +24,7 @@ def _place(error: ValidationError) -> str:
     """Where the first fault is and what it is, without the value."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"])) or "content"
-    shown = "".join(c if c.isprintable() else "?" for c in place[:LONGEST_PLACE])
+    shown = "".join(c if c.isprintable() else "?" for c in place[:MAX_PLACE])
     return f"{shown}: {first['msg']}"
 
 
@@ -58,15 +58,15 @@ def read_record(
         what: of the error, said before the fault itself.
 
     Raises:
-        OutputsError: no plain file, larger than :data:`LARGEST_FILE`, or not such a record.
+        OutputsError: no plain file, larger than :data:`MAX_RECORD_BYTES`, or not such a record.
     """
     try:
         if not path.is_file():
             raise ValueError("no such file")
         with path.open("rb") as stream:
-            data = stream.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
+            data = stream.read(MAX_RECORD_BYTES + 1)
+        if len(data) > MAX_RECORD_BYTES:
+            raise ValueError(f"larger than {MAX_RECORD_BYTES:,} bytes")
         return parse_record(kind, data)
     except OSError:
         fault = "cannot be read"

@@ -1,4 +1,4 @@
-"""What the folder of a registered model may hold: judged by name, size and content, before any of it is used.
+"""Checks of the files of a registered model, by name, size and content, before any is used.
 
 MLflow imports the loader that ``MLmodel`` names, with the folders of code that it names before all others on
 the path, and installs what the requirements say. Whoever may write to a registry could run code of their own
@@ -78,7 +78,7 @@ class UnsoundVersion(RegistryError, BundleError):
 
 
 def unsound(what: str, code: str | None = None) -> UnsoundVersion:
-    """The error that says so."""
+    """The error for an unsound version."""
     return UnsoundVersion(
         what,
         remedy="Nothing of it was used. Ask who may write to the registry, and register the model again with "
@@ -221,7 +221,7 @@ def digest_of(digests: Mapping[str, str]) -> str:
 
 
 def _yaml(content: bytes) -> Any:
-    """What a YAML file holds; None where it is none, or larger or deeper than any of ours, or merges maps."""
+    """Content of a YAML file; None if it is not YAML, larger or deeper than any of ours, or merges maps."""
     try:
         depth = 0
         for count, event in enumerate(yaml.parse(content, Loader=YAML)):  # which builds nothing yet

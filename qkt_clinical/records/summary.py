@@ -1,4 +1,4 @@
-"""``reports/queries.json`` and ``reports/metrics.json``: the figures of a run in few numbers.
+"""``reports/queries.json`` and ``reports/metrics.json``: the main figures of a run.
 
 For programs in the hospital's own workspace, with all their digits.
 """
@@ -41,7 +41,7 @@ class QuerySummary(Record):
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> QuerySummary:
-        """What an evaluation says in short."""
+        """Summary of an evaluation."""
         return cls(
             hospital=evaluation.hospital,
             query=evaluation.query,

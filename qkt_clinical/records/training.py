@@ -1,4 +1,4 @@
-"""``metrics.json`` and ``curves.json`` of a teacher: how its training went. They do not leave its site."""
+"""``metrics.json`` and ``curves.json`` of a teacher's training. They do not leave its site."""
 
 from __future__ import annotations
 

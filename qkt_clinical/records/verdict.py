@@ -10,7 +10,7 @@ Bound = Literal["at least", "at most"]
 
 
 class Measured(Record):
-    """The figures of one version that others are held against."""
+    """The figures of one version with which others are compared."""
 
     balanced_accuracy: Proportion | None
     """None where it may not be told."""

@@ -42,7 +42,7 @@ FORGOTTEN = 0.05
 CONFUSED = 0.05
 """And a pair of classes of which this share of the one is taken for the other; the worst three at most."""
 
-MOST_CONFUSED = 3
+MAX_CONFUSED = 3
 
 INTENDED = (
     "Research on knowledge transfer between hospitals: {what}, for images prepared as those of {site} are, "
@@ -61,7 +61,7 @@ METHODS = {
     "the hospital's own images (phase 1); then its head was set for all relevant classes (phase 2).",
     "qkt-light": "One network. It took up the extractors of the teachers that know the query beside its own, "
     "made much smaller (phase 1); then its head was set for all relevant classes (phase 2).",
-    "routed": "Several networks: the hospital's own and the relevant teachers', each heard for the classes "
+    "routed": "Several networks: the hospital's own and the relevant teachers', each used for the classes "
     "that it knows.",
 }
 
@@ -183,7 +183,7 @@ def _confused(
         for j, answer in enumerate(relevant)
         if row and i != j and told[i] is not None
     ]
-    worst = sorted((p for p in pairs if p[0] >= CONFUSED), key=lambda p: (-p[0], p[1], p[2]))[:MOST_CONFUSED]
+    worst = sorted((p for p in pairs if p[0] >= CONFUSED), key=lambda p: (-p[0], p[1], p[2]))[:MAX_CONFUSED]
     return [
         KnownFailure(
             kind="confused",
@@ -212,7 +212,7 @@ OWN_NUMBERS = (
 )
 
 OWN_REFERENCE = (
-    "Nor is reference.json, by which images unlike the training images are flagged: it holds the mean and "
+    "Nor is reference.json, by which out-of-distribution images are flagged: it holds the mean and "
     "the spread, over the training images, of what the network's first layer makes of an image, so their "
     "overall colour and contrast. Whoever may read the registry may read it."
 )

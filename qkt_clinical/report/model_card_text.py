@@ -68,9 +68,9 @@ def _errors(calibration: Calibration) -> str:
     return f"Expected calibration error {_error(calibration.ece)}, before {_error(calibration.ece_before)}. "
 
 
-def _given(calibration: Calibration) -> str:
-    given = "A share" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
-    return f"{given} given away to the query, of a budget of {100 * calibration.budget:.1f}%"
+def _false_queries(calibration: Calibration) -> str:
+    rate = "not told" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
+    return f"False-query rate {rate}, budget {100 * calibration.budget:.1f}%"
 
 
 def to_summary(card: ModelCard) -> str:
@@ -94,7 +94,7 @@ def to_summary(card: ModelCard) -> str:
         *_items([f.text for f in card.known_failures[:12]], "none found by rule"),
     ]
     if card.calibration is not None:
-        lines += [f"{_errors(card.calibration)}{_given(card.calibration)}.", ""]
+        lines += [f"{_errors(card.calibration)}{_false_queries(card.calibration)}.", ""]
     lines.append(f"Bundle `{card.provenance.bundle}`, data `{card.provenance.data or 'not here'}`.")
     return "\n".join(lines) + "\n"
 
@@ -155,7 +155,7 @@ def to_markdown(card: ModelCard) -> str:
         lines += [
             "## Calibration and operating point",
             "",
-            f"{_errors(c)}{_given(c)}, on {c.calibration_images} calibration images.",
+            f"{_errors(c)}{_false_queries(c)}, on {c.calibration_images} calibration images.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

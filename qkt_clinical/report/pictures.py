@@ -18,14 +18,18 @@ from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.records.evaluation import Flip
 from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
-MOST = 12
+MAX_PICTURES = 12
 """Pictures of one direction at most."""
 SIDE = 96
 """Pixels of a picture's longer side at most."""
 
 
 @dataclass(frozen=True)
+<<<<<<< HEAD
 class ShownPicture:
+=======
+class EmbeddedImage:
+>>>>>>> words
     """A test image as PNG in base64, its class, and what both models said."""
 
     png: str
@@ -40,17 +44,21 @@ class Flipped:
     """All cases of one direction, as a number, and the pictures of some."""
 
     cases: int
+<<<<<<< HEAD
     pictures: tuple[ShownPicture, ...]
+=======
+    pictures: tuple[EmbeddedImage, ...]
+>>>>>>> words
     strange: int = 0
     """Cases of hospitals that consent whose image is no test image here, or of another class."""
 
 
-def choose(flips: Sequence[Flip], most: int = MOST) -> list[Flip]:
+def choose(flips: Sequence[Flip], limit: int = MAX_PICTURES) -> list[Flip]:
     """At most so many, of every class and site in turn, in the order given within these."""
     kinds = sorted({(flip.actual, flip.site) for flip in flips})
     rows = [[flip for flip in flips if (flip.actual, flip.site) == kind] for kind in kinds]
     turns = chain.from_iterable(zip_longest(*rows))
-    return [flip for flip in turns if flip is not None][:most]
+    return [flip for flip in turns if flip is not None][:limit]
 
 
 def png(image: NDArray[Any]) -> str:
@@ -99,7 +107,11 @@ def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[boo
     for gained in (True, False):
         cases = [flip for flip in query.evaluation.flips if flip.gained == gained]
         pictures = tuple(
+<<<<<<< HEAD
             ShownPicture(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
+=======
+            EmbeddedImage(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
+>>>>>>> words
             for f in choose([flip for flip in held if flip.gained == gained])
         )
         strange = sum(flip.gained == gained for flip in willing) - sum(flip.gained == gained for flip in held)

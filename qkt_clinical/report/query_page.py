@@ -18,7 +18,7 @@ from qkt_clinical.records.phases import MERGE_KIND, Phase1
 from qkt_clinical.records.verdict import GateRule
 from qkt_clinical.report import charts
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
-from qkt_clinical.report.pictures import MOST, Flipped
+from qkt_clinical.report.pictures import MAX_PICTURES, Flipped
 
 LIBRARIES = ("torch", "monai", "numpy", "scipy", "safetensors")
 """Whose versions bear on figures."""
@@ -223,7 +223,7 @@ def render_query(
             else [(r, rule_figure(r), rule_threshold(r)) for r in query.verdict.rules],
             flipped=flipped,
             silent=silent,
-            most=MOST,
+            most=MAX_PICTURES,
             card=card,
         )
     )

@@ -34,7 +34,7 @@ from qkt_clinical.evaluation.metrics import (
     TestSet,
     assess,
     by_subgroup,
-    share_given_away,
+    false_query_rate,
 )
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.inference import predict
@@ -52,7 +52,7 @@ PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "
 
 
 class NoTestImages(QueryError):
-    """A query cannot be measured here."""
+    """A query that cannot be evaluated here."""
 
     code = "no-test-images"
 
@@ -123,7 +123,7 @@ def _test_images(
 def _flips(
     places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
 ) -> tuple[Flip, ...]:
-    """The images that one of two models has right and the other wrong, by site and index."""
+    """Images that exactly one of the two models classifies correctly, by site and index."""
     return tuple(
         Flip(site=site, index=index, actual=truth, before=first, after=second)
         for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
@@ -150,13 +150,13 @@ def _phases(student: Path) -> Phases:
 
 
 def _operating_point(
-    decision: DecisionRule, classes: Sequence[str], phases: Phases, held: _Held, given_away: Estimate | None
+    decision: DecisionRule, classes: Sequence[str], phases: Phases, held: _Held, rate: Estimate | None
 ) -> OperatingPointResult:
-    """The query's offsets, and what they give away of the calibration and the test images.
+    """The query's offsets, and their false-query rates on the calibration and the test images.
 
     Args:
         classes: the label space.
-        given_away: of the hospital's own test images of its own classes.
+        rate: of the hospital's own test images of its own classes.
     """
     own = [int((held.own & (held.labels == c)).sum()) for c in decision.local]
     calibration = phases.phase2.calibration_images
@@ -165,7 +165,7 @@ def _operating_point(
         budget=decision.budget,
         given_away_calibration=phases.phase2.false_query_rate,
         calibration_images=calibration if isinstance(calibration, str) else shown_total(calibration, ()),
-        given_away_test=None if too_few(sum(own)) else given_away,
+        given_away_test=None if too_few(sum(own)) else rate,
         test_images=shown_total(sum(own), own),
     )
 
@@ -240,7 +240,7 @@ def evaluate_query(
         seed=derive(params.seed, "evaluate", ref.hospital, ref.query),
     )
     figures = assess(test, *scores, **drawn)
-    given_away = share_given_away(test, held.own, scores[1], **drawn)
+    rate = false_query_rate(test, held.own, scores[1], **drawn)
     names = [classes[c] for c in relevant]
     said = [[names[i] for i in one.argmax(axis=1)] for one in scores]
     return Evaluation.model_validate(
@@ -267,7 +267,7 @@ def evaluate_query(
             "gain_p": figures.gain_p,
             "class_forgetting": dict(zip(names, figures.class_forgetting, strict=True)),
             "flips": _flips(held.places, [classes[c] for c in labels], *said),
-            "operating_point": _operating_point(decision, classes, phases, held, given_away),
+            "operating_point": _operating_point(decision, classes, phases, held, rate),
             "subgroups": {
                 column: _subgroups(groups)
                 for column, groups in by_subgroup(test, *scores, held.subgroups, **drawn).items()
@@ -305,7 +305,7 @@ def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
 
 
 def prepared_sites(space: Workspace, sites: Sequence[str]) -> dict[str, PreparedSite]:
-    """Those of the sites whose prepared data are here."""
+    """The sites whose prepared data are in this workspace."""
     return {s: load_prepared(space.prepared(s)) for s in sites if space.prepared(s).is_dir()}
 
 

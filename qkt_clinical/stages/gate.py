@@ -19,7 +19,7 @@ from qkt_clinical.records.verdict import Verdict
 
 
 class NotMeasured(OutputsError):
-    """Nobody has measured the student that is there: no evaluation, or that of another student."""
+    """The student has not been evaluated: there is no evaluation, or it is of another student."""
 
     code = "not-measured"
 

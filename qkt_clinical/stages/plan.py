@@ -1,4 +1,4 @@
-"""Stage ``plan``: choose a query's teachers by their masks, and fetch those alone."""
+"""Stage ``plan``: choose the teachers of a query by their masks, and fetch only those."""
 
 from __future__ import annotations
 

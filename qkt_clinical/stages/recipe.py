@@ -1,4 +1,4 @@
-"""What an artefact is made of: one function per stage, the only place that says when it must be made anew.
+"""Recipes: what each artefact depends on, one function per stage. Only they decide what is made again.
 
 Checkpoints, query jobs and the federation ask here whether what is there was made of just this; ``dvc.yaml``
 lists the same sections of ``params.yaml``, and a test holds the two against each other.
@@ -47,12 +47,12 @@ def _recipe(stage: str, params: Params, reads: dict[str, Any], device: str | Non
 
 
 def prepared_digest(manifest: Manifest) -> str:
-    """SHA-256 of a manifest, which holds those of the arrays, and names and order of the classes."""
+    """SHA-256 of a manifest, which contains the digests of the arrays and the classes in their order."""
     return digest_bytes(to_json(manifest.model_dump(mode="json")).encode())
 
 
 def train_recipe(params: Params, data: Manifest, device: str) -> Recipe:
-    """Of a site's teacher without its mask.
+    """Recipe of a site's teacher without its mask.
 
     Args:
         device: kind of processor, ``cpu`` or ``cuda``: the last digits of weights depend on it.
@@ -61,7 +61,7 @@ def train_recipe(params: Params, data: Manifest, device: str) -> Recipe:
 
 
 def mask_recipe(params: Params, bundle: str) -> Recipe:
-    """Of a teacher's mask.
+    """Recipe of a teacher's mask.
 
     Args:
         bundle: digest of the teacher's card, or of the recipe that it was made by.
@@ -70,7 +70,7 @@ def mask_recipe(params: Params, bundle: str) -> Recipe:
 
 
 def plan_recipe(params: Params, query: QueryConfig, data: Manifest, teachers: dict[str, str]) -> Recipe:
-    """Of a query's plan and the bundles fetched for it.
+    """Recipe of a query's plan and the bundles fetched for it.
 
     Args:
         data: of the asking hospital.
@@ -88,7 +88,7 @@ def plan_recipe(params: Params, query: QueryConfig, data: Manifest, teachers: di
 def transfer_recipe(
     params: Params, name: str, query: QueryConfig, data: Manifest, *, own: str, fetched: str, device: str
 ) -> Recipe:
-    """Of a query's student.
+    """Recipe of a query's student.
 
     Args:
         name: of the query.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from qkt_clinical import __version__
-from qkt_clinical.common.disclosure import withhold
+from qkt_clinical.common.disclosure import suppress
 from qkt_clinical.common.files import digest_bytes, digest_file, passing_folder, sweep, write_json
-from qkt_clinical.common.system_metrics import keep_usage, watched
+from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
@@ -35,7 +35,7 @@ MADE = (METRICS, CURVES, REFERENCE, WEIGHTS, CARD)
 
 
 def _secret(site: PreparedSite) -> str:
-    """What the hospital alone knows, and knows again: drawn from its patients' ids, which it has salted.
+    """A reproducible secret of the hospital, derived from its salted patient ids.
 
     The seed is no secret, it stands on every card.
     """
@@ -51,7 +51,7 @@ def _metrics(
     }
     return TeacherMetrics(
         balanced_accuracy=round(sum(recall.values()) / len(recall), 6) if recall else None,
-        recall=withhold(recall, site.manifest.counts["val"]),
+        recall=suppress(recall, site.manifest.counts["val"]),
         epochs=len(history.curves),
         best_epoch=history.best_epoch,
         stopped_early=history.stopped_early,
@@ -108,7 +108,7 @@ def train_site(
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
     made_of = train_recipe(params, prepared.manifest, where.type)
-    with watched() as samples:
+    with sample_system_metrics() as samples:
         if privacy is not None:
             network, history = train_private(
                 spec,
@@ -170,5 +170,5 @@ def train_site(
         # One by one, since mask.json in the same folder is another stage's; the card last, it names the rest.
         for name in MADE:
             (part / name).replace(folder / name)
-    keep_usage(space.scratch, digest_file(folder / CARD), samples)
+    write_system_metrics(space.scratch, digest_file(folder / CARD), samples)
     return metrics.model_dump(mode="json")

@@ -11,7 +11,7 @@ from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
 from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
-from qkt_clinical.common.system_metrics import keep_usage, watched
+from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -36,7 +36,7 @@ CARD_PHASE1 = "transplant"
 
 
 def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
-    """The plan's relevant bundles, each as it was when the plan was made."""
+    """Load the plan's relevant bundles, and check that they have not changed since the plan was made."""
     bundles = []
     for candidate in plan.teachers:
         if not candidate.relevant:
@@ -61,7 +61,7 @@ def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
 
 
 def _verified(bundle: Bundle, params: Params) -> tuple[int, ...]:
-    """The classes that a teacher's network shows, read by the asking hospital's own settings."""
+    """Verified classes of a teacher's network, computed with the asking hospital's settings."""
     return verified_classes(
         bundle.network,
         bundle.card.input.shape,
@@ -72,7 +72,7 @@ def _verified(bundle: Bundle, params: Params) -> tuple[int, ...]:
 
 
 def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
-    """Take claims that were not verified out of the masks of a student's experts."""
+    """Remove claims that were not verified from the masks of a student's experts."""
     sent = {bundle.card.site: bundle.mask for bundle in bundles}
     for teacher in answer.teachers:
         mask = sent[teacher.site]
@@ -88,7 +88,7 @@ def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> No
 
 
 def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeacher:
-    """What may be told of a teacher's screening: images are the hospital's, few of them speak of persons."""
+    """The screening result of a teacher without figures of few images, which would describe persons."""
     return ScreenedTeacher(
         site=result.site,
         included=result.included,
@@ -100,7 +100,7 @@ def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeache
 
 
 def make_record(answer: Answer, classes: Sequence[str], calibration: Labels) -> Phases:
-    """``phases.json`` of an answer. A student goes to the registry: no number or share tells of few images.
+    """``phases.json`` of an answer. Counts and shares of few images are suppressed for the registry.
 
     Args:
         calibration: the labels of the hospital's calibration images.
@@ -162,7 +162,7 @@ def transfer_query(
     data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
     teachers = [Teacher.of(b, _verified(b, params) if params.transfer.screening else None) for b in bundles]
     try:
-        with watched() as samples:
+        with sample_system_metrics() as samples:
             answer = answer_query(
                 own.network,
                 teachers,
@@ -207,5 +207,5 @@ def transfer_query(
         write_record(folder / "query.json", asked)
         write_record(folder / "plan.json", plan)
         write_record(folder / "phases.json", phases)
-    keep_usage(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
+    write_system_metrics(space.scratch, digest_file(space.student(hospital, name) / CARD), samples)
     return phases

@@ -6,7 +6,7 @@ import re
 
 from qkt_clinical.errors import QktError, by_disk, visible
 
-LONGEST = 200
+MAX_TEXT = 200
 LOGIN = re.compile(r"//[^/@\s]*@")
 """Name and password in an address."""
 DENIED = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
@@ -40,7 +40,7 @@ def refused_by_store(error: Exception) -> QktError:
     if (refused := by_disk(error)) is not None:
         return refused
     text = LOGIN.sub("//", str(error).strip())
-    said = visible(next(iter(text.splitlines()), type(error).__name__)[:LONGEST])
+    said = visible(next(iter(text.splitlines()), type(error).__name__)[:MAX_TEXT])
     status = getattr(getattr(error, "response", None), "status_code", None)
     if any(words in text for words in BUSY):
         what, remedy, code = (

@@ -51,7 +51,7 @@ from qkt_clinical.tracking.runs import (
     pipeline_item,
     query_item,
     site_item,
-    with_usage,
+    with_system_metrics,
 )
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def track(root: Path, params: Params) -> dict[str, Any]:
     teachers = [item for site in outputs.sites if (item := site_item(site, params))]
     measured = [query_item(query, outputs) for query in outputs.queries]
     items = [*teachers, *measured, *(answer_item(answer, outputs) for answer in outputs.unmeasured)]
-    items = [with_usage(item, Workspace(root).scratch) for item in items]
+    items = [with_system_metrics(item, Workspace(root).scratch) for item in items]
     whole = pipeline_item(outputs, items)
     uri = tracking_uri(root, params)
     check_database(uri)
@@ -290,7 +290,7 @@ def track_answer(root: Path, params: Params, hospital: str, query: str) -> str:
             file=Workspace(root).student(hospital, query),
             site=hospital,
         )
-    item, model = with_usage(items[0], Workspace(root).scratch), items[0].model
+    item, model = with_system_metrics(items[0], Workspace(root).scratch), items[0].model
     above = [teacher for site in outputs.sites if (teacher := site_item(site, params))]
     uri = tracking_uri(root, params)
     check_database(uri)

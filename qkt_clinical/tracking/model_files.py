@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NEUTRAL = {"mlflow.user": "qkt-clinical", "mlflow.source.name": "qkt track", "mlflow.source.type": "LOCAL"}
 """In place of the names of a user and a script, which say nothing about a result."""
 
-LARGEST_EXAMPLE = 200_000
+MAX_EXAMPLE = 200_000
 """Input examples are JSON; one with more numbers would outweigh the network."""
 
 
@@ -56,7 +56,7 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
         data_path=str(bundle),
         mlflow_model=mlflow.models.Model(run_id=run, model_id=model_id, model_uuid=model_id),
         signature=signature,
-        input_example=example if example.size <= LARGEST_EXAMPLE else None,
+        input_example=example if example.size <= MAX_EXAMPLE else None,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
         metadata={"digest": model.digest, "model_card": model.model_card.model_dump(mode="json")},
     )

@@ -10,7 +10,7 @@ from typing import Any
 from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_figure
 from qkt_clinical.common.files import digest_bytes, digest_folder, to_json
-from qkt_clinical.common.system_metrics import read_usage
+from qkt_clinical.common.system_metrics import read_system_metrics
 from qkt_clinical.common.wording import points, size, words
 from qkt_clinical.config.params import Params
 from qkt_clinical.records.base import Estimate
@@ -306,10 +306,10 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
     )
 
 
-def with_usage(item: Item, scratch: Path) -> Item:
+def with_system_metrics(item: Item, scratch: Path) -> Item:
     """With what making the model took of the machine, where somebody asked: MLflow's "system metrics"."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for step, sample in enumerate(read_usage(scratch, item.tags.get("qkt.bundle", ""))):
+    for step, sample in enumerate(read_system_metrics(scratch, item.tags.get("qkt.bundle", ""))):
         for name, value in sample.items():
             series.setdefault(f"system/{name}", []).append((step, value))
     return replace(item, curves={**item.curves, **series})

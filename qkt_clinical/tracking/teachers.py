@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Registered(NamedTuple):
-    """The version of a teacher that a query hears: the champion or, where there is none, the candidate."""
+    """The version of a teacher that a query uses: the champion or, where there is none, the candidate."""
 
     site: str
     version: str

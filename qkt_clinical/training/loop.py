@@ -33,7 +33,7 @@ class Schedule:
 
 @dataclass
 class History:
-    """What a run went through. ``curves`` holds one row per epoch."""
+    """History of a training run; ``curves`` holds one row per epoch."""
 
     curves: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
@@ -44,7 +44,7 @@ class History:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run's state is kept between epochs; ``key`` names everything the run depends on."""
+    """A run's state on disk between epochs; ``key`` is a digest of everything the run depends on."""
 
     folder: Path
     key: str

@@ -38,7 +38,7 @@ COUNTING = 0.05
 
 
 def check_delta(privacy: PrivacyParams, images: int) -> None:
-    """Refuse a delta that lets one of so many images be given away altogether.
+    """Refuse a delta at which one of so many images could be disclosed altogether.
 
     Raises:
         ConfigError: delta is one over the number of images, or more.
@@ -64,9 +64,9 @@ def noisy_counts(labels: Tensor, classes: int, epsilon: float, draw: torch.Gener
 
 
 def log_prior(counts: Tensor) -> Tensor:
-    """What is added to logits (N, classes) in training, (classes,): no class is preferred for its size.
+    """Logit adjustment (classes,) by log class frequencies, which cancels the preference for large classes.
 
-    Logit adjustment (Menon et al. 2021, section 5). Weights, which balance classes where there is no privacy,
+    See Menon et al. 2021, section 5. Weights, which balance classes where there is no privacy,
     are lost where each image's gradient is cut to the same norm. Classes that the site never saw get 0: their
     rows only ever fall, as in any teacher, which is what masks read.
     """

@@ -29,7 +29,7 @@ Dims = Literal[2, 3]
 
 
 @dataclass(frozen=True)
-class Hospital:
+class PhantomHospital:
     """One phantom hospital."""
 
     words: dict[str, str]
@@ -75,8 +75,8 @@ CT_SPEC = """image:
 pictures: true # of drawings
 """
 
-SMEARS: dict[str, Hospital] = {
-    "aster": Hospital(
+SMEARS: dict[str, PhantomHospital] = {
+    "aster": PhantomHospital(
         words={"lymphocyte": "lymphocyte", "monocyte": "monocyte", "neutrophil": "neutrophil"},
         shares=(0.33, 0.25, 0.42),
         patients=50,
@@ -102,7 +102,7 @@ patient: {{from: tag, tag: PatientID}}
             ),
         },
     ),
-    "birch": Hospital(
+    "birch": PhantomHospital(
         words={"basophil": "BAS", "eosinophil": "EOS", "neutrophil": "NEU", "platelet": "PLT"},
         shares=(0.22, 0.25, 0.33, 0.20),
         patients=60,
@@ -118,7 +118,7 @@ label_map: {{BAS: basophil, EOS: eosinophil, NEU: neutrophil, PLT: platelet}}
 {SMEAR_GROUPS}{SMEAR_SPEC}""",
         queries={},
     ),
-    "cedar": Hospital(
+    "cedar": PhantomHospital(
         words={"erythroblast": "erythroblast", "ig": "ig", "lymphocyte": "lymphocyte"},
         shares=(0.36, 0.28, 0.36),
         patients=45,
@@ -139,7 +139,7 @@ patient: {{from: csv, file: labels.csv, key: file, column: patient}}
             )
         },
     ),
-    "dahlia": Hospital(
+    "dahlia": PhantomHospital(
         words={"basophil": "basophil", "monocyte": "monocyte", "platelet": "platelet"},
         shares=(0.32, 0.40, 0.28),
         patients=40,
@@ -162,7 +162,7 @@ patient: {{from: csv, file: cells.csv, key: name, column: patient}}
             )
         },
     ),
-    "elm": Hospital(
+    "elm": PhantomHospital(
         words={
             "eosinophil": "eosinophils",
             "ig": "left-shift",
@@ -191,7 +191,7 @@ label_map: {{eosinophils: eosinophil, left-shift: ig, monocytes: monocyte, segme
             )
         },
     ),
-    "fern": Hospital(
+    "fern": PhantomHospital(
         words={"eosinophil": "0", "erythroblast": "1", "ig": "2", "lymphocyte": "3"},
         shares=(0.22, 0.20, 0.30, 0.28),
         patients=55,
@@ -216,8 +216,8 @@ splits: given
     ),
 }
 
-CHESTS: dict[str, Hospital] = {
-    "north": Hospital(
+CHESTS: dict[str, PhantomHospital] = {
+    "north": PhantomHospital(
         words={"solid": "solid", "ground-glass": "ground-glass", "cavity": "cavity"},
         shares=(0.36, 0.34, 0.30),
         patients=64,
@@ -239,7 +239,7 @@ patient: {{from: csv, file: patients.csv, key: file, column: patient}}
             )
         },
     ),
-    "south": Hospital(
+    "south": PhantomHospital(
         words={"cavity": "cavitating", "calcified": "calcification"},
         shares=(0.5, 0.5),
         patients=66,
@@ -262,7 +262,7 @@ label_map: {{calcification: calcified, cavitating: cavity}}
             )
         },
     ),
-    "east": Hospital(
+    "east": PhantomHospital(
         words={"solid": "solid", "ground-glass": "ground-glass", "calcified": "calcified"},
         shares=(0.34, 0.32, 0.34),
         patients=60,
@@ -280,12 +280,12 @@ patient: {{from: csv, file: labels.csv, key: file, column: patient}}
     ),
 }
 
-FEDERATIONS: MappingProxyType[int, tuple[dict[str, Hospital], tuple[str, ...]]] = MappingProxyType(
+FEDERATIONS: MappingProxyType[int, tuple[dict[str, PhantomHospital], tuple[str, ...]]] = MappingProxyType(
     {2: (SMEARS, BLOOD_CELLS), 3: (CHESTS, LESIONS)}
 )
 
 
-def _hospital(site: str) -> tuple[Hospital, tuple[str, ...], Dims]:
+def _hospital(site: str) -> tuple[PhantomHospital, tuple[str, ...], Dims]:
     if site in SMEARS:
         return SMEARS[site], BLOOD_CELLS, 2
     if site in CHESTS:
@@ -298,7 +298,7 @@ def _hospital(site: str) -> tuple[Hospital, tuple[str, ...], Dims]:
 # --- what a hospital holds ----------------------------------------------------------------------
 
 
-def _count(hospital: Hospital, images: int | None) -> int:
+def _count(hospital: PhantomHospital, images: int | None) -> int:
     count = hospital.images if images is None else images
     if count < MIN_IMAGES:
         raise ConfigError(
@@ -308,7 +308,7 @@ def _count(hospital: Hospital, images: int | None) -> int:
 
 
 def _assign(
-    hospital: Hospital, classes: tuple[str, ...], count: int, rng: np.random.Generator
+    hospital: PhantomHospital, classes: tuple[str, ...], count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Class index and patient number of each image; every patient has at least one."""
     rare = 0 if hospital.rare is None else min(10, max(8, count // 10))
@@ -504,7 +504,9 @@ def phantom_params(dims: Dims) -> dict[str, Any]:
 # --- contact sheet ------------------------------------------------------------------------------
 
 
-def _examples(hospital: Hospital, classes: tuple[str, ...], columns: int, seed: int) -> NDArray[np.uint8]:
+def _examples(
+    hospital: PhantomHospital, classes: tuple[str, ...], columns: int, seed: int
+) -> NDArray[np.uint8]:
     """(classes, columns, S, S, 3): every class as this hospital would show it, whether it has any or not."""
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), columns)
     rng = np.random.default_rng(derive(seed, "phantom sheet", hospital.letter))

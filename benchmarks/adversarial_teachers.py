@@ -1,4 +1,6 @@
-"""How often screening excludes teachers: ``python -m benchmarks.screening --data FILE.npz --run FOLDER``.
+"""How often screening excludes honest and adversarial teachers.
+
+``python -m benchmarks.adversarial_teachers --data FILE.npz --run FOLDER``
 
 ``FOLDER`` holds a run of ``qkt benchmark`` on the same data. Its teachers, honest and spoilt, are screened
 again on the asking hospitals' calibration images; val and test images are not looked at.
@@ -20,9 +22,9 @@ from torch.nn import functional as F
 from benchmarks.tables import Row, markdown
 from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
 from qkt_clinical.benchmark.methods import Case
-from qkt_clinical.benchmark.settings import BAD, Settings
+from qkt_clinical.benchmark.settings import BAD, BenchmarkSettings
 from qkt_clinical.benchmark.simulate import read, simulate
-from qkt_clinical.benchmark.store import Store
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
@@ -53,7 +55,7 @@ def spoil_harder(
 class Screening:
     """The hospitals of one seed, each screening the others' teachers."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ResultStore) -> None:
         self.store = store
         self.features: dict[tuple[str, str], Tensor] = {}
         self.read: dict[bytes, tuple[int, ...]] = {}
@@ -144,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings(device="cpu", partition=options.partition, regime=options.regime)
+    settings = BenchmarkSettings(device="cpu", partition=options.partition, regime=options.regime)
     parts, classes = read(options.data)
     screenings = []
     for seed in options.seeds:
@@ -156,7 +158,9 @@ def main() -> None:
             beta=settings.beta,
             seed=seed,
         )
-        screenings.append(Screening(Store(options.run / "work" / f"seed-{seed}", federation, settings, CPU)))
+        screenings.append(
+            Screening(ResultStore(options.run / "work" / f"seed-{seed}", federation, settings, CPU))
+        )
     print(markdown(list(outcomes(screenings))), flush=True)
 
 

@@ -15,7 +15,7 @@ from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.networks import build
 from qkt_clinical.models.out_of_distribution import (
-    LARGEST_SCORE,
+    MAX_SCORE,
     first_convolution,
     load_reference,
     make_reference,
@@ -80,7 +80,7 @@ def test_the_score_is_a_distance_in_standard_deviations() -> None:
     found = scores(reference, np.array([[1.0, 2.0], [2.0, 2.0], [1.5, 5.0]]))
     np.testing.assert_allclose(found, [0.0, np.sqrt(2), np.sqrt(5)])
     strange = scores(reference, np.array([[np.inf, 0.0], [np.nan, 0.0], [1e300, 0.0]]))
-    assert strange.tolist() == [LARGEST_SCORE] * 3
+    assert strange.tolist() == [MAX_SCORE] * 3
 
 
 def test_the_threshold_keeps_99_of_100() -> None:

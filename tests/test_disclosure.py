@@ -11,8 +11,8 @@ from qkt_clinical.common.disclosure import (
     shown_parts,
     shown_share,
     shown_total,
+    suppress,
     too_few,
-    withhold,
 )
 from qkt_clinical.common.files import write_json
 from qkt_clinical.config.loading import parse
@@ -59,7 +59,7 @@ def test_parts_of_a_known_total_do_not_tell_each_other() -> None:
 
 def test_figures_of_few_images_are_withheld() -> None:
     figures = {"a": 0.5, "b": 1.0, "c": 0.25, "d": None}
-    assert withhold(figures, {"a": 50, "b": 4, "c": 5}) == {"a": 0.5, "b": None, "c": 0.25, "d": None}
+    assert suppress(figures, {"a": 50, "b": 4, "c": 5}) == {"a": 0.5, "b": None, "c": 0.25, "d": None}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,5 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
     item = answer_item(answer, outputs)
     assert "given_away" not in item.metrics
     card = unmeasured_model_card(answer, outputs)
-    assert "A share given away to the query, of a budget of 5.0%, on <5 calibration images." in to_markdown(
-        card
-    )
-    assert "A share given away" in to_summary(card)
+    assert "False-query rate not told, budget 5.0%, on <5 calibration images." in to_markdown(card)
+    assert "False-query rate not told" in to_summary(card)

@@ -14,7 +14,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.masks import (
-    LEAST_RATIO,
+    MIN_RATIO,
     compute_mask,
     conviction,
     gap_threshold,
@@ -179,7 +179,7 @@ def test_noise_ranges() -> None:
         # A gap narrower than the ratio is none: everything is known.
         ([1.0, 0.6, 0.9, 0.51], 0.51),
         ([1.0, 1.0, 1.0], 1.0),
-        ([1.0, 1 / (LEAST_RATIO + 0.01)], math.sqrt(1 / (LEAST_RATIO + 0.01))),
+        ([1.0, 1 / (MIN_RATIO + 0.01)], math.sqrt(1 / (MIN_RATIO + 0.01))),
     ],
 )
 def test_threshold_by_hand(values: list[float], threshold: float) -> None:

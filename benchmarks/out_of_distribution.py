@@ -1,8 +1,10 @@
-"""How well strange images are told: ``python -m benchmarks.unlike [--root WORKSPACE]``.
+"""Which images are flagged as out of distribution.
+
+``python -m benchmarks.out_of_distribution [--root WORKSPACE]``
 
 Needs a workspace of 2D images with three channels in which the stages ``train`` and ``transfer`` have run
 (``make demo``, ``make pbc28``). Prints, for every teacher and every student, the share of images that an
-answer flags as unlike the training images: of the hospital's own test patients (a false alarm each), of other
+answer flags as out of distribution: of the hospital's own test patients (a false alarm each), of other
 hospitals' patients, and of images that no hospital would send on purpose.
 """
 
@@ -140,7 +142,7 @@ def _table(found: list[dict[str, float]]) -> list[Row]:
     for name in max(found, key=len):
         values = [f[name] for f in found if name in f]
         rows.append(
-            {"images": name, "mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+            {"images": name, "mean": float(np.mean(values)), "minimum": min(values), "maximum": max(values)}
         )
     return rows
 

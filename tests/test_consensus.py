@@ -213,7 +213,7 @@ def test_allowed_by_hand() -> None:
     assert allowed(0.05, 100) == 4
     assert allowed(0.5, 3) == 1
     assert allowed(0.05, 19) == 0
-    assert allowed(0.05, 5) == 0, "too few images to promise anything: none is given away"
+    assert allowed(0.05, 5) == 0, "too few images to promise anything: no false query is allowed"
 
 
 @given(st.floats(0.001, 0.5), st.integers(1, 2000))

@@ -109,7 +109,7 @@ def test_a_layer_makes_up_for_what_earlier_ones_lost() -> None:
 
 def test_layers_of_large_patches_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, before = normal(6, 10), normal(200, 10, seed=1)
-    monkeypatch.setattr(low_rank_merge, "LARGEST_PATCH", 9)
+    monkeypatch.setattr(low_rank_merge, "MAX_PATCH", 9)
     wide, narrow, lost = reduce_layer(weight, 0.5 * before, before @ weight.T, 6)
     assert torch.allclose(wide @ narrow, weight, atol=1e-5)
     assert lost == pytest.approx(0.25)
@@ -177,7 +177,7 @@ def test_features_come_nearer_with_every_direction_kept() -> None:
 def test_an_extractor_with_layers_of_large_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     network, views = network_of(), views_of()
     corrected = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
-    monkeypatch.setattr(low_rank_merge, "LARGEST_PATCH", 200)
+    monkeypatch.setattr(low_rank_merge, "MAX_PATCH", 200)
     extractor, branch, losses = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
     assert branch == corrected[1]
     assert list(state(extractor)) == list(state(corrected[0]))
