@@ -240,26 +240,8 @@ def public_names() -> dict[str, set[str]]:
     return found
 
 
-<<<<<<< HEAD
-TWICE = {
-<<<<<<< HEAD
-    *("Asking", "Estimate", "Federation", "Hospital", "Index", "Outcome", "Picture"),
-    *("Plan", "Question", "Sample", "Settings", "Split", "State", "Store", "Verdict"),
-=======
-    *("Asking", "Decision", "Estimate", "Federation", "Hospital"),
-    *("Plan", "Question", "Settings", "Split", "State"),
->>>>>>> readers
-}
-"""Names that mean two things still; nothing is added here."""
-=======
-TWICE = {"Index", "Verdict"}
-"""Names that mean two things still, one of them in ``ingest/``; nothing is added here."""
->>>>>>> words
-
-
 def test_one_name_means_one_thing() -> None:
-    twice = {name: files for name, files in public_names().items() if len(files) > 1}
-    assert {name: files for name, files in twice.items() if name not in TWICE} == {}
+    assert {name: files for name, files in public_names().items() if len(files) > 1} == {}
 
 
 def test_pages_and_model_cards_do_not_know_each_other() -> None:

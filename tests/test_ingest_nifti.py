@@ -344,8 +344,11 @@ def test_slopes_that_are_no_numbers(tmp_path: Path, slope: float, intercept: flo
     assert verdict(tmp_path / "a.nii") == code
 
 
+TAILS = [b"", b"\0" * 40, b"garbage", b"\x1f\x8b", gzip.compress(b"more", mtime=0)[:12]]
+
+
 @pytest.mark.parametrize("size", [4, 64])
-@pytest.mark.parametrize("tail", [b"", b"\0" * 40, b"garbage", b"\x1f\x8b", gzip.compress(b"more", mtime=0)[:12]])
+@pytest.mark.parametrize("tail", TAILS)
 def test_what_stands_behind_a_gzip_file(tmp_path: Path, size: int, tail: bytes) -> None:
     """Left out as gzip does; but the checksum of what it holds is read."""
     image = nibabel.Nifti1Image(noise(0, size, size, 4), np.eye(4))

@@ -25,11 +25,7 @@ SIDE = 96
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
-class ShownPicture:
-=======
 class EmbeddedImage:
->>>>>>> words
     """A test image as PNG in base64, its class, and what both models said."""
 
     png: str
@@ -44,11 +40,7 @@ class Flipped:
     """All cases of one direction, as a number, and the pictures of some."""
 
     cases: int
-<<<<<<< HEAD
-    pictures: tuple[ShownPicture, ...]
-=======
     pictures: tuple[EmbeddedImage, ...]
->>>>>>> words
     strange: int = 0
     """Cases of hospitals that consent whose image is no test image here, or of another class."""
 
@@ -107,11 +99,7 @@ def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[boo
     for gained in (True, False):
         cases = [flip for flip in query.evaluation.flips if flip.gained == gained]
         pictures = tuple(
-<<<<<<< HEAD
-            ShownPicture(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
-=======
             EmbeddedImage(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
->>>>>>> words
             for f in choose([flip for flip in held if flip.gained == gained])
         )
         strange = sum(flip.gained == gained for flip in willing) - sum(flip.gained == gained for flip in held)
