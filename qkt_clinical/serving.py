@@ -65,7 +65,7 @@ def probability_column(class_name: str) -> str:
 
 
 def operating_point(card: Card) -> dict[str, float]:
-    """Columns of the answer that say how a student's query classes are weighed; a teacher's has none.
+    """Columns with a student's operating point; a teacher has none.
 
     ``budget`` is the largest false-query rate on the hospital's own held-out images,
     ``offset_<class>`` what was added to the class's logit to keep to it.
@@ -197,7 +197,7 @@ class Answerer:
 
 
 def _speaking(kind: type[QktError], base: type[Exception]) -> type[QktError]:
-    """A class of errors that are MLflow's, too; see :func:`_spoken`."""
+    """Make a subclass of an error that is also MLflow's; see :func:`_spoken`."""
 
     def serialize_as_json(self: QktError) -> str:
         status = "BAD_REQUEST" if isinstance(self, InputError) else "INTERNAL_ERROR"
@@ -211,7 +211,7 @@ def _speaking(kind: type[QktError], base: type[Exception]) -> type[QktError]:
 
 
 def _spoken(error: QktError) -> QktError:
-    """The error as MLflow's server tells it word for word, where this process is one.
+    """The error in the form that MLflow's server returns verbatim, if this process is one.
 
     To what is none of its own it answers with a traceback, which names folders of the server; to its own
     with a part of the request's images before the message.
@@ -239,7 +239,7 @@ def _hide_tracebacks() -> None:
 
 
 def check_served(folder: Path) -> None:
-    """Check the MLflow model around a bundle's folder; a bundle that lies elsewhere is let pass.
+    """Check the MLflow model around a bundle's folder; a bundle outside one needs no check.
 
     Names, sizes, loader and requirements are those of this package, and the digest of the bundle is that
     which was written into ``MLmodel`` when it was registered (older versions hold none). All of this can be

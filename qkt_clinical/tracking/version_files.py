@@ -1,4 +1,4 @@
-"""The files of a registered version, read from the registry one by one, and never beyond a bound.
+"""The files of a registered version, read from the registry one by one, each up to a limit.
 
 Whoever may write to the registry chooses what a version's files are called, how large they are said to be,
 and where they lie. So names and sizes are judged before anything moves, and what moves is counted.
@@ -49,7 +49,7 @@ UNLISTED = (KeyError, TypeError, ValueError, AttributeError)
 
 class _Store(Protocol):
     def entries(self, folder: str) -> Entries:
-        """What lies in a folder."""
+        """Entries of a folder."""
 
     def pieces(self, place: str) -> Iterator[bytes]:
         """A file's content, piece by piece."""
@@ -99,7 +99,7 @@ class _Remote(NamedTuple):
 
 
 def _address(client: MlflowClient, model: str, number: str) -> str:
-    """Where a version's files lie."""
+    """Address of a version's files."""
     found = str(client.get_model_version_download_uri(model, number))
     for _ in range(HOPS):
         if urlsplit(found).scheme != "models":
