@@ -133,7 +133,7 @@ def answer_scores(bundle: Bundle, inputs: Tensor) -> Tensor:
     return logits.masked_fill(~torch.tensor(bundle.mask.known), -torch.inf)
 
 
-class Answerer:
+class Predictor:
     """A bundle that answers for batches of images."""
 
     def __init__(self, bundle: Bundle, reference: Reference | None = None) -> None:
@@ -263,7 +263,7 @@ def check_served(folder: Path) -> None:
         raise unsound("the bundle is not the one that was registered", "version-digest")
 
 
-def _load_pyfunc(data_path: str) -> Answerer:
+def _load_pyfunc(data_path: str) -> Predictor:
     """What MLflow calls with the bundle's folder.
 
     Raises:
@@ -275,6 +275,6 @@ def _load_pyfunc(data_path: str) -> Answerer:
     try:
         check_served(folder)
         bundle = load_bundle(folder)
-        return Answerer(bundle, load_reference(bundle))
+        return Predictor(bundle, load_reference(bundle))
     except OSError as error:
         raise refused_by_system(error) from error

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHUNK = 1 << 20
+CHUNK_SIZE = 1 << 20
 
 
 class TooLarge(OSError):
@@ -55,7 +55,7 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def copy_plain(source: Path, target: Path, most: int) -> str:
-    """Copy a plain file, piece by piece and in one step; SHA-256 of what was copied.
+    """Copy a plain file, in chunks and in one step; SHA-256 of what was copied.
 
     Raises:
         TooLarge: it holds more than ``most`` bytes; nothing is left at ``target``.
@@ -63,12 +63,12 @@ def copy_plain(source: Path, target: Path, most: int) -> str:
     """
     total, left = hashlib.sha256(), most
     with plain_file(source) as stream, passing_file(target) as temporary, temporary.open("wb") as out:
-        while piece := stream.read(min(CHUNK, left + 1)):
-            left -= len(piece)
+        while chunk := stream.read(min(CHUNK_SIZE, left + 1)):
+            left -= len(chunk)
             if left < 0:
                 raise TooLarge(errno.EFBIG, f"larger than {most} bytes", str(source))
-            total.update(piece)
-            out.write(piece)
+            total.update(chunk)
+            out.write(chunk)
     return total.hexdigest()
 
 
@@ -78,11 +78,11 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's content in hexadecimal, read in pieces."""
+    """SHA-256 of a file's content in hexadecimal, read in chunks."""
     total = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            total.update(piece)
+        while chunk := stream.read(CHUNK_SIZE):
+            total.update(chunk)
     return total.hexdigest()
 
 

@@ -25,7 +25,7 @@ PROBE_S = 0.02
 """For so long this process works alone, to know how long an item takes."""
 CHUNK_S = 0.05
 """Work handed over at a time: sending costs a tenth of a millisecond."""
-CHUNK = 64
+CHUNK_SIZE = 64
 """Items in a chunk at most, so that results on their way stay few."""
 
 
@@ -121,7 +121,7 @@ def in_order(
             break
         else:
             return
-    size = max(1, min(CHUNK, int(CHUNK_S * done / spent)))
+    size = max(1, min(CHUNK_SIZE, int(CHUNK_S * done / spent)))
     chunks = iter(lambda: list(islice(queue, size)), [])
     while True:
         waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
-from qkt_clinical.common.files import CHUNK, plain_file
+from qkt_clinical.common.files import CHUNK_SIZE, plain_file
 from qkt_clinical.records.card import CARD, WEIGHTS, Card
 from qkt_clinical.records.decisions import site_of
 from qkt_clinical.records.registered import (
@@ -52,7 +52,7 @@ class _Store(Protocol):
         """Entries of a folder."""
 
     def pieces(self, place: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
+        """A file's content, in chunks."""
 
 
 class _Folder(NamedTuple):
@@ -65,8 +65,8 @@ class _Folder(NamedTuple):
 
     def pieces(self, place: str) -> Iterator[bytes]:
         with plain_file(self.root / place) as stream:
-            while piece := stream.read(CHUNK):
-                yield piece
+            while chunk := stream.read(CHUNK_SIZE):
+                yield chunk
 
 
 class _Remote(NamedTuple):
@@ -95,7 +95,7 @@ class _Remote(NamedTuple):
         asked: Response = http_request(creds, f"/{quote(place)}", "GET", stream=True)  # type: ignore[no-untyped-call]
         with closing(asked) as answer:
             answer.raise_for_status()
-            yield from answer.iter_content(chunk_size=CHUNK)
+            yield from answer.iter_content(chunk_size=CHUNK_SIZE)
 
 
 def _address(client: MlflowClient, model: str, number: str) -> str:
@@ -163,7 +163,7 @@ class VersionFiles:
             raise error.at(site=site_of(self.model)) from None
 
     def pieces(self, place: str, most: int | None = None) -> Iterator[bytes]:
-        """A file's content, piece by piece.
+        """A file's content, in chunks.
 
         Args:
             place: as in ``listed``.
@@ -179,11 +179,11 @@ class VersionFiles:
             left = most = limit if most is None else min(most, limit)
             if self.listed[place] > most:
                 raise unsound(f"{place} has {self.listed[place]} bytes, more than {most}", "bundle-size")
-            for piece in self._store.pieces(place):
-                left -= len(piece)
+            for chunk in self._store.pieces(place):
+                left -= len(chunk)
                 if left < 0:
                     raise unsound(f"{place} is larger than the registry says", "bundle-size")
-                yield piece
+                yield chunk
 
     def read(self, place: str) -> bytes:
         """A small file's content."""
@@ -196,9 +196,9 @@ class VersionFiles:
         total = hashlib.sha256()
         try:
             with passing.open("xb") as stream:
-                for piece in self.pieces(place, most):
-                    total.update(piece)
-                    stream.write(piece)
+                for chunk in self.pieces(place, most):
+                    total.update(chunk)
+                    stream.write(chunk)
             passing.replace(target)
         finally:
             passing.unlink(missing_ok=True)
@@ -207,8 +207,8 @@ class VersionFiles:
     def digest(self, place: str) -> str:
         """SHA-256 of a file."""
         total = hashlib.sha256()
-        for piece in self.pieces(place):
-            total.update(piece)
+        for chunk in self.pieces(place):
+            total.update(chunk)
         return total.hexdigest()
 
     def check(self, digest: str, known: Mapping[str, str] | None = None, target: Path | None = None) -> None:
