@@ -19,9 +19,9 @@ from qkt_clinical.records.evaluation import Flip
 from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
 MAX_PICTURES = 12
-"""Pictures of one direction at most."""
+"""Maximum number of pictures per direction."""
 SIDE = 96
-"""Pixels of a picture's longer side at most."""
+"""Maximum length of a picture's longer side in pixels."""
 
 
 @dataclass(frozen=True)

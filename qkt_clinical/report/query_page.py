@@ -96,7 +96,7 @@ def overall_figures(query: QueryOutputs) -> list[Overall]:
 
 
 def confusion_shares(confusion: Sequence[Sequence[int] | None], size: int) -> list[list[int | None]]:
-    """Rows in whole percent of their images; None where a class has none or too few to tell."""
+    """Rows in whole percent of their images; None where a class has none or too few to show a figure."""
     nothing: list[int | None] = [None] * size
     return [[*found] if (found := shares(row)) else nothing for row in confusion]
 
