@@ -209,7 +209,7 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
+def parse_numbers(text: str, option: str, minimum: int = 0) -> tuple[int, ...]:
     """``0,1,2`` to whole numbers, each once.
 
     Args:
@@ -219,8 +219,8 @@ def parse_numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
         ConfigError: not such a list.
     """
     parts: Sequence[str] = parse_list(text)
-    if not parts or not all(p.isascii() and p.isdigit() and int(p) >= least for p in parts):
-        above = f" from {least} on" if least else ""
+    if not parts or not all(p.isascii() and p.isdigit() and int(p) >= minimum for p in parts):
+        above = f" from {minimum} on" if minimum else ""
         raise ConfigError(
             f"{option} {text!r} are no whole numbers{above}", remedy=f"Give them as in {option} 1,2,3."
         )

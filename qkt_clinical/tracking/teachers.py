@@ -82,14 +82,14 @@ def _files(teacher: Registered) -> VersionFiles:
     return VersionFiles(MlflowClient(), teacher.model, teacher.version)
 
 
-def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> str:
+def fetch_file(teacher: Registered, name: str, target: Path, max_bytes: int) -> str:
     """Fetch one file of a registered teacher's bundle, within :func:`registry_client`.
 
     Args:
         teacher: as in :func:`registered_teachers`.
         name: of the file within the bundle.
         target: where to put it, in one step.
-        most: bytes at most; what the registry declares is looked at before anything is moved.
+        max_bytes: bytes at most; what the registry declares is looked at before anything is moved.
 
     Returns:
         SHA-256 of the bytes that were written.
@@ -98,7 +98,7 @@ def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> str:
         UnsoundVersion: there is no such file, or it is larger, or the version holds what none of ours does.
     """
     files = _files(teacher)
-    return files.save(f"{files.data}/{name}", target, most)
+    return files.save(f"{files.data}/{name}", target, max_bytes)
 
 
 def check_teacher_version(teacher: Registered, known: Mapping[str, str]) -> None:

@@ -162,12 +162,12 @@ class VersionFiles:
                 error.message = f"version {self.number} of {self.model}: {error.message}"
             raise error.at(site=site_of(self.model)) from None
 
-    def pieces(self, place: str, most: int | None = None) -> Iterator[bytes]:
+    def pieces(self, place: str, max_bytes: int | None = None) -> Iterator[bytes]:
         """A file's content, in chunks.
 
         Args:
             place: as in ``listed``.
-            most: bytes at most; None for what such a file may have.
+            max_bytes: bytes at most; None for what such a file may have.
 
         Raises:
             UnsoundVersion: there is no such file, or it is larger; codes ``bundle-missing``, ``bundle-size``.
@@ -176,9 +176,9 @@ class VersionFiles:
         with self._named():
             if place not in self.listed or limit is None:
                 raise unsound(f"{place} is missing", "bundle-missing")
-            left = most = limit if most is None else min(most, limit)
-            if self.listed[place] > most:
-                raise unsound(f"{place} has {self.listed[place]} bytes, more than {most}", "bundle-size")
+            left = max_bytes = limit if max_bytes is None else min(max_bytes, limit)
+            if self.listed[place] > max_bytes:
+                raise unsound(f"{place} has {self.listed[place]} bytes, more than {max_bytes}", "bundle-size")
             for chunk in self._store.pieces(place):
                 left -= len(chunk)
                 if left < 0:
@@ -189,14 +189,14 @@ class VersionFiles:
         """A small file's content."""
         return b"".join(self.pieces(place))
 
-    def save(self, place: str, target: Path, most: int | None = None) -> str:
+    def save(self, place: str, target: Path, max_bytes: int | None = None) -> str:
         """Write a file to ``target`` in one step; SHA-256 of the bytes written."""
         target.parent.mkdir(parents=True, exist_ok=True)
         passing = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         total = hashlib.sha256()
         try:
             with passing.open("xb") as stream:
-                for chunk in self.pieces(place, most):
+                for chunk in self.pieces(place, max_bytes):
                     total.update(chunk)
                     stream.write(chunk)
             passing.replace(target)
