@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 WORTH_S = {"fork": 0.3, "spawn": 1.5}
 """Work that is done sooner is not given to processes: spawned ones take half a second to start."""
 PROBE_S = 0.02
-"""For so long this process works alone, to know how long an item takes."""
+"""Seconds for which this process works alone, to measure the duration of an item."""
 CHUNK_S = 0.05
 """Work handed over at a time: sending costs a tenth of a millisecond."""
 CHUNK_SIZE = 64

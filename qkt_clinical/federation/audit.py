@@ -27,7 +27,7 @@ from qkt_clinical.federation.messages import cut
 from qkt_clinical.records.card import Sha256
 
 RECORD = Path("federation", "audit.jsonl")
-"""Where in its workspace a site keeps it."""
+"""Path in the workspace of a site."""
 HEAD, TORN, LOCK = ".head.json", ".torn", ".lock"
 """Endings in place of the record's own: how far it goes; halves of lines that a fault left; who writes."""
 FIRST = "0" * 64

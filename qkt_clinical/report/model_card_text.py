@@ -69,7 +69,7 @@ def _errors(calibration: Calibration) -> str:
 
 
 def _false_queries(calibration: Calibration) -> str:
-    rate = "not told" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
+    rate = "suppressed" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
     return f"False-query rate {rate}, budget {100 * calibration.budget:.1f}%"
 
 
