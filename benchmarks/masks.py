@@ -257,7 +257,7 @@ def thresholds(bench: Bench) -> Iterator[Row]:
 
 
 def samples(bench: Bench) -> Iterator[Row]:
-    """What number of training images does to a class, over all Dirichlet teachers."""
+    """Effect of the number of training images of a class, over all Dirichlet teachers."""
     teachers = [
         t
         for _, regime, numbers in SETTINGS[1:]

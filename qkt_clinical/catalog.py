@@ -21,7 +21,7 @@ Estimator = Literal[
     "combined",
 ]
 DEFAULT_ESTIMATOR: Estimator = "combined"
-"""How masks are read; the benchmark compares it with the others."""
+"""The estimator of masks; the benchmark compares it with the others."""
 Method = Literal["qkt", "qkt-light", "routed"]
 DEFAULT_METHOD: Method = "qkt"
 DEFAULT_BUDGET = 0.05
@@ -48,7 +48,7 @@ BASELINES: tuple[str, ...] = (
     "fedprox",
     "scaffold",
 )
-"""What QKT is compared with in the benchmark."""
+"""Baselines in the benchmark."""
 BENCHMARK_METHODS: tuple[str, ...] = (*BASELINES, *METHODS)
 """What ``qkt benchmark --methods all`` stands for; ablations are named one by one or as ``ablations``."""
 

@@ -65,7 +65,7 @@ def probability_column(class_name: str) -> str:
 
 
 def operating_point(card: Card) -> dict[str, float]:
-    """Columns of the answer that say how a student's query classes are weighed; a teacher's has none.
+    """Columns with a student's operating point; a teacher has none.
 
     ``budget`` is the largest false-query rate on the hospital's own held-out images,
     ``offset_<class>`` what was added to the class's logit to keep to it.
@@ -133,7 +133,7 @@ def answer_scores(bundle: Bundle, inputs: Tensor) -> Tensor:
     return logits.masked_fill(~torch.tensor(bundle.mask.known), -torch.inf)
 
 
-class Answerer:
+class Predictor:
     """A bundle that answers for batches of images."""
 
     def __init__(self, bundle: Bundle, reference: Reference | None = None) -> None:
@@ -197,7 +197,7 @@ class Answerer:
 
 
 def _speaking(kind: type[QktError], base: type[Exception]) -> type[QktError]:
-    """A class of errors that are MLflow's, too; see :func:`_spoken`."""
+    """Make a subclass of an error that is also MLflow's; see :func:`_spoken`."""
 
     def serialize_as_json(self: QktError) -> str:
         status = "BAD_REQUEST" if isinstance(self, InputError) else "INTERNAL_ERROR"
@@ -211,7 +211,7 @@ def _speaking(kind: type[QktError], base: type[Exception]) -> type[QktError]:
 
 
 def _spoken(error: QktError) -> QktError:
-    """The error as MLflow's server tells it word for word, where this process is one.
+    """The error in the form that MLflow's server returns verbatim, if this process is one.
 
     To what is none of its own it answers with a traceback, which names folders of the server; to its own
     with a part of the request's images before the message.
@@ -239,7 +239,7 @@ def _hide_tracebacks() -> None:
 
 
 def check_served(folder: Path) -> None:
-    """Check the MLflow model around a bundle's folder; a bundle that lies elsewhere is let pass.
+    """Check the MLflow model around a bundle's folder; a bundle outside one needs no check.
 
     Names, sizes, loader and requirements are those of this package, and the digest of the bundle is that
     which was written into ``MLmodel`` when it was registered (older versions hold none). All of this can be
@@ -263,7 +263,7 @@ def check_served(folder: Path) -> None:
         raise unsound("the bundle is not the one that was registered", "version-digest")
 
 
-def _load_pyfunc(data_path: str) -> Answerer:
+def _load_pyfunc(data_path: str) -> Predictor:
     """What MLflow calls with the bundle's folder.
 
     Raises:
@@ -275,6 +275,6 @@ def _load_pyfunc(data_path: str) -> Answerer:
     try:
         check_served(folder)
         bundle = load_bundle(folder)
-        return Answerer(bundle, load_reference(bundle))
+        return Predictor(bundle, load_reference(bundle))
     except OSError as error:
         raise refused_by_system(error) from error

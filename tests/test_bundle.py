@@ -285,11 +285,11 @@ def branch(rank: Any = 0.5, name: str = "densenet-small") -> dict[str, Any]:
     return {"name": name, "rank": rank}
 
 
-def amalgam_then(attack: Callable[[Path], Any]) -> Callable[[Path], None]:
+def merged_then(attack: Callable[[Path], Any]) -> Callable[[Path], None]:
     """A sound student of two branches, and then the attack on it."""
 
     def write(folder: Path) -> None:
-        network = build(AMALGAM, seed=0).eval()
+        network = build(MERGED_SPEC, seed=0).eval()
         decision = {**DECISION, "method": "qkt", "experts": []}
         write_bundle(folder, network, card_of(kind="student", query="q", decision=decision))
         load_bundle(folder)
@@ -298,7 +298,7 @@ def amalgam_then(attack: Callable[[Path], Any]) -> Callable[[Path], None]:
     return write
 
 
-AMALGAM = NetworkSpec.model_validate(
+MERGED_SPEC = NetworkSpec.model_validate(
     {**spec().model_dump(), "name": "amalgam", "branches": [branch(1.0, "resnet-small"), branch()]}
 )
 NARROW = "extractor.branches.1.features.denseblock1.denselayer1.layers.conv2.0.weight"
@@ -395,36 +395,36 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "network-of-4-dimensions": (network_with(spatial_dims=4), "bundle-card"),
     "network-of-many-channels": (network_with(in_channels=10**9), "bundle-card"),
     "network-of-many-classes": (network_with(classes=10**9), "bundle-card"),
-    "amalgam-without-branches": (amalgam_then(network_with(branches=[])), "bundle-card"),
-    "amalgam-that-says-nothing-of-branches": (network_with(name="amalgam"), "bundle-card"),
+    "merged-without-branches": (merged_then(network_with(branches=[])), "bundle-card"),
+    "merged-that-says-nothing-of-branches": (network_with(name="amalgam"), "bundle-card"),
     "branches-on-a-plain-network": (network_with(branches=[branch()]), "bundle-card"),
-    "teacher-that-is-an-amalgam": (network_with(name="amalgam", branches=[branch()]), "bundle-card"),
+    "teacher-that-is-merged": (network_with(name="amalgam", branches=[branch()]), "bundle-card"),
     "student-sold-as-a-teacher": (
-        amalgam_then(lambda f: edit(f, kind="teacher", query=None, decision=None)),
+        merged_then(lambda f: edit(f, kind="teacher", query=None, decision=None)),
         "bundle-card",
     ),
-    "branch-that-is-an-amalgam": (
-        amalgam_then(network_with(branches=[branch(1.0, "amalgam")])),
+    "branch-that-is-merged": (
+        merged_then(network_with(branches=[branch(1.0, "amalgam")])),
         "bundle-card",
     ),
-    "branch-not-allowed": (amalgam_then(network_with(branches=[branch(1.0, "os.system")])), "bundle-card"),
+    "branch-not-allowed": (merged_then(network_with(branches=[branch(1.0, "os.system")])), "bundle-card"),
     **{
-        f"rank-of-{rank}": (amalgam_then(network_with(branches=[branch(rank)])), "bundle-card")
+        f"rank-of-{rank}": (merged_then(network_with(branches=[branch(rank)])), "bundle-card")
         for rank in (0, -0.5, 2, float("nan"), float("inf"), "half", None)
     },
-    "66-branches": (amalgam_then(network_with(branches=[branch(1.0, "resnet-small")] * 66)), "bundle-card"),
-    "64-branches": (amalgam_then(network_with(branches=[branch(1.0, "resnet-small")] * 64)), "bundle-size"),
+    "66-branches": (merged_then(network_with(branches=[branch(1.0, "resnet-small")] * 66)), "bundle-card"),
+    "64-branches": (merged_then(network_with(branches=[branch(1.0, "resnet-small")] * 64)), "bundle-size"),
     "tensors-of-another-rank": (
-        amalgam_then(network_with(branches=[branch(1.0, "resnet-small"), branch(0.25)])),
+        merged_then(network_with(branches=[branch(1.0, "resnet-small"), branch(0.25)])),
         "bundle-size",
     ),
-    "tensors-of-more-axes": (amalgam_then(shape_of(NARROW, lambda s: [1, *s])), "bundle-tensors"),
+    "tensors-of-more-axes": (merged_then(shape_of(NARROW, lambda s: [1, *s])), "bundle-tensors"),
     "tensors-of-fewer-axes": (
-        amalgam_then(shape_of(NARROW, lambda s: [s[0], s[1] * s[2] * s[3]])),
+        merged_then(shape_of(NARROW, lambda s: [s[0], s[1] * s[2] * s[3]])),
         "bundle-tensors",
     ),
     "rank-and-inputs-exchanged": (
-        amalgam_then(shape_of(NARROW, lambda s: [s[1], s[0], *s[2:]])),
+        merged_then(shape_of(NARROW, lambda s: [s[1], s[0], *s[2:]])),
         "bundle-tensors",
     ),
     "wrong-class-count": (lambda f: edit(f, classes=[*CLASSES, "fifth"]), "bundle-card"),

@@ -83,7 +83,7 @@ def test_an_evaluation_names_the_student_that_it_measured(
     assert found["student"] == digest_folder(Workspace(root).student("h0", "q0"))
 
 
-def test_the_operating_point_says_what_is_given_away(
+def test_the_operating_point_has_false_query_rates(
     evaluated: tuple[Path, Params, dict[str, Any]],
 ) -> None:
     _, _, found = evaluated

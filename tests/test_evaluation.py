@@ -392,7 +392,7 @@ def test_a_group_without_a_class_is_judged_by_the_others() -> None:
     assert group.after.balanced_accuracy == group.after.retained_accuracy
 
 
-def test_what_is_given_away_of_own_images() -> None:
+def test_false_query_rate_on_own_images() -> None:
     """Of six images of own classes, four are the hospital's; one of them goes to the query."""
     own = np.array([True] * 4 + [False] * 2 + [True] * 3)
     found = false_query_rate(held(), own, one_hot(AFTER, 3), **HOW)

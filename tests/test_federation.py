@@ -285,7 +285,7 @@ def test_an_empty_policy_refuses_everything(copy: Site) -> None:
         ({"queries_per_day": 3}, 3, "helps with 3 queries a day at most"),
     ],
 )
-def test_whose_questions_are_heard(changes: dict[str, Any], helped: int, reason: str | None) -> None:
+def test_whose_queries_are_answered(changes: dict[str, Any], helped: int, reason: str | None) -> None:
     question = TeacherRequest(hospital="aster", query="c", classes=("c",), held=("a",))
     chosen = Policy.model_validate(OPEN.model_dump() | changes)
     assert refusal(chosen, question, helped) == reason

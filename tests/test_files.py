@@ -13,7 +13,7 @@ import pytest
 
 import qkt_clinical
 from qkt_clinical.common.files import (
-    CHUNK,
+    CHUNK_SIZE,
     TooLarge,
     copy_folder,
     copy_plain,
@@ -33,7 +33,7 @@ from qkt_clinical.common.seeding import derive
 def test_digests_by_hand(tmp_path: Path) -> None:
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert digest_bytes(b"") == empty
-    data = bytes(range(256)) * (CHUNK // 128)
+    data = bytes(range(256)) * (CHUNK_SIZE // 128)
     (tmp_path / "a").write_bytes(data)
     assert digest_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 

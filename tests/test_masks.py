@@ -100,8 +100,8 @@ def test_only_batch_statistics_bring_noise_to_the_head() -> None:
     plain = scores(network, "mixed-noise")
     assert plain[2] == 1.0
     assert max(plain[0], plain[1], plain[3]) < 1e-6
-    heard = scores(network, "batch-norm-noise", probes=600)
-    assert min(heard[0], heard[1]) > 0.5
+    found = scores(network, "batch-norm-noise", probes=600)
+    assert min(found[0], found[1]) > 0.5
 
 
 def test_conviction_is_the_mean_of_the_most_convinced_probes() -> None:

@@ -36,7 +36,7 @@ def test_every_network_builds_in_2d_and_3d(name: Network, dims: Literal[2, 3], c
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_an_amalgam_has_the_features_of_all_its_branches(dims: Literal[2, 3]) -> None:
+def test_a_merged_network_has_the_features_of_all_its_branches(dims: Literal[2, 3]) -> None:
     with torch.device("meta"):
         widths = [build(spec(name, dims)).head.in_features for name in NETWORKS]  # type: ignore[arg-type]
         branches = tuple(Branch(name=name, rank=0.5) for name in NETWORKS)  # type: ignore[arg-type]

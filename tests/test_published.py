@@ -163,7 +163,7 @@ def test_near_the_ends_a_recall_and_the_one_that_would_tell_it_are_hidden() -> N
     assert alone.after.retained_accuracy is None, "with the mean of all it would tell the query's"
 
 
-def test_shares_of_own_images_given_away() -> None:
+def test_false_query_rates_with_suppression() -> None:
     rows = [[40, 10, 0, 0], [9, 45, 6, 0], [0, 11, 38, 8], [12, 0, 0, 41]]
     whole = measured(rows, rows)
     for given_away, told in ((8 / 167, 0.05), (3 / 167, None), (0.0, 0.0)):

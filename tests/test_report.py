@@ -497,7 +497,7 @@ def test_so_it_is_in_every_other_file(tmp_path: Path, file: str, damage: Callabl
 
 def test_a_file_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sample_run(tmp_path, sample_params())
-    monkeypatch.setattr("qkt_clinical.records.reading.LARGEST_FILE", 1000)
+    monkeypatch.setattr("qkt_clinical.records.reading.MAX_RECORD_BYTES", 1000)
     with pytest.raises(OutputsError, match="larger than 1,000 bytes"):
         write_report(tmp_path, sample_params())
 

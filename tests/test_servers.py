@@ -22,7 +22,7 @@ from qkt_clinical.records.card import REFERENCE
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.registered import UnsoundVersion
 from qkt_clinical.report.model_card_text import to_summary
-from qkt_clinical.serving import Answerer, _load_pyfunc
+from qkt_clinical.serving import Predictor, _load_pyfunc
 from qkt_clinical.tracking.mirror import ALIAS, track
 from qkt_clinical.tracking.registry import open_registry
 from qkt_clinical.tracking.runs import DIGEST
@@ -128,7 +128,7 @@ def test_a_model_comes_back_through_the_client(served: Served) -> None:
         found = model.predict(data)
     finally:
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-    expected: Answerer = _load_pyfunc(str(Workspace(served.root).student("h0", "q0")))
+    expected: Predictor = _load_pyfunc(str(Workspace(served.root).student("h0", "q0")))
     assert found.equals(expected.predict(data))
 
 

@@ -19,7 +19,7 @@ from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.card import REFERENCE, read_card
-from qkt_clinical.serving import BATCH, FLAG_COLUMNS, Answerer, _load_pyfunc, operating_point
+from qkt_clinical.serving import BATCH, FLAG_COLUMNS, Predictor, _load_pyfunc, operating_point
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
 
 PARAMS = sample_params()
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(root: Path) -> Answerer:
+def teacher(root: Path) -> Predictor:
     return _load_pyfunc(str(Workspace(root).teacher("h0")))
 
 
@@ -50,7 +50,7 @@ def test_importing_it_loads_no_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_teacher_answers_among_the_classes_it_knows(teacher: Answerer) -> None:
+def test_a_teacher_answers_among_the_classes_it_knows(teacher: Predictor) -> None:
     data = images(6)
     table = teacher.predict(data)
     assert list(table.columns) == ["label", *(f"probability_{c}" for c in PARAMS.classes), *FLAG_COLUMNS]
@@ -89,12 +89,12 @@ def test_a_routed_student_asks_its_experts(root: Path) -> None:
     folder = Workspace(root).student("h2", "q2")
     bundle = load_bundle(folder)
     assert list(bundle.experts) == ["h0", "h1"]
-    table = Answerer(bundle).predict(images(5))
+    table = Predictor(bundle).predict(images(5))
     scores = predict_scores(bundle, to_input(images(5)))
     assert list(table["label"]) == [PARAMS.classes[i] for i in scores.argmax(1).tolist()]
 
 
-def test_many_images_are_answered_as_few(teacher: Answerer) -> None:
+def test_many_images_are_answered_as_few(teacher: Predictor) -> None:
     data = images(BATCH + 2)
     whole = chances(teacher.predict(data))
     tail = chances(teacher.predict(data[-3:]))
@@ -123,14 +123,14 @@ def test_many_images_are_answered_as_few(teacher: Answerer) -> None:
         (object(), "input-type"),
     ],
 )
-def test_what_is_no_image_is_refused(teacher: Answerer, data: object, code: str) -> None:
+def test_what_is_no_image_is_refused(teacher: Predictor, data: object, code: str) -> None:
     with pytest.raises(InputError) as caught:
         teacher.predict(data)
     assert caught.value.code == code
     assert caught.value.where.site == "h0"
 
 
-def test_unknown_parameters_are_refused(teacher: Answerer) -> None:
+def test_unknown_parameters_are_refused(teacher: Predictor) -> None:
     with pytest.raises(InputError, match="threshold"):
         teacher.predict(images(1), params={"threshold": 0.5})
 
@@ -150,7 +150,7 @@ def test_a_changed_bundle_is_refused(root: Path, tmp_path: Path) -> None:
     "error", [MemoryError("/srv/secret"), KeyError("/srv/secret"), OSError("/srv/secret")]
 )
 def test_what_nobody_foresaw_is_typed_and_names_no_path(
-    teacher: Answerer, error: Exception, monkeypatch: pytest.MonkeyPatch
+    teacher: Predictor, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -163,7 +163,7 @@ def test_what_nobody_foresaw_is_typed_and_names_no_path(
 
 
 def test_large_images_go_through_in_smaller_batches(
-    teacher: Answerer, monkeypatch: pytest.MonkeyPatch
+    teacher: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = chances(teacher.predict(images(7)))
     monkeypatch.setattr("qkt_clinical.serving.BATCH_NUMBERS", 2 * int(np.prod(SHAPE)))
@@ -194,7 +194,7 @@ def test_a_student_answers_with_its_operating_point(root: Path) -> None:
     assert operating_point(read_card(Workspace(root).teacher("h0"))) == {}
 
 
-def test_without_a_reference_nothing_is_said_of_the_image(teacher: Answerer) -> None:
+def test_without_a_reference_nothing_is_said_of_the_image(teacher: Predictor) -> None:
     table = teacher.predict(images(2))
     assert (
         json.loads(table[list(FLAG_COLUMNS)].to_json(orient="records")) == [dict.fromkeys(FLAG_COLUMNS)] * 2
@@ -225,6 +225,6 @@ def test_a_reference_without_threshold_scores_and_does_not_flag(root: Path) -> N
     bundle = load_bundle(Workspace(root).teacher("h0"))
     none = np.zeros((0, *SHAPE), np.uint8)
     reference = make_reference(bundle.network, bundle.card, (images(9) * 255).astype(np.uint8), none, "unit")
-    table = Answerer(bundle, reference).predict(images(2))
+    table = Predictor(bundle, reference).predict(images(2))
     assert table["unlike_training"].tolist() == [None, None]
     assert all(score > 0 for score in table["unlike_training_score"])

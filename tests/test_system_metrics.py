@@ -64,7 +64,7 @@ def test_work_that_breaks_off_stops_the_watch(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_torn_file_is_as_none(tmp_path: Path) -> None:
     write_system_metrics(tmp_path, BUNDLE, [{"cpu_utilization_percentage": 1.0}])
-    (tmp_path / "usage" / f"{BUNDLE}.json").write_text("[{")
+    (tmp_path / "system-metrics" / f"{BUNDLE}.json").write_text("[{")
     assert read_system_metrics(tmp_path, BUNDLE) == []
 
 

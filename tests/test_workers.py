@@ -28,7 +28,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are started after the first item, with five items at a time."""
     monkeypatch.setattr(workers, "WORTH_S", {"fork": 0.0, "spawn": 0.0})
     monkeypatch.setattr(workers, "PROBE_S", 0.0)
-    monkeypatch.setattr(workers, "CHUNK", 5)
+    monkeypatch.setattr(workers, "CHUNK_SIZE", 5)
 
 
 @pytest.mark.usefixtures("eager")

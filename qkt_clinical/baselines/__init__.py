@@ -1,4 +1,4 @@
-"""What QKT is compared with: ensembles, weight averaging, fine-tuning, unmasked distillation, federations.
+"""Baselines: ensembles, weight averaging, fine-tuning, unmasked distillation, federations.
 
 Every baseline takes the networks, images and training loop that QKT takes, and does no I/O.
 """

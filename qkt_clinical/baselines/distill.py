@@ -1,4 +1,4 @@
-"""Unmasked distillation: the student learns what the mean of all teachers says, on local images."""
+"""Unmasked distillation: the student learns the teachers' mean prediction on local images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One hospital's round of federated averaging, FedProx or SCAFFOLD.
 
-What travels, and how it is averaged, is NVIDIA FLARE's: :mod:`qkt_clinical.federation.peers`.
+Transport and averaging are NVIDIA FLARE's: :mod:`qkt_clinical.federation.peers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit, learnin
 
 @dataclass(frozen=True)
 class Participant:
-    """A hospital of the federation: its name and its training images, as many as its weight."""
+    """A hospital of the federation: its name and its training images, whose number is its weight."""
 
     site: str
     train: tuple[Images, Labels]
@@ -45,7 +45,7 @@ def round_rate(params: FederatedParams, number: int, rounds: int) -> float:
 
 
 def round_draw(seed: int, site: str, number: int) -> torch.Generator:
-    """Where order and views of a hospital's images come from in a round."""
+    """Seed of the order and the views of a hospital's images in a round."""
     return generator(seed, "federated", site, str(number))
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: a network, the hospital's own or a global one, trained on over the relevant classes."""
+"""Fine-tuning: further training of the hospital's own or a global network on the relevant classes."""
 
 from __future__ import annotations
 

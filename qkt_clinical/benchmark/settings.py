@@ -57,13 +57,13 @@ class Setup:
 
     method: Method = "qkt"
     mask: str = "default"
-    """Who knows what: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
+    """Source of masks: ``default``, an estimator, ``oracle`` (the truth), or ``none`` (all know all)."""
     max_teachers: int | None = None
-    """At most so many teachers for every class asked for, those of the highest mask scores."""
+    """Maximum number of teachers for every class asked for: those with the highest mask scores."""
     rivals: bool = True
     """Whether teachers that know a local class, but none of the query, are included."""
     phase1: Phase1Way = "merge"
-    """How the student takes up the teachers, see :mod:`qkt_clinical.benchmark.distillation`."""
+    """How the student learns from the teachers, see :mod:`qkt_clinical.benchmark.distillation`."""
     phase2: bool = True
     """Whether the head is refined on rare samples and given its operating point."""
     transfer: tuple[tuple[str, Any], ...] = ()
@@ -72,7 +72,7 @@ class Setup:
     """Of the student's own network and images."""
     teachers: Variant = "full"
     bad: Bad | None = None
-    """What some of the other hospitals' teachers do, drawn at random for every question."""
+    """Attack of some of the other hospitals' teachers, drawn at random for every query."""
     bad_teachers: int = 0
 
 
@@ -118,7 +118,7 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         },
     }
 )
-"""Methods and ablations that are one answer by QKT each."""
+"""Methods and ablations that are each a single answer by QKT."""
 
 RECALIBRATED: MappingProxyType[str, tuple[str, float]] = MappingProxyType(
     {
@@ -161,7 +161,7 @@ class BenchmarkSettings(Strict):
     """Of ablations whose phase 1 is trained."""
     baselines: BaselineParams = BaselineParams()
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = (20, 50)
-    """Federations are trained for so many rounds each; the best on validation images counts."""
+    """Numbers of rounds of every federation; the best on validation images counts."""
 
     @property
     def ablations(self) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
+def parse_numbers(text: str, option: str, minimum: int = 0) -> tuple[int, ...]:
     """``0,1,2`` to whole numbers, each once.
 
     Args:
@@ -219,8 +219,8 @@ def parse_numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
         ConfigError: not such a list.
     """
     parts: Sequence[str] = parse_list(text)
-    if not parts or not all(p.isascii() and p.isdigit() and int(p) >= least for p in parts):
-        above = f" from {least} on" if least else ""
+    if not parts or not all(p.isascii() and p.isdigit() and int(p) >= minimum for p in parts):
+        above = f" from {minimum} on" if minimum else ""
         raise ConfigError(
             f"{option} {text!r} are no whole numbers{above}", remedy=f"Give them as in {option} 1,2,3."
         )

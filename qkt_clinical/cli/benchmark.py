@@ -63,7 +63,7 @@ def benchmark(
         query_size=query_size,
         seeds=parse_numbers(seeds, "--seeds"),
         methods=parse_list(methods),
-        rounds=parse_numbers(rounds, "--rounds", least=1),
+        rounds=parse_numbers(rounds, "--rounds", minimum=1),
         max_queries=max_queries,
         budget=budget,
         split=split,

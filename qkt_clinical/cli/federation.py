@@ -32,7 +32,7 @@ Queries = Annotated[
 
 
 def _show(outcomes: Mapping[str, FederationOutcome], as_json: bool) -> None:
-    """Print what became of what; exit code 1 if a query has no answer and no refusal."""
+    """Print all outcomes; exit code 1 if a query has no answer and no refusal."""
     if as_json:
         print_json({name: outcome.model_dump(mode="json") for name, outcome in outcomes.items()})
     else:

@@ -1,4 +1,4 @@
-"""What the commands of ``qkt`` have in common."""
+"""Options and helpers shared by the commands of ``qkt``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def named_refs(params: Params, hospital: str | None, query: str | None) -> list[
 
 
 class Group(TyperGroup):
-    """A group whose help option is plainly not given where it is not.
+    """A command group whose help option has a Boolean default.
 
     Typer checks ``None`` with pydantic, which loads longer than all the rest of ``qkt COMMAND --help``.
     """
@@ -99,7 +99,7 @@ OnDevice = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """A command's result on standard output; what is no character that shows is escaped.
+    """Print a command's result as JSON; unprintable characters are escaped.
 
     Strict JSON in any locale: numbers that are not finite are null, and of names that are no text in UTF-8
     the bytes that are none stand as their escapes.
@@ -126,5 +126,5 @@ def _strict(value: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """Print a line on standard output; what is no character that shows, in a name or tag, is escaped."""
+    """Print a line on standard output; unprintable characters are escaped."""
     print(visible(line))

@@ -1,4 +1,4 @@
-"""``qkt query``: ask, look at what it would cost, have it answered, see how far it is."""
+"""``qkt query``: write a query, preview its cost, have it answered, follow its progress."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def query_plan(
 
 @contextmanager
 def _shown(quiet: bool) -> Iterator[Report]:
-    """Steps of a job as they go: a line each, and progress within."""
+    """Print the steps of a job, one line each, with progress."""
     last: tuple[str, str | None] | None = None
     with progress("  transfer", quiet=quiet) as step:
 

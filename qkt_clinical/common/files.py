@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHUNK = 1 << 20
+CHUNK_SIZE = 1 << 20
 
 
 class TooLarge(OSError):
@@ -37,38 +37,38 @@ def plain_file(path: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_plain(path: Path, most: int) -> bytes:
+def read_plain(path: Path, max_bytes: int) -> bytes:
     """Read a plain file through one handle, so that the hashed and the parsed bytes are the same.
 
     Args:
-        most: bytes that it may hold.
+        max_bytes: bytes that it may hold.
 
     Raises:
-        TooLarge: it holds more; no more than ``most`` were read.
+        TooLarge: it holds more; no more than ``max_bytes`` were read.
         OSError: see :func:`plain_file`.
     """
     with plain_file(path) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise TooLarge(errno.EFBIG, f"larger than {most} bytes", str(path))
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise TooLarge(errno.EFBIG, f"larger than {max_bytes} bytes", str(path))
     return content
 
 
-def copy_plain(source: Path, target: Path, most: int) -> str:
-    """Copy a plain file, piece by piece and in one step; SHA-256 of what was copied.
+def copy_plain(source: Path, target: Path, max_bytes: int) -> str:
+    """Copy a plain file, in chunks and in one step; SHA-256 of what was copied.
 
     Raises:
-        TooLarge: it holds more than ``most`` bytes; nothing is left at ``target``.
+        TooLarge: it holds more than ``max_bytes`` bytes; nothing is left at ``target``.
         OSError: see :func:`plain_file`.
     """
-    total, left = hashlib.sha256(), most
+    total, left = hashlib.sha256(), max_bytes
     with plain_file(source) as stream, passing_file(target) as temporary, temporary.open("wb") as out:
-        while piece := stream.read(min(CHUNK, left + 1)):
-            left -= len(piece)
+        while chunk := stream.read(min(CHUNK_SIZE, left + 1)):
+            left -= len(chunk)
             if left < 0:
-                raise TooLarge(errno.EFBIG, f"larger than {most} bytes", str(source))
-            total.update(piece)
-            out.write(piece)
+                raise TooLarge(errno.EFBIG, f"larger than {max_bytes} bytes", str(source))
+            total.update(chunk)
+            out.write(chunk)
     return total.hexdigest()
 
 
@@ -78,11 +78,11 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's content in hexadecimal, read in pieces."""
+    """SHA-256 of a file's content in hexadecimal, read in chunks."""
     total = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            total.update(piece)
+        while chunk := stream.read(CHUNK_SIZE):
+            total.update(chunk)
     return total.hexdigest()
 
 
@@ -110,11 +110,11 @@ def owners_alone() -> Iterator[None]:
         os.umask(before)
 
 
-def copy_folder(source: Path, target: Path, most: int = 1 << 34) -> None:
+def copy_folder(source: Path, target: Path, max_bytes: int = 1 << 34) -> None:
     """Copy the plain files of a folder that came from elsewhere; links, pipes and devices are left out.
 
     Args:
-        most: bytes of a file at most.
+        max_bytes: bytes of a file at most.
 
     Raises:
         TooLarge: a file holds more.
@@ -123,7 +123,7 @@ def copy_folder(source: Path, target: Path, most: int = 1 << 34) -> None:
         for name in names:
             path = Path(folder) / name
             if stat.S_ISREG(path.lstat().st_mode):
-                copy_plain(path, target / path.relative_to(source), most)
+                copy_plain(path, target / path.relative_to(source), max_bytes)
 
 
 @contextmanager

@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 WORTH_S = {"fork": 0.3, "spawn": 1.5}
 """Work that is done sooner is not given to processes: spawned ones take half a second to start."""
 PROBE_S = 0.02
-"""For so long this process works alone, to know how long an item takes."""
+"""Seconds for which this process works alone, to measure the duration of an item."""
 CHUNK_S = 0.05
 """Work handed over at a time: sending costs a tenth of a millisecond."""
-CHUNK = 64
+CHUNK_SIZE = 64
 """Items in a chunk at most, so that results on their way stay few."""
 
 
@@ -121,7 +121,7 @@ def in_order(
             break
         else:
             return
-    size = max(1, min(CHUNK, int(CHUNK_S * done / spent)))
+    size = max(1, min(CHUNK_SIZE, int(CHUNK_S * done / spent)))
     chunks = iter(lambda: list(islice(queue, size)), [])
     while True:
         waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()

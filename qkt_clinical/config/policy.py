@@ -56,4 +56,4 @@ refuse_requesters: []
 queries_per_day: 1000
 keys: {} # hospital: its public key; the teacher of whoever is named is used only if it is signed
 """
-"""What generated and simulated hospitals begin with."""
+"""The policy of generated and simulated hospitals."""

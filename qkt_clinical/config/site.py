@@ -98,7 +98,7 @@ class Window(Strict):
     width: Annotated[float, Field(gt=0)]
 
 
-LARGEST_IMAGE = 200_000_000
+MAX_IMAGE_VALUES = 200_000_000
 """Values of one prepared image at most (800 MB as float32): the scratch file of ingest holds no larger."""
 
 
@@ -124,8 +124,8 @@ class ImageSpec(Strict):
     def _same_length(self) -> ImageSpec:
         if self.spacing_mm is not None and len(self.spacing_mm) != len(self.size):
             raise ValueError("spacing_mm needs as many numbers as size")
-        if math.prod(self.size) * self.channels > LARGEST_IMAGE:
-            raise ValueError(f"size and channels make more than {LARGEST_IMAGE:,} values")
+        if math.prod(self.size) * self.channels > MAX_IMAGE_VALUES:
+            raise ValueError(f"size and channels make more than {MAX_IMAGE_VALUES:,} values")
         return self
 
 

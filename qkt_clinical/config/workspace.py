@@ -101,7 +101,7 @@ class Workspace:
 OF_DVC = (".qkt", ".dvc/cache", ".dvc/tmp")
 """Decoded images, copies of outputs, names of patients' files: DVC would let everybody write there."""
 PRIVATE = (*OF_DVC, "data", "models")
-"""What other users of the machine may not look into; files that DVC takes out of its cache are not closed."""
+"""Folders closed to other users of the machine; files that DVC takes out of its cache are not closed."""
 
 
 def keep_private(root: Path) -> None:

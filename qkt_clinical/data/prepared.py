@@ -41,7 +41,7 @@ ARRAYS = ("images.npy", "labels.npy", "groups.npy")
 SUBGROUPS = "subgroups.json"
 BYTES_PER_INDEX, BYTES_OF_NAMES = 32, 65_536
 """Of JSON, at most: an image's index or place on a line of its own; what else a list or column holds."""
-MOST_COLUMNS, LONGEST_GROUP = 8, 64
+MAX_COLUMNS, MAX_GROUP_NAME = 8, 64
 """Columns of ``subgroups.json``, and characters of a group's name, at most."""
 
 
@@ -233,14 +233,14 @@ def _as_places(groups: NDArray[np.str_]) -> dict[str, Any]:
     return {"groups": names.tolist(), "images": places.tolist()}
 
 
-def _read_bounded(path: Path, most: int) -> Any:
+def _read_bounded(path: Path, limit: int) -> Any:
     """A JSON file of so many bytes at most.
 
     Raises:
         OSError, ValueError, RecursionError: absent, larger, or not JSON.
     """
-    if path.stat().st_size > most:
-        raise ValueError(f"larger than {most} bytes")
+    if path.stat().st_size > limit:
+        raise ValueError(f"larger than {limit} bytes")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -254,13 +254,13 @@ def _read_subgroups(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.st
     if SUBGROUPS not in manifest.digests:
         return {}
     found = {}
-    most = MOST_COLUMNS * (BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES)
-    for column, held in _read_bounded(folder / SUBGROUPS, most).items():
+    limit = MAX_COLUMNS * (BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES)
+    for column, held in _read_bounded(folder / SUBGROUPS, limit).items():
         places = np.asarray(held["images"], dtype=np.int64)
         if places.shape != (manifest.count,) or places.min(initial=0) < 0:
             raise ValueError(column)
         # One long name would make every image's group as long.
-        if max((len(name) for name in held["groups"]), default=0) > LONGEST_GROUP:
+        if max((len(name) for name in held["groups"]), default=0) > MAX_GROUP_NAME:
             raise ValueError(column)
         found[str(column)] = np.array(held["groups"], dtype=np.str_)[places]
     return found
@@ -334,9 +334,9 @@ def load_prepared(folder: Path) -> PreparedSite:
             file=folder,
         )
     try:  # now that the number of images is known to be true
-        most = BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES
+        limit = BYTES_PER_INDEX * manifest.count + BYTES_OF_NAMES
         splits = {
-            s: np.asarray(v, dtype=np.int64) for s, v in _read_bounded(folder / "splits.json", most).items()
+            s: np.asarray(v, dtype=np.int64) for s, v in _read_bounded(folder / "splits.json", limit).items()
         }
         subgroups = _read_subgroups(folder, manifest)
     except UNREADABLE as error:

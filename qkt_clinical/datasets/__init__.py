@@ -1,1 +1,1 @@
-"""Hospitals to try things on: generated, or a public data set divided."""
+"""Hospitals for trials: generated, or from a divided public data set."""

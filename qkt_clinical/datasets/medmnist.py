@@ -19,7 +19,7 @@ from qkt_clinical.errors import FetchError
 
 TIMEOUT_S = 30.0
 """Seconds without a byte from the server before the download counts as failed."""
-CHUNK = 1 << 18
+CHUNK_SIZE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def fetch(
 
     # pooch announces every download on standard error; the progress bar and the caller say it better.
     pooch.get_logger().setLevel(logging.WARNING)
-    downloader = pooch.HTTPDownloader(progressbar=progress, chunk_size=CHUNK, timeout=TIMEOUT_S)
+    downloader = pooch.HTTPDownloader(progressbar=progress, chunk_size=CHUNK_SIZE, timeout=TIMEOUT_S)
     try:
         return Path(
             pooch.retrieve(url, known_hash=f"md5:{md5}", fname=file, path=folder, downloader=downloader)

@@ -189,7 +189,7 @@ def choose_queries(held: NDArray[np.bool_], count: int | None, *, seed: int = 0)
 def _evening_swap(
     hospital: Indices, asked: Indices, chosen: NDArray[np.bool_], by_class: Indices, chance: Indices
 ) -> tuple[int, int] | None:
-    """A chosen and a free pair of one hospital whose exchange makes classes more evenly asked; None: none.
+    """A chosen and a free pair of one hospital whose swap evens out the queried classes, or None.
 
     Every such exchange lowers the sum of squares of ``by_class``, so their sequence ends.
     """

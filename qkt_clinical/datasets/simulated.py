@@ -1,4 +1,4 @@
-"""Simulated hospitals from one labelled MedMNIST-layout npz: who holds which images, and who asks what.
+"""Simulated hospitals from one labelled MedMNIST-layout npz: their images and queries.
 
 A partition is a matrix of *shares* (hospitals, classes) whose columns sum to 1: the same matrix
 divides train, val and test, so that a hospital meets the same mixture of classes in all three.
@@ -67,7 +67,7 @@ class Preset(Strict):
 
 @dataclass(frozen=True)
 class DividedDataSet:
-    """What params.yaml needs to know of the hospitals."""
+    """Classes, sites and queries of the simulated hospitals, for params.yaml."""
 
     classes: tuple[str, ...]
     sites: tuple[str, ...]

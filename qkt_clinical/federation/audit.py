@@ -27,11 +27,11 @@ from qkt_clinical.federation.messages import cut
 from qkt_clinical.records.card import Sha256
 
 RECORD = Path("federation", "audit.jsonl")
-"""Where in its workspace a site keeps it."""
+"""Path in the workspace of a site."""
 HEAD, TORN, LOCK = ".head.json", ".torn", ".lock"
 """Endings in place of the record's own: how far it goes; halves of lines that a fault left; who writes."""
 FIRST = "0" * 64
-LONGEST_WORD, LONGEST_LINE = 500, 65_536
+MAX_WORD, MAX_LINE_BYTES = 500, 65_536
 """Characters of what an entry says of one thing; bytes of a line."""
 Event = Literal[
     "contributed", "offered", "declined", "asked", "answered", "refused", "withheld", "repaired", "begun"
@@ -46,7 +46,7 @@ class Entry(Strict):
     time: float
     """Seconds since 1970, by the site's clock."""
     event: Event
-    about: Annotated[dict[Name, Annotated[str, Field(max_length=LONGEST_WORD)]], Field(max_length=16)]
+    about: Annotated[dict[Name, Annotated[str, Field(max_length=MAX_WORD)]], Field(max_length=16)]
     """Hospital, query, classes, digest, reason; as the event needs."""
     previous: Sha256
     """Digest of the line before, zeros for the first."""
@@ -95,7 +95,7 @@ def _broken(path: Path, what: str) -> OutputsError:
 def _read_head(path: Path) -> Head:
     place = path.with_suffix(HEAD)
     try:
-        return Head.model_validate_json(read_plain(place, LONGEST_LINE))
+        return Head.model_validate_json(read_plain(place, MAX_LINE_BYTES))
     except FileNotFoundError:
         return Head()
     except (OSError, ValidationError):
@@ -116,7 +116,7 @@ def _entries(stream: BinaryIO, path: Path) -> Iterator[_Read]:
     """
     head, number, end = _read_head(path), 0, 0
     previous = at_head = FIRST
-    while (line := stream.readline(LONGEST_LINE + 1)).endswith(b"\n"):
+    while (line := stream.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
         number += 1
         what = f"does not follow from line {number - 1} to line {number}"
         try:
@@ -129,8 +129,8 @@ def _entries(stream: BinaryIO, path: Path) -> Iterator[_Read]:
         if number == head.count:
             at_head = previous
         yield _Read(entry, end)
-    if len(line) > LONGEST_LINE:
-        raise _broken(path, f"has a line of more than {LONGEST_LINE} bytes")
+    if len(line) > MAX_LINE_BYTES:
+        raise _broken(path, f"has a line of more than {MAX_LINE_BYTES} bytes")
     # The head is written after the line: a process that ended in between has left it one behind.
     if at_head != head.digest or number - head.count not in (0, 1):
         raise _broken(
@@ -174,7 +174,7 @@ class _Writer:
                 found.append(entry)
                 self.last, self.end = entry, end
             stream.seek(self.end)
-            torn = stream.read(LONGEST_LINE + 1)
+            torn = stream.read(MAX_LINE_BYTES + 1)
         if torn:
             with self.path.with_suffix(TORN).open("ab") as aside:
                 aside.write(torn + b"\n")
@@ -188,7 +188,7 @@ class _Writer:
             number=1 if self.last is None else self.last.number + 1,
             time=self.clock(),
             event=event,
-            about={key: cut(text, LONGEST_WORD) for key, text in about.items()},
+            about={key: cut(text, MAX_WORD) for key, text in about.items()},
             previous=FIRST if self.last is None else self.last.digest,
         )
         line = f"{entry.line()}\n".encode()

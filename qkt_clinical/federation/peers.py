@@ -37,9 +37,9 @@ Algorithm = Literal["fedavg", "fedprox", "scaffold"]
 PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "server"
 CLASSES = "qkt_clinical.federation.peer_job."
 POLL_S = 0.5
-"""Sites ask for work so often, and the server looks for replies; FLARE's two seconds would be felt."""
+"""Interval in seconds at which sites ask for work and the server looks for replies; FLARE's default is 2."""
 PATIENCE_S = 120.0
-"""For so long a site's process may be missing, at the start and at the end."""
+"""Seconds for which a site's process may be missing, at the start and at the end."""
 STATISTICS = Path(FLARE) / SERVER / "pool_stats" / "simulator_cell_stats.json"
 """What FLARE counts: sizes, in MB of 2**20 bytes, of all messages of the server's end."""
 JOB = "server.simulate_job"

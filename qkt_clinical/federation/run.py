@@ -37,7 +37,7 @@ HOST, ADMIN = "localhost", "admin@qkt.example"
 """Names in a federation on one machine."""
 PATIENCE_S = 3600
 SILENCE_S = 60
-"""A site whose process for a job does not say that it is there for so long is missing from the job."""
+"""Seconds without a sign of life from a site's process after which it is missing from the job."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait give their core to the other sites on the machine; how many there are stays, and with it
 the last digits of a network."""
@@ -331,7 +331,7 @@ def session(kit: Path, *, patience_s: float = 10.0) -> Iterator[Any]:
 
 
 Say = Callable[[str], None]
-"""Told in words whenever something has changed."""
+"""Callback with a line of text for every change."""
 POLL_S = 2.0
 
 

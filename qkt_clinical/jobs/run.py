@@ -53,9 +53,9 @@ class Preview(NamedTuple):
     risks: list[tuple[str, tuple[str, ...]]]
     """See :func:`qkt_clinical.qkt.planning.at_risk`."""
     seconds: float
-    """What the transfer takes on this machine, about."""
+    """Approximate duration of the transfer on this machine."""
     fetched_bytes: int
-    """Of the bundles that are not here already."""
+    """Bytes of the bundles that are not cached."""
 
 
 def _calibrated(manifest: Manifest, query: QueryConfig) -> None:

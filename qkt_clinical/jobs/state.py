@@ -28,11 +28,11 @@ from qkt_clinical.records.reading import read_record
 
 State = Literal["waiting", "running", "interrupted", "answered", "failed", "cancelled"]
 STEPS = ("plan", "transfer", "evaluate", "register")
-"""What a job does, in this order; ``plan`` fetches the bundles too, ``evaluate`` asks the gate."""
+"""Steps of a job, in this order; ``plan`` fetches the bundles too, ``evaluate`` asks the gate."""
 MAX_INTERRUPTIONS = 3
-"""A job that ended so many processes is not given to another worker by itself."""
+"""Maximum number of processes that may end during a job before workers skip it."""
 PAUSE_S = 0.5
-"""Progress is written at most so often."""
+"""Minimum interval in seconds between two writes of the progress."""
 
 
 VisibleText = Annotated[str, BeforeValidator(lambda text: visible(text) if isinstance(text, str) else text)]

@@ -31,7 +31,7 @@ MIN_VIEWS = 16
 CHUNK_SIZE = 2**22
 """Values of input at most in one pass, so that large images and volumes fit into memory."""
 PULL = 0.1
-"""How strongly the weights are held to the teacher's, in units of the patches' mean square."""
+"""Ridge penalty that holds the weights to the teacher's, in units of the patches' mean square."""
 MAX_PATCH = 5000
 """Layers of larger patches are not corrected: the linear system would take minutes."""
 ISOTROPIC = 0.3

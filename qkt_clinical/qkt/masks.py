@@ -37,7 +37,7 @@ CONVINCED = 0.05
 """Share of the probes, those that convince a network most of a class, that count for its conviction."""
 
 STRETCH = 3.0
-"""How far ``combined`` stretches features from their mean: real images move them further than noise does."""
+"""Factor by which ``combined`` stretches features from their mean: real images move them more."""
 
 PROBES_PER_BATCH = 256
 

@@ -26,7 +26,7 @@ class Teacher:
     site: str
     network: Classifier
     claimed: tuple[int, ...]
-    """By its mask; after screening, without the claims that its network does not bear out."""
+    """By its mask; after screening, without the claims that its network does not support."""
     verified: tuple[int, ...] | None = None
     """By its network, see :func:`qkt_clinical.qkt.masks.verified_classes`; None: it was not read again."""
 

@@ -47,7 +47,7 @@ class ScreeningResult:
     included: bool
     reason: str
     unverified: tuple[int, ...] = ()
-    """Classes that it claims and its network does not bear out."""
+    """Classes that it claims and its network does not support."""
     named: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """Of the hospital's own held-out images of a shared class: how many it names so among its classes, and
     how many there are."""
@@ -127,7 +127,7 @@ class _LabelTest:
 
     named: Mapping[int, tuple[int, int]]
     refuted: bool = False
-    """Less often right than by chance."""
+    """Accuracy below chance."""
     borne_out: bool = False
     """More often right than by chance, and than with one name for every image."""
 

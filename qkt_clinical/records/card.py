@@ -129,7 +129,7 @@ class DecisionRule(Strict):
     """One per query class, in the order of ``query``."""
     budget: float
     own_weight: float = Field(gt=0, le=1000)
-    """The local model weight: what the own network counts for in the consensus, a teacher being 1."""
+    """The local model weight: weight of the own network in the consensus, relative to a teacher's 1."""
     experts: Names = ()
     """Sites whose networks answer along (``routed``)."""
     flips: bool = False

@@ -73,7 +73,7 @@ class Decision(Strict):
     """``gate``, or the reviewer's name."""
     reason: DecisionText | None
     overridden: tuple[str, ...] = ()
-    """What spoke against it."""
+    """Rules that it did not meet."""
     measured: Measured | None = None
     """Figures of a promoted version at that time; what is to replace it is held against them."""
 

@@ -87,12 +87,14 @@ class Calibration(Record):
 
     ece_before: Estimate | None
     ece: Estimate | None
-    """Expected calibration error; None where nobody has measured."""
+    """Expected calibration error; None where there is no evaluation."""
     budget: float
     """Largest false-query rate on the hospital's own held-out images."""
     given_away: float | None
-    """The false-query rate on the calibration images; the key stays, since registered cards hold it."""
-    """Share that was, on the calibration images; None where they are too few to tell."""
+    """The false-query rate on the calibration images; None where they are too few.
+
+    The key keeps its name, since registered model cards hold it.
+    """
     calibration_images: str
     offsets: dict[str, float]
     """Added to the logit of each class asked for: the operating point."""
@@ -114,7 +116,7 @@ class Provenance(Record):
     bundle: str
     weights: str
     data: str | None
-    """None where the hospital's data is not here."""
+    """None where the hospital's data are not in this workspace."""
     teachers: dict[str, str]
     parameters: str
     evaluation: str | None
@@ -136,7 +138,7 @@ class ModelCard(Record):
     answers_for: tuple[str, ...]
     asked: tuple[str, ...]
     data: CardData | None
-    """None where the hospital's data is not here."""
+    """None where the hospital's data are not in this workspace."""
     tested: Tested | None
     method: MethodFacts
     figures: tuple[CardFigure, ...]

@@ -210,7 +210,7 @@ def told(evaluation: Evaluation) -> Evaluation:
 
 
 def shares(row: Sequence[int] | None) -> list[int] | None:
-    """A row of a confusion matrix in whole percent; None where it holds no image or too few to tell."""
+    """A row of a confusion matrix in whole percent; None where it has no image or too few."""
     total = sum(row or ())
     return None if row is None or not total or too_few(total) else [round(100 * n / total) for n in row]
 

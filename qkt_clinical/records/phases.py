@@ -21,9 +21,9 @@ class ScreenedTeacher(Record):
     included: bool
     reason: str
     unverified: tuple[str, ...] = ()
-    """Classes that it claims and its network does not bear out."""
+    """Classes that it claims and its network does not support."""
     recalls: dict[str, Fraction | None] = Field(default_factory=dict)
-    """Share of the hospital's own held-out images of a shared class that it names so; None: not told."""
+    """Recall of a shared class on the hospital's own held-out images; None: suppressed."""
     agreement: Annotated[float, Field(ge=-2, le=2)] | None = None
     """With the other experts; None: nothing to compare."""
 
@@ -45,10 +45,10 @@ class Phase2(Record):
     offsets: dict[str, float]
     budget: Fraction
     false_query_rate: Fraction | None
-    """Of the calibration images; None where it may not be told."""
+    """Of the calibration images; None where it is suppressed."""
     calibration_images: Number | str
     local_model_weight: Annotated[float, Field(gt=0)]
-    """What the hospital's own network counts for in the consensus, a teacher being 1."""
+    """Weight of the hospital's own network in the consensus, relative to a teacher's 1."""
     rare: dict[str, str] = Field(default_factory=dict)
     """Rare class to number of training images, as it may be shown."""
     curves: Curves = ()

@@ -31,7 +31,7 @@ class Offer:
     bytes: int
     """Of the files in :data:`SHARED`."""
     digest: str
-    """SHA-256 of the card, which holds that of the weights."""
+    """SHA-256 of the card, which contains that of the weights."""
 
 
 class Candidate(Strict):

@@ -327,8 +327,8 @@ def published_metrics(metrics: TeacherMetrics, images: Mapping[str, int] | None)
 
     Args:
         metrics: of the teacher.
-        images: class to number of validation images; None where the hospital's data is not here. Whoever
-            reads the figures then does not know it either.
+        images: class to number of validation images; None where the hospital's data are not in this
+            workspace, in which case readers of the figures do not know it either.
     """
     recall = metrics.recall
     hidden = {c for c, value in recall.items() if value is None}

@@ -13,7 +13,7 @@ class TeacherMetrics(Record):
 
     balanced_accuracy: Fraction | None
     recall: dict[str, Fraction | None]
-    """None of a class with too few validation images to tell."""
+    """None of a class with too few validation images."""
     epochs: Number
     best_epoch: Number
     stopped_early: bool

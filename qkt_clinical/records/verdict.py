@@ -13,11 +13,11 @@ class Measured(Record):
     """The figures of one version with which others are compared."""
 
     balanced_accuracy: Proportion | None
-    """None where it may not be told."""
+    """None where it is suppressed."""
     query_recall: dict[str, Proportion | None]
-    """Of every class asked for; None where it has no test image, or too few to tell."""
+    """Of every class asked for; None where it has no test image, or too few to show a figure."""
     forgetting: Difference | None
-    """None where it may not be told."""
+    """None where it is suppressed."""
     data: str | None
     """Digest of the test images, labels and patients; None where it was not kept."""
 
@@ -38,7 +38,7 @@ class GateRule(Record):
     kind: Literal["absolute", "relative"] = "absolute"
     meaning: str
     figure: float | None
-    """None where there is no such figure, or a count too small to be shown."""
+    """None where there is no such figure, or the count is suppressed."""
     bound: Bound
     threshold: float
     passed: bool

@@ -31,7 +31,7 @@ class LineChart:
 
     @property
     def words(self) -> str:
-        """The chart in words, for those who do not see it."""
+        """Text alternative of the chart."""
         return "; ".join(f"{line.name} from {line.first} to {line.last}" for line in self.lines)
 
 
@@ -41,7 +41,7 @@ def line_chart(
     names: Sequence[str] | None = None,
     axis: str = "epoch",
 ) -> LineChart | None:
-    """A chart of the columns ``names`` (all, where None) over ``axis``; None where nothing is to be drawn."""
+    """A chart of the columns ``names`` (None: all) over ``axis``; None if there is nothing to draw."""
     rows = [row for row in rows if axis in row]
     if names is None:
         names = sorted({key for row in rows for key in row} - {axis})
@@ -75,7 +75,7 @@ class Curve:
 
 
 def reliability_curve(name: str, bins: Sequence[tuple[float, float]]) -> Curve:
-    """Of (confidence, accuracy) per bin."""
+    """The curve of (confidence, accuracy) per bin."""
     return Curve(
         name,
         tuple((100 * confidence, 100 - 100 * accuracy) for confidence, accuracy in bins),

@@ -1,4 +1,4 @@
-"""``reports/index.html``: the federation, its hospitals and queries, what was gained and what was lost."""
+"""``reports/index.html``: the federation, its hospitals and queries, with gains and losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qkt_clinical.report.page import environment, gain_bars
 
 @dataclass(frozen=True)
 class Cell:
-    """A teacher's mask for one class. ``truth`` is None where the site's data is not here."""
+    """A teacher's mask for one class. ``truth`` is None if the site's data are not in this workspace."""
 
     score: str
     known: bool
@@ -62,7 +62,7 @@ def _cells(site: SiteOutputs) -> list[Cell] | None:
 
 
 def gain_map(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[list[GainCell]]]]]:
-    """Asked classes, and per asking hospital the answers to each of them, in the order of their names."""
+    """Queried classes, and the answers to each per asking hospital, sorted by name."""
     asked = {name for q in outputs.queries for name in q.evaluation.classes}
     columns = [name for name in outputs.params.classes if name in asked]
 
@@ -131,7 +131,7 @@ def _site_view(site: SiteOutputs, card: ModelCard | None) -> dict[str, Any]:
 
 
 def render_index(outputs: Outputs, cards: Mapping[str, ModelCard]) -> str:
-    """The whole page. Same outputs, same text.
+    """Render the page. The same outputs give the same text.
 
     Args:
         outputs: the run.

@@ -1,4 +1,4 @@
-"""Model cards: what a teacher or student is, what it was made from, how good it is and where it fails.
+"""Model cards: description, origin, figures and known failures of a teacher or student.
 
 One object for all places: ``model_card.json`` and ``model_card.md`` in MLflow, the description of a
 registered version, and the report. It is derived from a run's outputs by rule, so that the same outputs give
@@ -103,7 +103,7 @@ def _trained_with(card: Card) -> str | None:
 
 
 def _low_recall(recall: Mapping[str, float | None], told: Mapping[str, float | None]) -> list[KnownFailure]:
-    """Classes of which too many images are missed; how many is said where it may be told."""
+    """Classes with low recall; the number of missed images is given unless suppressed."""
     found = []
     for name, value in recall.items():
         if value is None or value >= LOW_RECALL:
@@ -127,7 +127,7 @@ def _values(figures: Mapping[str, Estimate | None]) -> dict[str, float | None]:
 
 
 def _forgotten(query: QueryOutputs) -> list[KnownFailure]:
-    """Own classes that are recalled less; by how much is said where it may be told."""
+    """Own classes with lower recall than before; the loss is given unless suppressed."""
     found = []
     for name in query.evaluation.relevant:
         lost = query.evaluation.class_forgetting.get(name)
@@ -170,7 +170,7 @@ def _confused(
     confusion: Sequence[Sequence[int] | None],
     told: Sequence[Sequence[int | None] | None],
 ) -> list[KnownFailure]:
-    """The worst pairs; of a class whose row may not be told, or that has no image, nothing is said.
+    """The most confused pairs; classes without images, or with a suppressed row, are left out.
 
     Args:
         relevant: the classes.
@@ -219,7 +219,7 @@ OWN_REFERENCE = (
 
 
 def _training_privacy(card: Card) -> str:
-    """Whether the training images were protected, and how far."""
+    """Differential privacy of the training images, if any."""
     said = card.training
     if "epsilon" not in said:
         return NO_DIFFERENTIAL_PRIVACY
@@ -395,7 +395,7 @@ def _student_figures(query: QueryOutputs) -> list[CardFigure]:
 
 
 def _no_gain(gain: Estimate) -> str:
-    """What is to be said of a gain in balanced accuracy whose interval is not above zero."""
+    """Statement for a gain in balanced accuracy whose interval is not above zero."""
     if gain.value == 0:
         return "Balanced accuracy is that of the hospital's own model: nothing was gained."
     if gain.value > 0:
@@ -454,7 +454,7 @@ def _student_method(answer: AnswerOutputs, params: Params) -> MethodFacts:
 
 
 def _parameters(params: Params) -> str:
-    """Digest of what bears on an answer; what other hospitals ask does not."""
+    """Digest of the parameters that affect an answer; queries of other hospitals do not."""
     used = params.model_dump(
         mode="json", include={"seed", "classes", "train", "mask", "transfer", "evaluate"}
     )
@@ -477,7 +477,7 @@ def _student_provenance(
 
 
 def unmeasured_model_card(answer: AnswerOutputs, outputs: Outputs) -> ModelCard:
-    """The card of a student that nobody has measured: it says so, and gives no figure but the budget's."""
+    """The card of a student without an evaluation: it has no figures except those of the budget."""
     plan, second = answer.plan, answer.phases.phase2
     site = outputs.site(plan.hospital)
     return ModelCard(

@@ -12,13 +12,13 @@ from qkt_clinical.records.model_card import Calibration, CardFigure, ModelCard, 
 
 
 def _plain(text: str) -> str:
-    """Names from elsewhere, so that they are text in Markdown and in the HTML that is made of it."""
+    """Escape names from elsewhere for Markdown and for the HTML made from it."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{c}" if c in r"\`*_[]|#" else c for c in escaped)
 
 
 def _shown(estimate: Estimate | PointEstimate | None, *, change: bool = False) -> str:
-    """In percent; a dash where there is no figure, or it may not be told."""
+    """A figure in percent; a dash if there is none, or it is suppressed."""
     from qkt_clinical.common.wording import percent, percents, points
 
     if estimate is None:
@@ -69,7 +69,7 @@ def _errors(calibration: Calibration) -> str:
 
 
 def _false_queries(calibration: Calibration) -> str:
-    rate = "not told" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
+    rate = "suppressed" if calibration.given_away is None else f"{100 * calibration.given_away:.1f}%"
     return f"False-query rate {rate}, budget {100 * calibration.budget:.1f}%"
 
 

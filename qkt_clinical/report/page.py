@@ -1,4 +1,4 @@
-"""What the report's pages share: their templates, bars and single charts.
+"""Parts shared by the report's pages: templates, bars and single charts.
 
 A page is one file without scripts, fonts or anything else from a network. Charts are SVG written by Jinja
 macros, not by matplotlib: a tenth of the bytes, coloured by the page's own variables in light and dark,

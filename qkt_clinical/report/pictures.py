@@ -1,4 +1,4 @@
-"""Pictures of test images on which two models differ, of hospitals that consent. Reads prepared arrays."""
+"""Pictures of test images on which two models differ, for hospitals with consent. Reads prepared arrays."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qkt_clinical.records.evaluation import Flip
 from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
 MAX_PICTURES = 12
-"""Pictures of one direction at most."""
+"""Maximum number of pictures per direction."""
 SIDE = 96
-"""Pixels of a picture's longer side at most."""
+"""Maximum length of a picture's longer side in pixels."""
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A test image as PNG in base64, its class, and what both models said."""
+    """A test image as PNG in base64, its class, and the answers of both models."""
 
     png: str
     site: str
@@ -37,7 +37,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Flipped:
-    """All cases of one direction, as a number, and the pictures of some."""
+    """Number of cases of one direction, and the pictures of some."""
 
     cases: int
     pictures: tuple[EmbeddedImage, ...]
@@ -46,7 +46,7 @@ class Flipped:
 
 
 def choose(flips: Sequence[Flip], limit: int = MAX_PICTURES) -> list[Flip]:
-    """At most so many, of every class and site in turn, in the order given within these."""
+    """Choose at most ``limit`` flips, from every class and site in turn, keeping their order within these."""
     kinds = sorted({(flip.actual, flip.site) for flip in flips})
     rows = [[flip for flip in flips if (flip.actual, flip.site) == kind] for kind in kinds]
     turns = chain.from_iterable(zip_longest(*rows))

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "monai", "numpy", "scipy", "safetensors")
 
 @dataclass(frozen=True)
 class Voice:
-    """What one network counts for, as shares, in the order of the relevant classes; None: unknown to it."""
+    """Shares of one network in the consensus, in the order of the relevant classes; None: unknown to it."""
 
     network: str
     shares: tuple[float | None, ...]
@@ -39,7 +39,7 @@ def relevant(answer: AnswerOutputs) -> tuple[str, ...]:
 
 
 def voices(answer: AnswerOutputs) -> list[Voice]:
-    """What the hospital's own network and the fetched teachers count for, per relevant class."""
+    """Shares of the hospital's own network and the fetched teachers in the consensus, per relevant class."""
     plan, second = answer.plan, answer.phases.phase2
     excluded = {t.site for t in answer.phases.screening if not t.included}
     unverified = {t.site: set(t.unverified) for t in answer.phases.screening}
@@ -59,7 +59,7 @@ def voices(answer: AnswerOutputs) -> list[Voice]:
 
 
 def why_own_weight(method: str) -> str:
-    """Where the weight of the hospital's own network comes from, in words."""
+    """Reason for the local model weight, in words."""
     if method == "qkt-light":
         return "qkt-light asks no image about that: it is always the same"
     return "its own held-out images spoke for that"
@@ -96,7 +96,7 @@ def overall_figures(query: QueryOutputs) -> list[Overall]:
 
 
 def confusion_shares(confusion: Sequence[Sequence[int] | None], size: int) -> list[list[int | None]]:
-    """Rows in whole percent of their images; None where a class has none or too few to tell."""
+    """Rows in whole percent of their images; None where a class has none or too few to show a figure."""
     nothing: list[int | None] = [None] * size
     return [[*found] if (found := shares(row)) else nothing for row in confusion]
 
@@ -156,7 +156,7 @@ def _provenance(outputs: Outputs, answer: AnswerOutputs) -> dict[str, str | None
 
 
 def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
-    """What the pages of measured and unmeasured answers both show."""
+    """Content common to the pages of evaluated and unevaluated answers."""
     phases = answer.phases
     site = outputs.site(answer.plan.hospital)
     drawn = (
@@ -185,14 +185,14 @@ def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
 
 
 def render_unmeasured(outputs: Outputs, answer: AnswerOutputs, card: ModelCard) -> str:
-    """The page of a student that nobody has measured here. Same outputs, same text."""
+    """Render the page of a student without an evaluation. The same outputs give the same text."""
     return environment().get_template("unmeasured.html").render(**_common(outputs, answer), e=None, card=card)
 
 
 def render_query(
     outputs: Outputs, query: QueryOutputs, card: ModelCard, flipped: Mapping[bool, Flipped]
 ) -> str:
-    """The whole page. Same outputs, same text.
+    """Render the page. The same outputs give the same text.
 
     Args:
         outputs: the run.

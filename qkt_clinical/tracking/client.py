@@ -55,7 +55,7 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_database(uri: str) -> None:
-    """Refuse a file that is no SQLite database at once; MLflow would try it again for minutes."""
+    """Refuse a file that is no SQLite database at once; MLflow would retry for minutes."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or not path.is_file():
         return
@@ -103,7 +103,7 @@ def unsynced() -> Iterator[None]:
 
 @contextmanager
 def connect(uri: str) -> Iterator[MlflowClient]:
-    """A client of ``uri``; the process's own MLflow settings are as before afterwards.
+    """A client of ``uri``; the process's MLflow settings are restored afterwards.
 
     The registry of an SQL store looks models up through the process-wide address, so that is set too.
 
@@ -147,7 +147,7 @@ def connect(uri: str) -> Iterator[MlflowClient]:
 
 
 def ensure_experiment(client: MlflowClient, root: Path, params: Params, uri: str) -> str:
-    """Id of the experiment; made once, with its artifacts in the workspace where the store is a database.
+    """Id of the experiment, created if needed; with a database as store, artifacts lie in the workspace.
 
     Raises:
         OutputsError: the database came here from another folder and would write its artifacts there.
@@ -171,7 +171,7 @@ def ensure_experiment(client: MlflowClient, root: Path, params: Params, uri: str
 
 
 def pages(search: Callable[..., Any], wanted: str, size: int) -> Iterator[Any]:
-    """Everything that one of the client's searches finds, page by page."""
+    """All results of one of the client's searches, page by page."""
     token: str | None = None
     while True:
         page = search(wanted, max_results=size, page_token=token)
@@ -229,6 +229,6 @@ def registry_client(root: Path, params: Params) -> Iterator[MlflowClient]:
 
 
 def set_alias(client: MlflowClient, name: str, alias: str, number: str) -> None:
-    """Put an alias on a version, unless it is there."""
+    """Set an alias of a version, unless it is set already."""
     if client.get_registered_model(name).aliases.get(alias) != number:
         client.set_registered_model_alias(name, alias, number)

@@ -1,4 +1,4 @@
-"""What went wrong between this package and MLflow, in words that say whose matter it is."""
+"""Typed errors for failures of MLflow, its store or its server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_driver(error: ModuleNotFoundError) -> QktError:
 
 
 def refused_by_store(error: Exception) -> QktError:
-    """What MLflow, its database or its server refused.
+    """The typed error for a refusal by MLflow, its database or its server.
 
     Codes ``disk-full`` and ``system`` where the disk did, ``database-busy``, ``damaged-database``,
     ``mlflow-login``, else ``mlflow``. Passwords in addresses are left out.

@@ -63,7 +63,7 @@ ALIAS = "candidate"
 
 @dataclass(frozen=True)
 class _Runs:
-    """Ids of runs by (kind, digest): those that are complete, and those whose process ended too early."""
+    """Ids of runs by (kind, digest): complete ones, and ones that were interrupted."""
 
     finished: dict[tuple[str, str], str]
     begun: dict[tuple[str, str], str]
@@ -151,7 +151,7 @@ def _run(
     runs: _Runs,
     state: Mapping[str, str],
 ) -> Iterator[str]:
-    """The run of an item, made and ended where it does not exist yet, gone on with where it was begun."""
+    """The run of an item; it is created, or continued if it was interrupted."""
     if (known := runs.finished.get((item.kind, item.digest))) is not None:
         yield known
         return
@@ -174,7 +174,7 @@ def _run(
 def _mirror_model(
     client: MlflowClient, experiment: str, run: str, model: Model, state: Mapping[str, str]
 ) -> str:
-    """Number of the version that holds the model, made where it does not exist; it becomes the candidate."""
+    """Number of the version that holds the model, created if needed; it becomes the candidate."""
     ensure_model(client, model.name)
     number = find_version(client, model.name, model.digest)
     if number is None:
@@ -192,7 +192,7 @@ def _mirror_model(
 
 
 def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
-    """The champion that was decided on, where the registry does not know it, such as after a rebuild.
+    """Set the decided champion where the registry lacks it, such as after a rebuild.
 
     One that somebody decided on elsewhere stays: the decisions here are behind.
     """
@@ -209,7 +209,7 @@ def _restore_champion(client: MlflowClient, root: Path, name: str) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process of this workspace at a time: each takes what has not ended for what another left behind.
+    """Lock for one process per workspace: each takes unfinished runs for interrupted ones.
 
     What the disk refuses within the block is a typed error.
     """

@@ -1,4 +1,4 @@
-"""What can be done with the model registry: list, show, compare, promote, roll back."""
+"""Operations on the model registry: list, show, compare, promote, roll back."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 
 class Registry(NamedTuple):
-    """An open registry and the workspace that decides."""
+    """An open registry, and the workspace with the decisions."""
 
     root: Path
     params: Params
     client: MlflowClient
 
     def models(self) -> list[dict[str, Any]]:
-        """Every model with its versions, the oldest first, what the gate said of each, and its aliases.
+        """Every model with its versions, oldest first, the gate's verdict on each, and its aliases.
 
         What is shown comes from the registry alone, where others may have written it.
         """
@@ -139,7 +139,7 @@ class Registry(NamedTuple):
         return digest
 
     def promote(self, name: str, which: str, *, by: str | None = None, reason: str | None = None) -> Decision:
-        """Make a version the champion, if nothing speaks against it or a reviewer overrides what does.
+        """Make a version the champion, if it passed the gate or a reviewer overrides the verdict.
 
         The version's files are fetched and checked first, which nobody can override; what the gate said is
         read from its record in the workspace, for the registry's tags can be written by others.
@@ -181,7 +181,7 @@ class Registry(NamedTuple):
     def _judged(
         self, name: str, digest: str, champion: Champion | None
     ) -> tuple[Verdict | None, tuple[str, ...]]:
-        """The gate's verdict on a bundle beside what is in use now, and what speaks against the bundle."""
+        """The gate's verdict on a bundle against the version in use now, and reasons against it."""
         verdict = None if name.startswith("teacher.") else read_verdict(self.root, name)
         if verdict is None:
             return None, (NOT_JUDGED,)
@@ -192,7 +192,7 @@ class Registry(NamedTuple):
         return verdict, tuple(rule.said for rule in verdict.unmet)
 
     def _known_here(self, name: str, champion: str | None) -> None:
-        """Refuse where the champion of the registry is none that the decisions kept here tell of."""
+        """Refuse if the champion of the registry is not among the decisions of this workspace."""
         if CHAMPION not in self.client.get_registered_model(name).aliases:
             return
         if self.version(name, CHAMPION).tags.get(DIGEST) != champion:
@@ -204,7 +204,7 @@ class Registry(NamedTuple):
             )
 
     def rollback(self, name: str, *, by: str, reason: str) -> Decision:
-        """Take the champion back; the one before it is the champion again.
+        """Roll back the champion: the one before it is the champion again.
 
         Raises:
             RegistryError: there is none before it, or the registry no longer holds it.
@@ -239,7 +239,7 @@ class Registry(NamedTuple):
 
 
 def _digest(name: str, version: ModelVersion) -> str:
-    """Digest of the bundle that a version says it holds."""
+    """Digest of the bundle that a version claims to hold."""
     digest = str(version.tags.get(DIGEST, ""))
     if not SHA256.fullmatch(digest):
         raise RegistryError(
@@ -280,7 +280,7 @@ def _decision(
 
 
 def read_verdict(root: Path, model: str) -> Verdict | None:
-    """The gate's own record on the student of ``student.<site>.<query>``; None where there is none.
+    """The gate's record on the student of ``student.<site>.<query>``; None where there is none.
 
     Raises:
         OutputsError: it cannot be read, is of another query, or contradicts itself.

@@ -1,4 +1,4 @@
-"""What the pipeline's outputs become in MLflow: runs with parameters, metrics, curves and files."""
+"""The pipeline's outputs as MLflow runs with parameters, metrics, curves and files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Model:
 
 
 def key(name: str) -> str:
-    """A part of a metric's name, at most 200 characters.
+    """Part of a metric's name, at most 200 characters.
 
     Letters, digits, ``-`` and blanks stay, others become their code point, so that two names never meet.
     """
@@ -78,7 +78,7 @@ def key(name: str) -> str:
 
 
 def curves_of(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """Rows per epoch, or per layer, as series of (epoch or layer, value)."""
+    """Convert rows per epoch, or per layer, to series of (epoch or layer, value)."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         axis = next((name for name in ("layer number", "epoch") if name in row), None)
@@ -205,7 +205,7 @@ def _answer_files(answer: AnswerOutputs) -> dict[str, Path]:
 
 
 def answer_item(answer: AnswerOutputs, outputs: Outputs) -> Item:
-    """The run of a student that nobody has measured."""
+    """The run of a student without an evaluation."""
     plan, site = answer.plan, outputs.site(answer.plan.hospital)
     used, tags = _answer_params(answer, outputs.params), _answer_tags(answer, site)
     tags |= {GATE: "not judged", f"{GATE}_unmet": NONE, VERDICT: NONE}
@@ -307,7 +307,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
 
 
 def with_system_metrics(item: Item, scratch: Path) -> Item:
-    """With what making the model took of the machine, where somebody asked: MLflow's "system metrics"."""
+    """The item with MLflow's "system metrics" of making its model, if they were sampled."""
     series: dict[str, list[tuple[int, float]]] = {}
     for step, sample in enumerate(read_system_metrics(scratch, item.tags.get("qkt.bundle", ""))):
         for name, value in sample.items():
@@ -316,7 +316,7 @@ def with_system_metrics(item: Item, scratch: Path) -> Item:
 
 
 def pipeline_item(outputs: Outputs, items: Sequence[Item]) -> Item:
-    """The run that holds the others."""
+    """The parent run of all others."""
     contents = {f"{i.kind} {i.name}": i.digest for i in items}
     told = [q.published for q in outputs.queries]
     metrics: dict[str, float] = {"queries": len(told), "sites": len(outputs.sites)}

@@ -1,4 +1,4 @@
-"""Teachers in the registry: which there are, and their files."""
+"""Teachers in the registry, and their files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Registered(NamedTuple):
 def registered_teachers(
     client: MlflowClient, *, set_aside: Callable[[str, str], None] | None = None
 ) -> list[Registered]:
-    """Every teacher in the registry, by site. Others may have left anything there: that is set aside.
+    """Every teacher in the registry, by site. Anything else that others left there is set aside.
 
     Args:
         client: see :func:`qkt_clinical.tracking.client.registry_client`.
@@ -56,7 +56,7 @@ def registered_teachers(
 
 
 def _registered(client: MlflowClient, model: RegisteredModel) -> Registered | str:
-    """The teacher that a model is, or why it is none."""
+    """The teacher in a registered model, or the reason why it is none."""
     from mlflow.exceptions import MlflowException
 
     number = model.aliases.get(CHAMPION, model.aliases.get(ALIAS))
@@ -82,14 +82,14 @@ def _files(teacher: Registered) -> VersionFiles:
     return VersionFiles(MlflowClient(), teacher.model, teacher.version)
 
 
-def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> str:
+def fetch_file(teacher: Registered, name: str, target: Path, max_bytes: int) -> str:
     """Fetch one file of a registered teacher's bundle, within :func:`registry_client`.
 
     Args:
         teacher: as in :func:`registered_teachers`.
         name: of the file within the bundle.
         target: where to put it, in one step.
-        most: bytes at most; what the registry declares is looked at before anything is moved.
+        max_bytes: bytes at most; what the registry declares is looked at before anything is moved.
 
     Returns:
         SHA-256 of the bytes that were written.
@@ -98,11 +98,11 @@ def fetch_file(teacher: Registered, name: str, target: Path, most: int) -> str:
         UnsoundVersion: there is no such file, or it is larger, or the version holds what none of ours does.
     """
     files = _files(teacher)
-    return files.save(f"{files.data}/{name}", target, most)
+    return files.save(f"{files.data}/{name}", target, max_bytes)
 
 
 def check_teacher_version(teacher: Registered, known: Mapping[str, str]) -> None:
-    """Hold a registered teacher's files against the digest that it was registered with.
+    """Check a registered teacher's files against the digest of its registration.
 
     Args:
         teacher: as in :func:`registered_teachers`.

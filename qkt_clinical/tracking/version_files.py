@@ -1,4 +1,4 @@
-"""The files of a registered version, read from the registry one by one, and never beyond a bound.
+"""The files of a registered version, read from the registry one by one, each up to a limit.
 
 Whoever may write to the registry chooses what a version's files are called, how large they are said to be,
 and where they lie. So names and sizes are judged before anything moves, and what moves is counted.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
-from qkt_clinical.common.files import CHUNK, plain_file
+from qkt_clinical.common.files import CHUNK_SIZE, plain_file
 from qkt_clinical.records.card import CARD, WEIGHTS, Card
 from qkt_clinical.records.decisions import site_of
 from qkt_clinical.records.registered import (
@@ -49,10 +49,10 @@ UNLISTED = (KeyError, TypeError, ValueError, AttributeError)
 
 class _Store(Protocol):
     def entries(self, folder: str) -> Entries:
-        """What lies in a folder."""
+        """Entries of a folder."""
 
     def pieces(self, place: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
+        """A file's content, in chunks."""
 
 
 class _Folder(NamedTuple):
@@ -65,8 +65,8 @@ class _Folder(NamedTuple):
 
     def pieces(self, place: str) -> Iterator[bytes]:
         with plain_file(self.root / place) as stream:
-            while piece := stream.read(CHUNK):
-                yield piece
+            while chunk := stream.read(CHUNK_SIZE):
+                yield chunk
 
 
 class _Remote(NamedTuple):
@@ -95,11 +95,11 @@ class _Remote(NamedTuple):
         asked: Response = http_request(creds, f"/{quote(place)}", "GET", stream=True)  # type: ignore[no-untyped-call]
         with closing(asked) as answer:
             answer.raise_for_status()
-            yield from answer.iter_content(chunk_size=CHUNK)
+            yield from answer.iter_content(chunk_size=CHUNK_SIZE)
 
 
 def _address(client: MlflowClient, model: str, number: str) -> str:
-    """Where a version's files lie."""
+    """Address of a version's files."""
     found = str(client.get_model_version_download_uri(model, number))
     for _ in range(HOPS):
         if urlsplit(found).scheme != "models":
@@ -162,12 +162,12 @@ class VersionFiles:
                 error.message = f"version {self.number} of {self.model}: {error.message}"
             raise error.at(site=site_of(self.model)) from None
 
-    def pieces(self, place: str, most: int | None = None) -> Iterator[bytes]:
-        """A file's content, piece by piece.
+    def pieces(self, place: str, max_bytes: int | None = None) -> Iterator[bytes]:
+        """A file's content, in chunks.
 
         Args:
             place: as in ``listed``.
-            most: bytes at most; None for what such a file may have.
+            max_bytes: bytes at most; None for what such a file may have.
 
         Raises:
             UnsoundVersion: there is no such file, or it is larger; codes ``bundle-missing``, ``bundle-size``.
@@ -176,29 +176,29 @@ class VersionFiles:
         with self._named():
             if place not in self.listed or limit is None:
                 raise unsound(f"{place} is missing", "bundle-missing")
-            left = most = limit if most is None else min(most, limit)
-            if self.listed[place] > most:
-                raise unsound(f"{place} has {self.listed[place]} bytes, more than {most}", "bundle-size")
-            for piece in self._store.pieces(place):
-                left -= len(piece)
+            left = max_bytes = limit if max_bytes is None else min(max_bytes, limit)
+            if self.listed[place] > max_bytes:
+                raise unsound(f"{place} has {self.listed[place]} bytes, more than {max_bytes}", "bundle-size")
+            for chunk in self._store.pieces(place):
+                left -= len(chunk)
                 if left < 0:
                     raise unsound(f"{place} is larger than the registry says", "bundle-size")
-                yield piece
+                yield chunk
 
     def read(self, place: str) -> bytes:
         """A small file's content."""
         return b"".join(self.pieces(place))
 
-    def save(self, place: str, target: Path, most: int | None = None) -> str:
+    def save(self, place: str, target: Path, max_bytes: int | None = None) -> str:
         """Write a file to ``target`` in one step; SHA-256 of the bytes written."""
         target.parent.mkdir(parents=True, exist_ok=True)
         passing = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         total = hashlib.sha256()
         try:
             with passing.open("xb") as stream:
-                for piece in self.pieces(place, most):
-                    total.update(piece)
-                    stream.write(piece)
+                for chunk in self.pieces(place, max_bytes):
+                    total.update(chunk)
+                    stream.write(chunk)
             passing.replace(target)
         finally:
             passing.unlink(missing_ok=True)
@@ -207,8 +207,8 @@ class VersionFiles:
     def digest(self, place: str) -> str:
         """SHA-256 of a file."""
         total = hashlib.sha256()
-        for piece in self.pieces(place):
-            total.update(piece)
+        for chunk in self.pieces(place):
+            total.update(chunk)
         return total.hexdigest()
 
     def check(self, digest: str, known: Mapping[str, str] | None = None, target: Path | None = None) -> None:

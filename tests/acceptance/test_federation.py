@@ -182,7 +182,7 @@ def test_real_processes_one_loses_the_network_and_one_comes_late(
 ) -> None:
     """Birch is cut off while it trains, aster falls asleep over its answer for longer than is waited for it.
 
-    Both are given up by the job in which they fell silent, come back with what they made, and are heard.
+    Both are given up by the job in which they fell silent, come back with what they made, and take part.
     """
     from nvflare.lighter import provision
 
@@ -224,6 +224,6 @@ def test_real_processes_one_loses_the_network_and_one_comes_late(
             outcomes = attended.result(timeout=480)
     assert {name: one.state for name, one in outcomes.items()} == dict.fromkeys(outcomes, "answered"), told
     assert "teacher birch: missing, the site did not reply in time" in told
-    for name, digest in students.items():  # as if nothing had happened: who came back is heard
+    for name, digest in students.items():  # as if nothing had happened: who came back takes part
         hospital, query = name.split("/")
         assert digest_folder(Workspace(tmp_path / "sites" / hospital).student(hospital, query)) == digest

@@ -21,7 +21,7 @@ AMBIGUOUS = 0.15
 """Share of lesions drawn between their class and a neighbouring one."""
 NUISANCE = 1.0
 """Strength of all variation that says nothing about the class."""
-CHUNK = 24
+CHUNK_SIZE = 24
 VESSELS = 6
 
 AIR, LUNG, FAT, MUSCLE, BONE = -1000.0, -840.0, -90.0, 45.0, 420.0
@@ -86,8 +86,8 @@ def render_chests(
     """
     volumes = np.empty((len(labels), *scanner.shape), dtype=np.int16)
     centres = np.empty((len(labels), 3), dtype=np.float32)
-    for start in range(0, len(labels), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, len(labels), CHUNK_SIZE):
+        part = slice(start, start + CHUNK_SIZE)
         volumes[part], centres[part] = _draw(labels[part], scanner, rng)
     return volumes, centres
 

@@ -1,4 +1,4 @@
-"""How each phantom hospital hands over its images: one function per way, deterministic to the byte.
+"""File formats of the phantom hospitals: one function per format, deterministic to the byte.
 
 Each takes images, class words and patient ids, and writes below ``folder`` (the later ``data/``).
 """

@@ -1,4 +1,4 @@
-"""Functions of real numbers that come out the same on every processor.
+"""Numerical functions with the same results on every processor.
 
 Sums, products, quotients and square roots are rounded correctly everywhere (IEEE 754); ``exp``, ``sin`` and
 the like are not: numpy and the C library have one way for each generation of processors, and these differ in
@@ -24,5 +24,5 @@ def rounded(function: Callable[..., Any], *values: Any) -> F32:
 
 
 def length(x: F32, y: F32) -> F32:
-    """Of a vector in the plane."""
+    """Length of a vector in the plane."""
     return np.asarray(np.sqrt(x**2 + y**2), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The phantom hospitals: who holds what, how it looks, how it is delivered, and what each one asks."""
+"""The phantom hospitals: their images, stains and scanners, file formats, and queries."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def _assign(
 def render_images(
     site: str, *, seed: int = 0, images: int | None = None
 ) -> tuple[NDArray[np.uint8] | NDArray[np.int16], NDArray[np.int64], list[str]]:
-    """Draw what one phantom hospital holds, in memory.
+    """Draw the images of one phantom hospital, in memory.
 
     Args:
         site: name of a phantom hospital, 2D or 3D.

@@ -41,7 +41,7 @@ Calibrated together with the shares above (``tests/test_phantom_difficulty.py``)
 under all six stains or on the six hospitals' own images pooled (who holds which class shows in the stain).
 """
 
-CHUNK = 125
+CHUNK_SIZE = 125
 """Images drawn at once: small enough for the processor's cache."""
 LOBES = 5
 RED_CELLS = 10
@@ -426,8 +426,8 @@ def render_cells(
     slide_strength = np.exp(0.09 * NUISANCE * rng.standard_normal(slides))
     slide_glass = 1.0 + 0.015 * NUISANCE * rng.standard_normal((slides, 3))
     out = np.empty((len(labels), size, size, 3), dtype=np.uint8)
-    for start in range(0, len(labels), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, len(labels), CHUNK_SIZE):
+        part = slice(start, start + CHUNK_SIZE)
         slide, count = patients[part], len(labels[part])
         density = _draw(labels[part], size, rng)
         strength = (
