@@ -159,7 +159,7 @@ def test_a_students_experts_are_loaded_and_checked(original: Path, tmp_path: Pat
         load_bundle(tmp_path / "student")
 
 
-# --- hostile bundles ------------------------------------------------------------------------------
+# --- adversarial bundles --------------------------------------------------------------------------
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -474,7 +474,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_bundle_ends_in_one_typed_error(
+def test_an_adversarial_bundle_ends_in_one_typed_error(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

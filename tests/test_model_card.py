@@ -270,8 +270,8 @@ def test_the_readable_card(outputs: Outputs) -> None:
 
 
 def test_names_from_elsewhere_stay_text(tmp_path: Path) -> None:
-    hostile = "<img src=x onerror=alert(1)>|[a](http://b)"
-    params: Params = sample_params(classes=[hostile, *PARAMS.classes[1:]])
+    markup = "<img src=x onerror=alert(1)>|[a](http://b)"
+    params: Params = sample_params(classes=[markup, *PARAMS.classes[1:]])
     write_sample_run(tmp_path, params)
     outputs = read_outputs(tmp_path, params)
     for text in (to_markdown(student(outputs, 0)), to_summary(student(outputs, 0))):

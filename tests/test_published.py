@@ -225,8 +225,8 @@ def test_figures_of_a_teacher() -> None:
     assert (told.epochs, told.best_epoch) == (9, 4)
     elsewhere = published_metrics(found, None)
     assert elsewhere.recall == {"a": 0.8, "b": 0.95, "c": 0.86}
-    withheld = found.model_copy(update={"recall": {**found.recall, "b": None}})
-    assert published_metrics(withheld, {"a": 50, "b": 3, "c": 71}).balanced_accuracy is None
+    suppressed = found.model_copy(update={"recall": {**found.recall, "b": None}})
+    assert published_metrics(suppressed, {"a": 50, "b": 3, "c": 71}).balanced_accuracy is None
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_the_same_outputs_give_the_same_bytes(root: Path, tmp_path: Path) -> Non
     assert write_report(tmp_path, reordered).read_text() == (root / "reports" / "index.html").read_text()
 
 
-def test_hostile_names_are_text(tmp_path: Path) -> None:
+def test_names_with_markup_are_text(tmp_path: Path) -> None:
     names = [HOSTILE, '"><svg onload=alert(1)>', "' onclick='x", "a & b", "{{ 7 * 7 }}"]
     text = build(tmp_path, sample_params(names, sites=2), reason=f"because {HOSTILE}")
     page = Page(text)
