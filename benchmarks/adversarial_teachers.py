@@ -30,6 +30,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.teacher_screening import screen_teachers
+from qkt_clinical.task import MULTICLASS
 
 CPU = torch.device("cpu")
 HARDER = ("swapped-labels", "copied-row")
@@ -112,6 +113,7 @@ class Screening:
                 [self.verified(network) for network, _ in teachers.values()],
                 local,
                 torch.from_numpy(hospital.calibration.labels[used]),
+                task=MULTICLASS,
             )
             for result in results:
                 kind = "bad" if result.site in spoilt else "honest"

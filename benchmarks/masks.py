@@ -45,6 +45,7 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build, fast_layout
 from qkt_clinical.qkt.masks import gap_threshold
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.augment import augment
 from qkt_clinical.training.classifier import train_network, train_teacher
 
@@ -133,10 +134,18 @@ def teach(
                 seed=how["seed"],
                 site=how["site"],
                 device=CPU,
+                task=MULTICLASS,
             )
         else:
             network, _ = train_teacher(
-                spec, train.pair, val.pair, params, seed=how["seed"], site=how["site"], device=CPU
+                spec,
+                train.pair,
+                val.pair,
+                params,
+                seed=how["seed"],
+                site=how["site"],
+                device=CPU,
+                task=MULTICLASS,
             )
         named = predict(network, to_input(judge.images), CPU).argmax(1).numpy()
         recall = [float((named[judge.labels == c] == c).mean()) for c in range(spec.classes)]

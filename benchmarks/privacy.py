@@ -27,7 +27,8 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.qkt.masks import class_scores, gap_threshold
 from qkt_clinical.records.card import MIRRORS
-from qkt_clinical.training.classifier import mean_recall, train_teacher
+from qkt_clinical.task import MULTICLASS, mean_recall
+from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.private import train_private
 
 CPU = torch.device("cpu")
@@ -86,6 +87,7 @@ class Bench(masks.Bench):
                 seed=self.seed,
                 site=stem,
                 device=CPU,
+                task=MULTICLASS,
             )
             inputs = to_input(pool.images)
             said = [predict(network, inputs.flip(axes) if axes else inputs, CPU) for axes in MIRRORS]
@@ -127,7 +129,14 @@ class Bench(masks.Bench):
             train = hospital.train
             if params.privacy is None:
                 network, history = train_teacher(
-                    spec, train.pair, hospital.val.pair, params, seed=seed, site=hospital.name, device=CPU
+                    spec,
+                    train.pair,
+                    hospital.val.pair,
+                    params,
+                    seed=seed,
+                    site=hospital.name,
+                    device=CPU,
+                    task=MULTICLASS,
                 )
             else:
                 network, history = train_private(
@@ -139,6 +148,7 @@ class Bench(masks.Bench):
                     secret="benchmark",
                     site=hospital.name,
                     device=CPU,
+                    task=MULTICLASS,
                 )
 
             def said(split: LabelledImages) -> Logits:
@@ -148,7 +158,7 @@ class Bench(masks.Bench):
             found = {"noise multiplier": float(history.privacy.get("noise_multiplier", 0.0))}
             for split, images in (("val", self.simulated.val), ("test", self.simulated.test)):
                 own = images.of_classes(hospital.held)
-                named = torch.from_numpy(said(own).argmax(1)), torch.from_numpy(own.labels)
+                named = torch.from_numpy(MULTICLASS.answer(said(own))), torch.from_numpy(own.labels)
                 found[split] = mean_recall(*named)
                 found[f"{split}, least"] = min(
                     mean_recall(named[0][named[1] == c], named[1][named[1] == c]) for c in hospital.held

@@ -30,6 +30,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm, run_federation
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
+from qkt_clinical.task import MULTICLASS
 
 CPU = torch.device("cpu")
 ROUNDS = 20
@@ -58,7 +59,7 @@ class Bench:
             relevant = store.federation.relevant(question)
             index = np.flatnonzero(np.isin(val.labels, relevant))
             scores = logits_of(question)[index].numpy()
-            found.append(figures(scores, val.labels[index], relevant, question.query))
+            found.append(figures(scores, val.labels[index], relevant, question.query, task=MULTICLASS))
         return {name: float(np.mean([f[name] for f in found])) for name in SHOWN}
 
     def judge_global(
@@ -128,6 +129,7 @@ def finetuned(bench: Bench) -> Iterator[Row]:
                 seed=derive(bench.seed, "benchmark", "finetune", hospital),
                 name=hospital,
                 device=CPU,
+                task=MULTICLASS,
             )
             tuned[hospital] = predict(network, inputs, CPU)
         row = bench.judge(store, lambda q, tuned=tuned: tuned[q.student])  # type: ignore[misc]

@@ -24,6 +24,10 @@ DEFAULT_ESTIMATOR: Estimator = "combined"
 """The estimator of masks; the benchmark compares it with the others."""
 Method = Literal["qkt", "qkt-light", "routed"]
 DEFAULT_METHOD: Method = "qkt"
+TaskName = Literal["multiclass"]
+"""What labels can mean, see ``task.py``."""
+DEFAULT_TASK: TaskName = "multiclass"
+"""Where nothing says what labels mean: ``params.yaml`` and bundles do not yet."""
 DEFAULT_BUDGET = 0.05
 """Largest false-query rate, where a query does not say."""
 Device = Literal["auto", "cpu", "cuda"]

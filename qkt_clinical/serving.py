@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.files import digest_folder, read_plain, to_json
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import Boundary, InputError, QktError, refused_by_system
@@ -45,6 +46,7 @@ from qkt_clinical.records.registered import (
     size_limit,
     unsound,
 )
+from qkt_clinical.task import task_of
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -137,7 +139,7 @@ class Predictor:
     """A bundle that answers for batches of images."""
 
     def __init__(self, bundle: Bundle, reference: Reference | None = None) -> None:
-        self.bundle = bundle
+        self.bundle, self.task = bundle, task_of(DEFAULT_TASK)
         self.reference = reference
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -147,7 +149,7 @@ class Predictor:
         student, see :func:`operating_point`; ``unlike_training`` with its ``unlike_training_score`` and
         ``unlike_training_threshold``, all None where the bundle has no reference.
 
-        Probabilities are the softmax of the scores, 0 for classes that the bundle does not answer for; for
+        Probabilities are the task's, 0 for classes that the bundle does not answer for; for
         a student they follow its operating point.
 
         Args:
@@ -184,8 +186,8 @@ class Predictor:
                 if self.reference is not None:
                     distances += scores(self.reference, responses(self.bundle.network, inputs)).tolist()
         said = torch.cat(answers)
-        probabilities = torch.softmax(said.double(), dim=1).numpy()
-        columns: dict[str, Any] = {"label": [card.classes[i] for i in said.argmax(1).tolist()]}
+        probabilities = self.task.probabilities(said.double()).numpy()
+        columns: dict[str, Any] = {"label": [card.classes[i] for i in self.task.answer(said).tolist()]}
         columns |= {probability_column(c): probabilities[:, i] for i, c in enumerate(card.classes)}
         columns |= {name: np.full(len(images), value) for name, value in operating_point(card).items()}
         threshold = None if self.reference is None else self.reference.threshold

@@ -15,6 +15,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm, Federated
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import MULTICLASS
 
 Controls = list[Tensor]
 
@@ -71,6 +72,7 @@ def one_round(
         device=torch.device("cpu"),
         penalty=(lambda n: proximal_term(n, start, proximal)) if proximal else None,
         after_step=None if controls is None else correct,
+        task=MULTICLASS,
     )
     if controls is None:
         return local, []

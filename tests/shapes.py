@@ -14,6 +14,7 @@ from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import train_teacher
 
 CLASSES = ("disc", "cross", "bars", "frame")
@@ -69,6 +70,7 @@ def teacher(
         seed=0,
         site=site,
         device=CPU,
+        task=MULTICLASS,
     )
     return network
 

@@ -21,6 +21,7 @@ NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]
 ROOMS = (
     "errors",
     "catalog",
+    "task",
     "config",
     "common",
     "data",
@@ -94,6 +95,55 @@ def test_imports_go_down(file: Path) -> None:
 def test_the_benchmark_uses_the_federation_late() -> None:
     for file in (f for f in FILES if room(f) == "benchmark"):
         assert not any("federation" in name.split(".") for name in imported(file, lazily=False)), file
+
+
+OF_LABELS = {
+    "argmax",
+    "softmax",
+    "log_softmax",
+    "cross_entropy",
+    "nll_loss",
+    "binary_cross_entropy_with_logits",
+}
+NOT_OF_LABELS = {
+    "qkt/masks.py conviction": "what a network says of noise, of which there is no label",
+    "benchmark/mask_estimators.py _mean_softmax": "the same by other estimators",
+    "qkt/masks.py gap_threshold": "the widest gap between the scores of a mask",
+    "datasets/partition.py dirichlet_shares": "the hospital with the largest share of a class",
+    "datasets/phantom/federation.py _assign": "the class that a generated hospital has most of",
+    "ingest/splits.py assign": "the split that lacks most patients",
+}
+"""Functions that call one of them about something else."""
+
+
+def functions_of_labels(file: Path) -> set[str]:
+    """Module and innermost function of every use of a name in ``OF_LABELS``."""
+    place, found = file.relative_to(PACKAGE).as_posix(), set()
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if name in OF_LABELS or (isinstance(node, ast.alias) and node.name.rsplit(".", 1)[-1] in OF_LABELS):
+            found.add(f"{place} {function}")
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(tree(file), "")
+    return found
+
+
+def test_only_a_task_knows_how_labels_are_answered() -> None:
+    found = {use for file in FILES if room(file) != "task" for use in functions_of_labels(file)}
+    assert found == set(NOT_OF_LABELS)
+
+
+def test_only_a_task_is_taken_by_name_where_work_begins() -> None:
+    """The method, training, evaluation and baselines are given the task and choose none."""
+    used = {
+        room(f) for f in FILES if {"qkt_clinical.task.task_of", "qkt_clinical.task.MULTICLASS"} & imported(f)
+    }
+    assert used == {"serving", "stages", "federation", "benchmark"}
 
 
 def test_only_the_federation_imports_flare() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from qkt_clinical.federation.peers import Algorithm
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build, fast_layout
-from qkt_clinical.training.classifier import balanced_sample_weights, mean_recall, weighted_cross_entropy
+from qkt_clinical.task import MULTICLASS, mean_recall
 from qkt_clinical.training.loop import learning_rate_factor, shuffled
 from tests.federated_reference import one_round, proximal_term, reference
 from tests.shapes import CPU, counted, same, shapes, spec, state, teacher
@@ -78,16 +79,18 @@ def test_mean_of_probabilities_by_hand() -> None:
     log = math.log
     one = torch.tensor([[log(2.0), 0.0, 0.0], [0.0, 0.0, 0.0]])  # softmax 1/2, 1/4, 1/4 and thirds
     other = torch.tensor([[0.0, 0.0, log(8.0)], [log(4.0), 0.0, 0.0]])  # 1/10, 1/10, 8/10; 2/3, 1/6, 1/6
-    found = mean_probability_scores([one, other])
+    found = mean_probability_scores([one, other], task=MULTICLASS)
     expected = torch.tensor([[0.3, 0.175, 0.525], [0.5, 0.25, 0.25]]).log()
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, atol=1e-6)
     # Shifting a network's logits changes its probabilities not at all.
-    assert torch.allclose(mean_probability_scores([one + 7.0, other]), expected, atol=1e-6)
+    assert torch.allclose(mean_probability_scores([one + 7.0, other], task=MULTICLASS), expected, atol=1e-6)
 
 
 def test_mean_of_probabilities_stays_finite() -> None:
-    found = mean_probability_scores([torch.tensor([[0.0, 500.0]]), torch.tensor([[0.0, 300.0]])])
+    found = mean_probability_scores(
+        [torch.tensor([[0.0, 500.0]]), torch.tensor([[0.0, 300.0]])], task=MULTICLASS
+    )
     # log((e^-500 + e^-300) / 2): the smaller one vanishes beside the larger.
     assert torch.allclose(found, torch.tensor([[-300.0 - math.log(2.0), 0.0]]))
 
@@ -100,10 +103,10 @@ def test_mean_of_logits_by_hand() -> None:
 def test_the_two_ensembles_can_disagree() -> None:
     sure, doubtful = torch.tensor([[0.0, 9.0]]), torch.tensor([[30.0, 0.0]])
     assert mean_logit_scores([sure, doubtful, sure]).argmax() == 0
-    assert mean_probability_scores([sure, doubtful, sure]).argmax() == 1
+    assert mean_probability_scores([sure, doubtful, sure], task=MULTICLASS).argmax() == 1
 
 
-@pytest.mark.parametrize("ensemble", [mean_probability_scores, mean_logit_scores])
+@pytest.mark.parametrize("ensemble", [partial(mean_probability_scores, task=MULTICLASS), mean_logit_scores])
 def test_ensembles_do_not_depend_on_the_order_of_networks(ensemble: object) -> None:
     assert callable(ensemble)
     draw = torch.Generator().manual_seed(0)
@@ -169,22 +172,15 @@ def test_average_does_not_depend_on_the_order_of_networks() -> None:
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def test_class_weights_by_hand() -> None:
-    # Three images of class 0 and one of class 2: weights 4/3/2 = 2/3 and 4/1/2 = 2.
-    labels = torch.tensor([0, 0, 0, 2])
-    weights = balanced_sample_weights(labels.numpy(), range(3))
-    logits = torch.tensor([[0.0, 0.0, 0.0]] * 3 + [[math.log(2.0), 0.0, 0.0]])
-    expected = (3 * (2 / 3) * math.log(3) + 2 * math.log(4)) / 4
-    assert float(weighted_cross_entropy(logits, labels, weights)) == pytest.approx(expected)
-
-
 def test_softened_divergence_by_hand() -> None:
     # At temperature 2 the student says 1/2, 1/2 and the teacher 4/5, 1/5.
     target = torch.tensor([[0.8, 0.2]])
     expected = 4 * (0.8 * math.log(1.6) + 0.2 * math.log(0.4))
-    assert float(softened_divergence(torch.zeros(1, 2), target, 2.0)) == pytest.approx(expected, rel=1e-5)
+    assert float(softened_divergence(torch.zeros(1, 2), target, 2.0, task=MULTICLASS)) == pytest.approx(
+        expected, rel=1e-5
+    )
     logits = torch.tensor([[2 * math.log(4.0), 0.0]])
-    assert float(softened_divergence(logits, target, 2.0)) == pytest.approx(0.0, abs=1e-6)
+    assert float(softened_divergence(logits, target, 2.0, task=MULTICLASS)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_proximal_terms_of_flare_and_of_the_reference_by_hand() -> None:
@@ -209,7 +205,17 @@ def test_finetuning_learns_a_rare_class(own: Classifier) -> None:
     few = shapes((3,), 8, 8)
     train = (np.concatenate([LOCAL[0], few[0]]), np.concatenate([LOCAL[1], few[1]]))
     params = FinetuneParams(epochs=6, batch_size=16, learning_rate=3e-3)
-    found = finetune(own, train, shapes((0, 1, 3), 8, 7), (0, 1, 3), params, seed=1, name="aster", device=CPU)
+    found = finetune(
+        own,
+        train,
+        shapes((0, 1, 3), 8, 7),
+        (0, 1, 3),
+        params,
+        seed=1,
+        name="aster",
+        device=CPU,
+        task=MULTICLASS,
+    )
     assert same(state(own), before)
     assert not found.training
     assert accuracy(own, (0, 1, 3)) <= 0.7
@@ -232,6 +238,7 @@ def test_finetuning_leaves_rows_outside_r_and_keeps_its_best_epoch(own: Classifi
             name=name,
             device=CPU,
             progress=lambda done, total: told.append((done, total)),
+            task=MULTICLASS,
         )
 
     none = (LOCAL[0][:0], LOCAL[1][:0])
@@ -251,8 +258,8 @@ def test_finetuning_returns_the_epoch_best_on_validation(own: Classifier) -> Non
     params = FinetuneParams(epochs=4, batch_size=16, learning_rate=3e-3)
     val = shapes((0, 1), 20, 7)
     none = (val[0][:0], val[1][:0])
-    last = finetune(own, wrong, none, (0, 1), params, seed=1, name="a", device=CPU)
-    best = finetune(own, wrong, val, (0, 1), params, seed=1, name="a", device=CPU)
+    last = finetune(own, wrong, none, (0, 1), params, seed=1, name="a", device=CPU, task=MULTICLASS)
+    best = finetune(own, wrong, val, (0, 1), params, seed=1, name="a", device=CPU, task=MULTICLASS)
     assert accuracy(last, (0, 1)) < 0.3
     assert accuracy(best, (0, 1)) > accuracy(last, (0, 1)) + 0.1
 
@@ -262,7 +269,7 @@ def test_finetuning_returns_the_epoch_best_on_validation(own: Classifier) -> Non
 
 def distilled(own: Classifier, teachers: Sequence[Classifier], seed: int = 1, **update: object) -> Classifier:
     params = DISTILL.model_copy(update=update)
-    return distill_all(own, teachers, LOCAL[0], params, seed=seed, device=CPU)
+    return distill_all(own, teachers, LOCAL[0], params, seed=seed, device=CPU, task=MULTICLASS)
 
 
 def test_distillation_shows_every_view_to_a_teacher_once(
@@ -292,8 +299,10 @@ def test_distillation_learns_what_the_teachers_say(own: Classifier, birch: Class
     views = to_input(LOCAL[0])
 
     def divergence(network: Classifier) -> float:
-        target = mean_probability_scores([predict(n, views, CPU) for n in (own, birch)]).exp()
-        return float(softened_divergence(predict(network, views, CPU), target, 1.0))
+        target = mean_probability_scores(
+            [predict(n, views, CPU) for n in (own, birch)], task=MULTICLASS
+        ).exp()
+        return float(softened_divergence(predict(network, views, CPU), target, 1.0, task=MULTICLASS))
 
     alike = {"epochs": 10, "augment": 0.0, "temperature": 1.0}
     assert divergence(distilled(own, [own, birch], **alike)) < 0.5 * divergence(own)
@@ -396,6 +405,7 @@ def test_after_every_step_its_rate_is_told() -> None:
         draw=round_draw(1, "aster", 1),
         device=CPU,
         after_step=note,
+        task=MULTICLASS,
     )
     assert rates == [0.5 * learning_rate_factor(step, 4, 0.1) for step in range(4)]
 
@@ -412,6 +422,14 @@ def test_the_global_network_learns_what_no_hospital_holds_alone(algorithm: Algor
     found = federation(HOSPITALS, 12, params=params, algorithm=algorithm)
     assert accuracy(found, range(4)) > 0.75
     personal = finetune(
-        copy.deepcopy(found), LOCAL, shapes((0, 1), 10, 7), (0, 1), FINETUNE, seed=1, name="g", device=CPU
+        copy.deepcopy(found),
+        LOCAL,
+        shapes((0, 1), 10, 7),
+        (0, 1),
+        FINETUNE,
+        seed=1,
+        name="g",
+        device=CPU,
+        task=MULTICLASS,
     )
     assert accuracy(personal, (0, 1)) >= accuracy(found, (0, 1)) - 0.05

@@ -67,6 +67,7 @@ from qkt_clinical.qkt.operating_point import offset_for_budget
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.records.card import DecisionRule
+from qkt_clinical.task import MULTICLASS
 from tests.federated_reference import in_process
 from tests.shapes import CPU, shapes
 
@@ -749,7 +750,7 @@ def test_figures_by_hand() -> None:
     scores = np.full((6, 6), 9.0)
     scores[:, [1, 3, 5]] = [[2, 1, 0], [2, 1, 3], [1, 2, 0], [1, 2, 0], [0, 1, 2], [2, 0, 1]]
     labels = np.array([1, 1, 3, 3, 5, 5])
-    found = figures(scores, labels, (1, 3, 5), (5,))
+    found = figures(scores, labels, (1, 3, 5), (5,), task=MULTICLASS)
     assert found["query_accuracy"] == 0.5
     assert found["retained_accuracy"] == 0.75  # 1 of 2 and 2 of 2
     assert found["balanced_accuracy"] == pytest.approx(2 / 3, abs=1e-6)

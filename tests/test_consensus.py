@@ -20,7 +20,6 @@ from qkt_clinical.qkt.consensus import (
     margin,
     margin_row,
 )
-from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.operating_point import (
     allowed,
     decide,
@@ -29,6 +28,7 @@ from qkt_clinical.qkt.operating_point import (
     offset_for_budget,
     query_scores,
 )
+from qkt_clinical.task import MULTICLASS
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -75,11 +75,13 @@ def test_consensus_by_hand() -> None:
 def test_calibrated_loss_by_hand() -> None:
     scores = torch.tensor([[9.0, 4.0, 4.0], [9.0, 4.0, 4.0], [9.0, 0.0, 8.0]])
     # All alike at every temperature; class 0 is none of the classes.
-    assert calibrated_loss(scores[:2], torch.tensor([1, 2]), (1, 2)) == pytest.approx(math.log(2))
+    assert calibrated_loss(scores[:2], torch.tensor([1, 2]), (1, 2), task=MULTICLASS) == pytest.approx(
+        math.log(2)
+    )
     # Class 1 at ln 2, class 2 at ln(1 + exp(-8 / 0.1)) = 0, the lowest temperature: classes count alike.
-    found = calibrated_loss(scores, torch.tensor([1, 1, 2]), (1, 2))
+    found = calibrated_loss(scores, torch.tensor([1, 1, 2]), (1, 2), task=MULTICLASS)
     assert found == pytest.approx(math.log(2) / 2)
-    wrong = calibrated_loss(scores[2:], torch.tensor([1]), (1, 2))
+    wrong = calibrated_loss(scores[2:], torch.tensor([1]), (1, 2), task=MULTICLASS)
     assert wrong == pytest.approx(math.log(1 + math.exp(0.8))), "at 10, the highest temperature"
 
 
@@ -88,24 +90,24 @@ def test_local_weight_relies_on_teachers_as_far_as_they_know_the_hospitals_image
     right = 4 * F.one_hot(labels, 4).float() + normal(120, 4)
     stranger = 40 * normal(120, 4, seed=1)
     known = [(0, 1, 2), (0, 1, 2, 3)]
-    assert local_weight([right, stranger], known, (0, 1, 2), labels) == 4.0
+    assert local_weight([right, stranger], known, (0, 1, 2), labels, task=MULTICLASS) == 4.0
     better = 4 * F.one_hot(labels, 4).float() + normal(120, 4, seed=2)
-    assert local_weight([right, better], known, (0, 1, 2), labels) == 1.0
+    assert local_weight([right, better], known, (0, 1, 2), labels, task=MULTICLASS) == 1.0
     wrong = 4 * F.one_hot((labels + 1) % 3, 4).float()
-    assert local_weight([wrong, right], known, (0, 1, 2), labels) == 1.0
+    assert local_weight([wrong, right], known, (0, 1, 2), labels, task=MULTICLASS) == 1.0
     # Nothing to choose by: no teacher of a local class, one local class, no image of any.
     for kn, local, y in (
         ([(0, 1, 2), (3,)], (0, 1, 2), labels),
         (known, (0,), torch.zeros_like(labels)),
         (known, (0, 1), torch.full_like(labels, 2)),
     ):
-        assert local_weight([right, stranger], kn, local, y) == 1.0
+        assert local_weight([right, stranger], kn, local, y, task=MULTICLASS) == 1.0
 
 
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf, 3e38])
 def test_local_weight_of_answers_that_are_not_finite(nonsense: float) -> None:
     labels, logits = torch.tensor([0, 1]), torch.tensor([[1.0, nonsense], [nonsense, -nonsense]])
-    assert local_weight([logits, logits], [(0, 1), (0, 1)], (0, 1), labels) in LOCAL_WEIGHTS
+    assert local_weight([logits, logits], [(0, 1), (0, 1)], (0, 1), labels, task=MULTICLASS) in LOCAL_WEIGHTS
 
 
 def test_local_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +119,8 @@ def test_local_weight_is_the_smallest_that_is_as_good_as_the_best(monkeypatch: p
         ((1.0, 2.0, 3.0), 1.0),
     ):
         given = iter(losses)
-        monkeypatch.setattr(objectives, "calibrated_loss", lambda *_, g=given: next(g))
-        assert local_weight(logits, [(0, 1), (0, 1)], (0, 1), labels) == expected
+        monkeypatch.setattr(objectives, "calibrated_loss", lambda *_, g=given, **__: next(g))
+        assert local_weight(logits, [(0, 1), (0, 1)], (0, 1), labels, task=MULTICLASS) == expected
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
@@ -290,8 +292,10 @@ def test_no_more_could_be_false_query_rate(case: tuple[torch.Tensor, list[int], 
 def test_what_is_kept_today_by_hand() -> None:
     logits = torch.tensor([[3.0, 1.0, 9.0, 2.5], [1.0, 2.0, 9.0, 2.5], [0.0, 0.0, 9.0, 5.0]])
     # Class 2 is not asked about; the second and third image go to class 3 already.
-    assert kept_today(logits, [0, 1], [3]).tolist() == [True, False, False]
-    assert kept_today(logits[1:], [0, 1], [3]).tolist() == [True, True], "nothing is left to promise"
+    assert kept_today(logits, [0, 1], [3], task=MULTICLASS).tolist() == [True, False, False]
+    assert kept_today(logits[1:], [0, 1], [3], task=MULTICLASS).tolist() == [True, True], (
+        "nothing is left to promise"
+    )
 
 
 def test_decision_by_hand() -> None:
@@ -316,21 +320,3 @@ def test_the_answer_is_the_definitions(seed: int) -> None:
         elif max(speaks) < -1e-4:
             assert float(logits[i, int(answers[i])]) == most
             assert int(answers[i]) in local
-
-
-def test_balanced_cross_entropy_by_hand() -> None:
-    # Uniform over 2, 4 and 2 classes: log 2 for one image of class 0; log 4 and log 2 for class 1.
-    inf = -math.inf
-    scores = torch.tensor([[0.0, 0.0, inf, inf], [0.0, 0.0, 0.0, 0.0], [inf, 1.0, 1.0, inf]])
-    labels = torch.tensor([0, 1, 1])
-    expected = (math.log(2) + (math.log(4) + math.log(2)) / 2) / 2
-    assert float(balanced_cross_entropy(scores, labels, [0, 1, 2])) == pytest.approx(expected)
-
-
-def test_copies_of_a_class_do_not_change_the_balance() -> None:
-    scores, labels = normal(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
-    once = balanced_cross_entropy(scores, labels, [0, 1, 2])
-    again = balanced_cross_entropy(
-        torch.cat([scores] + [scores[:2]] * 20), torch.cat([labels] + [labels[:2]] * 20), [0, 1, 2]
-    )
-    assert torch.allclose(once, again, atol=1e-6)

@@ -14,7 +14,8 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.qkt.answer import LocalData
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
-from qkt_clinical.training.classifier import mean_recall, train_teacher
+from qkt_clinical.task import MULTICLASS, mean_recall
+from qkt_clinical.training.classifier import train_teacher
 from tests.shapes import shapes, spec, teacher
 
 pytestmark = [
@@ -27,7 +28,9 @@ def test_a_teacher_trains() -> None:
     device = torch.device("cuda")
     train, held = shapes((0, 1, 2), 40, 1), shapes((0, 1, 2), 30, 2)
     params = TrainParams(epochs=8, batch_size=32)
-    network, history = train_teacher(spec(), train, held, params, seed=0, site="gpu", device=device)
+    network, history = train_teacher(
+        spec(), train, held, params, seed=0, site="gpu", device=device, task=MULTICLASS
+    )
     assert next(network.parameters()).device.type == "cuda"
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in history.curves)
     logits = predict(network, to_input(held[0]), device)
@@ -54,6 +57,7 @@ def test_a_query_is_answered(method: Method, phase1: Phase1Way) -> None:
         distillation=DISTILLATION,
         budget=0.1,
         device=device,
+        task=MULTICLASS,
     )
     assert {p.device.type for n in (own, made.network, teachers[0].network) for p in n.parameters()} == {
         "cpu"

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_score, recall_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from qkt_clinical.evaluation.metrics import (
     Assessment,
@@ -19,14 +19,12 @@ from qkt_clinical.evaluation.metrics import (
     false_query_rate,
     paired_p,
     patient_weights,
-    precisions,
-    recalls,
     reliability,
-    softmax,
 )
 from qkt_clinical.evaluation.metrics import TestSet as Held
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.evaluation import Bin, SubgroupScores
+from qkt_clinical.task import MULTICLASS
 
 
 def one_hot(predicted: list[int], classes: int) -> NDArray[np.float64]:
@@ -51,22 +49,6 @@ def test_patients_are_drawn_whole() -> None:
     assert (weights != patient_weights(patients, 400, seed=1)).any()
 
 
-def test_recalls_by_hand() -> None:
-    labels = np.array([0, 0, 0, 1, 1])
-    correct = np.array([True, True, False, False, True])
-    weights = np.array([[1.0] * 5, [2.0, 0.0, 1.0, 3.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
-    found = recalls(correct, labels, 3, weights)
-    expected = [[2 / 3, 1 / 2, np.nan], [2 / 3, 1 / 4, np.nan], [1.0, np.nan, np.nan]]
-    np.testing.assert_allclose(found, expected)
-
-
-def test_recalls_are_those_of_scikit_learn() -> None:
-    random = np.random.default_rng(0)
-    labels, predicted = random.integers(0, 4, 200), random.integers(0, 4, 200)
-    found = recalls(predicted == labels, labels, 4, np.ones((1, 200)))[0]
-    np.testing.assert_allclose(found, recall_score(labels, predicted, average=None))
-
-
 @pytest.mark.parametrize("digits", [0, 1, 8])
 def test_auroc_is_that_of_scikit_learn_with_ties_and_weights(digits: int) -> None:
     random = np.random.default_rng(1)
@@ -87,26 +69,22 @@ def test_auroc_by_hand() -> None:
 
 def test_calibration_error_by_hand() -> None:
     # Confidences 0.9 (right), 0.9 (wrong), 0.6 (right) and 1.0 (right), in ten bins.
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [1.0, 0.0]])
-    labels = np.array([0, 1, 1, 0])
+    confidence, right = np.array([0.9, 0.9, 0.6, 1.0]), np.array([True, False, True, True])
     # 0.9 and 1.0 share the last bin: |2/3 - 2.8/3| x 3/4; 0.6 alone: |1 - 0.6| x 1/4.
     expected = abs(2 - 2.8) / 4 + 0.4 / 4
-    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(expected)
-    perfect = np.eye(3)[[0, 1, 2]]
-    assert expected_calibration_error(perfect, np.array([0, 1, 2])) == 0.0
-    assert expected_calibration_error(perfect, np.array([1, 2, 0])) == 1.0
+    assert expected_calibration_error(confidence, right, bins=10) == pytest.approx(expected)
+    assert expected_calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
+    assert expected_calibration_error(np.ones(3), np.zeros(3, bool)) == 1.0
 
 
 def test_calibration_errors_of_draws_are_those_of_the_images_drawn() -> None:
     random = np.random.default_rng(3)
-    scores, labels = random.normal(size=(60, 3)), random.integers(0, 3, 60)
-    probabilities = softmax(2 * scores)
+    confidence, right = random.uniform(0.3, 1.0, 60), random.random(60) < 0.6
     weights = random.integers(0, 4, (5, 60))
-    right = probabilities.argmax(axis=1) == labels
-    found = calibration_errors(probabilities.max(axis=1), right, weights.astype(float))
+    found = calibration_errors(confidence, right, weights.astype(float))
     for row, error in zip(weights, found, strict=True):
         drawn = np.repeat(np.arange(60), row)
-        assert error == pytest.approx(expected_calibration_error(probabilities[drawn], labels[drawn]))
+        assert error == pytest.approx(expected_calibration_error(confidence[drawn], right[drawn]))
 
 
 def test_the_interval_of_the_calibration_error_by_hand() -> None:
@@ -146,27 +124,11 @@ def test_the_calibration_error_is_drawn_by_patient() -> None:
         assess(held(p, labels), scores, scores, draws=300, confidence=0.95, seed=0).after.ece
         for p in (many, few)
     ]
+    sure = MULTICLASS.confidence(MULTICLASS.probabilities(scores), labels)
     for ece in found:
-        assert ece.value == pytest.approx(expected_calibration_error(softmax(scores), labels), abs=1e-6)
+        assert ece.value == pytest.approx(expected_calibration_error(*sure), abs=1e-6)
         assert 0.0 <= ece.low < ece.value <= ece.high <= 1.0
     assert found[0] != found[1]
-
-
-def test_softmax_of_large_scores() -> None:
-    np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0 + np.log(3)]])), [[0.25, 0.75]])
-
-
-def test_precisions_are_those_of_scikit_learn() -> None:
-    random = np.random.default_rng(0)
-    labels, predicted = random.integers(0, 4, 200), random.integers(0, 3, 200)
-    weights = random.integers(0, 3, (2, 200)).astype(float)
-    found = precisions(predicted, labels, 4, weights)
-    for draw in range(2):
-        expected = precision_score(
-            labels, predicted, average=None, sample_weight=weights[draw], zero_division=np.nan
-        )
-        np.testing.assert_allclose(found[draw], expected)
-    assert np.isnan(found[0, 3])
 
 
 @pytest.mark.parametrize("digits", [0, 1, 8])
@@ -182,8 +144,8 @@ def test_average_precision_is_that_of_scikit_learn_with_ties_and_weights(digits:
 
 
 def test_reliability_by_hand() -> None:
-    probabilities = np.array([[0.95, 0.05], [0.05, 0.95], [0.91, 0.09], [0.6, 0.4], [1.0, 0.0]])
-    assert reliability(probabilities, np.array([0, 0, 0, 1, 0])) == (
+    confidence, right = np.array([0.95, 0.95, 0.91, 0.6, 1.0]), np.array([True, False, True, False, True])
+    assert reliability(confidence, right) == (
         Bin(confidence=0.6, accuracy=0.0, images=1),
         Bin(confidence=(0.95 + 0.95 + 0.91 + 1.0) / 4, accuracy=0.75, images=4),
     )
@@ -191,13 +153,15 @@ def test_reliability_by_hand() -> None:
 
 def test_paired_p_by_hand_and_by_patient() -> None:
     """Ten images of one class that all became right: of 1,024 ways to swap ten patients, two are as large."""
-    test = Held(labels=np.zeros(10, int), patients=np.arange(10).astype(str), classes=1, query=(0,))
+    test = Held(
+        labels=np.zeros(10, int), patients=np.arange(10).astype(str), classes=1, query=(0,), task=MULTICLASS
+    )
     wrong, right = np.zeros(10, bool), np.ones(10, bool)
     p = paired_p(test, wrong, right, draws=5000, seed=0)
     assert p == pytest.approx(2 / 1024, abs=1e-6)
     assert p == paired_p(test, right, wrong, draws=5000, seed=0)
     assert paired_p(test, wrong, right, draws=500, seed=0) <= 0.02, "of more ways than draws some at random"
-    one = Held(labels=test.labels, patients=np.array(["a"] * 10), classes=1, query=(0,))
+    one = Held(labels=test.labels, patients=np.array(["a"] * 10), classes=1, query=(0,), task=MULTICLASS)
     assert paired_p(one, wrong, right, draws=1000, seed=0) == 1.0, "one patient says nothing"
     assert paired_p(test, right, right, draws=1000, seed=0) == 1.0
 
@@ -214,7 +178,7 @@ PATIENTS = np.array([f"p{i}" for i in range(9)])
 def held(
     patients: NDArray[Any] = PATIENTS, labels: NDArray[Any] = LABELS, query: tuple[int, ...] = (2,)
 ) -> Held:
-    return Held(labels=labels, patients=patients, classes=3, query=query)
+    return Held(labels=labels, patients=patients, classes=3, query=query, task=MULTICLASS)
 
 
 def run(test: Held, before: list[int], after: list[int], **changes: Any) -> Assessment:
@@ -342,7 +306,7 @@ def test_groups_by_hand() -> None:
     after = [0, 0, 1, 1, 2, 2] * 3 + [0, 1, 0, 2, 2, 0] * 3
     before = [0, 0, 1, 1, 0, 0] * 6
     patients = np.array([f"p{i}" for i in range(36)])
-    test = Held(labels=labels, patients=patients, classes=3, query=(2,))
+    test = Held(labels=labels, patients=patients, classes=3, query=(2,), task=MULTICLASS)
     found = by_subgroup(test, one_hot(before, 3), one_hot(after, 3), {"sex": sex}, **HOW)
     assert set(found) == {"sex"}
     women, men = found["sex"]["F"], found["sex"]["M"]
@@ -360,7 +324,7 @@ def test_groups_by_hand() -> None:
 def test_no_figure_lets_one_of_few_patients_be_told() -> None:
     """Six patients with images of own classes, four with one of the query."""
     labels = np.array([0, 1, 0, 1, 0, 1, 2, 2, 2, 2])
-    test = Held(labels=labels, patients=np.arange(10).astype(str), classes=3, query=(2,))
+    test = Held(labels=labels, patients=np.arange(10).astype(str), classes=3, query=(2,), task=MULTICLASS)
     scores = one_hot(labels.tolist(), 3)
     group = by_subgroup(test, scores, scores, {"x": np.array(["g"] * 10)}, **HOW)["x"]["g"]
     assert group.patients == 10
@@ -373,7 +337,7 @@ def test_groups_of_few_patients_have_no_figures_and_others_none_at_all() -> None
     labels = np.array([0, 1, 2] * 4)
     column = np.array(["a"] * 6 + ["b"] * 3 + [""] * 3)
     patients = np.array(["p", "q"] * 3 + ["r", "s", "t"] * 2)
-    test = Held(labels=labels, patients=patients, classes=3, query=(2,))
+    test = Held(labels=labels, patients=patients, classes=3, query=(2,), task=MULTICLASS)
     scores = one_hot(labels.tolist(), 3)
     found = by_subgroup(test, scores, scores, {"scanner": column}, **HOW)["scanner"]
     assert {g: (v.images, v.patients) for g, v in found.items()} == {"a": (6, 2), "b": (3, 3)}
@@ -384,7 +348,7 @@ def test_groups_of_few_patients_have_no_figures_and_others_none_at_all() -> None
 
 def test_a_group_without_a_class_is_judged_by_the_others() -> None:
     labels = np.array([0, 0, 0, 1, 1, 1, 2, 2])
-    test = Held(labels=labels, patients=np.arange(8).astype(str), classes=3, query=(2,))
+    test = Held(labels=labels, patients=np.arange(8).astype(str), classes=3, query=(2,), task=MULTICLASS)
     after = one_hot([0, 0, 0, 1, 1, 0, 2, 2], 3)
     group = by_subgroup(test, after, after, {"x": np.array(["g"] * 6 + [""] * 2)}, **HOW)["x"]["g"]
     assert group.after.query_accuracy is None

@@ -19,6 +19,7 @@ from qkt_clinical.datasets.phantom import render_images, smear
 from qkt_clinical.datasets.phantom.federation import SMEARS
 from qkt_clinical.models.inference import predict
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import train_teacher
 
 SIDE = 32
@@ -61,6 +62,7 @@ def test_a_small_network_recalls_085_to_097_of_each_class(pool) -> None:  # type
         seed=0,
         site="all",
         device=torch.device("cpu"),
+        task=MULTICLASS,
     )
     predicted = predict(network, to_input(unseen[0]), torch.device("cpu")).argmax(1).numpy()
     recall = {c: float((predicted[unseen[1] == i] == i).mean()) for i, c in enumerate(BLOOD_CELLS)}

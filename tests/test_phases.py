@@ -15,6 +15,7 @@ from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import DecisionRule
 from qkt_clinical.records.phases import Phase1, Phases
 from qkt_clinical.stages.transfer import make_record
+from qkt_clinical.task import MULTICLASS
 from tests.shapes import CLASSES, spec
 
 FIRST: dict[str, Any] = {
@@ -111,7 +112,7 @@ def test_a_record_tells_nothing_of_few_images() -> None:
     labels = np.array([0] * 30 + [1] * 29)
     for false_queries, rate in ((2, None), (0, 0.0), (5, 0.08), (56, None), (59, 1.0)):
         answer = answer_with(false_queries, 59, {0: (29, 30), 1: (20, 29)})
-        record = make_record(answer, CLASSES, labels)
+        record = make_record(answer, CLASSES, labels, task=MULTICLASS)
         assert record.phase2.false_query_rate == rate
         assert record.phase2.calibration_images == 59
         assert record.phase2.rare == {"frame": "<5"}
@@ -121,8 +122,10 @@ def test_a_record_tells_nothing_of_few_images() -> None:
 
 
 def test_a_total_that_would_tell_a_part_is_not_told() -> None:
-    record = make_record(answer_with(0, 33, {1: (3, 3)}), CLASSES, np.array([0] * 30 + [1] * 3))
+    record = make_record(
+        answer_with(0, 33, {1: (3, 3)}), CLASSES, np.array([0] * 30 + [1] * 3), task=MULTICLASS
+    )
     assert record.phase2.calibration_images == "≥5"
     assert record.screening[0].recalls == {"cross": None}
-    few = make_record(answer_with(0, 4, {}), CLASSES, np.array([0] * 4))
+    few = make_record(answer_with(0, 4, {}), CLASSES, np.array([0] * 4), task=MULTICLASS)
     assert (few.phase2.calibration_images, few.phase2.false_query_rate) == ("<5", None)

@@ -17,6 +17,7 @@ from qkt_clinical.errors import ConfigError, QktError
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.records.card import read_card
 from qkt_clinical.stages.train import train_site
+from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import History
 from qkt_clinical.training.private import (
@@ -45,6 +46,7 @@ def train(secret: str = "salt", privacy: PrivacyParams = PRIVACY) -> tuple[Class
         secret=secret,
         site="aster",
         device=CPU,
+        task=MULTICLASS,
     )
 
 
@@ -58,7 +60,7 @@ def test_every_images_own_gradient() -> None:
     images, labels = shapes((0, 1, 2), 1, 2)
     inputs, truth = to_input(images), torch.from_numpy(labels)
     prior = torch.tensor([0.3, -0.5, 0.1, 0.0])[: network.spec.classes]
-    total = set_gradients(network, inputs, truth, prior)
+    total = set_gradients(network, inputs, truth, prior, task=MULTICLASS)
     for i in range(3):
         network.zero_grad()
         functional.cross_entropy(network(inputs[i : i + 1]) + prior, truth[i : i + 1]).backward()
@@ -68,7 +70,7 @@ def test_every_images_own_gradient() -> None:
             assert torch.allclose(each[i], parameter.grad, atol=1e-5)
     mean = functional.cross_entropy(network(inputs) + prior, truth).item()
     assert float(total) == pytest.approx(3 * mean, rel=1e-4)
-    assert float(set_gradients(network, inputs[:0], truth[:0], prior)) == 0.0
+    assert float(set_gradients(network, inputs[:0], truth[:0], prior, task=MULTICLASS)) == 0.0
     weight = network.head.weight
     assert weight.grad_sample.shape == (0, *weight.shape)  # type: ignore[attr-defined]
 
@@ -103,9 +105,8 @@ def test_a_smaller_epsilon_takes_more_noise(trained: tuple[Classifier, History])
 
 
 def test_numbers_of_images_are_noisy_as_epsilon_says() -> None:
-    labels = torch.tensor([0] * 300 + [2] * 40)
     draw = torch.Generator().manual_seed(0)
-    seen = torch.stack([noisy_counts(labels, 4, 0.4, draw) for _ in range(20_000)])
+    seen = torch.stack([noisy_counts(torch.tensor([300, 0, 40, 0]), 0.4, draw) for _ in range(20_000)])
     noise = seen[:, [0, 2]] - torch.tensor([300, 40])
     # Laplace of scale 1 / 0.4: mean 0, mean distance 2.5, and as the bound on epsilon wants it, tails that
     # fall by e for every 2.5 images.
@@ -115,7 +116,7 @@ def test_numbers_of_images_are_noisy_as_epsilon_says() -> None:
         math.e, rel=0.1
     )
     assert not seen[:, [1, 3]].any(), "classes that are not there get no noise"
-    few = torch.stack([noisy_counts(torch.tensor([0, 1, 1]), 2, 0.1, draw) for _ in range(100)])
+    few = torch.stack([noisy_counts(torch.tensor([1, 2]), 0.1, draw) for _ in range(100)])
     assert bool((few >= 1).all()), "their logarithm is taken"
 
 
@@ -153,7 +154,9 @@ def test_batch_norm_is_refused() -> None:
 def test_a_training_without_privacy_does_not_pass_for_one_with_it() -> None:
     data = shapes((0, 1), 4, 1)
     with pytest.raises(ConfigError) as caught:
-        train_teacher(spec("resnet-small-gn"), data, data, PARAMS, seed=0, site="aster", device=CPU)
+        train_teacher(
+            spec("resnet-small-gn"), data, data, PARAMS, seed=0, site="aster", device=CPU, task=MULTICLASS
+        )
     assert caught.value.code == "privacy-unavailable"
 
 

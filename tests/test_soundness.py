@@ -19,6 +19,7 @@ from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.masks import compute_mask, verified_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.soundness import MAX_LOGIT, NetworkOutputs, defect, indistinct, observe
+from qkt_clinical.task import MULTICLASS
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state, teacher
 from tests.test_transfer import DATA, RARE
 
@@ -133,7 +134,7 @@ def spoilt(sound: Teacher, kind: str) -> Teacher:
 
 
 def ask(own: Classifier, teachers: list[Teacher], method: Method, data: LocalData = DATA) -> Answer:
-    return answer_query(own, teachers, data, (3,), method=method, budget=0.1, seed=1)
+    return answer_query(own, teachers, data, (3,), method=method, budget=0.1, seed=1, task=MULTICLASS)
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
@@ -174,6 +175,7 @@ def test_without_screening_nonsense_is_set_aside_as_well(
         method=method,
         params=TransferParams(screening=False),
         seed=1,
+        task=MULTICLASS,
     )
     assert [(r.site, r.included) for r in answer.screening] == [("birch", True), ("elm", False)]
 

@@ -15,6 +15,7 @@ from qkt_clinical.qkt.teacher_screening import (
     margin_directions,
     screen_teachers,
 )
+from qkt_clinical.task import MULTICLASS
 
 CLASSES = 6
 LABELS = torch.tensor([0] * 30 + [1] * 30)
@@ -50,6 +51,7 @@ def screened(
         [(verified or {}).get(site) for site in teachers],
         (0, 1),
         LABELS,
+        task=MULTICLASS,
     )
     assert [v.site for v in results] == list(teachers)
     return {v.site: v for v in results}
@@ -72,8 +74,8 @@ def test_chance_level_by_hand() -> None:
 
 def test_recall_is_among_the_classes_that_are_known() -> None:
     logits = torch.tensor([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0], [5.0, 0.0, 0.0]])
-    assert count_recalled(logits, torch.tensor([0, 0, 2]), (2, 0), 0) == (1, 2)
-    assert count_recalled(logits, torch.tensor([0, 0, 2]), (0, 1, 2), 1) == (0, 0)
+    assert count_recalled(logits, torch.tensor([0, 0, 2]), (2, 0), 0, task=MULTICLASS) == (1, 2)
+    assert count_recalled(logits, torch.tensor([0, 0, 2]), (0, 1, 2), 1, task=MULTICLASS) == (0, 0)
 
 
 def test_agreement_by_hand() -> None:
@@ -159,10 +161,10 @@ def test_few_images_or_a_single_class_are_no_evidence() -> None:
     few = torch.arange(60) % 30 < 3  # three of each class: chance would miss all of them once in three times
     assert chance_level(0, 3, 3) > FALSE_ALARM
     wrong = renamed((0, 2, 3))[few]
-    (result,) = screen_teachers(["birch"], [wrong], [(0, 2, 3)], [None], (0, 1), LABELS[few])
+    (result,) = screen_teachers(["birch"], [wrong], [(0, 2, 3)], [None], (0, 1), LABELS[few], task=MULTICLASS)
     assert result.included
     assert result.recalls == {0: 0.0}
-    (single,) = screen_teachers(["birch"], [expert((3,))], [(3,)], [None], (0, 1), LABELS)
+    (single,) = screen_teachers(["birch"], [expert((3,))], [(3,)], [None], (0, 1), LABELS, task=MULTICLASS)
     assert single.included
     assert single.recalls == {}
 
@@ -174,7 +176,13 @@ def test_who_knows_nothing_of_a_class_is_seldom_excluded() -> None:
     alarms = 0
     for _ in range(400):
         (v,) = screen_teachers(
-            ["a"], [torch.randn(60, CLASSES, generator=draw)], [known], [None], (0, 1), LABELS
+            ["a"],
+            [torch.randn(60, CLASSES, generator=draw)],
+            [known],
+            [None],
+            (0, 1),
+            LABELS,
+            task=MULTICLASS,
         )
         alarms += not v.included
     assert alarms / 400 <= 2 * FALSE_ALARM
@@ -192,7 +200,7 @@ def test_shared_classes_are_tested_together_where_each_alone_shows_nothing() -> 
     known = (0, 1, 2, 3)
     wrong = torch.nn.functional.one_hot((labels + 1) % 4, CLASSES).double() + 0.1 * TRAITS[:24]
     assert chance_level(0, 6, 4) > FALSE_ALARM, "six images of one class are no evidence"
-    (result,) = screen_teachers(["birch"], [wrong], [known], [None], known, labels)
+    (result,) = screen_teachers(["birch"], [wrong], [known], [None], known, labels, task=MULTICLASS)
     assert not result.included
     assert result.named == dict.fromkeys(known, (0, 6))
 
@@ -204,7 +212,9 @@ def test_one_name_for_every_image_bears_no_label_out() -> None:
     assert result.named == {0: (30, 30), 1: (0, 30)}
     assert not result.included
     few = torch.arange(60) % 30 < 4
-    (result,) = screen_teachers(["birch"], [logits[few]], [(0, 1, 2)], [None], (0, 1), LABELS[few])
+    (result,) = screen_teachers(
+        ["birch"], [logits[few]], [(0, 1, 2)], [None], (0, 1), LABELS[few], task=MULTICLASS
+    )
     assert result.reason != "names images of shared classes as the hospital does"
 
 

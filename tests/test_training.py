@@ -20,7 +20,8 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.training.classifier import balanced_sample_weights, mean_recall, train_teacher
+from qkt_clinical.task import MULTICLASS, mean_recall
+from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import (
     Checkpoint,
     History,
@@ -54,6 +55,7 @@ def train(
         device=CPU,
         checkpoint=checkpoint,
         progress=progress,
+        task=MULTICLASS,
     )
 
 
@@ -302,20 +304,6 @@ def test_only_what_asks_for_it_is_trained() -> None:
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def test_class_weights_by_hand() -> None:
-    labels = np.array([0, 0, 0, 0, 0, 0, 2, 2, 2, 3])
-    weights = balanced_sample_weights(labels, range(5))
-    # 10 images, 3 classes: 10 / (3 x 6), none, 10 / (3 x 3), 10 / (3 x 1), none
-    assert weights.tolist() == pytest.approx([10 / 18, 0.0, 10 / 9, 10 / 3, 0.0])
-    assert float(weights[torch.from_numpy(labels)].mean()) == pytest.approx(1.0)
-
-
-def test_mean_recall_by_hand() -> None:
-    labels = torch.tensor([0, 0, 0, 0, 2, 2])
-    predicted = torch.tensor([0, 0, 0, 1, 2, 0])
-    assert mean_recall(predicted, labels) == pytest.approx((3 / 4 + 1 / 2) / 2)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 7, 16, 64, 199])

@@ -28,8 +28,8 @@ from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.phases import Phase1
 from qkt_clinical.stages.transfer import correct_masks
+from qkt_clinical.task import MULTICLASS, mean_recall
 from qkt_clinical.training.augment import make_views, view_batches
-from qkt_clinical.training.classifier import mean_recall
 from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teacher
 
 BUDGET = 0.1
@@ -101,6 +101,7 @@ def ask(
             params=params,
             seed=seed,
             progress=progress,
+            task=MULTICLASS,
         )
     return answer_ablated(
         own,
@@ -115,6 +116,7 @@ def ask(
         params=params,
         seed=seed,
         progress=progress,
+        task=MULTICLASS,
     )
 
 
@@ -432,7 +434,7 @@ def test_refinement_moves_the_head_alone_and_lowers_the_loss(own: Classifier) ->
     features = predict(network, to_input(np.concatenate([images, few[0]])), CPU, features=True)
     target = torch.from_numpy(np.concatenate([labels, few[1]]))
     with counted(network) as sizes:
-        curves = refine_head(network, features, target, (0, 1), (3,))
+        curves = refine_head(network, features, target, (0, 1), (3,), task=MULTICLASS)
     assert sizes == []
     assert same(state(network.extractor), before)
     assert not torch.equal(network.head.weight, own.head.weight)

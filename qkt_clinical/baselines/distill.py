@@ -16,16 +16,17 @@ from qkt_clinical.data.prepared import Images
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, fast_layout
+from qkt_clinical.task import Task
 from qkt_clinical.training.augment import make_views, view_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
 
 
-def softened_divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+def softened_divergence(logits: Tensor, target: Tensor, temperature: float, *, task: Task) -> Tensor:
     """Kullback-Leibler divergence of softened student logits (N, C) from target probabilities (N, C).
 
     Times the square of the temperature, so that its gradient keeps its size (Hinton et al., 2015).
     """
-    student = (logits.float() / temperature).log_softmax(dim=1)
+    student = task.log_probabilities(logits.float() / temperature)
     return F.kl_div(student, target, reduction="batchmean") * temperature**2
 
 
@@ -35,6 +36,7 @@ def distill_all(
     images: Images,
     params: DistillParams,
     *,
+    task: Task,
     seed: int,
     device: torch.device,
     normalisation: str = "unit",
@@ -60,7 +62,9 @@ def distill_all(
     # One pass per teacher and view, never repeated: what is kept is their mean.
     targets = torch.stack(
         [
-            mean_probability_scores([predict(t, view, device) / params.temperature for t in teachers]).exp()
+            mean_probability_scores(
+                [predict(t, view, device) / params.temperature for t in teachers], task=task
+            ).exp()
             for view in views
         ]
     )
@@ -71,7 +75,7 @@ def distill_all(
             yield views[view, index].to(device), targets[view, index].to(device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return softened_divergence(network(batch[0]), batch[1], params.temperature)
+        return softened_divergence(network(batch[0]), batch[1], params.temperature, task=task)
 
     fit(
         network,

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkt_clinical.task import Task
+
 
 def _sorted_stack(each: Sequence[Tensor]) -> Tensor:
     """(networks, N, C) float64, sorted over the networks: sums do not depend on the order of hospitals."""
     return torch.stack([part.double() for part in each]).sort(dim=0).values
 
 
-def mean_probability_scores(logits: Sequence[Tensor]) -> Tensor:
-    """Logarithm of the mean over the networks of their softmax over all classes.
+def mean_probability_scores(logits: Sequence[Tensor], *, task: Task) -> Tensor:
+    """Logarithm of the mean over the networks of their probabilities over all classes.
 
     Args:
         logits: (N, C) of each network.
@@ -23,7 +25,7 @@ def mean_probability_scores(logits: Sequence[Tensor]) -> Tensor:
     Returns:
         (N, C), in the logits' dtype.
     """
-    stacked = _sorted_stack([part.double().log_softmax(dim=1) for part in logits])
+    stacked = _sorted_stack([task.log_probabilities(part.double()) for part in logits])
     return (stacked.logsumexp(dim=0) - math.log(len(logits))).to(logits[0])
 
 
@@ -33,7 +35,7 @@ def mean_logit_scores(logits: Sequence[Tensor]) -> Tensor:
 
 
 def restrict(scores: Tensor, relevant: Sequence[int]) -> Tensor:
-    """Scores (N, C) of the relevant classes, minus infinity elsewhere; the answer is the argmax."""
+    """Scores (N, C) of the relevant classes, minus infinity elsewhere: what the task answers by."""
     out = torch.full_like(scores, -math.inf)
     out[:, list(relevant)] = scores[:, list(relevant)]
     return out

@@ -18,11 +18,8 @@ from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.networks import Classifier, build, fast_layout
 from qkt_clinical.records.card import NetworkSpec
-from qkt_clinical.training.classifier import (
-    augmented_batches,
-    balanced_sample_weights,
-    weighted_cross_entropy,
-)
+from qkt_clinical.task import Task
+from qkt_clinical.training.classifier import augmented_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit, learning_rate_factor
 
 
@@ -55,13 +52,14 @@ def train_round(
     labels: Tensor,
     params: FederatedParams,
     *,
+    task: Task,
     learning_rate: float,
     draw: torch.Generator,
     device: torch.device,
     penalty: Callable[[Classifier], Tensor] | None = None,
     after_step: Callable[[Classifier, float], None] | None = None,
 ) -> Classifier:
-    """One local epoch from the global network, with a teacher's class-balanced loss over all classes.
+    """One local epoch from the global network, with a teacher's loss over all classes.
 
     Args:
         network: the global one; left as it is.
@@ -72,13 +70,13 @@ def train_round(
         after_step: may move the local network after every step, of that learning rate: SCAFFOLD.
     """
     local = copy.deepcopy(network)
-    weights = balanced_sample_weights(labels.numpy(), range(network.spec.classes)).to(device)
+    weights = task.weights(labels.numpy(), network.spec.classes).to(device)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        value = weighted_cross_entropy(local(batch[0]), batch[1], weights)
+        value = task.loss(local(batch[0]), batch[1], weights)
         return value if penalty is None else value + penalty(local)
 
     fit(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qkt_clinical.baselines.ensembles import restrict
 from qkt_clinical.baselines.params import FinetuneParams
@@ -17,12 +16,8 @@ from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, fast_layout
-from qkt_clinical.training.classifier import (
-    augmented_batches,
-    balanced_sample_weights,
-    mean_recall,
-    weighted_cross_entropy,
-)
+from qkt_clinical.task import Task
+from qkt_clinical.training.classifier import augmented_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
 
 
@@ -33,6 +28,7 @@ def finetune(
     relevant: Sequence[int],
     params: FinetuneParams,
     *,
+    task: Task,
     seed: int,
     name: str,
     device: torch.device,
@@ -41,7 +37,7 @@ def finetune(
 ) -> Classifier:
     """Train a copy of a network on local images; the epoch best on local validation images is kept.
 
-    Class-balanced cross-entropy, its softmax over the relevant classes: the rows of all others stay as
+    The task's weighted loss over the relevant classes: the rows of all others stay as
     they are but for weight decay.
 
     Args:
@@ -55,7 +51,7 @@ def finetune(
     """
     tuned = fast_layout(copy.deepcopy(network).to(device))
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
-    weights = balanced_sample_weights(train[1], range(network.spec.classes)).to(device)
+    weights = task.weights(train[1], network.spec.classes).to(device)
     judged = np.isin(val[1], relevant)
     val_inputs, val_labels = to_input(val[0][judged], normalisation), torch.from_numpy(val[1][judged])
 
@@ -64,14 +60,10 @@ def finetune(
         return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return weighted_cross_entropy(restrict(tuned(batch[0]), relevant), batch[1], weights)
+        return task.loss(restrict(tuned(batch[0]), relevant), batch[1], weights)
 
     def score() -> float:
-        scores = restrict(predict(tuned, val_inputs, device), relevant)
-        # Small validation sets give the same recall for many epochs; the loss decides among them.
-        return mean_recall(scores.argmax(dim=1), val_labels) - 1e-3 * float(
-            F.cross_entropy(scores, val_labels)
-        )
+        return task.validation_score(restrict(predict(tuned, val_inputs, device), relevant), val_labels)
 
     fit(
         tuned,

@@ -37,6 +37,7 @@ from qkt_clinical.qkt.answer import (
     validate,
 )
 from qkt_clinical.qkt.panel import PhaseSettings, Teacher
+from qkt_clinical.task import Task
 
 TRAINED: MappingProxyType[Phase1Way, Callable[[Training], Merged]] = MappingProxyType(
     {"distill": merge_by_distillation, "joint": learn_jointly, "none": learn_head}
@@ -62,6 +63,7 @@ def answer_ablated(
     data: LocalData,
     query: Sequence[int],
     *,
+    task: Task,
     method: Method = "qkt",
     phase1: Phase1Way = "merge",
     phase2: bool = True,
@@ -82,7 +84,7 @@ def answer_ablated(
     Raises:
         QueryError: as ``answer_query``.
     """
-    settings = PhaseSettings(params or TransferParams(), seed, device or torch.device("cpu"), progress)
+    settings = PhaseSettings(task, params or TransferParams(), seed, device or torch.device("cpu"), progress)
     question = validate(student, teachers, data, query, method=method, budget=budget)
     screened = screen(question, settings)
     merged = _merge(phase1, question, screened, settings, distillation or DistillationParams())

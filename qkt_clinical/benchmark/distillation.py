@@ -22,7 +22,6 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, fast_layout
 from qkt_clinical.qkt.answer import Merged
 from qkt_clinical.qkt.consensus import consensus
-from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, head_of, phase_record
 from qkt_clinical.training.augment import make_views, view_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
@@ -263,7 +262,7 @@ def learn_jointly(training: Training) -> Merged:
     def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, goal, target = batch
         logits = network(images).float()
-        return logit_loss(logits[:, relevant], goal[:, relevant], spread) + balanced_cross_entropy(
+        return logit_loss(logits[:, relevant], goal[:, relevant], spread) + settings.task.balanced_loss(
             logits[:, held], target, range(len(held))
         )
 

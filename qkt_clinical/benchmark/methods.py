@@ -127,6 +127,11 @@ def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> Metho
     return MethodResult(scores, sum(map(case.store.bytes, case.others)), passes=len(every))
 
 
+def ensemble_of_probabilities(case: Case) -> MethodResult:
+    """The mean of their probabilities."""
+    return ensemble(case, partial(mean_probability_scores, task=case.store.task))
+
+
 def one_shot_average(case: Case) -> MethodResult:
     """Mean of all networks' weights, weighted by their numbers of training images."""
     every = [case.student, *case.others]
@@ -167,6 +172,7 @@ def global_model_finetuned(case: Case) -> MethodResult:
         data.val.pair,
         case.relevant,
         case.store.settings.baselines.personal,
+        task=case.store.task,
         seed=case.seed("finetune"),
         name=f"fedavg-{student}",
         device=case.store.device,
@@ -255,6 +261,7 @@ def _answer(
             teachers,
             data,
             taught,
+            task=store.task,
             method=setup.method,
             budget=settings.budget,
             params=params,
@@ -266,6 +273,7 @@ def _answer(
         teachers,
         data,
         taught,
+        task=store.task,
         phase1=setup.phase1,
         phase2=setup.phase2,
         distillation=settings.distillation,
@@ -317,7 +325,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     held_out, decision = to_input(own.images), answer.decision
     if decision.rare:
         today = predict(student, held_out, store.device)
-        held_out = held_out[kept_today(today, decision.local, decision.query)]
+        held_out = held_out[kept_today(today, decision.local, decision.query, task=store.task)]
     return MethodResult(
         found,
         sum(map(store.bytes, teachers)),
@@ -350,7 +358,7 @@ def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodRes
     """Every separately computed method, by name."""
     found: dict[str, Callable[[Case], MethodResult]] = {
         "local": local,
-        "ensemble-prob": partial(ensemble, combine=mean_probability_scores),
+        "ensemble-prob": ensemble_of_probabilities,
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
         "one-shot-average": one_shot_average,
         FINETUNED: global_model_finetuned,

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.data.prepared import Labels
-from qkt_clinical.evaluation.metrics import DIGITS, Floats, expected_calibration_error, recalls, softmax
+from qkt_clinical.evaluation.metrics import DIGITS, Floats, expected_calibration_error
+from qkt_clinical.task import Task
 
 
 def rank_auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
@@ -22,7 +23,7 @@ def rank_auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 
 def figures(
-    scores: Floats, labels: Labels, relevant: Sequence[int], query: Sequence[int]
+    scores: Floats, labels: Labels, relevant: Sequence[int], query: Sequence[int], *, task: Task
 ) -> dict[str, float]:
     """Accuracies over the relevant classes, discrimination and calibration.
 
@@ -33,8 +34,8 @@ def figures(
         query: those asked for.
 
     Returns:
-        ``query_accuracy``, ``retained_accuracy`` and ``balanced_accuracy`` (mean recalls; the answer is
-        the argmax over the relevant classes), ``auroc`` of query against local images by the largest
+        ``query_accuracy``, ``retained_accuracy`` and ``balanced_accuracy`` (mean recalls over
+        the relevant classes), ``auroc`` of query against local images by the largest
         query score above the largest local one, and ``ece``.
     """
     relevant, within = list(relevant), np.asarray(scores, dtype=np.float64)[:, list(relevant)]
@@ -42,12 +43,13 @@ def figures(
     asked = [relevant.index(q) for q in query]
     local = [i for i in range(len(relevant)) if i not in asked]
     ones = np.ones((1, len(labels)))
-    recall = recalls(within.argmax(axis=1) == target, target, len(relevant), ones)[0]
+    confidence, right = task.confidence(task.probabilities(within), target)
+    recall = task.figures(task.answer(within), target, len(relevant), ones).recall[0]
     preference = within[:, asked].max(axis=1) - within[:, local].max(axis=1)
     return {
         "query_accuracy": round(float(recall[asked].mean()), DIGITS),
         "retained_accuracy": round(float(recall[local].mean()), DIGITS),
         "balanced_accuracy": round(float(recall.mean()), DIGITS),
         "auroc": round(rank_auroc(preference, np.isin(target, asked)), DIGITS),
-        "ece": round(expected_calibration_error(softmax(within), target), DIGITS),
+        "ece": round(expected_calibration_error(confidence, right), DIGITS),
     }

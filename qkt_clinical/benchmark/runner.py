@@ -45,7 +45,7 @@ WORK, KEY = "work", "key.json"
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchmarkTask:
     """One network to train, or one question to answer by one method."""
 
     seed: int
@@ -92,7 +92,7 @@ def _prepare(data: Path, work: Path, settings: BenchmarkSettings, device: str) -
     _BENCH = _Bench(data, work, settings, device)
 
 
-def _perform(task: Task) -> None:
+def _perform(task: BenchmarkTask) -> None:
     """Train or answer, and write the result."""
     assert _BENCH is not None
     store = _BENCH.store(task.seed)
@@ -104,7 +104,7 @@ def _perform(task: Task) -> None:
     write_json(row_file(_BENCH.work, task), row_of(case, task.name, outcome))
 
 
-def row_file(work: Path, task: Task) -> Path:
+def row_file(work: Path, task: BenchmarkTask) -> Path:
     """Path of a finished row."""
     assert task.question is not None
     query = "+".join(map(str, task.question.query))
@@ -116,12 +116,15 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
     """A row of the benchmark, its budget curve among its fields."""
     classes = case.store.federation.classes
 
+    def measure(scores: torch.Tensor) -> dict[str, float]:
+        asked = case.relevant, case.question.query
+        return figures(scores.numpy(), case.images.labels, *asked, task=case.store.task)
+
     def measured(scores: torch.Tensor) -> dict[str, float]:
-        found = figures(scores.numpy(), case.images.labels, case.relevant, case.question.query)
+        found = measure(scores)
         return {**found, "forgetting": round(retained - found["retained_accuracy"], DIGITS)}
 
-    own = case.logits(case.student).numpy()
-    retained = figures(own, case.images.labels, case.relevant, case.question.query)["retained_accuracy"]
+    retained = measure(case.logits(case.student))["retained_accuracy"]
     curve = None
     if outcome.curve is not None:
         curve = [{"budget": budget, **measured(scores)} for budget, scores in outcome.curve.items()]
@@ -256,17 +259,17 @@ def run(
     bench = _Bench(data, work, settings, device.type)
     _check_splits(bench)
     digest = digest_file(data)
-    networks: list[Task] = []
+    networks: list[BenchmarkTask] = []
     questions: list[tuple[int, SimulatedQuery]] = []
     for seed in settings.seeds:  # one federation at a time: each holds a copy of all images
         federation = bench.federation(seed)
-        networks += [Task(seed, name) for name in _networks(federation, chosen, settings)]
+        networks += [BenchmarkTask(seed, name) for name in _networks(federation, chosen, settings)]
         questions += [(seed, question) for question in federation.questions]
     del federation, bench  # every working process reads the data itself
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
-    answers = [Task(seed, name, question) for seed, question in questions for name in computed]
+    answers = [BenchmarkTask(seed, name, question) for seed, question in questions for name in computed]
 
-    def missing(task: Task) -> bool:
+    def missing(task: BenchmarkTask) -> bool:
         if task.question is None:
             return not (work / f"seed-{task.seed}" / task.name).is_dir()
         return not row_file(work, task).is_file()
@@ -324,10 +327,10 @@ def _rows(
     for seed, question in questions:
         for method in chosen:
             if method not in RECALIBRATED:
-                rows.append(_read(row_file(work, Task(seed, method, question))))
+                rows.append(_read(row_file(work, BenchmarkTask(seed, method, question))))
                 continue
             base, budget = RECALIBRATED[method]
-            row = _read(row_file(work, Task(seed, base, question)))
+            row = _read(row_file(work, BenchmarkTask(seed, base, question)))
             point: dict[str, Any] = next((p for p in row["curve"] or () if p["budget"] == budget), {})
             rows.append({**row, **{k: v for k, v in point.items() if k != "budget"}, "method": method})
     return rows

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qkt_clinical.baselines.distill import distill_all
@@ -27,10 +28,11 @@ from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, BenchmarkSettings, Variant
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedFederation, SimulatedHospital
 from qkt_clinical.benchmark.variants import vary
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ESTIMATORS
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, DEFAULT_TASK, ESTIMATORS
 from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import Labels
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
@@ -38,6 +40,7 @@ from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.prediction import predict_logits
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.plan import SHARED
+from qkt_clinical.task import task_of
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import Checkpoint
 
@@ -64,6 +67,7 @@ class ResultStore:
         self.federation = federation
         self.settings = settings
         self.device = device
+        self.task = task_of(DEFAULT_TASK)
         self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)
         self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(CACHED_BUNDLES)(self._routed_logits)
@@ -140,7 +144,7 @@ class ResultStore:
             for question in self.federation.questions:
                 relevant = self.federation.relevant(question)
                 index = np.flatnonzero(np.isin(val.labels, relevant))
-                found = figures(logits[index], val.labels[index], relevant, question.query)
+                found = figures(logits[index], val.labels[index], relevant, question.query, task=self.task)
                 values.append(found["balanced_accuracy"])
             return float(np.mean(values))
 
@@ -172,6 +176,7 @@ class ResultStore:
             data.train.pair,
             data.val.pair,
             self.settings.train,
+            task=self.task,
             seed=derive(self.federation.seed, "benchmark", "teacher"),
             site=hospital,
             device=self.device,
@@ -183,7 +188,8 @@ class ResultStore:
             logits = self._write(folder, network, hospital, seconds, len(history.curves))
             masks = self._compute_masks(network)
             write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))
-            recall = _recalls(logits["val"], self.federation.val, self.federation.spec.classes)
+            right = self.task.answer(logits["val"]).numpy() == self.federation.val.labels
+            recall = _recalls(right, self.federation.val.labels, self.federation.spec.classes)
             judged = {
                 "masks": {e: mask.model_dump(mode="json") for e, mask in masks.items()},
                 "held": [c in data.held for c in range(self.federation.spec.classes)],
@@ -236,6 +242,7 @@ class ResultStore:
             data.val.pair,
             range(self.federation.spec.classes),
             self.settings.baselines.finetune,
+            task=self.task,
             seed=derive(self.federation.seed, "benchmark", "finetune", hospital),
             name=hospital,
             device=self.device,
@@ -253,6 +260,7 @@ class ResultStore:
             list(networks.values()),
             self.data(hospital).train.images,
             self.settings.baselines.distill,
+            task=self.task,
             seed=derive(self.federation.seed, "benchmark", "distill", hospital),
             device=self.device,
         )
@@ -287,9 +295,6 @@ class ResultStore:
         return logits
 
 
-def _recalls(logits: Tensor, split: LabelledImages, classes: int) -> list[float]:
+def _recalls(right: NDArray[np.bool_], labels: Labels, classes: int) -> list[float]:
     """Recall of every class, 0 where it has no image."""
-    right = logits.argmax(dim=1).numpy() == split.labels
-    return [
-        float(right[split.labels == c].mean()) if (split.labels == c).any() else 0.0 for c in range(classes)
-    ]
+    return [float(right[labels == c].mean()) if (labels == c).any() else 0.0 for c in range(classes)]

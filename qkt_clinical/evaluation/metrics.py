@@ -1,14 +1,14 @@
 """Metrics of an answer on held-out images, with bootstrap intervals over patients. Pure functions.
 
-Predictions are the argmax over the relevant classes R. *Query accuracy* is the mean recall over the query,
-*retained accuracy* over the hospital's own classes, *balanced accuracy* over R.
+What is answered is the task's to say, among the relevant classes R. *Query accuracy* is the mean recall over
+the query, *retained accuracy* over the hospital's own classes, *balanced accuracy* over R.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.evaluation import Bin, SubgroupScores
+
+if TYPE_CHECKING:
+    from qkt_clinical.task import Task
 
 Floats = NDArray[np.float64]
 DIGITS = 6
@@ -33,6 +36,8 @@ class TestSet:
     classes: int
     query: tuple[int, ...]
     """Positions of the query classes among the relevant ones."""
+    task: Task
+    """What the labels mean."""
 
     @property
     def local(self) -> tuple[int, ...]:
@@ -110,15 +115,6 @@ def patient_weights(patients: NDArray[np.str_], draws: int, seed: int) -> NDArra
     return drawn[:, inverse].astype(np.int64)
 
 
-def recalls(correct: NDArray[np.bool_], labels: NDArray[np.int64], classes: int, weights: Floats) -> Floats:
-    """Recall per class (draws, classes) under weights (draws, N); NaN where a class has no weight."""
-    member = (labels[:, None] == np.arange(classes)[None]).astype(np.float64)
-    total = weights @ member
-    right = weights @ (member * correct[:, None])
-    out: Floats = np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)
-    return out
-
-
 def auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """Area under the ROC curve (draws,) as the Mann-Whitney statistic, ties counted half.
 
@@ -151,20 +147,18 @@ def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floa
     return out
 
 
-def precisions(
-    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int, weights: Floats
-) -> Floats:
-    """Precision per class (draws, classes) under weights (draws, N); NaN where a class is never predicted."""
-    return recalls(predicted == labels, predicted, classes, weights)
-
-
 def _binned(confidence: Floats, bins: int) -> NDArray[np.int64]:
     """Which equal-width bin of [0, 1] each confidence falls into."""
     return np.minimum((confidence * bins).astype(np.int64), bins - 1)
 
 
-def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> tuple[Bin, ...]:
-    """Per bin that holds an answer: mean confidence, accuracy, number of images."""
+def reliability(confidence: Floats, right: NDArray[np.bool_], bins: int = 10) -> tuple[Bin, ...]:
+    """Reliability curve: per equal-width bin that holds an answer its mean confidence, accuracy and number.
+
+    Args:
+        confidence: (N,) in [0, 1].
+        right: (N,) whether that came true.
+    """
     which = _binned(confidence, bins)
     return tuple(
         Bin(
@@ -174,15 +168,6 @@ def _curve(confidence: Floats, right: NDArray[np.bool_], bins: int) -> tuple[Bin
         )
         for b in sorted(set(which.tolist()))
     )
-
-
-def reliability(probabilities: Floats, labels: NDArray[np.int64], bins: int = 10) -> tuple[Bin, ...]:
-    """Reliability curve of the top class.
-
-    Returns:
-        Per equal-width bin of confidence that holds an image: mean confidence, accuracy, number of images.
-    """
-    return _curve(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
 
 
 def paired_p(
@@ -199,7 +184,7 @@ def paired_p(
     """
     from scipy.stats import permutation_test
 
-    counts = np.bincount(test.labels, minlength=test.classes)
+    counts = test.task.counts(test.labels, test.classes)
     change = after.astype(np.float64) - before.astype(np.float64)
     share = change / (counts[test.labels] * np.count_nonzero(counts))
     _, owner = np.unique(test.patients, return_inverse=True)
@@ -236,13 +221,9 @@ def calibration_errors(
     return out
 
 
-def _gap(confidence: Floats, right: NDArray[np.bool_], bins: int) -> float:
+def expected_calibration_error(confidence: Floats, right: NDArray[np.bool_], bins: int = 15) -> float:
+    """:func:`calibration_errors`, every image counted once."""
     return float(calibration_errors(confidence, right, np.ones((1, len(right))), bins)[0])
-
-
-def expected_calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = 15) -> float:
-    """:func:`calibration_errors` of the top class, every image counted once."""
-    return _gap(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
 
 
 def class_calibration(
@@ -253,7 +234,7 @@ def class_calibration(
     Returns:
         Calibration error over equal-width bins, weighted by size, and the reliability curve.
     """
-    return _gap(probability, member, bins), _curve(probability, member, 10)
+    return expected_calibration_error(probability, member, bins), reliability(probability, member)
 
 
 def _interval(value: float, draws: Floats, confidence: float) -> Estimate:
@@ -315,13 +296,6 @@ def _accuracies(recall: Floats, test: TestSet) -> dict[str, Floats]:
     }
 
 
-def softmax(scores: Floats) -> Floats:
-    """Softmax over the last axis."""
-    exp = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out: Floats = exp / exp.sum(axis=-1, keepdims=True)
-    return out
-
-
 def _figures(
     test: TestSet, scores: Floats, weights: Floats, confidence: float
 ) -> tuple[ModelFigures, Floats]:
@@ -331,14 +305,13 @@ def _figures(
         scores: (N, classes) over the relevant classes.
         weights: (1 + draws, N); in the first row every image counts once.
     """
-    predicted = scores.argmax(axis=1)
-    right = predicted == test.labels
-    recall = recalls(right, test.labels, test.classes, weights)
-    probabilities = softmax(scores)
-    # Rounded: equal scores may differ in their last bit after the softmax, and would be no ties then.
+    predicted, probabilities = test.task.answer(scores), test.task.probabilities(scores)
+    of_labels = test.task.figures(predicted, test.labels, test.classes, weights)
+    recall, right = of_labels.recall, predicted == test.labels
+    # Rounded: equal scores may differ in the last bit of their probabilities, and would be no ties then.
     one_to_rest = [(probabilities[:, c].round(12), test.labels == c) for c in range(test.classes)]
     per_label = {
-        "precision": precisions(predicted, test.labels, test.classes, weights),
+        "precision": of_labels.precision,
         "auroc": np.stack([auroc(*pair, weights) for pair in one_to_rest], axis=1),
         "auprc": np.stack([average_precision(*pair, weights) for pair in one_to_rest], axis=1),
     }
@@ -349,9 +322,8 @@ def _figures(
     }
     means = {name: _of_draws(mean, confidence) for name, mean in _accuracies(recall, test).items()}
     calibrated = [class_calibration(*pair) for pair in one_to_rest]
-    confusion = np.zeros((test.classes, test.classes), dtype=int)
-    np.add.at(confusion, (test.labels, predicted), 1)
-    errors = calibration_errors(probabilities.max(axis=1), right, weights)
+    confidence_of, came_true = test.task.confidence(probabilities, test.labels)
+    errors = calibration_errors(confidence_of, right, weights)
     found = ModelFigures(
         query_accuracy=means["query_accuracy"],
         retained_accuracy=means["retained_accuracy"],
@@ -367,8 +339,8 @@ def _figures(
         macro_precision=macro["precision"],
         macro_auroc=macro["auroc"],
         macro_auprc=macro["auprc"],
-        confusion=tuple(map(tuple, confusion.tolist())),
-        reliability=reliability(probabilities, test.labels),
+        confusion=tuple(map(tuple, of_labels.confusion.tolist())),
+        reliability=reliability(confidence_of, came_true),
     )
     return found, recall
 
@@ -398,7 +370,7 @@ def assess(
     first, first_recall = _figures(test, before, weights, confidence)
     second, second_recall = _figures(test, after, weights, confidence)
     old, new = _accuracies(first_recall, test), _accuracies(second_recall, test)
-    right = [scores.argmax(axis=1) == test.labels for scores in (before, after)]
+    right = [test.task.answer(scores) == test.labels for scores in (before, after)]
 
     def change(name: str, sign: float = 1.0) -> Estimate | None:
         return _of_draws(sign * (new[name] - old[name]), confidence)
@@ -431,7 +403,7 @@ def false_query_rate(
     held = own & np.isin(test.labels, test.local)
     if not held.any():
         return None
-    given = np.isin(after[held].argmax(axis=1), test.query).astype(np.float64)
+    given = np.isin(test.task.answer(after[held]), test.query).astype(np.float64)
     weights = patient_weights(test.patients[held], draws, seed).astype(np.float64)
     return _interval(float(given.mean()), weights @ given / weights.sum(axis=1), confidence)
 
@@ -458,7 +430,7 @@ def by_subgroup(
         Column to group to its figures: means over those classes that the group has, None where it has none,
         or fewer than :data:`SMALLEST_COUNT` patients stand behind it.
     """
-    sides = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
+    sides = {"before": test.task.answer(before), "after": test.task.answer(after)}
     return {
         column: {
             str(group): _group(test, sides, groups == group, draws=draws, confidence=confidence, seed=seed)
@@ -487,7 +459,7 @@ def _group(
     weights = np.concatenate([ones, patient_weights(patients, draws, seed).astype(np.float64)])
 
     def side(answers: NDArray[np.int64]) -> SubgroupScores:
-        recall = recalls(answers[member] == labels, labels, test.classes, weights)
+        recall = test.task.figures(answers[member], labels, test.classes, weights).recall
         return SubgroupScores(
             **{
                 name: _interval(float(mean[0]), mean[1:], confidence)

@@ -35,11 +35,13 @@ from torch import Tensor
 
 from qkt_clinical.baselines.federated import first_network, round_draw, round_rate, train_round
 from qkt_clinical.baselines.params import FederatedParams
+from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.files import passing_file
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.flare import workspace_of
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import task_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -126,6 +128,7 @@ class Trainer(Executor):  # type: ignore[misc]
             self._inputs,
             self._labels,
             self._settings,
+            task=task_of(DEFAULT_TASK),
             learning_rate=round_rate(self._settings, number, received.total_rounds),
             draw=round_draw(self.seed, self._site, number),
             device=torch.device(self.device),

@@ -46,7 +46,6 @@ from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.consensus import consensus, local_weight
-from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
     decide,
@@ -61,6 +60,7 @@ from qkt_clinical.qkt.soundness import NetworkOutputs, defect, observe
 from qkt_clinical.qkt.teacher_screening import ScreeningResult, screen_teachers
 from qkt_clinical.records.card import Branch, DecisionRule
 from qkt_clinical.records.phases import MERGE_KIND, Curves, Phase1
+from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment
 
 MAX_REFINED = 1000
@@ -193,6 +193,7 @@ def refine_head(
     local: Sequence[int],
     query: Sequence[int],
     *,
+    task: Task,
     steps: int = 300,
     learning_rate: float = 1e-2,
     pull: float = 1e-2,
@@ -222,7 +223,7 @@ def refine_head(
         optimizer.zero_grad(set_to_none=True)
         scores = decide(features @ weight.T + bias, local, query, none)
         drift = ((weight - start) ** 2).sum() / scale + ((bias - start_bias) ** 2).sum() / scale
-        value = balanced_cross_entropy(scores, labels, relevant) + pull * drift
+        value = task.balanced_loss(scores, labels, relevant) + pull * drift
         value.backward()
         optimizer.step()
         if step % 10 == 0:
@@ -323,7 +324,7 @@ def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
             remedy="Run 'qkt train' and 'qkt mask' for the hospital again.",
             code="unsound-network",
         )
-    results = _results(question, outputs[1:], defects, screening=settings.params.screening)
+    results = _results(question, outputs[1:], defects, settings)
     teachers, places = _included(question, results)
     outputs = [outputs[i] for i in (0, *places)]
     panel = Panel(
@@ -334,19 +335,21 @@ def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
     )
     if question.method != "qkt-light":
         logits = [o.logits for o in outputs]
-        weight = local_weight(logits, panel.known, question.local, question.calibration_labels)
+        weight = local_weight(
+            logits, panel.known, question.local, question.calibration_labels, task=settings.task
+        )
         panel = replace(panel, local_weight=weight)
     told = tuple(results) if settings.params.screening or any(defects) else ()
     return Screened(panel, tuple(teachers), told, tuple(outputs), flips)
 
 
 def _results(
-    question: ValidQuery, outputs: Sequence[NetworkOutputs], defects: Sequence[str], *, screening: bool
+    question: ValidQuery, outputs: Sequence[NetworkOutputs], defects: Sequence[str], settings: PhaseSettings
 ) -> list[ScreeningResult]:
     """One result per teacher, in their order; without ``screening`` for defects alone."""
     pairs = list(zip(question.teachers, outputs, strict=True))
     sound = [pair for pair, why in zip(pairs, defects, strict=True) if not why]
-    if screening:
+    if settings.params.screening:
         screened = screen_teachers(
             [t.site for t, _ in sound],
             [o.logits for _, o in sound],
@@ -354,6 +357,7 @@ def _results(
             [t.verified for t, _ in sound],
             question.local,
             question.calibration_labels,
+            task=settings.task,
         )
     else:
         screened = [ScreeningResult(t.site, included=True, reason="not screened") for t, _ in sound]
@@ -463,7 +467,9 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
     sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
     features = predict_features(merged.network, question.inputs[sample], screened.flips, settings.device)
     labels = torch.from_numpy(question.labels)[sample]
-    curves = refine_head(merged.network, features, labels, question.local, tuple(question.rare))
+    curves = refine_head(
+        merged.network, features, labels, question.local, tuple(question.rare), task=settings.task
+    )
     return Refined(merged.network, tuple(curves))
 
 
@@ -514,7 +520,7 @@ def calibration_scores(
         today = (
             screened.outputs[0].logits if plain else predict(question.student, question.calibration, device)
         )
-        scores = scores[kept_today(today, question.local, question.query)]
+        scores = scores[kept_today(today, question.local, question.query, task=settings.task)]
     return scores
 
 
@@ -550,6 +556,7 @@ def answer_query(
     data: LocalData,
     query: Sequence[int],
     *,
+    task: Task,
     method: Method = "qkt",
     budget: float = 0.02,
     params: TransferParams | None = None,
@@ -571,7 +578,7 @@ def answer_query(
         QueryError: no teacher or too many, a query class that no teacher knows or none of whose teachers can
             be used, no local class, no calibration image, or an own network without usable answers.
     """
-    settings = PhaseSettings(params or TransferParams(), seed, device or torch.device("cpu"), progress)
+    settings = PhaseSettings(task, params or TransferParams(), seed, device or torch.device("cpu"), progress)
     question = validate(student, teachers, data, query, method=method, budget=budget)
     screened = screen(question, settings)
     merged = merge(question, screened, settings)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkt_clinical.qkt.losses import balanced_cross_entropy
 from qkt_clinical.qkt.operating_point import decide
+from qkt_clinical.task import Task
 
 LOCAL_WEIGHTS = (1.0, 2.0, 4.0)
 """Local model weights to choose from: what the own network counts for in the consensus, a teacher being 1."""
@@ -104,8 +104,8 @@ def consensus_rows(
     return rows
 
 
-def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """Class-balanced cross-entropy over some classes, at the best-fitting temperature of the scores.
+def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int], *, task: Task) -> float:
+    """The task's balanced loss over some classes, at the best-fitting temperature of the scores.
 
     Args:
         scores: (N, C).
@@ -115,12 +115,17 @@ def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> f
         Infinity where scores are not finite.
     """
     among = decide(scores.double(), classes, (), torch.zeros(0))
-    losses = [float(balanced_cross_entropy(among / t, labels, classes)) for t in TEMPERATURES]
+    losses = [float(task.balanced_loss(among / t, labels, classes)) for t in TEMPERATURES]
     return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
 
 
 def local_weight(
-    logits: Sequence[Tensor], known: Sequence[Sequence[int]], local: Sequence[int], labels: Tensor
+    logits: Sequence[Tensor],
+    known: Sequence[Sequence[int]],
+    local: Sequence[int],
+    labels: Tensor,
+    *,
+    task: Task,
 ) -> float:
     """The local model weight: the weight of the own network in the consensus, relative to a teacher's 1.
 
@@ -143,7 +148,7 @@ def local_weight(
         return LOCAL_WEIGHTS[0]
     seen = [z[used] for z in logits]
     losses = {
-        weight: calibrated_loss(consensus(seen, known, local, weight), labels[used], local)
+        weight: calibrated_loss(consensus(seen, known, local, weight), labels[used], local, task=task)
         for weight in LOCAL_WEIGHTS
     }
     return next(weight for weight, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))

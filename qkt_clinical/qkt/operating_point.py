@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkt_clinical.task import Task
+
 ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
 
@@ -53,7 +55,7 @@ def false_query_rate(scores: Tensor, offsets: Tensor) -> float:
     return float(((scores + offsets).max(dim=1).values > 0).double().mean())
 
 
-def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
+def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int], *, task: Task) -> Tensor:
     """Images that the own model does not take for a rare query today: only those can become false queries.
 
     Args:
@@ -62,13 +64,13 @@ def kept_today(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Te
     Returns:
         (N,) bool; all of them where it tells none.
     """
-    today = decide(logits, local, query, torch.zeros(len(query))).argmax(dim=1)
+    today = task.answer(decide(logits, local, query, torch.zeros(len(query))))
     kept = ~torch.isin(today, torch.tensor(list(query)))
     return kept if bool(kept.any()) else torch.ones_like(kept)
 
 
 def decide(logits: Tensor, local: Sequence[int], query: Sequence[int], offsets: Tensor) -> Tensor:
-    """Scores (N, C) over the relevant label space, minus infinity elsewhere; the answer is the argmax.
+    """Scores (N, C) over the relevant label space, minus infinity elsewhere: what the task answers by.
 
     Args:
         logits: (N, C).

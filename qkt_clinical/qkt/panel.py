@@ -14,6 +14,7 @@ from qkt_clinical.models.bundle import Bundle
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.consensus import consensus_rows
 from qkt_clinical.records.phases import Curves, Phase1
+from qkt_clinical.task import Task
 
 LIGHT_LOCAL_WEIGHT = 2.0
 """The local model weight where it is not chosen: the teachers of ``qkt-light`` serve the query alone."""
@@ -70,6 +71,7 @@ class Panel:
 class PhaseSettings:
     """How the phases are run."""
 
+    task: Task
     params: TransferParams
     seed: int
     device: torch.device

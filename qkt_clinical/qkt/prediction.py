@@ -60,7 +60,7 @@ def predict_features(network: Classifier, inputs: Tensor, flips: bool, device: t
 
 
 def predict_scores(bundle: Bundle, inputs: Tensor, device: torch.device | None = None) -> Tensor:
-    """A student's scores (N, C), minus infinity outside the relevant classes; the answer is the argmax.
+    """A student's scores (N, C), minus infinity outside the relevant classes.
 
     Args:
         bundle: of a student.

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from qkt_clinical.qkt.consensus import margin
 from qkt_clinical.qkt.soundness import ROUNDING, indistinct
+from qkt_clinical.task import Task
 
 FALSE_ALARM = 0.01
 """How often a teacher that names images of shared classes by chance is excluded for its labels; one that
@@ -67,7 +68,9 @@ def chance_level(correct: int, count: int, classes: int) -> float:
     return float(binom.cdf(correct, count, 1 / classes))
 
 
-def count_recalled(logits: Tensor, labels: Tensor, known: Sequence[int], named: int) -> tuple[int, int]:
+def count_recalled(
+    logits: Tensor, labels: Tensor, known: Sequence[int], named: int, *, task: Task
+) -> tuple[int, int]:
     """Number of images of a class that a network recalls among the classes that it knows, and their total.
 
     Args:
@@ -75,7 +78,7 @@ def count_recalled(logits: Tensor, labels: Tensor, known: Sequence[int], named: 
         labels: (N,).
     """
     known, mine = sorted(known), logits[labels == named]
-    right = mine[:, known].argmax(dim=1) == known.index(named)
+    right = task.answer(mine[:, known]) == known.index(named)
     return int(right.sum()), len(mine)
 
 
@@ -132,12 +135,14 @@ class _LabelTest:
     """More often right than by chance, and than with one name for every image."""
 
 
-def _test_labels(logits: Tensor, labels: Tensor, known: Sequence[int], local: Sequence[int]) -> _LabelTest:
+def _test_labels(
+    logits: Tensor, labels: Tensor, known: Sequence[int], local: Sequence[int], task: Task
+) -> _LabelTest:
     """Test all shared classes, each alone and all together."""
     shared = [c for c in local if c in known and bool((labels == c).any())]
     if len(known) < 2 or not shared:
         return _LabelTest({})
-    named = {c: count_recalled(logits, labels, known, c) for c in shared}
+    named = {c: count_recalled(logits, labels, known, c, task=task) for c in shared}
     right, count = (sum(numbers) for numbers in zip(*named.values(), strict=True))
     each = [chance_level(r, n, len(known)) for r, n in named.values()]
     tests = [*each, chance_level(right, count, len(known))] if len(shared) > 1 else each
@@ -175,6 +180,8 @@ def screen_teachers(
     verified: Sequence[Sequence[int] | None],
     local: Sequence[int],
     labels: Tensor,
+    *,
+    task: Task,
 ) -> list[ScreeningResult]:
     """Screen teachers whose answers are usable.
 
@@ -190,7 +197,7 @@ def screen_teachers(
         One result per teacher, in their order.
     """
     known = [_verified(claims, seen, z) for claims, seen, z in zip(claimed, verified, logits, strict=True)]
-    tests = [_test_labels(z, labels, k, local) for z, k in zip(logits, known, strict=True)]
+    tests = [_test_labels(z, labels, k, local, task) for z, k in zip(logits, known, strict=True)]
     reasons = [_why_excluded(k, test) for k, test in zip(known, tests, strict=True)]
     borne_out = [test.borne_out for test in tests]
     directions = [

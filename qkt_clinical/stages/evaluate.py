@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.disclosure import shown_parts, shown_total, too_few
 from qkt_clinical.common.files import digest_bytes, digest_folder, write_text
 from qkt_clinical.common.locks import hold_query
@@ -47,6 +48,7 @@ from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
 from qkt_clinical.records.reading import read_record, write_record
 from qkt_clinical.records.summary import Headline, QueryMetrics, QuerySummaries, QuerySummary, RunMetrics
+from qkt_clinical.task import task_of
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 
@@ -199,7 +201,7 @@ def evaluate_query(
         NoTestImages: no hospital has a test image of a class that counts.
         QueryError: there is no student, or it has no record of its phases.
     """
-    folder = space.student(ref.hospital, ref.query)
+    task, folder = task_of(DEFAULT_TASK), space.student(ref.hospital, ref.query)
     student = load_bundle(folder)
     own = load_bundle(space.teacher(ref.hospital))
     plan, phases = read_plan(folder), _phases(folder)
@@ -232,6 +234,7 @@ def evaluate_query(
         patients=held.patients,
         classes=len(relevant),
         query=tuple(relevant.index(q) for q in decision.query),
+        task=task,
     )
     scores = before, after
     drawn = Draws(
@@ -242,7 +245,7 @@ def evaluate_query(
     figures = assess(test, *scores, **drawn)
     rate = false_query_rate(test, held.own, scores[1], **drawn)
     names = [classes[c] for c in relevant]
-    said = [[names[i] for i in one.argmax(axis=1)] for one in scores]
+    said = [[names[i] for i in task.answer(one)] for one in scores]
     return Evaluation.model_validate(
         {
             "hospital": ref.hospital,

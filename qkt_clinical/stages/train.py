@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qkt_clinical import __version__
+from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.disclosure import suppress
 from qkt_clinical.common.files import digest_bytes, digest_file, passing_folder, sweep, write_json
 from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
@@ -25,6 +26,7 @@ from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, Netwo
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.recipe import train_recipe
+from qkt_clinical.task import Task, task_of
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
@@ -43,12 +45,10 @@ def _secret(site: PreparedSite) -> str:
 
 
 def _metrics(
-    site: PreparedSite, logits: torch.Tensor, labels: torch.Tensor, history: History
+    site: PreparedSite, logits: torch.Tensor, labels: torch.Tensor, history: History, task: Task
 ) -> TeacherMetrics:
-    recall = {
-        site.manifest.classes[int(c)]: round(float((logits[labels == c].argmax(1) == c).float().mean()), 6)
-        for c in labels.unique()
-    }
+    found = task.recall(task.answer(logits), labels)
+    recall = {site.manifest.classes[c]: round(share, 6) for c, share in found.items()}
     return TeacherMetrics(
         balanced_accuracy=round(sum(recall.values()) / len(recall), 6) if recall else None,
         recall=suppress(recall, site.manifest.counts["val"]),
@@ -76,7 +76,7 @@ def train_site(
             (``split-empty``).
         QktError: differential privacy is asked for and cannot be had, see :func:`~.private.train_private`.
     """
-    space = Workspace(root)
+    space, task = Workspace(root), task_of(DEFAULT_TASK)
     prepared = load_prepared(space.prepared(site))
     images, labels = prepared.part("train")
     classes = prepared.local_classes()
@@ -115,6 +115,7 @@ def train_site(
                 (images, labels),
                 params.train,
                 privacy,
+                task=task,
                 seed=params.seed,
                 secret=_secret(prepared),
                 site=site,
@@ -128,6 +129,7 @@ def train_site(
                 (images, labels),
                 prepared.part("val"),
                 params.train,
+                task=task,
                 seed=params.seed,
                 site=site,
                 normalisation=normalisation,
@@ -137,7 +139,7 @@ def train_site(
             )
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
-    metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history)
+    metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history, task)
     folder = space.teacher(site)
     sweep(folder)
     with passing_folder(folder) as part:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from qkt_clinical import __version__
+from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
 from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
@@ -30,6 +29,7 @@ from qkt_clinical.records.plan import Plan, read_plan
 from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.stages.plan import copy_bundle
+from qkt_clinical.task import Task, task_of
 
 CARD_PHASE1 = "transplant"
 """How cards name a merged low-rank network since the first version; their bytes stay."""
@@ -99,14 +99,14 @@ def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeache
     )
 
 
-def make_record(answer: Answer, classes: Sequence[str], calibration: Labels) -> Phases:
+def make_record(answer: Answer, classes: Sequence[str], calibration: Labels, *, task: Task) -> Phases:
     """``phases.json`` of an answer. Counts and shares of few images are suppressed for the registry.
 
     Args:
         calibration: the labels of the hospital's calibration images.
     """
     decision, point = answer.decision, answer.operating_point
-    each = np.bincount(calibration, minlength=len(classes))[list(decision.local)]
+    each = task.counts(calibration, len(classes))[list(decision.local)]
     return Phases(
         method=decision.method,
         screening=tuple(_screened(result, classes) for result in answer.screening),
@@ -144,7 +144,7 @@ def transfer_query(
     Returns:
         The record of its phases, as in ``phases.json``.
     """
-    space = Workspace(root)
+    space, task = Workspace(root), task_of(DEFAULT_TASK)
     query = load_query(root, hospital, name)
     prepared = load_prepared(space.prepared(hospital))
     own = load_bundle(space.teacher(hospital))
@@ -168,6 +168,7 @@ def transfer_query(
                 teachers,
                 data,
                 [classes.index(c) for c in query.classes],
+                task=task,
                 method=query.method,
                 budget=query.budget,
                 params=params.transfer,
@@ -177,7 +178,7 @@ def transfer_query(
             )
     except QueryError as error:
         raise error.at(stage="transfer", site=hospital) from None
-    phases = make_record(answer, classes, data.calibration[1])
+    phases = make_record(answer, classes, data.calibration[1], task=task)
     with new_folder(space.student(hospital, name)) as folder:
         card = write_bundle(
             folder,

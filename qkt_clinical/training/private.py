@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qkt_clinical.common.extras import require_extra
 from qkt_clinical.common.seeding import derive
@@ -26,6 +25,7 @@ from qkt_clinical.errors import ConfigError
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.networks import Classifier, build, fast_layout
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment
 from qkt_clinical.training.loop import History, learning_rate_factor
 
@@ -51,15 +51,14 @@ def check_delta(privacy: PrivacyParams, images: int) -> None:
         )
 
 
-def noisy_counts(labels: Tensor, classes: int, epsilon: float, draw: torch.Generator) -> Tensor:
+def noisy_counts(counts: Tensor, epsilon: float, draw: torch.Generator) -> Tensor:
     """Numbers of images per class, (classes,), by the Laplace mechanism: one image changes one number by one.
 
     Of classes without any image 0; which classes there are is not protected. By inversion, since torch's own
     Laplace distribution takes no generator.
     """
-    uniform = torch.rand(classes, generator=draw, dtype=torch.float64) - 0.5
+    uniform = torch.rand(len(counts), generator=draw, dtype=torch.float64) - 0.5
     noise = -uniform.sign() * torch.log1p(-2 * uniform.abs()) / epsilon
-    counts = torch.bincount(labels, minlength=classes)
     return torch.where(counts > 0, (counts + noise).clamp(min=1.0), 0.0)
 
 
@@ -74,7 +73,9 @@ def log_prior(counts: Tensor) -> Tensor:
     return torch.where(held, torch.log(counts / counts[held].mean()), 0.0).float()
 
 
-def set_gradients(network: Classifier, images: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+def set_gradients(
+    network: Classifier, images: Tensor, labels: Tensor, prior: Tensor, *, task: Task
+) -> Tensor:
     """Every image's own gradient, (N, *shape) at ``grad_sample`` of each parameter, where Opacus looks.
 
     Not by Opacus' hooks, which do not bear that residual networks add in place.
@@ -85,13 +86,13 @@ def set_gradients(network: Classifier, images: Tensor, labels: Tensor, prior: Te
         prior: (classes,) is added to every image's logits, see :func:`log_prior`.
 
     Returns:
-        The sum of the images' cross-entropies.
+        The sum of the images' losses.
     """
     weights = {name: p.detach() for name, p in network.named_parameters()}
 
     def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         logits = torch.func.functional_call(network, weights, (image[None],))
-        return F.cross_entropy(logits + prior, label[None])
+        return task.losses(logits + prior, label[None]).sum()
 
     if len(labels):
         each: Any = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0), chunk_size=AT_ONCE)
@@ -111,6 +112,7 @@ def train_private(
     params: TrainParams,
     privacy: PrivacyParams,
     *,
+    task: Task,
     seed: int,
     secret: str,
     site: str,
@@ -142,7 +144,8 @@ def train_private(
     draw = generator(seed, "private", site, secret)
     noise = torch.Generator(device).manual_seed(derive(seed, "noise", site, secret))
     counting = COUNTING * privacy.epsilon
-    counts = noisy_counts(labels, spec.classes, counting, generator(seed, "counts", site, secret))
+    images_of = torch.from_numpy(task.counts(train[1], spec.classes))
+    counts = noisy_counts(images_of, counting, generator(seed, "counts", site, secret))
     prior = log_prior(counts).to(device)
     index = TensorDataset(torch.arange(len(labels)))
     with warnings.catch_warnings():
@@ -179,7 +182,7 @@ def train_private(
             images = inputs[drawn].to(device)
             optimizer.zero_grad(set_to_none=True)
             seen = augment(images, params.augment, draw) if len(drawn) else images
-            total += float(set_gradients(network, seen, labels[drawn].to(device), prior))
+            total += float(set_gradients(network, seen, labels[drawn].to(device), prior, task=task))
             optimizer.step()
             step += 1
         history.curves.append({"epoch": float(epoch), "loss": total / len(labels)})
