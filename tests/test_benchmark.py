@@ -23,7 +23,7 @@ from qkt_clinical.benchmark.methods import Case, at_budgets, qkt
 from qkt_clinical.benchmark.metrics import figures, rank_auroc
 from qkt_clinical.benchmark.phases import DistillationParams
 from qkt_clinical.benchmark.pool import run_tasks
-from qkt_clinical.benchmark.runner import RESULT, TABLE, WORK, Task, row_file, run
+from qkt_clinical.benchmark.runner import RESULT, TABLE, WORK, BenchmarkTask, row_file, run
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
     FEDERATED,
@@ -286,7 +286,7 @@ class Counted:
         self.tasks: list[Task] = []
         original = runner._perform
 
-        def perform(task: Task) -> None:
+        def perform(task: BenchmarkTask) -> None:
             self.tasks.append(task)
             original(task)
 
@@ -978,7 +978,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_row_files_have_safe_names(tmp_path: Path) -> None:
-    file = row_file(tmp_path, Task(3, "ablation/mask-none", SimulatedQuery("h2", (1, 4))))
+    file = row_file(tmp_path, BenchmarkTask(3, "ablation/mask-none", SimulatedQuery("h2", (1, 4))))
     assert file == tmp_path / "seed-3" / "rows" / "h2" / "1+4" / "ablation_mask-none.json"
     write_json(file, {})
     assert file.is_file()
