@@ -283,7 +283,7 @@ class Counted:
     """Counts the tasks performed in this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tasks: list[Task] = []
+        self.tasks: list[BenchmarkTask] = []
         original = runner._perform
 
         def perform(task: BenchmarkTask) -> None:

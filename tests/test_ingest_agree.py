@@ -27,7 +27,7 @@ OF_SITE = frozenset(
         *("other-kind", "dimensions", "multi-frame", "spacing-missing", "resampled-too-large"),
         *("geometry-missing", "orientation-mixed", "sizes-mixed", "slice-missing", "slice-duplicate"),
         *("spacing-uneven", "slices-shifted", "too-few-slices", "series-incomplete", "localiser"),
-        *("duplicate", "time-series", "volume-missing", "mosaic"),
+        *("duplicate", "time-series", "volume-missing", "mosaic", "contrast-lost"),
     }
 )
 """Codes that depend on site.yaml or other files, or on what a readable file shows: no question of a check."""
