@@ -28,7 +28,7 @@ query_app = group(
     no_args_is_help=True,
     help="Ask for a class, and have this hospital's machine answer with teachers from the registry.",
 )
-AskingHospital = Annotated[str, typer.Argument(metavar="HOSPITAL", help="Who asks.")]
+AskingHospital = Annotated[str, typer.Argument(metavar="HOSPITAL", help="The asking hospital.")]
 Named = Annotated[str, typer.Argument(metavar="QUERY", help="Name of the query file without '.yaml'.")]
 Only = Annotated[str | None, typer.Argument(metavar="[HOSPITAL]", help="Of one hospital alone.")]
 
