@@ -201,7 +201,7 @@ def test_dvc_sees_a_decision_and_nothing_else(tmp_path: Path) -> None:
         tmp_path,
         Decision(
             model="student.h0.q0",
-            digest="of another bundle",
+            digest="another-bundle",
             decision="promoted",
             by="gate",
             reason=None,
