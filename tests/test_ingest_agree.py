@@ -79,6 +79,7 @@ def test_over_real_files(tmp_path: Path) -> None:
 CASES = sorted(path.parent.name for path in FIELD.glob("*/gen.py"))
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not CASES, reason="needs ../shared/data/field")
 @pytest.mark.parametrize("case", CASES)
 def test_over_files_after_hospitals_reports(case: str, tmp_path: Path) -> None:

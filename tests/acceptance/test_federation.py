@@ -135,6 +135,7 @@ def until(what: Callable[[], bool], seconds: float = 180) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.nightly
 def test_real_processes_one_site_and_the_server_killed(
     root: Path, students: dict[str, str], tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_real_processes_one_site_and_the_server_killed(
         assert list(read_record(tmp_path / "sites" / site / RECORD)), "and the record is whole"
 
 
+@pytest.mark.nightly
 def test_real_processes_one_loses_the_network_and_one_comes_late(
     root: Path, students: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
