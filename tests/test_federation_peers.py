@@ -109,8 +109,9 @@ def test_flare_comes_to_the_network_that_is_written_out(
     )
     sizes = {len(p.train[1]) for p in participants(federation)}
     assert len(sizes) == 2, "weights differ"
-    # Bit by bit; but control variates are summed in another order than FLARE's helper does.
-    most = 1e-5 if algorithm == "scaffold" else 0.0
+    # Bit by bit; but control variates are summed in another order than FLARE's helper does, and how far that
+    # rounding grows depends on the processor (2.3e-5 seen, of weights up to 1.2).
+    most = 1e-4 if algorithm == "scaffold" else 0.0
     for name, tensor in floats(expected).items():
         torch.testing.assert_close(floats(found)[name], tensor, rtol=0.0, atol=most, msg=name)
 
