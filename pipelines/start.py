@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from qkt_clinical.common.console import errors_as_lines
-from qkt_clinical.common.files import owners_alone
+from qkt_clinical.common.console import errors_as_lines, owners_alone
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import keep_private

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can act on end as one line on standard error and exit code 1."""
-    from qkt_clinical.cli.app import app
-    from qkt_clinical.common.console import errors_as_lines
-    from qkt_clinical.common.files import owners_alone
+    from qkt_clinical.cli.app import app_for
+    from qkt_clinical.common.console import errors_as_lines, owners_alone
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is escaped, no error
             stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if arguments is None else list(arguments)
     with errors_as_lines(), owners_alone():
-        app(args=None if arguments is None else list(arguments))
+        app_for(words)(args=words)

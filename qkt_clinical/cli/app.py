@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -15,12 +16,58 @@ from qkt_clinical.cli.options import EPILOG, group
 from qkt_clinical.cli.query import query_app
 from qkt_clinical.cli.registry import registry_app
 
-app = group(
-    name="qkt",
-    help="Learn to recognise a diagnosis from other hospitals' models, without any image leaving a site.",
-    no_args_is_help=True,
-    add_completion=False,
+Command = tuple[str, typer.Typer | Callable[..., None]]
+
+COMMANDS: tuple[Command, ...] = (
+    ("ingest", ingest_app),
+    *(
+        (command.__name__, command)
+        for command in (
+            stages.train,
+            stages.mask,
+            stages.plan,
+            stages.transfer,
+            stages.evaluate,
+            stages.gate,
+            stages.report,
+            stages.track,
+        )
+    ),
+    ("query", query_app),
+    ("federation", federation_app),
+    ("registry", registry_app),
+    *((c.__name__, c) for c in (stages.summary, data.phantom, data.federate, benchmark, data.fetch)),
 )
+
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """``qkt`` with every command in the list, and the parameters of the one that ``arguments`` name.
+
+    To read the parameters of all commands takes longer than all the rest of ``qkt --help``.
+    """
+    app = group(
+        name="qkt",
+        help="Learn to recognise a diagnosis from other hospitals' models, without any image leaving a site.",
+        no_args_is_help=True,
+        add_completion=False,
+    )
+    app.callback()(_main)
+    called = next((a for a in arguments if not a.startswith("-")), None)
+    for name, command in COMMANDS:
+        if isinstance(command, typer.Typer):
+            app.add_typer(command if name == called else group(help=command.info.help), name=name)
+        else:
+            app.command(name, epilog=EPILOG)(command if name == called else _outline(command))
+    return app
+
+
+def _outline(command: Callable[..., None]) -> Callable[[], None]:
+    """A command that has the other's help and no parameters."""
+
+    def outline() -> None: ...
+
+    outline.__doc__ = command.__doc__
+    return outline
 
 
 def _version(value: bool) -> None:
@@ -29,26 +76,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-app.add_typer(ingest_app, name="ingest")
-for command in (
-    stages.train,
-    stages.mask,
-    stages.plan,
-    stages.transfer,
-    stages.evaluate,
-    stages.gate,
-    stages.report,
-    stages.track,
-):
-    app.command(epilog=EPILOG)(command)
-app.add_typer(query_app, name="query")
-app.add_typer(federation_app, name="federation")
-app.add_typer(registry_app, name="registry")
-for other in (stages.summary, data.phantom, data.federate, benchmark, data.fetch):
-    app.command(epilog=EPILOG)(other)
-
-
-@app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")

@@ -1,7 +1,8 @@
-"""Output for people: progress bars in a terminal, plain lines elsewhere."""
+"""What a command is for people: progress, one line per error, and files for their owner alone."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,3 +83,13 @@ def errors_as_lines(stage: str | None = None) -> Iterator[None]:
     if end.error is not None:
         print(visible(f"error [{end.error.code}]: {end.error.at(stage=stage)}"), file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def owners_alone() -> Iterator[None]:
+    """Files that the process creates within the block can be read by their owner only."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -100,16 +100,6 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-@contextmanager
-def owners_alone() -> Iterator[None]:
-    """Files that the process creates within the block can be read by their owner only."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
 def copy_folder(source: Path, target: Path, max_bytes: int = 1 << 34) -> None:
     """Copy the plain files of a folder that came from elsewhere; links, pipes and devices are left out.
 
