@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.places import ROOT
+
 # The same examples every time, and no database of failures beside the sources.
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.load_profile("fixed")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

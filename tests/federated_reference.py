@@ -135,7 +135,7 @@ def in_process(
 ) -> Federated:
     """In the place of ``run_federation``, which takes half a minute to start.
 
-    That both come to the same network is shown in tests/test_federation_peers.py.
+    That both come to the same network is shown in tests/federation/test_peers.py.
     """
     network = reference(
         participants, spec, params, algorithm=algorithm, rounds=rounds, proximal=proximal, seed=seed

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from qkt_clinical.catalog import STAGES
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qkt_clinical"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import get_args
 
 from qkt_clinical.catalog import STAGES
@@ -9,8 +8,9 @@ from qkt_clinical.cli.query import query_app
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.ingest import reasons
 from qkt_clinical.jobs.state import State
+from tests.places import ROOT
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def test_every_reason_code_is_explained() -> None:

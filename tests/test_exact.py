@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ import pytest
 from qkt_clinical.config.site import ImageSpec
 from qkt_clinical.ingest.arrays import resample
 from tests.ingest_files import noise
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
 
 PROGRAM = """
 import hashlib

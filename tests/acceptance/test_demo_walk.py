@@ -15,11 +15,11 @@ from qkt_clinical.config.loading import load_params
 from qkt_clinical.tracking.client import registry_client
 from tests.acceptance.test_query_jobs import absent, assert_shown, qkt, versions
 from tests.chromium import needs_chromium
+from tests.places import ROOT
 from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.nightly, needs_chromium]
 
-ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 REVIEWER = ("--reviewer", "R. Viewer", "--reason", "a walk")
 
@@ -44,7 +44,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     status = ["git", "status", "--porcelain"]
     assert subprocess.run(status, cwd=clone, capture_output=True, text=True, check=True).stdout == "", (
-        "the lock in the repository is that of this run"
+        "a run leaves the work tree as it was"
     )
     return clone
 

@@ -36,9 +36,10 @@ FURTHEST = {"platelet": 0.75, "eosinophil": 0.75}
 NUISANCE = 1.0
 """Strength of all variation that says nothing about the class.
 
-Calibrated together with the shares above (``tests/test_phantom_difficulty.py``) so that a residual network of
-0.3 M parameters recalls 0.85 to 0.97 of each class of unseen patients, whether it is trained on all classes
-under all six stains or on the six hospitals' own images pooled (who holds which class shows in the stain).
+Calibrated together with the shares above (``tests/datasets/test_phantom_difficulty.py``) so that a residual
+network of 0.3 M parameters recalls 0.85 to 0.97 of each class of unseen patients, whether it is trained on
+all classes under all six stains or on the six hospitals' own images pooled (who holds which class shows in
+the stain).
 """
 
 CHUNK_SIZE = 125

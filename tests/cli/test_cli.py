@@ -19,6 +19,7 @@ from qkt_clinical.cli import main
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.models.bundle import write_bundle
 from tests.four_hospitals import CLASSES, PARAMS, SHAPE, write_hospitals
+from tests.places import ROOT
 from tests.sample_run import sample_params, write_pictures, write_sample_run
 from tests.shapes import spec
 
@@ -311,7 +312,7 @@ def test_an_error_and_a_table_are_printed_without_them(
 def test_no_command_prints_past_the_escape() -> None:
     """Whoever adds a command prints with say() or print_json()."""
     allowed = {"options.py": 2, "app.py": 1, "benchmark.py": 1, "query.py": 1, "federation.py": 1}
-    for file in sorted((Path(__file__).parents[1] / "qkt_clinical" / "cli").glob("*.py")):
+    for file in sorted((ROOT / "qkt_clinical" / "cli").glob("*.py")):
         text = file.read_text()
         assert len(re.findall(r"(?<![\w.])print\(", text)) == allowed.get(file.name, 0), file.name
         assert "typer.echo" not in text

@@ -1,6 +1,6 @@
 """The phantom is neither trivial nor noise: what a small network recalls of it, class by class.
 
-``pytest tests/test_phantom_difficulty.py -s`` prints the figures.
+``pytest tests/datasets/test_phantom_difficulty.py -s`` prints the figures.
 """
 
 from __future__ import annotations

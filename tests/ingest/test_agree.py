@@ -19,8 +19,8 @@ from qkt_clinical.ingest.listing import list_files
 from qkt_clinical.ingest.source import Refusal, Request
 from qkt_clinical.ingest.store import ScratchStore
 from tests.ingest_files import dicom, nifti, noise, save
+from tests.places import ROOT, SHARED
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 FIELD, CONFORMANCE = SHARED / "field", SHARED / "dicom-conformance"
 OF_SITE = frozenset(
     {
@@ -85,7 +85,7 @@ CASES = sorted(path.parent.name for path in FIELD.glob("*/gen.py"))
 def test_over_files_after_hospitals_reports(case: str, tmp_path: Path) -> None:
     environment = {**os.environ, "FIELD_OUT": str(tmp_path / "field"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, str(FIELD / case / "gen.py")]
-    subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, check=False)
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     folders = sorted((tmp_path / "field").glob("*/*/hospitals/alder/data"))
     assert folders
     assert [line for folder in folders for line in disagreements(folder, tmp_path)] == []

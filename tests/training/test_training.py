@@ -121,7 +121,7 @@ def test_a_killed_process_ends_in_the_same_weights(
 import sys, time
 from pathlib import Path
 from qkt_clinical.training.classifier import Checkpoint
-from tests.test_training import train
+from tests.training.test_training import train
 train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and time.sleep(600))
 """
     checkpoint = Checkpoint(tmp_path, "run")

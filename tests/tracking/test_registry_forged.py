@@ -35,7 +35,7 @@ from qkt_clinical.tracking.teachers import (
     registered_teachers,
 )
 from tests.sample_run import SHAPE, sample_params, write_sample_run
-from tests.test_registry import LENIENT, decided
+from tests.tracking.test_registry import LENIENT, decided
 
 NAME, DATA = "student.h0.q0", "data/q0"
 

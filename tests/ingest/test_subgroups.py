@@ -12,8 +12,8 @@ from qkt_clinical.data.prepared import load_prepared
 from qkt_clinical.errors import ConfigError, PreparedError
 from qkt_clinical.ingest import subgroups
 from qkt_clinical.ingest.subgroups import OTHER, UNKNOWN, band, group_of, pooled
+from tests.ingest.test_stage import png
 from tests.ingest_files import SITE, dicom, hospital, ingest, noise, save, series
-from tests.test_ingest import png
 
 EDGES = (40, 60, 80)
 

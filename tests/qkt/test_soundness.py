@@ -21,7 +21,7 @@ from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.soundness import MAX_LOGIT, NetworkOutputs, defect, indistinct, observe
 from qkt_clinical.task import MULTICLASS
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state, teacher
-from tests.test_transfer import DATA, RARE
+from tests.stages.test_transfer import DATA, RARE
 
 Spoil = Callable[[Classifier], None]
 WEIGHTS, ACTIVATIONS, ANSWERS, CONSTANT = "its weights", "its layers", "its answer", "does not depend"

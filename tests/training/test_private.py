@@ -28,9 +28,9 @@ from qkt_clinical.training.private import (
     set_gradients,
     train_private,
 )
+from tests.federation.test_federation import PARAMS as WORKSPACE
+from tests.federation.test_federation import write_hospital
 from tests.shapes import CPU, same, shapes, spec, state
-from tests.test_federation import PARAMS as WORKSPACE
-from tests.test_federation import write_hospital
 
 PRIVACY = PrivacyParams(epsilon=4.0, delta=1e-3)
 PARAMS = TrainParams(network="resnet-small-gn", epochs=2, batch_size=8, privacy=PRIVACY)

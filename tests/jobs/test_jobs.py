@@ -22,6 +22,7 @@ from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.jobs.new import new_query, tell_pipeline
 from qkt_clinical.jobs.state import Board, Job, asked
 from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
+from tests.places import ROOT
 
 PIPELINE = """# The federation.
 seed: 0
@@ -309,7 +310,6 @@ def test_only_a_job_is_cancelled(root: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["plan", "transfer", "evaluate", "gate"])
 def test_commands_and_stages_keep_off_a_query_that_is_worked_on(root: Path, stage: str) -> None:
-    checkout = Path(__file__).resolve().parent.parent
     named = ["aster", "q"] if stage in ("plan", "transfer") else []  # the others are of all queries
     commands = [
         [sys.executable, "-m", f"pipelines.{stage}", *named],
@@ -320,7 +320,7 @@ def test_commands_and_stages_keep_off_a_query_that_is_worked_on(root: Path, stag
             done = subprocess.run(
                 words,
                 cwd=root,
-                env={**os.environ, "PYTHONPATH": str(checkout)},
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 check=False,

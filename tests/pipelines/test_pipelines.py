@@ -22,8 +22,7 @@ from qkt_clinical.datasets.phantom import phantom_params, write_federation
 from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.errors import ConfigError
 from tests.four_hospitals import write_hospitals
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
 
 
 def dvc_stages() -> dict[str, dict[str, Any]]:

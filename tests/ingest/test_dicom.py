@@ -38,8 +38,9 @@ from tests.ingest_files import (
     uid,
     verdict,
 )
+from tests.places import SHARED
 
-CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+CONFORMANCE = SHARED / "dicom-conformance"
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 

@@ -25,8 +25,9 @@ from qkt_clinical.errors import ConfigError, FileRejected, PreparedError, Source
 from qkt_clinical.ingest import check_file, check_folder, ingest_site, locate, reasons
 from qkt_clinical.ingest.arrays import Picture, prepare
 from tests.ingest_files import CLASSES, SITE, dicom, hospital, ingest, nifti, noise, params, save, series
+from tests.places import SHARED
 
-PBC28 = Path(__file__).parents[2] / "shared" / "data" / "pbc28.npz"
+PBC28 = SHARED / "pbc28.npz"
 
 
 def png(path: Path, pixels: NDArray[Any], **options: Any) -> Path:

@@ -34,6 +34,7 @@ from qkt_clinical.stages import gate
 from qkt_clinical.tracking.client import registry_client
 from qkt_clinical.tracking.mirror import track
 from tests.four_hospitals import ask
+from tests.places import ROOT
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
 IMAGES = {
@@ -436,7 +437,7 @@ def test_a_job_holds_what_it_needs_whatever_the_pipeline_removes(
 
 
 def test_what_a_job_may_work_with_is_not_cleared_before_its_lock_is_asked() -> None:
-    body = yaml.safe_load((Path(__file__).resolve().parent.parent / "dvc.yaml").read_text())["stages"]
+    body = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for stage in ("plan", "transfer"):
         for out in body[stage]["do"]["outs"]:
             assert [settings["persist"] for settings in out.values()] == [True]

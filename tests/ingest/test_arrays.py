@@ -35,8 +35,9 @@ from qkt_clinical.ingest.readers.dicom_file import (
 )
 from qkt_clinical.ingest.readers.elements import number, values, whole, word
 from tests.ingest_files import dicom, noise
+from tests.places import SHARED
 
-CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+CONFORMANCE = SHARED / "dicom-conformance"
 
 
 @pytest.mark.parametrize("shape", [(31, 40), (8, 9, 25)])

@@ -22,8 +22,8 @@ from qkt_clinical.datasets.phantom import (
 )
 from qkt_clinical.datasets.phantom.federation import CHESTS, SMEARS, STAMP, VERSION
 from qkt_clinical.errors import ConfigError
+from tests.places import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 N2, N3 = 40, 20
 
 
@@ -127,7 +127,7 @@ def test_wrong_use_ends_in_a_typed_error(tmp_path: Path) -> None:
 def test_committed_text_files_are_what_the_phantom_writes(smears: Path) -> None:
     for site in SMEARS:
         ours = smears / "hospitals" / site
-        theirs = REPOSITORY / "hospitals" / site
+        theirs = ROOT / "hospitals" / site
         names = [Path("site.yaml"), *sorted(p.relative_to(ours) for p in ours.glob("queries/*.yaml"))]
         assert len(names) == 1 + len(SMEARS[site].queries)
         for name in names:

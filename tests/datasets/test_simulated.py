@@ -28,6 +28,7 @@ from qkt_clinical.datasets.partition import (
 from qkt_clinical.datasets.simulated import federate, list_presets, load_preset
 from qkt_clinical.datasets.workspace import write_workspace
 from qkt_clinical.errors import ConfigError, SourceError
+from tests.places import SHARED
 
 # No deadline: a busy machine is no failure. Derandomised: the same examples every time.
 steady = settings(deadline=None, derandomize=True, max_examples=60)
@@ -554,7 +555,7 @@ def test_pbc28_preset() -> None:
 
 
 def test_the_real_blood_cells() -> None:
-    path = Path(__file__).parents[2] / "shared" / "data" / "pbc28.npz"
+    path = SHARED / "pbc28.npz"
     if not path.is_file():
         pytest.skip("../shared/data/pbc28.npz is not here")
     parts = read_medmnist(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from qkt_clinical.stages.recipe import (
     train_recipe,
     transfer_recipe,
 )
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PARAMS = parse(Params, yaml.safe_load((ROOT / "params.yaml").read_text()), file="params.yaml")
 QUERY = QueryConfig(classes=("c",))
 MANIFEST = Manifest(

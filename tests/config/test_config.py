@@ -53,7 +53,9 @@ def test_committed_params_and_hospitals_load(repository: Path) -> None:
 
 
 def test_committed_presets_are_params(repository: Path) -> None:
-    for file in sorted((repository / "qkt_clinical" / "presets").glob("*.yaml")):
+    presets = sorted((repository / "qkt_clinical" / "datasets" / "presets").glob("*.yaml"))
+    assert "pbc28" in [file.stem for file in presets]
+    for file in presets:
         assert isinstance(read_yaml(file), dict)
 
 

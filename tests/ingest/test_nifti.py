@@ -16,8 +16,9 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import check_folder, reasons
 from tests.ingest_files import SITE, hospital, ingest, nifti, noise, verdict
+from tests.places import SHARED
 
-CONFORMANCE = Path(__file__).parents[2] / "shared" / "data" / "dicom-conformance"
+CONFORMANCE = SHARED / "dicom-conformance"
 RGB24 = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 PICTURE = noise(5, 8, 6)
 """(H, W): rows and columns as they are to be seen."""
