@@ -146,8 +146,14 @@ def test_only_a_task_is_taken_by_name_where_work_begins() -> None:
     assert used == {"serving", "stages", "federation", "benchmark"}
 
 
-def test_only_the_federation_imports_flare() -> None:
-    assert {room(f) for f in FILES if "nvflare" in roots(f)} == {"federation"}
+def test_only_the_federation_and_federated_baselines_import_flare() -> None:
+    """Of the baselines those alone that are methods on it; nothing but the federation imports them."""
+    importing = {f for f in FILES if "nvflare" in roots(f)}
+    methods = {f for f in importing if room(f) == "baselines" and "nvflare" in roots(f, lazily=False)}
+    assert {room(f) for f in importing} == {"baselines", "federation"}
+    assert {f.stem for f in methods} == {"fedavg", "fedprox", "scaffold"}
+    names = {f"qkt_clinical.baselines.{f.stem}" for f in methods}
+    assert {room(f) for f in FILES if f not in methods and names & imported(f)} == {"federation"}
 
 
 def test_only_tracking_imports_mlflow() -> None:

@@ -1,4 +1,4 @@
-"""One hospital's round of federated averaging, FedProx or SCAFFOLD.
+"""Federated training: what its methods share, a hospital's round above all, and what a method has to say.
 
 Transport and averaging are NVIDIA FLARE's: :mod:`qkt_clinical.federation.peers`.
 """
@@ -6,8 +6,9 @@ Transport and averaging are NVIDIA FLARE's: :mod:`qkt_clinical.federation.peers`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,33 @@ from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.task import Task
 from qkt_clinical.training.classifier import augmented_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit, learning_rate_factor
+
+if TYPE_CHECKING:
+    from nvflare.app_common.abstract.fl_model import FLModel
+
+
+class FederatedMethod(Protocol):
+    """A federated method: one file of this room, and an entry in ``federation.peer_job.METHODS``."""
+
+    def controller(self, proximal: float, **settings: Any) -> Any:
+        """FLARE's controller of the rounds, made with FLARE's ``settings``; ``proximal`` is FedProx's mu."""
+
+    def begin(self, network: Classifier) -> None:
+        """At a hospital, before its first round from the global network."""
+
+    def local_round(
+        self, network: Classifier, received: FLModel, train: Callable[..., Classifier]
+    ) -> tuple[Classifier, dict[str, Any]]:
+        """A hospital's round.
+
+        Args:
+            network: the global one; left as it is.
+            received: the server's message.
+            train: :func:`train_round` from that network, with ``penalty`` and ``after_step`` free.
+
+        Returns:
+            The hospital's network, and what FLARE sends with it.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,3 +117,8 @@ def train_round(
         after_step=None if after_step is None else lambda rate: after_step(local, rate),
     )
     return local
+
+
+def by_name(results: Sequence[FLModel]) -> list[FLModel]:
+    """Replies sorted by site name: the last digits of a sum depend on its order."""
+    return sorted(results, key=lambda result: str(result.meta["client_name"]))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from qkt_clinical.config.base import Classes, Name
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.errors import QktError, QueryError, visible
+from qkt_clinical.records.base import Difference, Proportion
 from qkt_clinical.records.plan import Asking
 
 CONTRIBUTE, ASK, OFFER, ANSWER = "qkt_contribute", "qkt_ask", "qkt_offer", "qkt_answer"
@@ -30,7 +31,6 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 FileName = Annotated[str, Field(max_length=200)]
 Content = Annotated[bytes, BeforeValidator(_bytes)]
 Files = Annotated[dict[FileName, Content], Field(max_length=256)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def cut(text: str, limit: int = MAX_TEXT) -> str:
@@ -107,22 +107,14 @@ class Declined(Message):
     reason: Text
 
 
-class ReportedFigure(Message):
-    """A figure with its interval."""
-
-    value: Finite
-    low: Finite
-    high: Finite
-
-
 class Figures(Message):
-    """Figures of a student that a site reports: no counts, nothing per class."""
+    """Figures of a student as its site publishes them: no counts, nothing per class."""
 
-    balanced_accuracy_before: ReportedFigure
-    balanced_accuracy_after: ReportedFigure
-    gain: ReportedFigure
-    forgetting: ReportedFigure
-    query_gain: ReportedFigure
+    balanced_accuracy_before: Proportion
+    balanced_accuracy_after: Proportion
+    gain: Difference
+    forgetting: Difference
+    query_gain: Difference
 
 
 class Answered(Message):

@@ -1,7 +1,7 @@
 """FedAvg, FedProx and SCAFFOLD on NVIDIA FLARE: federated baselines, run in FLARE's simulator.
 
 One process per hospital and one for the server, all on this machine. FLARE's own controllers send, wait
-and average; a hospital's round is :func:`qkt_clinical.baselines.federated.train_round`.
+and average; what a method adds is its file among the baselines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qkt_clinical.records.card import NetworkSpec
 
 Algorithm = Literal["fedavg", "fedprox", "scaffold"]
 PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "server"
-CLASSES = "qkt_clinical.federation.peer_job."
+CLASSES = ("qkt_clinical.federation.peer_job.", "qkt_clinical.baselines.")
 POLL_S = 0.5
 """Interval in seconds at which sites ask for work and the server looks for replies; FLARE's default is 2."""
 PATIENCE_S = 120.0
@@ -75,10 +75,9 @@ class Federated:
 
 def make_job(plan: TrainingPlan) -> Any:
     """The FLARE job of a plan."""
-    from nvflare.app_common.workflows.fedavg import FedAvg
     from nvflare.job_config.api import FedJob
 
-    from qkt_clinical.federation.peer_job import NetworkFile, OrderedMean, OrderedScaffold, Trainer
+    from qkt_clinical.federation.peer_job import METHODS, NetworkFile, Trainer
 
     spec, count = plan.spec.model_dump(mode="json"), len(plan.sites)
     job = FedJob(name=plan.algorithm, min_clients=count, fail_fast=True)
@@ -91,12 +90,9 @@ def make_job(plan: TrainingPlan) -> Any:
         "task_check_period": POLL_S,
     }
     job.to_server({"server": {"task_request_interval": POLL_S}})
-    if plan.algorithm == "scaffold":
-        job.to_server(OrderedScaffold(**common))
-    else:
-        mu = plan.proximal if plan.algorithm == "fedprox" else None
-        job.to_server(FedAvg(aggregator=OrderedMean(), fedprox_mu=mu, **common))
+    job.to_server(METHODS[plan.algorithm]().controller(plan.proximal, **common))
     trainer = Trainer(
+        plan.algorithm,
         spec,
         plan.params.model_dump(mode="json"),
         plan.seed,
@@ -256,7 +252,7 @@ def _lay_out_flare(work: Path) -> None:
 
     local = work / FLARE / "local"
     write_json(local / FILE, {"workspace": str(work / SITES / "{site}")})
-    allowed = [*DEFAULT_CLASS_ALLOW_LIST, CLASSES]
+    allowed = [*DEFAULT_CLASS_ALLOW_LIST, *CLASSES]
     write_json(local / "resources.json", {"format_version": 2, "class_allow_list": allowed})
 
 

@@ -6,7 +6,6 @@ it has made is not made again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,14 +45,16 @@ from qkt_clinical.federation.messages import (
     Offered,
     Refused,
     Reply,
-    ReportedFigure,
     TeacherRequest,
 )
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
 from qkt_clinical.federation.signing import check_signature, sign
 from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, Sha256, read_card, read_mask
+from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.plan import Asking, Plan
+from qkt_clinical.records.published import published
+from qkt_clinical.records.reading import read_record
 from qkt_clinical.stages.plan import write_fetched
 from qkt_clinical.stages.recipe import Recipe, mask_recipe, train_recipe, transfer_recipe
 
@@ -79,6 +80,19 @@ def _about(task: Any, data: Any) -> dict[str, str]:
                 if isinstance(name, str) and NAME.fullmatch(name):
                     about.setdefault(what, name)
     return about
+
+
+def reported(evaluation: Evaluation) -> Figures | None:
+    """Figures of an evaluation as they may leave the hospital; None where one of them is suppressed."""
+    told = published(evaluation)
+    figures = {
+        "balanced_accuracy_before": told.before.balanced_accuracy,
+        "balanced_accuracy_after": told.after.balanced_accuracy,
+        "gain": told.gain,
+        "forgetting": told.forgetting,
+        "query_gain": told.query_gain,
+    }
+    return None if None in figures.values() else Figures.model_validate(figures)
 
 
 class Site:
@@ -308,7 +322,7 @@ class Site:
         )
 
     def _figures(self, plan: Plan, params: Params) -> Figures | None:
-        """On the site's own test images, where it has some of every class."""
+        """On the site's own test images, where none of the figures is suppressed."""
         counts = read_manifest(self.space.prepared(self.name)).counts["test"]
         if not all(counts.get(c) for c in (*plan.classes, *plan.local)):
             return None
@@ -317,15 +331,4 @@ class Site:
         ref = QueryRef(hospital=self.name, query=plan.query)
         evaluate_one(self.root, ref, params, sites=(self.name,))
         path = self.space.reports / "evaluation" / self.name / f"{plan.query}.json"
-        found = json.loads(path.read_bytes())
-
-        def estimate(figure: Mapping[str, float]) -> ReportedFigure:
-            return ReportedFigure(value=figure["value"], low=figure["low"], high=figure["high"])
-
-        return Figures(
-            balanced_accuracy_before=estimate(found["before"]["balanced_accuracy"]),
-            balanced_accuracy_after=estimate(found["after"]["balanced_accuracy"]),
-            gain=estimate(found["gain"]),
-            forgetting=estimate(found["forgetting"]),
-            query_gain=estimate(found["query_gain"]),
-        )
+        return reported(read_record(Evaluation, path))

@@ -43,12 +43,14 @@ from qkt_clinical.federation.messages import (
 from qkt_clinical.federation.parcel import pack, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.federation.server import FederationOutcome, Server
-from qkt_clinical.federation.site import Site
+from qkt_clinical.federation.site import Site, reported
 from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Mask
+from qkt_clinical.records.published import published
 from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
+from tests.records.test_published import measured
 
 CLASSES = ("a", "b", "c")
 HELD = {"aster": (0, 1), "birch": (1, 2), "cedar": (0, 2)}
@@ -99,6 +101,9 @@ def write_hospital(root: Path, site: str, *, params: dict[str, Any] = PARAMS) ->
         transforms=(),
         integrity=[],
     )
+
+
+ROWS = [[29, 6, 0, 5], [5, 40, 0, 6], [0, 0, 37, 0], [7, 5, 0, 29]]
 
 
 def policy(root: Path, site: str, **changes: Any) -> None:
@@ -161,6 +166,22 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     said = made.answer()
     assert isinstance(said, Answered), said
     return made
+
+
+def test_figures_that_a_site_reports_are_those_that_it_publishes() -> None:
+    """Six digits would tell the number of images that they rest on."""
+    evaluation = measured([[34, 6, 0, 0], [5, 46, 0, 0], [0, 0, 37, 0], [20, 13, 8, 0]], ROWS)
+    told, figures = published(evaluation), reported(evaluation)
+    assert figures is not None
+    assert figures.gain == told.gain
+    assert figures.balanced_accuracy_after == told.after.balanced_accuracy
+    for figure in (figures.balanced_accuracy_before, figures.forgetting, figures.query_gain):
+        assert all(round(n, 2) == n for n in (figure.value, figure.low, figure.high))
+
+
+def test_of_few_images_a_site_reports_no_figures() -> None:
+    few = measured([[3, 1, 0, 0], *ROWS[1:]], [[2, 1, 0, 1], *ROWS[1:]])
+    assert reported(few) is None
 
 
 # --- the whole way --------------------------------------------------------------------------------------
