@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkt_clinical import __version__
-from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.common.files import digest_file
 from qkt_clinical.common.locks import lock
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
@@ -29,6 +29,8 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError, refused_by_system
 from qkt_clinical.records.decisions import CHAMPION, champions, read_decisions, site_of
 from qkt_clinical.records.outputs import read_outputs
+from qkt_clinical.records.reading import write_record
+from qkt_clinical.records.tracked import Tracked
 from qkt_clinical.tracking.client import (
     check_database,
     connect,
@@ -258,14 +260,11 @@ def track(root: Path, params: Params) -> dict[str, Any]:
                         number = _mirror_model(client, experiment, run, item.model, state)
                         models[item.model.name] = {"version": number, "digest": item.model.digest}
                         _restore_champion(client, root, item.model.name)
-        write_json(
-            Workspace(root).reports / "track.json",
-            {
-                "format": "qkt-track/1",
-                "runs": {f"{i.kind} {i.name}": i.digest for i in (whole, *items)},
-                "models": {name: entry["digest"] for name, entry in models.items()},
-            },
+        tracked = Tracked(
+            runs={f"{i.kind} {i.name}": i.digest for i in (whole, *items)},
+            models={name: entry["digest"] for name, entry in models.items()},
         )
+        write_record(Workspace(root).reports / "track.json", tracked)
     return {"runs": len(items) + 1, "models": models}
 
 

@@ -1,0 +1,17 @@
+"""``reports/track.json``: what the workspace's outputs are in MLflow."""
+
+from __future__ import annotations
+
+from qkt_clinical.records.base import Record
+from qkt_clinical.records.card import Sha256
+
+
+class Tracked(Record):
+    """Digests by name: a run's of everything that it shows, a model's of its folder.
+
+    Numbers of runs and versions are MLflow's and are not told: a rebuilt MLflow counts anew.
+    """
+
+    format: str = "qkt-track/1"
+    runs: dict[str, Sha256]
+    models: dict[str, Sha256]
