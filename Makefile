@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # pip's own variables of the surrounding shell stay in force; a foreign virtual environment does not.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-.PHONY: help setup demo deps test ui pbc28 clean
+.PHONY: help setup demo deps check test ui pbc28 clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -40,11 +40,19 @@ demo: setup ## run everything on six generated hospitals and print the table of 
 deps: setup ## write down of what code each stage is made (pipelines/code/), for DVC
 	@python -m pipelines.dependencies
 
-test: setup ## ruff, mypy and the whole test suite; offline
+# One thread a worker of pytest; mypy runs beside them.
+PYTEST := OMP_NUM_THREADS=1 pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+check: setup ## for every change, under 2 minutes: ruff, mypy, tests without training, servers and programs
 	@ruff check .
 	@ruff format --check .
-	@mypy --strict qkt_clinical
-	@OMP_NUM_THREADS=1 pytest -q -n auto --maxprocesses 8 --dist loadfile
+	@mypy --strict qkt_clinical & typed=$$!; $(PYTEST) -m 'not nightly and not slow'; wait $$typed
+
+test: setup ## ruff, mypy and the whole test suite, with its coverage; offline
+	@ruff check .
+	@ruff format --check .
+	@mypy --strict qkt_clinical & typed=$$!; $(PYTEST) --cov --cov-report=; wait $$typed
+	@coverage report --format=total | sed 's/.*/qkt_clinical: & % of its lines are covered; by file: coverage report/'
 
 ui: setup ## MLflow in the browser, on http://127.0.0.1:5000
 	@mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
