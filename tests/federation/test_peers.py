@@ -220,9 +220,10 @@ if os.environ["STAND_IN"] == "fails":
     sys.exit("EXECUTION_EXCEPTION")
 sleep = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 started = [subprocess.Popen([*sleep, word]) for word in ("server", "simulator_worker", "simulator_worker")]
+work = Path(sys.argv[sys.argv.index("-w") + 1]).parent
 for name in ("sites/server/network.safetensors", "flare/h1/log.txt"):
-    (Path(sys.argv[1]) / name).parent.mkdir(parents=True, exist_ok=True)
-    (Path(sys.argv[1]) / name).touch()
+    (work / name).parent.mkdir(parents=True, exist_ok=True)
+    (work / name).touch()
 started[0].wait()
 """
 """Processes as those of FLARE's simulator, which neither load nor do anything."""
@@ -233,7 +234,7 @@ def simulator(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     """What runs federations: FLARE, or a module in its place."""
     if request.param == "stand-in":
         (tmp_path / "stand_in.py").write_text(STAND_IN)
-        monkeypatch.setattr(peers, "__name__", "stand_in")
+        monkeypatch.setattr(peers, "SIMULATOR", "stand_in")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setenv("STAND_IN", "waits")
 
