@@ -212,7 +212,7 @@ def test_models_are_registered_with_digest_alias_and_card(root: Path, client: An
 
 def test_other_rules_change_the_verdict_on_the_same_version(tmp_path: Path) -> None:
     params = sample_params(sites=2)
-    write_sample_run(tmp_path, params)
+    write_sample_run(tmp_path, params, weights=True)
     first = track(tmp_path, params)["models"]
     lenient = params.model_copy(update={"gate": GateParams(query_recall=0, forgetting=1, query_images=0)})
     gate_queries(tmp_path, lenient)
