@@ -105,7 +105,8 @@ def mlflow_server(store: str, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", store]
     command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
-    with running(command, f"{address}/health", folder):
+    # Nor the three processes for jobs of language models, which would start beside the server.
+    with running(command, f"{address}/health", folder, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}):
         yield address
 
 
@@ -118,6 +119,34 @@ def served_model(model: str, tracking: str, folder: Path) -> Iterator[str]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with running(command, f"{address}/ping", folder, {"MLFLOW_TRACKING_URI": tracking}):
         yield f"{address}/invocations"
+
+
+@contextmanager
+def served_here(model: str, tracking: str) -> Iterator[str]:
+    """The same answers from a thread of this process, which need no other to start; their address."""
+    import mlflow
+    import uvicorn
+    from mlflow.pyfunc import scoring_server
+
+    mlflow.set_tracking_uri(tracking)
+    try:
+        app = scoring_server.init(mlflow.pyfunc.load_model(model))
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        end = time.monotonic() + PATIENCE
+        while not server.started:
+            assert thread.is_alive()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 def postgres_programs() -> Path | None:

@@ -6,6 +6,7 @@ and average; what a method adds is its file among the baselines.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,9 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
 
 Algorithm = Literal["fedavg", "fedprox", "scaffold"]
-PLAN, LOG, FLARE, SITES, SERVER = "plan.json", "flare.log", "flare", "sites", "server"
+LOG, FLARE, SITES, SERVER = "flare.log", "flare", "sites", "server"
+SIMULATOR = "nvflare.private.fed.app.simulator.simulator"
+"""Module that is FLARE's simulator, as a job's own ``simulator_run`` starts it."""
 CLASSES = ("qkt_clinical.federation.peer_job.", "qkt_clinical.baselines.")
 POLL_S = 0.5
 """Interval in seconds at which sites ask for work and the server looks for replies; FLARE's default is 2."""
@@ -46,7 +49,7 @@ JOB = "server.simulate_job"
 
 
 class TrainingPlan(Strict):
-    """Plan of a federated training, ``plan.json`` in its work folder."""
+    """Plan of a federated training."""
 
     algorithm: Algorithm
     sites: Names
@@ -158,8 +161,7 @@ def run_federation(
             (work / SITES / one.site).mkdir()
             images, labels = one.train
             save_file({"images": images, "labels": labels}, work / SITES / one.site / IMAGES)
-        write_json(work / PLAN, plan.model_dump(mode="json"))
-        _run(work, len(plan.sites))
+        _run(work, plan)
         return _result(work, plan)
     except QktError:
         keep = True  # its logs say what FLARE could not do
@@ -169,21 +171,29 @@ def run_federation(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _run(work: Path, sites: int) -> None:
+def _run(work: Path, plan: TrainingPlan) -> None:
     """Run the simulator in a process of its own: it changes folder, arguments and logging of its process.
 
-    It finds the work folder by a link, since it splits its own command lines at blanks.
+    The job is made here, since to make it takes the same packages as to run it. The simulator finds the work
+    folder by a link, since it splits its own command lines at blanks.
     """
+    _lay_out_flare(work)
+    sites = len(plan.sites)
     with TemporaryDirectory(prefix="qkt-") as short, (work / LOG).open("wb") as log:
         link = Path(short) / "work"
         link.symlink_to(work, target_is_directory=True)
+        with redirect_stdout(io.StringIO()):
+            make_job(plan).export_job(short)
+        command = [sys.executable, "-m", SIMULATOR, str(Path(short) / plan.algorithm)]
+        command += ["-w", str(link / FLARE), "-c", ",".join(plan.sites), "-n", str(sites), "-t", str(sites)]
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(link)],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd=short,  # not a workspace, where our package is a link that FLARE does not take
             env={**os.environ, **PATIENT, "TMPDIR": short},
+            start_new_session=True,  # Ctrl-C is ours alone, and ends it by the kill below
         )
         try:
             code = _wait(process, sites)
@@ -254,15 +264,3 @@ def _lay_out_flare(work: Path) -> None:
     write_json(local / FILE, {"workspace": str(work / SITES / "{site}")})
     allowed = [*DEFAULT_CLASS_ALLOW_LIST, *CLASSES]
     write_json(local / "resources.json", {"format_version": 2, "class_allow_list": allowed})
-
-
-def main(work: Path) -> int:
-    """Run the plan in a work folder; FLARE's exit status."""
-    plan = TrainingPlan.model_validate_json((work / PLAN).read_bytes())
-    _lay_out_flare(work)
-    done = make_job(plan).simulator_run(str(work / FLARE), clients=list(plan.sites), threads=len(plan.sites))
-    return int(done or 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

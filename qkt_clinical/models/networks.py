@@ -16,8 +16,17 @@ from qkt_clinical.models.low_rank import convolutions, factorised, replace_modul
 from qkt_clinical.records.card import NetworkSpec
 
 # MONAI imports every optional package that it finds. None of these serves its networks, and together
-# they cost each stage process two seconds.
-_NOT_NEEDED = ("mlflow", "pandas", "sklearn", "matplotlib", "nibabel", "pydicom", "tensorboard")
+# they cost each stage process three seconds.
+_NOT_NEEDED = (
+    "mlflow",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "nibabel",
+    "pydicom",
+    "tensorboard",
+    "scipy.signal",
+)
 
 
 @contextmanager

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qkt_clinical.catalog import Method
+from qkt_clinical.cli import main
 from qkt_clinical.common.files import to_json, write_json
 from qkt_clinical.common.locks import Busy, hold_query
 from qkt_clinical.config.loading import load_params, load_query
@@ -22,7 +23,6 @@ from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.jobs.new import new_query, tell_pipeline
 from qkt_clinical.jobs.state import Board, Job, asked
 from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
-from tests.places import ROOT
 
 PIPELINE = """# The federation.
 seed: 0
@@ -309,25 +309,23 @@ def test_only_a_job_is_cancelled(root: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["plan", "transfer", "evaluate", "gate"])
-def test_commands_and_stages_keep_off_a_query_that_is_worked_on(root: Path, stage: str) -> None:
+def test_commands_and_stages_keep_off_a_query_that_is_worked_on(
+    root: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     named = ["aster", "q"] if stage in ("plan", "transfer") else []  # the others are of all queries
-    commands = [
-        [sys.executable, "-m", f"pipelines.{stage}", *named],
-        [sys.executable, "-m", "qkt_clinical.cli", stage, "aster", "q"],
-    ]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["stage", *named])
     with Board(root).hold("aster", "q"):
-        for words in commands:
-            done = subprocess.run(
-                words,
-                cwd=root,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 1
-            assert done.stderr.startswith("error [job-running]: another process works on this query")
-            assert done.stderr.count("\n") == 1
+        for run in (
+            lambda: runpy.run_module(f"pipelines.{stage}", run_name="__main__"),
+            lambda: main([stage, "aster", "q"]),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                run()
+            assert ended.value.code == 1
+            said = capsys.readouterr().err
+            assert said.startswith("error [job-running]: another process works on this query")
+            assert said.count("\n") == 1
     assert not (root / "models").exists()
     assert not list(root.rglob("reports/**/*.json"))
 

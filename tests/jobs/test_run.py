@@ -36,6 +36,7 @@ from qkt_clinical.tracking.mirror import track
 from tests.four_hospitals import ask
 from tests.places import ROOT
 from tests.sample_run import SHAPE, sample_params, write_sample_run
+from tests.tracked import copy_tracked
 
 IMAGES = {
     "train": {0: 12, 1: 12, 2: 2},
@@ -104,11 +105,23 @@ def bare(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="module")
+def registered(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Path(shutil.copytree(made, tmp_path_factory.mktemp("registered") / "copy"))
+    track(root, load_params(root))
+    return root
+
+
 @pytest.fixture
-def root(bare: Path) -> Path:
+def root(registered: Path, tmp_path: Path) -> Path:
     """The federation with its teachers in the registry."""
-    track(bare, load_params(bare))
-    return bare
+    return copy_tracked(registered, tmp_path / "copy")
+
+
+@pytest.fixture
+def other(registered: Path, tmp_path: Path) -> Path:
+    """The same once more."""
+    return copy_tracked(registered, tmp_path / "other")
 
 
 def outputs_of(root: Path) -> dict[str, bytes]:
@@ -136,12 +149,9 @@ def gate_then_end(root: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rare_class_is_measured_at_home_and_however_it_ends_the_bytes_are_the_same(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = load_params(root)
-    other = Path(shutil.copytree(root, tmp_path / "other", ignore=shutil.ignore_patterns("ml*")))
-    track(other, params)
-
     left = Workspace(root).scratch / "bundles" / ".fetch.0a1b.part" / ".fetch-x"
     left.mkdir(parents=True)  # by a process that was killed while it fetched
     job = run(root, "h0", "rare", params)
@@ -403,12 +413,10 @@ def test_after_the_mask_has_changed_a_job_answers_anew(root: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_job_holds_what_it_needs_whatever_the_pipeline_removes(
-    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``dvc repro`` clears a stage's outputs before the stage asks for the query's lock."""
     params = load_params(root)
-    other = Path(shutil.copytree(root, tmp_path / "other", ignore=shutil.ignore_patterns("ml*")))
-    track(other, params)
     assert run(other, "h0", "rare", params).state == "answered"
     space = Workspace(root)
 

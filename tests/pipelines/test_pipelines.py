@@ -226,7 +226,14 @@ def test_a_stage_refuses_names_that_are_none_before_it_runs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "place"), [(EVIL[0], "site"), (EVIL[1], "key"), (EVIL[2], "query"), (EVIL[3], "hospital")]
+    ("text", "place"),
+    [
+        (EVIL[0], "site"),
+        (EVIL[1], "key"),
+        # Every stage is tried with every place above; DVC takes seconds for each.
+        pytest.param(EVIL[2], "query", marks=pytest.mark.nightly),
+        pytest.param(EVIL[3], "hospital", marks=pytest.mark.nightly),
+    ],
 )
 def test_dvc_runs_no_command_out_of_params(tmp_path: Path, text: str, place: str) -> None:
     write_hospitals(tmp_path)

@@ -29,6 +29,7 @@ from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking.mirror import track
 from qkt_clinical.tracking.registry import open_registry
 from tests.sample_run import sample_params, write_sample_run
+from tests.tracked import copy_tracked
 
 NAME = "student.h0.q0"
 LENIENT = {"query_recall": 0.0, "forgetting": 1.0, "query_images": 0}
@@ -107,14 +108,19 @@ def test_a_verdict_is_the_gates_own_record_and_not_a_tag(space: tuple[Path, Para
     assert champions(read_decisions(root, "h0"), NAME) == []
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+    root, params = tmp_path_factory.mktemp("made"), sample_params(sites=2, gate=LENIENT)
+    write_sample_run(root, params, weights=True)
+    (root / "params.yaml").write_text(params.model_dump_json())
+    track(root, params)
+    return root, params
+
+
 @pytest.fixture
-def space(tmp_path: Path) -> tuple[Path, Params]:
+def space(made: tuple[Path, Params], tmp_path: Path) -> tuple[Path, Params]:
     """A workspace with a model registered whose gate was passed."""
-    params = sample_params(sites=2, gate=LENIENT)
-    write_sample_run(tmp_path, params, weights=True)
-    (tmp_path / "params.yaml").write_text(params.model_dump_json())
-    track(tmp_path, params)
-    return tmp_path, params
+    return copy_tracked(made[0], tmp_path), made[1]
 
 
 def rewrite(root: Path, params: Params, change: Callable[[dict[str, Any]], None]) -> None:

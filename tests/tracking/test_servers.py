@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from qkt_clinical.cli import main
 from qkt_clinical.common.files import digest_file, digest_folder, to_json, write_json, write_text
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
@@ -28,7 +27,7 @@ from qkt_clinical.tracking.registry import open_registry
 from qkt_clinical.tracking.runs import DIGEST
 from qkt_clinical.tracking.teachers import check_teacher_version, fetch_file, registered_teachers
 from tests.sample_run import SHAPE, asked_class, sample_params, write_sample_run
-from tests.servers import mlflow_server, post, postgres, postgres_programs, served_model
+from tests.servers import mlflow_server, post, postgres, postgres_programs, served_here, served_model
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +49,11 @@ def dim(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(80, 160, (count, *SHAPE), dtype=np.uint8)
 
 
+# SQLite every time only where there is no PostgreSQL: without a server between, all other tests have it.
 @pytest.fixture(
     scope="module",
     params=[
-        "sqlite",
+        pytest.param("sqlite", marks=[pytest.mark.nightly] if postgres_programs() else []),
         pytest.param(
             "postgresql",
             marks=pytest.mark.skipif(
@@ -76,15 +76,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             bundle = load_bundle(folder)
             reference = make_reference(bundle.network, bundle.card, dim(60, 0), dim(40, 1), "unit")
             write_json(folder / REFERENCE, reference.model_dump(mode="json"))
-        yield Served(root, params, uri, place / "artifacts", qkt(root, "track")["models"])
-
-
-def qkt(root: Path, *words: str) -> Any:
-    code = "from qkt_clinical.cli import main; main()"
-    command = [sys.executable, "-c", code, *words, "--root", str(root), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+        with chdir(root):
+            models = track(root, params)["models"]
+        yield Served(root, params, uri, place / "artifacts", models)
 
 
 def test_everything_lies_with_the_server_and_nothing_beside_it(served: Served) -> None:
@@ -96,14 +90,17 @@ def test_everything_lies_with_the_server_and_nothing_beside_it(served: Served) -
     assert sorted(served.artifacts.rglob("weights.safetensors")) == weights
 
 
-def test_registry_commands_and_client_agree(served: Served) -> None:
+def test_registry_commands_and_client_agree(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
     with open_registry(served.root, served.params) as registry:
         listed = {m["name"]: m for m in registry.models()}
     assert set(listed) == {"student.h0.q0", "student.h1.q1", "teacher.h0", "teacher.h1"}
     assert listed[STUDENT]["aliases"] == {ALIAS: 1}
-    qkt(served.root, "registry", "promote", STUDENT, "--reviewer", "A. Name", "--reason", "a rehearsal")
+    words = ["registry", "promote", STUDENT, "--reviewer", "A. Name", "--reason", "a rehearsal"]
+    with chdir(served.root), pytest.raises(SystemExit) as ended:
+        main([*words, "--root", str(served.root), "--json"])
+    assert not ended.value.code, capsys.readouterr().err
     client = MlflowClient(served.uri, served.uri)
     version = client.get_model_version_by_alias(STUDENT, "champion")
     assert version.tags[DIGEST] == served.models[STUDENT]["digest"]
@@ -154,8 +151,8 @@ def test_it_answers_over_http(served: Served, tmp_path: Path) -> None:
         assert not [w for w in ("Traceback", "site-packages", str(tmp_path)) if w in json.dumps(answer)]
 
 
-def test_a_model_without_a_reference_answers_null(served: Served, tmp_path: Path) -> None:
-    with served_model(f"models:/teacher.h1@{ALIAS}", served.uri, tmp_path) as address:
+def test_a_model_without_a_reference_answers_null(served: Served) -> None:
+    with served_here(f"models:/teacher.h1@{ALIAS}", served.uri) as address:
         status, answer = post(address, {"inputs": np.zeros((1, *SHAPE)).tolist()})
     assert status == 200
     (row,) = answer["predictions"]

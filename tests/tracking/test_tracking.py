@@ -112,7 +112,7 @@ def test_runs_of_sites_hang_below_the_pipeline_and_those_of_queries_below_their_
 
 def test_a_query_of_a_hospital_without_a_teacher_here_hangs_below_the_pipeline(tmp_path: Path) -> None:
     params = sample_params(sites=2)
-    write_sample_run(tmp_path, params, weights=True)
+    write_sample_run(tmp_path, params)
     shutil.rmtree(Workspace(tmp_path).teacher("h0"))
     track(tmp_path, params)
     from mlflow import MlflowClient
@@ -569,7 +569,7 @@ def test_a_disk_that_is_full_while_a_teacher_is_fetched_is_told_as_one(
 
 def test_a_workspace_that_may_not_be_written_ends_track_with_one_typed_error(tmp_path: Path) -> None:
     params = sample_params(sites=2)
-    write_sample_run(tmp_path, params, weights=True)
+    write_sample_run(tmp_path, params)
     (Workspace(tmp_path).scratch / "mlflow.lock").mkdir(parents=True)  # where the lock should be written
     with pytest.raises(QktError) as caught:
         track(tmp_path, params)
@@ -626,7 +626,7 @@ def test_a_registered_model_answers(root: Path, client: Any) -> None:
         model.predict(data[:, :, :8])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # what it loads answers above, and in a process of MLflow's in test_servers.py
 def test_the_command_of_mlflow_answers(root: Path, tmp_path: Path) -> None:
     """``mlflow models predict`` on zeros, in a process of its own, without a network."""
     request, answer = tmp_path / "request.json", tmp_path / "answer.json"
