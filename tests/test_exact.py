@@ -14,6 +14,8 @@ from qkt_clinical.ingest.arrays import resample
 from tests.ingest_files import noise
 from tests.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import hashlib
 import numpy as np
@@ -84,7 +86,6 @@ def here() -> dict[str, str]:
     return outcome({})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", others())
 def test_the_bytes_are_the_same_on_another_processor(here: dict[str, str], name: str) -> None:
     assert len(here) == 9

@@ -52,6 +52,8 @@ from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
 from tests.records.test_published import measured
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("a", "b", "c")
 HELD = {"aster": (0, 1), "birch": (1, 2), "cedar": (0, 2)}
 SHAPE = (3, 16, 16)

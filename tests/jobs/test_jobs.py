@@ -24,6 +24,8 @@ from qkt_clinical.jobs.new import new_query, tell_pipeline
 from qkt_clinical.jobs.state import Board, Job, asked
 from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
 
+pytestmark = pytest.mark.slow
+
 PIPELINE = """# The federation.
 seed: 0
 classes: [a, b, c, d] # in this order

@@ -38,6 +38,8 @@ from tests.places import ROOT
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 from tests.tracked import copy_tracked
 
+pytestmark = pytest.mark.slow
+
 IMAGES = {
     "train": {0: 12, 1: 12, 2: 2},
     "calibration": {0: 8, 1: 8},
@@ -147,7 +149,6 @@ def gate_then_end(root: Path) -> None:
     run(root, "h0", "rare", load_params(root))
 
 
-@pytest.mark.slow
 def test_a_rare_class_is_measured_at_home_and_however_it_ends_the_bytes_are_the_same(
     root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +193,6 @@ def test_a_rare_class_is_measured_at_home_and_however_it_ends_the_bytes_are_the_
     assert outputs_of(other) == wanted
 
 
-@pytest.mark.slow
 def test_an_evaluation_of_another_student_counts_for_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,7 +380,6 @@ def test_a_hospital_that_is_not_there_is_named_with_those_that_are(
 # --- what a job is made of, and what it holds -----------------------------------------------------
 
 
-@pytest.mark.slow
 def test_after_the_mask_has_changed_a_job_answers_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import qkt_clinical.stages.transfer as stage
 
@@ -411,7 +410,6 @@ def test_after_the_mask_has_changed_a_job_answers_anew(root: Path, monkeypatch: 
     assert outputs_of(root) == first
 
 
-@pytest.mark.slow
 def test_a_job_holds_what_it_needs_whatever_the_pipeline_removes(
     root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ from qkt_clinical.tracking.registry import open_registry
 from tests.sample_run import sample_params, write_sample_run
 from tests.tracked import copy_tracked
 
+pytestmark = pytest.mark.slow
+
 NAME = "student.h0.q0"
 LENIENT = {"query_recall": 0.0, "forgetting": 1.0, "query_images": 0}
 

@@ -37,6 +37,8 @@ from qkt_clinical.tracking.teachers import (
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 from tests.tracking.test_registry import LENIENT, decided
 
+pytestmark = pytest.mark.slow
+
 NAME, DATA = "student.h0.q0", "data/q0"
 
 

@@ -34,6 +34,8 @@ from qkt_clinical.tracking.runs import DIGEST, KIND, Item, curves_of, key
 from qkt_clinical.tracking.teachers import fetch_file, registered_teachers
 from tests.sample_run import LAYERS, SHAPE, sample_params, write_sample_run
 
+pytestmark = pytest.mark.slow
+
 PARAMS = sample_params()
 
 
