@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,7 +62,12 @@ def spec(name: Network = "resnet-small", classes: int = len(CLASSES)) -> Network
 def teacher(
     classes: Sequence[int], *, site: str, name: Network = "resnet-small", epochs: int = 12
 ) -> Classifier:
-    """A network trained on 40 images of each class."""
+    """A network trained on 40 images of each class; a copy of its own, trained once for all tests."""
+    return copy.deepcopy(_trained(tuple(classes), site, name, epochs))
+
+
+@functools.cache
+def _trained(classes: tuple[int, ...], site: str, name: Network, epochs: int) -> Classifier:
     seed = sum(map(ord, site))
     network, _ = train_teacher(
         spec(name),

@@ -23,8 +23,7 @@ def spec(
     return NetworkSpec(name=name, spatial_dims=dims, in_channels=channels, classes=classes)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("dims", "channels"), [(2, 1), (2, 3), (3, 1)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_builds_in_2d_and_3d(name: Network, dims: Literal[2, 3], channels: int) -> None:
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def stop_after(epoch: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("epochs", [(1,), (3,), (5,), (1, 2, 4)])
+@pytest.mark.parametrize("epochs", [(5,), (1, 2, 4)])
 def test_a_stopped_run_ends_in_the_same_weights(
     tmp_path: Path, whole: tuple[Classifier, History], epochs: tuple[int, ...]
 ) -> None:
@@ -102,13 +103,12 @@ def test_a_stopped_run_ends_in_the_same_weights(
     assert list(checkpoint.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("epoch", [1, 4])
-def test_without_validation_images_too(tmp_path: Path, epoch: int) -> None:
+def test_without_validation_images_too(tmp_path: Path) -> None:
     expected, history = train(validate=False)
     assert history.best_epoch == PARAMS.epochs
     checkpoint = Checkpoint(tmp_path, "run")
     with pytest.raises(Stopped):
-        train(checkpoint, stop_after(epoch), validate=False)
+        train(checkpoint, stop_after(3), validate=False)
     resumed, again = train(checkpoint, validate=False)
     assert same(resumed, expected)
     assert again == history
@@ -129,7 +129,7 @@ train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and ti
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=repository, env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while (state := checkpoint.load()) is None or state[1]["done"] < 2:
             assert time.monotonic() < deadline
             assert process.poll() is None
@@ -144,13 +144,18 @@ train(Checkpoint(Path(sys.argv[1]), "run"), lambda done, total: done == 2 and ti
     assert history == whole[1]
 
 
-@pytest.mark.parametrize("damage", ["weights", "state", "pair", "none"])
-def test_a_torn_checkpoint_counts_as_none(
-    tmp_path: Path, whole: tuple[Classifier, History], damage: str
-) -> None:
-    checkpoint = Checkpoint(tmp_path, "run")
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that was stopped after two epochs."""
+    checkpoint = Checkpoint(tmp_path_factory.mktemp("two"), "run")
     with pytest.raises(Stopped):
         train(checkpoint, stop_after(2))
+    return checkpoint.folder
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "pair", "none"])
+def test_a_torn_checkpoint_counts_as_none(tmp_path: Path, two_epochs: Path, damage: str) -> None:
+    checkpoint = Checkpoint(shutil.copytree(two_epochs, tmp_path / "run"), "run")
     earlier = checkpoint.weights.read_bytes()
     match damage:
         case "weights":
@@ -167,10 +172,11 @@ def test_a_torn_checkpoint_counts_as_none(
         case _:
             checkpoint.weights.unlink()
     assert checkpoint.load() is None
-    told: list[int] = []
-    network, _ = train(checkpoint, lambda done, total: told.append(done))
-    assert told == [1, 2, 3, 4, 5]
-    assert same(network, whole[0])
+    with pytest.raises(Stopped):  # which it would not after the first epoch, had it gone on after the second
+        train(checkpoint, stop_after(1))
+    restarted = checkpoint.load()
+    assert restarted is not None
+    assert restarted[1]["done"] == 1
 
 
 # --- independence ---------------------------------------------------------------------------------
@@ -185,8 +191,9 @@ def test_no_run_depends_on_what_ran_before(whole: tuple[Classifier, History]) ->
     assert history == whole[1]
 
 
-def test_another_site_or_seed_is_another_run(whole: tuple[Classifier, History]) -> None:
-    assert not same(train(site="birch")[0], whole[0])
+def test_another_site_or_seed_is_another_run() -> None:
+    short = PARAMS.model_copy(update={"epochs": 1})
+    assert not same(train(site="birch", params=short)[0], train(params=short)[0])
     assert torch.equal(torch.rand(3, generator=generator(1, "a")), torch.rand(3, generator=generator(1, "a")))
     assert not torch.equal(
         torch.rand(3, generator=generator(1, "a")), torch.rand(3, generator=generator(1, "b"))
