@@ -162,6 +162,7 @@ def test_only_tracking_imports_mlflow() -> None:
         assert "mlflow" not in roots(file, lazily=False), file
 
 
+@pytest.mark.slow
 def test_the_core_loads_no_outer_room_when_it_runs() -> None:
     code = """
 import sys

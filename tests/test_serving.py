@@ -45,6 +45,7 @@ def chances(table: pd.DataFrame) -> np.ndarray:
     return table[[f"probability_{c}" for c in PARAMS.classes]].to_numpy(dtype=float)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_no_mlflow() -> None:
     code = "import sys, qkt_clinical.serving; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -29,6 +29,8 @@ from qkt_clinical.training.loop import learning_rate_factor, shuffled
 from tests.federated_reference import one_round, proximal_term, reference
 from tests.shapes import CPU, counted, same, shapes, spec, state, teacher
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 60
 LOCAL = shapes((0, 1), IMAGES // 2, 5)
 TEST = shapes(range(4), 30, 99)

@@ -71,6 +71,8 @@ from qkt_clinical.task import MULTICLASS
 from tests.federated_reference import in_process
 from tests.shapes import CPU, shapes
 
+pytestmark = pytest.mark.slow
+
 EVERY = (0, 1, 2, 3)
 ROW = {
     *("seed", "student", "query", "method", "query_accuracy", "retained_accuracy", "balanced_accuracy"),

@@ -45,6 +45,7 @@ def test_one_worker_is_this_process_and_little_work_is_done_here() -> None:
     assert list(in_order(work, (), 0, workers=2, lost=lost)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 def test_an_item_that_ends_its_process_is_lost_alone() -> None:
     deadly = partial(work, deadly=frozenset({7, 8, 150}), home=os.getpid())

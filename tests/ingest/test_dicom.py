@@ -164,6 +164,7 @@ def test_tags_give_labels_and_patients(tmp_path: Path) -> None:
     assert manifest.rejected == {"label-unknown": 1, "label-missing": 1, "patient-missing": 1}
 
 
+@pytest.mark.slow
 def test_five_hundred_small_files_are_quick(tmp_path: Path) -> None:
     folder = hospital(tmp_path, "dicom")
     for i in range(500):

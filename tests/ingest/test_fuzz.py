@@ -258,6 +258,7 @@ def fuzz(folder: Path, file: tuple[str, bytes]) -> None:
 LASTING = settings(suppress_health_check=list(HealthCheck), database=None)
 
 
+@pytest.mark.slow
 @settings(LASTING, max_examples=500)
 @given(file=mutated())
 def test_mutated_files(folder: Path, file: tuple[str, bytes]) -> None:

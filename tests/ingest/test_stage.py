@@ -474,6 +474,7 @@ def test_bad_npz_is_an_error_with_its_code(
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PBC28.is_file(), reason="needs ../shared/data/pbc28.npz")
 def test_real_npz(tmp_path: Path) -> None:
     config = {"label": {"from": "npz"}, "splits": "given", "image": {"size": [28, 28], "channels": 3}}

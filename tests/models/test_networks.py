@@ -136,6 +136,7 @@ def test_device() -> None:
             pick_device("cuda")
 
 
+@pytest.mark.slow
 def test_optional_packages_are_not_loaded_but_can_be_afterwards() -> None:
     code = """
 import sys

@@ -19,6 +19,8 @@ from qkt_clinical.qkt.low_rank_merge import MAX_PATCH, merge_networks, patches, 
 from qkt_clinical.records.card import Branch, NetworkSpec
 from tests.shapes import CPU, counted, same, state
 
+pytestmark = pytest.mark.slow
+
 Dims = Literal[2, 3]
 SIDE = {2: 32, 3: 16}
 EVERY: tuple[tuple[Network, Dims], ...] = (

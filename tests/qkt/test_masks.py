@@ -219,6 +219,7 @@ def trained(request: pytest.FixtureRequest) -> Classifier:
     return network
 
 
+@pytest.mark.slow
 def test_the_mask_of_a_teacher_is_what_it_was_trained_on(trained: Classifier) -> None:
     for seed in range(3):
         mask = compute_mask(trained, SHAPE, CLASSES, seed=seed)

@@ -23,6 +23,8 @@ from qkt_clinical.task import MULTICLASS
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state, teacher
 from tests.stages.test_transfer import DATA, RARE
 
+pytestmark = pytest.mark.slow
+
 Spoil = Callable[[Classifier], None]
 WEIGHTS, ACTIVATIONS, ANSWERS, CONSTANT = "its weights", "its layers", "its answer", "does not depend"
 

@@ -21,7 +21,7 @@ from qkt_clinical.report import write_report
 from tests.chromium import chromium, needs_chromium
 from tests.sample_run import sample_params, write_pictures, write_sample_run
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 PAGES = ("index.html", "queries/h0/q0.html", "queries/h1/q1.html", "queries/h2/q2.html")
 WIDTHS = (360, 800, 1280)

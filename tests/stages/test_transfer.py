@@ -33,6 +33,8 @@ from qkt_clinical.task import MULTICLASS, mean_recall
 from qkt_clinical.training.augment import make_views, view_batches
 from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teacher
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 0.1
 PARAMS = TransferParams()
 DISTILLATION = DistillationParams(epochs=6, batch_size=32, views=3)

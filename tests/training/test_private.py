@@ -34,6 +34,8 @@ from tests.federation.test_federation import PARAMS as WORKSPACE
 from tests.federation.test_federation import write_hospital
 from tests.shapes import CPU, same, shapes, spec, state
 
+pytestmark = pytest.mark.slow
+
 IMAGES, LABELS = shapes((0, 1), 12, 1)
 MIDDLE = IMAGES[:, :, 2:14, 2:14].copy()
 """12 x 12 pixels, on which every image's own gradient takes half the time."""

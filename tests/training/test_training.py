@@ -34,6 +34,8 @@ from qkt_clinical.training.loop import (
 )
 from tests.shapes import CPU, shapes, spec
 
+pytestmark = pytest.mark.slow
+
 PARAMS = TrainParams(epochs=5, batch_size=16, patience=5)
 
 
