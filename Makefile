@@ -41,18 +41,22 @@ deps: setup ## write down of what code each stage is made (pipelines/code/), for
 	@python -m pipelines.dependencies
 
 # One thread a worker of pytest; mypy runs beside them.
-PYTEST := OMP_NUM_THREADS=1 pytest -q -n auto --maxprocesses 8 --dist loadfile
+PYTEST := -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+COVERAGE := .coverage.json
 
 check: setup ## for every change, under 2 minutes: ruff, mypy, tests without training, servers and programs
 	@ruff check .
 	@ruff format --check .
-	@mypy --strict qkt_clinical & typed=$$!; $(PYTEST) -m 'not nightly and not slow'; wait $$typed
+	@mypy --strict qkt_clinical & typed=$$!; OMP_NUM_THREADS=1 pytest $(PYTEST) -m 'not nightly and not slow'; wait $$typed
 
 test: setup ## ruff, mypy and the whole test suite, with its coverage; offline
 	@ruff check .
 	@ruff format --check .
-	@mypy --strict qkt_clinical & typed=$$!; $(PYTEST) --cov --cov-report=; wait $$typed
-	@coverage report --format=total | sed 's/.*/qkt_clinical: & % of its lines are covered; by file: coverage report/'
+	@mypy --strict qkt_clinical & typed=$$!; \
+	  OMP_NUM_THREADS=1 python -m slipcover --source qkt_clinical --json --out $(COVERAGE) -m pytest $(PYTEST); \
+	  wait $$typed
+	@python -c "import json; total = json.load(open('$(COVERAGE)'))['summary']['percent_covered']; \
+	  print(f'qkt_clinical: {total:.1f} % of its lines are covered ($(COVERAGE) says which)')"
 
 ui: setup ## MLflow in the browser, on http://127.0.0.1:5000
 	@mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
