@@ -22,6 +22,14 @@ def rank_auroc(scores: Floats, positive: NDArray[np.bool_]) -> float:
     return float(wins / (count * others))
 
 
+def balanced_accuracy(scores: Floats, labels: Labels, relevant: Sequence[int], *, task: Task) -> float:
+    """Mean recall of the relevant classes that have images; arguments as of :func:`figures`."""
+    target = np.searchsorted(list(relevant), labels)
+    answers = task.answer(np.asarray(scores, dtype=np.float64)[:, list(relevant)])
+    recall = task.figures(answers, target, len(relevant), np.ones((1, len(labels)))).recall[0]
+    return round(float(recall[np.unique(target)].mean()), DIGITS)
+
+
 def figures(
     scores: Floats, labels: Labels, relevant: Sequence[int], query: Sequence[int], *, task: Task
 ) -> dict[str, float]:

@@ -33,7 +33,7 @@ from qkt_clinical.benchmark.settings import (
     BenchmarkSettings,
 )
 from qkt_clinical.benchmark.simulate import SimulatedFederation, SimulatedQuery, read, simulate
-from qkt_clinical.benchmark.site_intervals import outcome_of, resample
+from qkt_clinical.benchmark.site_intervals import judged, resample, right_digits
 from qkt_clinical.benchmark.sites import federation_of_sites, read_sites, site_files
 from qkt_clinical.benchmark.store import MASKS, ResultStore, global_name, pooled_name
 from qkt_clinical.benchmark.summary import NOTE, SITES_NOTE, budget_curves, markdown, mask_figures, summarise
@@ -48,7 +48,7 @@ from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
 WORK, KEY = "work", "key.json"
-KEPT = ("curve", "outcome")
+KEPT = ("curve", "judged", "right")
 """Fields of a row that stay in the work folder: they are for the summary."""
 
 
@@ -145,7 +145,7 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
     def measured(scores: torch.Tensor) -> dict[str, Any]:
         found = measure(scores)
         forgotten = {"forgetting": round(retained - found["retained_accuracy"], DIGITS)}
-        kept = {} if judges == "all" else {"outcome": outcome_of(case, scores)}
+        kept = {} if judges == "all" else {"right": right_digits(case, scores)}
         return {**found, **forgotten, **kept}
 
     retained = measure(case.logits(case.student))["retained_accuracy"]
@@ -157,7 +157,7 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
         "student": case.question.student,
         "query": "+".join(classes[q] for q in case.question.query),
         "method": method,
-        **({} if judges == "all" else {"test_images": judges, **_images_of(case)}),
+        **({} if judges == "all" else {"test_images": judges, **_images_of(case), "judged": judged(case)}),
         **measured(outcome.scores),
         "bytes_moved": outcome.bytes_moved,
         "rounds": int(outcome.bytes_moved > 0) if outcome.rounds is None else outcome.rounds,
@@ -355,13 +355,13 @@ def run(
             tell(done, total)
     rows = _rows(work, questions, chosen)
     teachers = [t for t in networks if t.name.startswith("full/")]
-    judged = [_read(work / f"seed-{t.seed}" / t.name / MASKS) for t in teachers]
+    masks = [_read(work / f"seed-{t.seed}" / t.name / MASKS) for t in teachers]
     result = {
         "format": "qkt-benchmark/1",
         "rows": [{k: v for k, v in row.items() if k not in KEPT} for row in rows],
         "summary": summarise(rows, resample(rows, labels, origins) if origins else None),
         "intervals": SITES_NOTE if settings.sites else NOTE,
-        "masks": mask_figures(judged, settings),
+        "masks": mask_figures(masks, settings),
         "budget_curves": budget_curves(rows),
         "environment": environment(device, workers, federated=bool(federations)),
         "settings": {**_shown_settings(settings, files), "methods": list(chosen), "data_sha256": digest},

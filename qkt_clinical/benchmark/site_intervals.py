@@ -25,26 +25,18 @@ if TYPE_CHECKING:
     from qkt_clinical.benchmark.methods import Case
 
 
-def outcome_of(case: Case, scores: Tensor) -> dict[str, Any]:
-    """What each image that judges was answered, for the work folder.
+def right_digits(case: Case, scores: Tensor) -> str:
+    """A digit for each image that judges, 1 where scores (N, C) over the relevant classes are right."""
+    right = case.store.task.answer(restrict(scores, case.relevant)).numpy() == case.images.labels
+    return "".join("01"[int(r)] for r in right)
 
-    Args:
-        scores: (N, C), minus infinity outside the relevant classes.
 
-    Returns:
-        ``images`` (indices into the split), ``query`` (classes), ``right`` and ``before``: a digit for each
-        image, 1 where the answer, or the hospital's own network, is right.
-    """
-
-    def digits(scores: Tensor) -> str:
-        right = case.store.task.answer(scores).numpy() == case.images.labels
-        return "".join("01"[int(r)] for r in right)
-
+def judged(case: Case) -> dict[str, Any]:
+    """What judges a question: indices of the images, classes asked for, and how the own network does."""
     return {
         "images": case.index.tolist(),
         "query": list(case.question.query),
-        "right": digits(restrict(scores, case.relevant)),
-        "before": digits(restrict(case.logits(case.student), case.relevant)),
+        "before": right_digits(case, case.logits(case.student)),
     }
 
 
@@ -66,7 +58,7 @@ def resample(rows: Sequence[Mapping[str, Any]], labels: Labels, origins: Origins
     A class of which a draw has no image has the recall of all its images.
 
     Args:
-        rows: with their outcomes.
+        rows: with ``judged`` and ``right``.
         labels: of all images of the split.
         origins: of the same.
     """
@@ -88,11 +80,10 @@ def resample(rows: Sequence[Mapping[str, Any]], labels: Labels, origins: Origins
         return shares
 
     def accuracies(row: Mapping[str, Any]) -> Floats:
-        outcome = row["outcome"]
-        images = tuple(outcome["images"])
-        asked = np.isin(of_question(images)[2], outcome["query"])
-        before = recall(images, outcome["before"])[:, ~asked].mean(axis=1)
-        now = recall(images, outcome["right"])
+        images = tuple(row["judged"]["images"])
+        asked = np.isin(of_question(images)[2], row["judged"]["query"])
+        before = recall(images, row["judged"]["before"])[:, ~asked].mean(axis=1)
+        now = recall(images, row["right"])
         retained = now[:, ~asked].mean(axis=1)
         return np.stack([now[:, asked].mean(axis=1), retained, now.mean(axis=1), before - retained], axis=1)
 

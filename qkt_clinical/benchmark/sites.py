@@ -45,7 +45,7 @@ MIN_TRAINING_IMAGES = 10
 
 
 @dataclass(frozen=True)
-class Site:
+class RealSite:
     """One real hospital as its file has it."""
 
     name: str
@@ -83,14 +83,14 @@ def site_files(paths: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(sorted(files, key=lambda f: f.stem))
 
 
-def read_sites(files: Sequence[Path]) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+def read_sites(files: Sequence[Path]) -> tuple[tuple[RealSite, ...], tuple[str, ...]]:
     """All sites and the names of the classes, in label order.
 
     Raises:
         SourceError: a file cannot be read, or its classes or the form of its images are others than those
             of the first.
     """
-    sites: list[Site] = []
+    sites: list[RealSite] = []
     expected: tuple[object, ...] = ()
     for file in files:
         parts = read_medmnist(file)
@@ -101,7 +101,7 @@ def read_sites(files: Sequence[Path]) -> tuple[tuple[Site, ...], tuple[str, ...]
         if sites and form != expected:
             raise _differs(file, f"{_first_difference(form, expected)} than {files[0].name}")
         expected = form
-        sites.append(Site(file.stem, parts))
+        sites.append(RealSite(file.stem, parts))
     if names is None:
         count = max(int(p.labels.max()) for s in sites for p in s.parts.values()) + 1
         names = tuple(f"class-{c}" for c in range(count))
@@ -123,7 +123,7 @@ def _differs(file: Path, what: str) -> SourceError:
 
 
 def federation_of_sites(
-    sites: Sequence[Site], classes: tuple[str, ...], settings: BenchmarkSettings, seed: int
+    sites: Sequence[RealSite], classes: tuple[str, ...], settings: BenchmarkSettings, seed: int
 ) -> SimulatedFederation:
     """The hospitals as they are, those from which classes are hidden, and the queries to ask.
 
@@ -166,7 +166,7 @@ def federation_of_sites(
     )
 
 
-def origins_of(sites: Sequence[Site], split: EvaluationSplit) -> Origins:
+def origins_of(sites: Sequence[RealSite], split: EvaluationSplit) -> Origins:
     """Of all sites' images of a split, in the order of the sites."""
     names: list[NDArray[np.str_]] = []
     groups: list[NDArray[np.int64]] = []
@@ -181,7 +181,7 @@ def origins_of(sites: Sequence[Site], split: EvaluationSplit) -> Origins:
     return Origins(np.concatenate(names), np.concatenate(groups))
 
 
-def _hospital(site: Site, seed: int) -> SimulatedHospital:
+def _hospital(site: RealSite, seed: int) -> SimulatedHospital:
     """A site as it is, its calibration images taken from its training images."""
     part = site.parts["train"]
     draw = derive(seed, "benchmark", "calibration", site.name)
@@ -217,7 +217,7 @@ def _hide(
 
 
 def _questions(
-    sites: Sequence[Site], classes: tuple[str, ...], settings: BenchmarkSettings, seed: int
+    sites: Sequence[RealSite], classes: tuple[str, ...], settings: BenchmarkSettings, seed: int
 ) -> tuple[SimulatedQuery, ...]:
     asked_sites = _named(settings.ask, [s.name for s in sites], "--ask", "site")
     asked_classes = _named(settings.query_classes, classes, "--query-classes", "class")
@@ -251,7 +251,7 @@ def _named(wanted: Sequence[str], known: Sequence[str], option: str, what: str) 
 
 
 def _questions_of(
-    site: Site, sites: Sequence[Site], classes: int, settings: BenchmarkSettings
+    site: RealSite, sites: Sequence[RealSite], classes: int, settings: BenchmarkSettings
 ) -> Iterator[SimulatedQuery]:
     """All that one site can be asked; depends on no seed."""
     split = settings.split
