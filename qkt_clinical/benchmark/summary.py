@@ -147,7 +147,7 @@ def _intervals(rows: Sequence[Row], values: Floats) -> list[Interval]:
     return cluster_intervals(rows, values[0], values[1:] if len(values) > 1 else None)
 
 
-def share_of_the_way(rows: Sequence[Row], gained: Floats, possible: Floats) -> dict[str, float | None] | None:
+def share_of_the_way(rows: Sequence[Row], gained: Floats, possible: Floats) -> Interval | None:
     """Mean gain over the own network in units of the mean gain that the hidden images would bring.
 
     Args:
@@ -155,22 +155,17 @@ def share_of_the_way(rows: Sequence[Row], gained: Floats, possible: Floats) -> d
         gained, possible: gains in balanced accuracy (1 + draws, N).
 
     Returns:
-        Mean and 95 % interval, whose ends are None where more than one draw in forty leaves nothing to gain;
-        None where nothing could be gained at all.
+        None where the hidden images bring nothing, or do not in more than one draw in forty: a share of
+        next to nothing says nothing.
     """
-    if possible[0].mean() <= 0:
-        return None
     both = np.stack([gained, possible], axis=2)
     above, below = drawn_means(rows, both[1:] if len(both) > 1 else both[0]).T
-    found: dict[str, float | None] = {
-        "mean": round(float(gained[0].mean() / possible[0].mean()), DIGITS),
-        "low": None,
-        "high": None,
-    }
-    if (below > 0).mean() >= 0.975:
-        low, high = np.quantile(above[below > 0] / below[below > 0], [0.025, 0.975])
-        found |= {"low": round(float(low), DIGITS), "high": round(float(high), DIGITS)}
-    return found
+    some = below > 0
+    if possible[0].mean() <= 0 or some.mean() < 0.975:
+        return None
+    low, high = np.quantile(above[some] / below[some], [0.025, 0.975])
+    each = gained[0].mean() / possible[0].mean(), low, high
+    return {k: round(float(v), DIGITS) for k, v in zip(("mean", "low", "high"), each, strict=True)}
 
 
 def summarise(rows: Sequence[Row], resampled: Resampled | None = None) -> dict[str, Any]:
@@ -271,15 +266,6 @@ def _percent(entry: Interval) -> str:
     return f"{100 * entry['mean']:.1f} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
 
 
-def _percent_or_none(entry: Mapping[str, float | None] | None) -> str:
-    """A share of which the ends, or all, may not be known."""
-    if entry is None or entry["mean"] is None:
-        return ""
-    low, high = entry["low"], entry["high"]
-    bounds = "no interval" if low is None or high is None else f"{100 * low:.0f} to {100 * high:.0f}"
-    return f"{100 * entry['mean']:.0f} ({bounds})"
-
-
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
@@ -294,7 +280,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
         [
             f"`{method}`",
             *(_percent(summary[method][field]) for field in FIELDS[:3]),
-            *(_percent_or_none(summary[method].get("share_of_the_way")) for _ in way),
+            *(_percent(share) if (share := summary[method].get("share_of_the_way")) else "" for _ in way),
             *(_percent(summary[method][field]) for field in FIELDS[3:6]),
             f"{summary[method]['seconds']['mean']:.1f}",
             f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
