@@ -33,7 +33,7 @@ DEFAULT_BUDGET = 0.05
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "calibration", "val", "test"]
 Partition = Literal["pathological", "dirichlet"]
-Regime = Literal["absent", "rare"]
+Regime = Literal["absent", "rare", "truly-absent"]
 EvaluationSplit = Literal["test", "val"]
 
 NETWORKS: tuple[str, ...] = get_args(Network)
@@ -55,6 +55,9 @@ BASELINES: tuple[str, ...] = (
 """Baselines in the benchmark."""
 BENCHMARK_METHODS: tuple[str, ...] = (*BASELINES, *METHODS)
 """What ``qkt benchmark --methods all`` stands for; ablations are named one by one or as ``ablations``."""
+OWN_WITH_QUERY, POOLED = "own-with-query", "pooled"
+REFERENCES: tuple[str, ...] = (OWN_WITH_QUERY, POOLED)
+"""What ``all`` stands for besides with ``--sites``: bounds that need the hidden images or everybody's."""
 
 STAGES: MappingProxyType[str, str] = MappingProxyType(
     {

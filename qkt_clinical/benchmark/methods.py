@@ -31,8 +31,8 @@ from qkt_clinical.benchmark.settings import (
     Setup,
 )
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
-from qkt_clinical.benchmark.store import ResultStore
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR
+from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, OWN_WITH_QUERY, POOLED
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
@@ -73,7 +73,7 @@ class Case:
     @property
     def student(self) -> str:
         """The asking hospital's own network."""
-        return f"full/{self.question.student}"
+        return f"full/{self.question.asking}"
 
     @property
     def others(self) -> list[str]:
@@ -88,12 +88,12 @@ class Case:
 
     @cached_property
     def index(self) -> Tensor:
-        """Which evaluation images are of relevant classes."""
-        return torch.from_numpy(np.flatnonzero(np.isin(self.store.evaluation.labels, self.relevant)))
+        """The evaluation images that judge: of relevant classes, and of real hospitals."""
+        return torch.from_numpy(self.store.federation.judging(self.question, self.store.settings.split))
 
     @cached_property
     def images(self) -> LabelledImages:
-        """The evaluation images of relevant classes."""
+        """The evaluation images that judge."""
         return self.store.evaluation.take(self.index.numpy())
 
     @cached_property
@@ -107,8 +107,13 @@ class Case:
         return derive(self.store.federation.seed, "benchmark", *names, self.question.student, asked)
 
     def logits(self, name: str) -> Tensor:
-        """Stored logits (N, C) of a trained network on the evaluation images of relevant classes."""
+        """Stored logits (N, C) of a trained network on the evaluation images that judge."""
         return self.store.logits(name)[self.store.settings.split][self.index]
+
+    def best_rounds(self, algorithm: str) -> int:
+        """After how many rounds a federation's global model is taken."""
+        alone = self.store.settings.sites
+        return self.store.best_rounds(algorithm, self.question if alone else None)
 
     def restricted(self, network: Classifier) -> Tensor:
         """Scores of any network."""
@@ -117,7 +122,21 @@ class Case:
 
 def local(case: Case, *, own: str = "full") -> MethodResult:
     """The hospital's own model alone."""
-    return MethodResult(restrict(case.logits(f"{own}/{case.question.student}"), case.relevant))
+    return MethodResult(restrict(case.logits(f"{own}/{case.question.asking}"), case.relevant))
+
+
+def own_with_query(case: Case) -> MethodResult:
+    """The hospital's own model, trained with what is hidden from it: an upper bound."""
+    return MethodResult(restrict(case.logits(f"full/{case.question.student}"), case.relevant))
+
+
+def pooled(case: Case) -> MethodResult:
+    """One network of all hospitals' images, without those hidden from the asking one; the images move."""
+    name = pooled_name(case.question.asks_as)
+    others = [h for h in case.store.federation.hospitals if h.name != case.question.student]
+    moved = sum(split.images.nbytes for h in others for split in (h.train, h.val))
+    scores = restrict(case.logits(name), case.relevant)
+    return MethodResult(scores, moved, seconds=case.store.seconds(name))
 
 
 def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> MethodResult:
@@ -146,7 +165,7 @@ def one_shot_average(case: Case) -> MethodResult:
 
 def on_teachers(case: Case, kind: str) -> MethodResult:
     """Fine-tuning with class balance, or unmasked distillation from the mean of all networks."""
-    name = f"{kind}/{case.question.student}"
+    name = f"{kind}/{case.question.asking}"
     moved = sum(map(case.store.bytes, case.others)) if kind == DISTILLED else 0
     scores = restrict(case.logits(name), case.relevant)
     return MethodResult(scores, moved, seconds=case.store.seconds(name))
@@ -154,7 +173,7 @@ def on_teachers(case: Case, kind: str) -> MethodResult:
 
 def global_model(case: Case, algorithm: str, rounds: int | None = None) -> MethodResult:
     """Global network of a federation; ``None``: after the number of rounds best on validation images."""
-    name = f"{algorithm}/{rounds or case.store.best_rounds(algorithm)}"
+    name = global_name(algorithm, rounds or case.best_rounds(algorithm), case.question.asks_as)
     done, moved = case.store.traffic(name)
     scores = restrict(case.logits(name), case.relevant)
     return MethodResult(scores, moved, rounds=done, seconds=case.store.seconds(name))
@@ -162,9 +181,9 @@ def global_model(case: Case, algorithm: str, rounds: int | None = None) -> Metho
 
 def global_model_finetuned(case: Case) -> MethodResult:
     """FedAvg's network after personal fine-tuning at the asking hospital."""
-    untuned, student = global_model(case, "fedavg"), case.question.student
-    network = case.store.bundle(f"fedavg/{case.store.best_rounds('fedavg')}").network
-    data = case.store.data(student)
+    untuned = global_model(case, "fedavg")
+    name = global_name("fedavg", case.best_rounds("fedavg"), case.question.asks_as)
+    network, data = case.store.bundle(name).network, case.store.data(case.question.asking)
     start = time.perf_counter()
     tuned = finetune(
         network,
@@ -174,7 +193,7 @@ def global_model_finetuned(case: Case) -> MethodResult:
         case.store.settings.baselines.personal,
         task=case.store.task,
         seed=case.seed("finetune"),
-        name=f"fedavg-{student}",
+        name=f"fedavg-{case.question.student}",
         device=case.store.device,
     )
     seconds = untuned.seconds + time.perf_counter() - start
@@ -196,9 +215,10 @@ def known_classes(case: Case, name: str, mask: str) -> tuple[int, ...]:
 def primary_truth(settings: BenchmarkSettings) -> str:
     """Ground truth of masks: a class that was trained on, or one that the teacher recalls.
 
-    In the rare regime hospitals hold classes of so few images that their teachers did not learn them.
+    In the rare regime hospitals hold classes of so few images that their teachers did not learn them, and so
+    do real ones.
     """
-    return "held" if settings.regime == "absent" else "recalled"
+    return "held" if settings.regime == "absent" and not settings.sites else "recalled"
 
 
 def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
@@ -295,8 +315,8 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     taught = [q for q in case.question.query if any(q in t.claimed for t in teachers.values())]
     if not taught:
         return local(case, own=setup.own)
-    hospital = store.data(case.question.student, setup.own)
-    own_name = f"{setup.own}/{case.question.student}"
+    hospital = store.data(case.question.asking, setup.own)
+    own_name = f"{setup.own}/{case.question.asking}"
     student = store.bundle(own_name).network
     start = time.perf_counter()
     try:
@@ -361,6 +381,8 @@ def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodRes
         "ensemble-prob": ensemble_of_probabilities,
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
         "one-shot-average": one_shot_average,
+        OWN_WITH_QUERY: own_with_query,
+        POOLED: pooled,
         FINETUNED: global_model_finetuned,
     }
     for kind in ON_TEACHERS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkt_clinical.benchmark.summary import best_baseline, by_method
-from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS
+from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS, REFERENCES
 from qkt_clinical.common.files import passing_file
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
-MARKERS = dict(zip(BENCHMARK_METHODS, "osD^v<>PXooo", strict=True))
+MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES), "osD^v<>PXooo*h", strict=True))
 """Baselines are told apart by shape, QKT's methods by colour."""
 
 
@@ -37,7 +37,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 def query_against_retained(result: Mapping[str, Any]) -> Figure:
     """Every method's mean query and retained accuracy, with intervals both ways."""
     figure, axes = _figure(8, 6)
-    for method in (m for m in BENCHMARK_METHODS if m in result["summary"]):
+    for method in (m for m in MARKERS if m in result["summary"]):
         x, y = (result["summary"][method][k] for k in ("query_accuracy", "retained_accuracy"))
         colour = COLOURS.get(method, BASELINE_COLOUR)
         axes.plot([100 * x["low"], 100 * x["high"]], [100 * y["mean"]] * 2, color=colour, linewidth=1.2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -26,22 +26,30 @@ from qkt_clinical.benchmark.settings import (
     FEDERATED,
     FINETUNED,
     ON_TEACHERS,
+    PARTITION,
     RECALIBRATED,
     SETUPS,
+    SITES,
     BenchmarkSettings,
 )
 from qkt_clinical.benchmark.simulate import SimulatedFederation, SimulatedQuery, read, simulate
-from qkt_clinical.benchmark.store import MASKS, ResultStore
-from qkt_clinical.benchmark.summary import NOTE, budget_curves, markdown, mask_figures, summarise
+from qkt_clinical.benchmark.site_intervals import judged, resample, right_digits
+from qkt_clinical.benchmark.sites import federation_of_sites, read_sites, site_files
+from qkt_clinical.benchmark.store import MASKS, ResultStore, global_name, pooled_name
+from qkt_clinical.benchmark.summary import NOTE, SITES_NOTE, budget_curves, markdown, mask_figures, summarise
+from qkt_clinical.catalog import POOLED
 from qkt_clinical.common.console import Step
-from qkt_clinical.common.files import digest_file, write_json, write_text
+from qkt_clinical.common.files import digest_bytes, digest_file, write_json, write_text
 from qkt_clinical.common.workers import cores
+from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
 WORK, KEY = "work", "key.json"
+KEPT = ("curve", "judged", "right")
+"""Fields of a row that stay in the work folder: they are for the summary."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +62,45 @@ class BenchmarkTask:
     question: SimulatedQuery | None = None
 
 
+def federations_of(
+    files: Sequence[Path], settings: BenchmarkSettings
+) -> Callable[[int], SimulatedFederation]:
+    """What makes the hospitals of a seed: real ones with a file each, or simulated ones of a single file.
+
+    Raises:
+        SourceError: a file cannot be used.
+        ConfigError: figures would be undefined.
+    """
+    if settings.sites:
+        sites, names = read_sites(files)
+        return lambda seed: federation_of_sites(sites, names, settings, seed)
+    parts, classes = read(files[0])
+    _check_splits(parts, classes, settings)
+    s = settings
+    return lambda seed: simulate(
+        parts,
+        classes,
+        partition=s.partition,
+        hospitals=s.hospitals,
+        classes_per_hospital=s.classes_per_hospital,
+        beta=s.beta,
+        regime=s.regime,
+        samples_per_rare_class=s.samples_per_rare_class,
+        query_size=s.query_size,
+        seed=seed,
+        network=s.train.network,
+        max_queries=s.max_queries,
+    )
+
+
 class _Bench:
     """State of a worker process: the data, and the federation of one seed at a time."""
 
-    def __init__(self, data: Path, work: Path, settings: BenchmarkSettings, device: str) -> None:
-        self.parts, self.classes = read(data)
+    def __init__(self, files: Sequence[Path], work: Path, settings: BenchmarkSettings, device: str) -> None:
+        self.federation = federations_of(files, settings)
         self.work, self.settings, self.device = work, settings, torch.device(device)
         self.store = lru_cache(1)(self._store)
         self.answers = methods(settings)
-
-    def federation(self, seed: int) -> SimulatedFederation:
-        s = self.settings
-        return simulate(
-            self.parts,
-            self.classes,
-            partition=s.partition,
-            hospitals=s.hospitals,
-            classes_per_hospital=s.classes_per_hospital,
-            beta=s.beta,
-            regime=s.regime,
-            samples_per_rare_class=s.samples_per_rare_class,
-            query_size=s.query_size,
-            seed=seed,
-            network=s.train.network,
-            max_queries=s.max_queries,
-        )
 
     def _store(self, seed: int) -> ResultStore:
         return ResultStore(self.work / f"seed-{seed}", self.federation(seed), self.settings, self.device)
@@ -87,9 +109,9 @@ class _Bench:
 _BENCH: _Bench | None = None
 
 
-def _prepare(data: Path, work: Path, settings: BenchmarkSettings, device: str) -> None:
+def _prepare(files: Sequence[Path], work: Path, settings: BenchmarkSettings, device: str) -> None:
     global _BENCH
-    _BENCH = _Bench(data, work, settings, device)
+    _BENCH = _Bench(files, work, settings, device)
 
 
 def _perform(task: BenchmarkTask) -> None:
@@ -113,16 +135,18 @@ def row_file(work: Path, task: BenchmarkTask) -> Path:
 
 
 def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
-    """A row of the benchmark, its budget curve among its fields."""
-    classes = case.store.federation.classes
+    """A row of the benchmark, with the fields that are ``KEPT``."""
+    classes, judges = case.store.federation.classes, case.question.judges
 
     def measure(scores: torch.Tensor) -> dict[str, float]:
         asked = case.relevant, case.question.query
         return figures(scores.numpy(), case.images.labels, *asked, task=case.store.task)
 
-    def measured(scores: torch.Tensor) -> dict[str, float]:
+    def measured(scores: torch.Tensor) -> dict[str, Any]:
         found = measure(scores)
-        return {**found, "forgetting": round(retained - found["retained_accuracy"], DIGITS)}
+        forgotten = {"forgetting": round(retained - found["retained_accuracy"], DIGITS)}
+        kept = {} if judges == "all" else {"right": right_digits(case, scores)}
+        return {**found, **forgotten, **kept}
 
     retained = measure(case.logits(case.student))["retained_accuracy"]
     curve = None
@@ -133,6 +157,7 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
         "student": case.question.student,
         "query": "+".join(classes[q] for q in case.question.query),
         "method": method,
+        **({} if judges == "all" else {"test_images": judges, **_images_of(case), "judged": judged(case)}),
         **measured(outcome.scores),
         "bytes_moved": outcome.bytes_moved,
         "rounds": int(outcome.bytes_moved > 0) if outcome.rounds is None else outcome.rounds,
@@ -143,19 +168,29 @@ def row_of(case: Case, method: str, outcome: MethodResult) -> dict[str, Any]:
     }
 
 
+def _images_of(case: Case) -> dict[str, int]:
+    """On how many images the figures of a question rest, each class of them on five or more."""
+    asked = int(np.isin(case.images.labels, case.question.query).sum())
+    return {"query_images": asked, "local_images": len(case.images) - asked}
+
+
 def _networks(
     federation: SimulatedFederation, chosen: Sequence[str], settings: BenchmarkSettings
 ) -> Iterator[str]:
     """Names of the networks that the chosen methods need, those that take longest first."""
+    hidden = sorted({q.asks_as for q in federation.questions})
     for algorithm in FEDERATED:
         named = [m for m in chosen if m.removeprefix("ablation/").startswith(algorithm)]
         rounds = {r for r in settings.rounds if f"ablation/{algorithm}-{r}" in named}
         if algorithm in named or (algorithm == "fedavg" and FINETUNED in named):
             rounds |= set(settings.rounds)
-        yield from (f"{algorithm}/{r}" for r in sorted(rounds, reverse=True))
+        each = ((r, name) for r in sorted(rounds, reverse=True) for name in hidden)
+        yield from (global_name(algorithm, r, name) for r, name in each)
+    if POOLED in chosen:
+        yield from map(pooled_name, hidden)
     setups = [SETUPS[m] for m in chosen if m in SETUPS]
-    students = {q.student for q in federation.questions}
-    for hospital in federation.hospitals:
+    students = {q.asking for q in federation.questions}
+    for hospital in (*federation.hospitals, *federation.asking):
         yield f"full/{hospital.name}"
     for variant in sorted({s.own for s in setups} - {"full"}):
         yield from (f"{variant}/{student}" for student in sorted(students))
@@ -166,13 +201,15 @@ def _networks(
             yield from (f"{kind}/{student}" for student in sorted(students))
 
 
-def _check_splits(bench: _Bench) -> None:
+def _check_splits(
+    parts: Mapping[str, SplitArrays], classes: Sequence[str], settings: BenchmarkSettings
+) -> None:
     """Refuse data for which the figures would be undefined."""
-    trained = set(np.unique(bench.parts["train"].labels).tolist())
-    for split in ("val", bench.settings.split):
-        missing = sorted(trained - set(bench.parts[split].labels.tolist()))
+    trained = set(np.unique(parts["train"].labels).tolist())
+    for split in ("val", settings.split):
+        missing = sorted(trained - set(parts[split].labels.tolist()))
         if missing:
-            names = ", ".join(bench.classes[c] for c in missing)
+            names = ", ".join(classes[c] for c in missing)
             raise ConfigError(
                 f"the {split} split has no image of {names}",
                 remedy="Give a file whose val and test splits hold every class of its train split.",
@@ -224,8 +261,25 @@ def environment(device: torch.device, workers: int, *, federated: bool) -> dict[
     }
 
 
+def _digest(files: Sequence[Path], settings: BenchmarkSettings) -> str:
+    """Digest of the data: of the file, or of all sites' names and files."""
+    if not settings.sites:
+        return digest_file(files[0])
+    return digest_bytes(json.dumps({f.stem: digest_file(f) for f in files}, sort_keys=True).encode())
+
+
+def _shown_settings(settings: BenchmarkSettings, files: Sequence[Path]) -> dict[str, Any]:
+    """The settings that have an effect, and the names of the sites."""
+    if not settings.sites:
+        return settings.model_dump(mode="json", exclude=set(SITES))
+    return {
+        **settings.model_dump(mode="json", exclude=set(PARTITION)),
+        "sites": [f.stem for f in files],
+    }
+
+
 def run(
-    data: Path,
+    data: Path | Sequence[Path],
     out: Path,
     settings: BenchmarkSettings,
     *,
@@ -236,7 +290,7 @@ def run(
     """Run a benchmark, or the rest of one, and write ``benchmark.json``, ``benchmark.md`` and the plots.
 
     Args:
-        data: labelled npz in MedMNIST's layout.
+        data: labelled npz in MedMNIST's layout; with ``settings.sites`` one for each site, or their folder.
         out: folder to write.
         workers: processes; by default one per core, or one on CUDA. Federations run one after another, each
             with a process for every hospital.
@@ -256,16 +310,19 @@ def run(
     device = pick_device(settings.device)
     workers = workers or (1 if device.type == "cuda" else cores())
     work = out / WORK
-    bench = _Bench(data, work, settings, device.type)
-    _check_splits(bench)
-    digest = digest_file(data)
+    paths = [data] if isinstance(data, Path) else list(data)
+    files = site_files(paths) if settings.sites else tuple(paths)
+    federation_of = federations_of(files, settings)
+    digest = _digest(files, settings)
     networks: list[BenchmarkTask] = []
     questions: list[tuple[int, SimulatedQuery]] = []
     for seed in settings.seeds:  # one federation at a time: each holds a copy of all images
-        federation = bench.federation(seed)
+        federation = federation_of(seed)
         networks += [BenchmarkTask(seed, name) for name in _networks(federation, chosen, settings)]
         questions += [(seed, question) for question in federation.questions]
-    del federation, bench  # every working process reads the data itself
+    labels = (federation.test if settings.split == "test" else federation.val).labels
+    origins = federation.origins.get(settings.split)
+    del federation, federation_of  # every working process reads the data itself
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
     answers = [BenchmarkTask(seed, name, question) for seed, question in questions for name in computed]
 
@@ -292,22 +349,22 @@ def run(
             [task for task in stage if missing(task)],
             workers=processes,
             prepare=_prepare,
-            arguments=(data, work, settings, device.type),
+            arguments=(files, work, settings, device.type),
         ):
             done += 1
             tell(done, total)
     rows = _rows(work, questions, chosen)
     teachers = [t for t in networks if t.name.startswith("full/")]
-    judged = [_read(work / f"seed-{t.seed}" / t.name / MASKS) for t in teachers]
+    masks = [_read(work / f"seed-{t.seed}" / t.name / MASKS) for t in teachers]
     result = {
         "format": "qkt-benchmark/1",
-        "rows": [{k: v for k, v in row.items() if k != "curve"} for row in rows],
-        "summary": summarise(rows),
-        "intervals": NOTE,
-        "masks": mask_figures(judged, settings),
+        "rows": [{k: v for k, v in row.items() if k not in KEPT} for row in rows],
+        "summary": summarise(rows, resample(rows, labels, origins) if origins else None),
+        "intervals": SITES_NOTE if settings.sites else NOTE,
+        "masks": mask_figures(masks, settings),
         "budget_curves": budget_curves(rows),
         "environment": environment(device, workers, federated=bool(federations)),
-        "settings": {**settings.model_dump(mode="json"), "methods": list(chosen), "data_sha256": digest},
+        "settings": {**_shown_settings(settings, files), "methods": list(chosen), "data_sha256": digest},
     }
     write_json(out / RESULT, result)
     write_text(out / TABLE, markdown(result))

@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qkt_clinical import __version__
 from qkt_clinical.baselines.params import BaselineParams
@@ -22,6 +22,8 @@ from qkt_clinical.catalog import (
     DEFAULT_ESTIMATOR,
     ESTIMATORS,
     METHODS,
+    OWN_WITH_QUERY,
+    REFERENCES,
     Device,
     EvaluationSplit,
     Method,
@@ -137,9 +139,21 @@ ON_TEACHERS = (FINETUNE, DISTILLED)
 """Baselines whose network starts from the teachers and is the same whatever its hospital asks."""
 
 
+PARTITION = ("partition", "hospitals", "classes_per_hospital", "beta")
+"""Settings of simulated hospitals alone."""
+SITES = ("sites", "ask", "query_classes")
+"""Settings of real hospitals alone."""
+
+
 class BenchmarkSettings(Strict):
     """Everything on which a benchmark's figures depend beside the data."""
 
+    sites: bool = False
+    """Whether every hospital is a real site with a file of its own."""
+    ask: tuple[str, ...] = ()
+    """Sites that ask; empty: all."""
+    query_classes: tuple[str, ...] = ()
+    """Classes that are asked for; empty: all."""
     partition: Partition = "pathological"
     hospitals: Annotated[int, Field(ge=2)] = 6
     classes_per_hospital: Annotated[int, Field(ge=2)] = 3
@@ -163,6 +177,29 @@ class BenchmarkSettings(Strict):
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = (20, 50)
     """Numbers of rounds of every federation; the best on validation images counts."""
 
+    @model_validator(mode="after")
+    def _one_kind_of_hospital(self) -> Self:
+        """ConfigError for what real or simulated hospitals do not have."""
+        fields = type(self).model_fields
+        foreign = PARTITION if self.sites else ("ask", "query_classes")
+        wrong = [name for name in foreign if getattr(self, name) != fields[name].default]
+        if not self.sites and self.regime == "truly-absent":
+            wrong.append("regime truly-absent")
+        if wrong:
+            source = "sites" if self.sites else "data"
+            raise ConfigError(
+                f"{', '.join(wrong)}: not with --{source}",
+                remedy="Partitions are of --data; whom and what to ask, and truly-absent, of --sites.",
+            )
+        return self
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Methods of real hospitals alone: where the class is truly absent, no network is trained with it."""
+        if not self.sites:
+            return ()
+        return tuple(m for m in REFERENCES if m != OWN_WITH_QUERY or self.regime != "truly-absent")
+
     @property
     def ablations(self) -> tuple[str, ...]:
         """Names of all ablations."""
@@ -176,8 +213,9 @@ class BenchmarkSettings(Strict):
         Raises:
             ConfigError: a name that is none.
         """
-        groups = {"all": BENCHMARK_METHODS, "ablations": self.ablations}
-        known = (*BENCHMARK_METHODS, *self.ablations)
+        every = (*BENCHMARK_METHODS, *self.references)
+        groups = {"all": every, "ablations": self.ablations}
+        known = (*every, *self.ablations)
         wanted: set[str] = set()
         for name in self.methods:
             if name not in groups and name not in known:
@@ -193,13 +231,14 @@ class BenchmarkSettings(Strict):
     def key(self, data: str, device: str) -> str:
         """Digest of all that a finished row depends on.
 
-        Which seeds and methods were asked for is left out: a run may be resumed with more of them.
+        Which seeds and methods were asked for, and of real hospitals whom and what to ask, is left out: a run
+        may be resumed with more of them.
 
         Args:
-            data: digest of the data file.
+            data: digest of the data file, or of all sites' files.
             device: what ``device`` stands for on this machine.
         """
-        parts = self.model_dump(mode="json", exclude={"seeds", "methods"})
+        parts = self.model_dump(mode="json", exclude={"seeds", "methods", *SITES})
         whole: dict[str, Any] = {**parts, "device": device, "data": data, "version": __version__}
         return digest_bytes(json.dumps(whole, sort_keys=True).encode())
 

@@ -1,22 +1,23 @@
-"""Simulated hospitals in memory: their images, and the queries to ask.
+"""Hospitals in memory: their images, and the queries to ask; simulated ones from one file.
 
 The npz's train split is divided among the hospitals, and within each into training and calibration
 images; its val split is divided likewise and serves early stopping. Its test split is touched by the
-final figures alone.
+final figures alone. Real hospitals with a file each come from :mod:`qkt_clinical.benchmark.sites`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import Network, Partition, Regime
+from qkt_clinical.catalog import EvaluationSplit, Network, Partition, Regime
+from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.datasets.medmnist import class_names
@@ -30,6 +31,12 @@ CALIBRATION = 0.15
 """Share of a hospital's training images (whole patients) that is held out for the operating point."""
 MAX_RARE_IMAGES = 50
 """A class of which a hospital holds at most so many training images counts as rare there."""
+WITHOUT = "~"
+"""Stands in a hospital's name before the classes hidden from it; no site's name has it."""
+
+Judges = Literal["all", "own", "others"]
+"""Whose images judge an answer: everybody's; the asking hospital's own; its own of local classes and other
+hospitals' of the query."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,27 @@ class LabelledImages:
         return self.take(np.flatnonzero(np.isin(self.labels, classes)))
 
 
+def together(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Several sets of images as one, in their order."""
+    return LabelledImages(
+        np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
+    )
+
+
 @dataclass(frozen=True)
 class SimulatedHospital:
-    """One simulated hospital."""
+    """One hospital, simulated or real, as it is or with classes hidden from it."""
 
     name: str
     train: LabelledImages
     calibration: LabelledImages
     val: LabelledImages
     """Its part of the npz's val split, for early stopping."""
+
+    @property
+    def site(self) -> str:
+        """Its name, without what is hidden from it."""
+        return self.name.partition(WITHOUT)[0]
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -78,6 +97,24 @@ class SimulatedQuery:
 
     student: str
     query: tuple[int, ...]
+    asks_as: str = ""
+    """Name of the hospital from which the classes are hidden; empty: the student asks as it is."""
+    judges: Judges = "all"
+
+    @property
+    def asking(self) -> str:
+        """Name of the hospital whose images the student learns from."""
+        return self.asks_as or self.student
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where images come from."""
+
+    sites: NDArray[np.str_]
+    """(N,) names of sites."""
+    groups: Indices
+    """(N,) number of the patient, or of the image where patients are not known."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +128,55 @@ class SimulatedFederation:
     questions: tuple[SimulatedQuery, ...]
     val: LabelledImages
     test: LabelledImages
+    asking: tuple[SimulatedHospital, ...] = ()
+    """Real hospitals from which classes are hidden, as they ask."""
+    origins: Mapping[EvaluationSplit, Origins] = field(default_factory=dict)
+    """Of the val and test images of real hospitals."""
 
     def hospital(self, name: str) -> SimulatedHospital:
         """By name."""
-        return next(h for h in self.hospitals if h.name == name)
+        return next(h for h in (*self.hospitals, *self.asking) if h.name == name)
+
+    def members(self, asking: str = "") -> tuple[SimulatedHospital, ...]:
+        """All hospitals; the one named has its classes hidden from it."""
+        if not asking:
+            return self.hospitals
+        hospital = self.hospital(asking)
+        return tuple(hospital if h.name == hospital.site else h for h in self.hospitals)
 
     def relevant(self, question: SimulatedQuery) -> tuple[int, ...]:
         """The relevant label space: what the student holds and what it asks for, sorted."""
-        return tuple(sorted({*self.hospital(question.student).held, *question.query}))
+        return tuple(sorted({*self.hospital(question.asking).held, *question.query}))
+
+    def judging(self, question: SimulatedQuery, split: EvaluationSplit) -> Indices:
+        """Indices of the images of a split that judge the answers to a question.
+
+        Of real hospitals, a class of fewer than ``SMALLEST_COUNT`` such images does not count.
+        """
+        labels = (self.test if split == "test" else self.val).labels
+        wanted = np.isin(labels, self.relevant(question))
+        if question.judges == "all":
+            return np.flatnonzero(wanted)
+        own = self.origins[split].sites == question.student
+        if question.judges == "others":
+            own |= np.isin(labels, question.query)
+        wanted &= own
+        counts = np.bincount(labels[wanted], minlength=len(self.classes))
+        return np.flatnonzero(wanted & (counts[labels] >= SMALLEST_COUNT))
+
+    def choosing(self, question: SimulatedQuery) -> Indices:
+        """Indices of val images by which a global model may be chosen: none that is hidden is among them."""
+        wanted = np.isin(self.val.labels, self.relevant(question))
+        if question.asks_as:
+            own = self.origins["val"].sites == question.student
+            wanted &= ~(own & np.isin(self.val.labels, question.query))
+        return np.flatnonzero(wanted)
+
+    def val_of(self, hospital: SimulatedHospital) -> Indices:
+        """Indices of the val images that recall is measured on: a real hospital's own, else everybody's."""
+        if not self.origins:
+            return np.arange(len(self.val))
+        return np.flatnonzero(self.origins["val"].sites == hospital.site)
 
 
 def channels_first(images: NDArray[Any]) -> Images:
@@ -113,7 +191,9 @@ def channels_first(images: NDArray[Any]) -> Images:
     return np.ascontiguousarray(np.moveaxis(images, -1, 1) if colour else images[:, None])
 
 
-def _held_out(labels: Labels, groups: NDArray[Any] | None, share: float, seed: int) -> NDArray[np.bool_]:
+def calibration_part(
+    labels: Labels, groups: NDArray[Any] | None, share: float, seed: int
+) -> NDArray[np.bool_]:
     """Which images are held out: about ``share`` of every class, whole groups where there are groups."""
     shares = np.tile([[1.0 - share], [share]], (1, int(labels.max()) + 1))
     index = divide(labels, groups, shares, seed=seed)[1]
@@ -131,7 +211,7 @@ def _rare_classes(counts: NDArray[np.int64]) -> list[int]:
     return [int(held[np.argmin(counts[held])])]
 
 
-def _spread(candidates: Sequence[SimulatedQuery], count: int | None, seed: int) -> tuple[SimulatedQuery, ...]:
+def spread(candidates: Sequence[SimulatedQuery], count: int | None, seed: int) -> tuple[SimulatedQuery, ...]:
     """At most ``count`` queries, spread evenly over students first and classes second."""
     chance = np.random.default_rng(seed).permutation(len(candidates))
     left = [candidates[i] for i in chance]
@@ -194,7 +274,9 @@ def simulate(
                 f"hospital {name} would hold fewer than two classes", remedy="Choose fewer hospitals."
             )
         groups = None if train.groups is None else train.groups[index]
-        held_out = _held_out(labels, groups, CALIBRATION, derive(seed, "benchmark", "calibration", name))
+        held_out = calibration_part(
+            labels, groups, CALIBRATION, derive(seed, "benchmark", "calibration", name)
+        )
         rare: list[int] = []
         if regime == "rare":
             rare = _rare_classes(np.bincount(labels, minlength=count))
@@ -239,7 +321,7 @@ def simulate(
         classes,
         spec,
         tuple(sites),
-        _spread(questions, max_queries, derive(seed, "benchmark", "questions")),
+        spread(questions, max_queries, derive(seed, "benchmark", "questions")),
         LabelledImages(images["val"], val.labels),
         LabelledImages(images["test"], parts["test"].labels),
     )

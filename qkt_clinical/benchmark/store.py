@@ -3,7 +3,9 @@
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
 on the images that figures are computed on, so that most baselines cost no pass at all. A network is named by
 its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds,
-``finetune/h1`` and ``distill-all/h1`` what h1 makes of its teacher, whatever it will ask.
+``finetune/h1`` and ``distill-all/h1`` what h1 makes of its teacher, whatever it will ask. Of real hospitals,
+``full/h1~3`` is the network of h1 from which class 3 is hidden, ``fedavg/20-h1~3`` and ``pooled/h1~3`` what
+all hospitals train while it is, ``pooled/all`` while nothing is hidden.
 """
 
 from __future__ import annotations
@@ -24,11 +26,17 @@ from qkt_clinical.baselines.distill import distill_all
 from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.mask_estimators import estimate_mask
-from qkt_clinical.benchmark.metrics import figures
+from qkt_clinical.benchmark.metrics import balanced_accuracy
 from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, BenchmarkSettings, Variant
-from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedFederation, SimulatedHospital
+from qkt_clinical.benchmark.simulate import (
+    LabelledImages,
+    SimulatedFederation,
+    SimulatedHospital,
+    SimulatedQuery,
+    together,
+)
 from qkt_clinical.benchmark.variants import vary
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR, DEFAULT_TASK, ESTIMATORS
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, DEFAULT_TASK, ESTIMATORS, POOLED
 from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
@@ -49,6 +57,16 @@ FEDERATIONS = "federations"
 """Where federations run, each in a folder that is removed afterwards."""
 CACHED_BUNDLES = 16
 """Bundles cached in a process's memory."""
+
+
+def global_name(algorithm: str, rounds: int, asks_as: str = "") -> str:
+    """Name of a global model, of a federation of its own where a class is hidden from a hospital."""
+    return f"{algorithm}/{rounds}-{asks_as}" if asks_as else f"{algorithm}/{rounds}"
+
+
+def pooled_name(asks_as: str = "") -> str:
+    """Name of the network of everybody's images."""
+    return f"{POOLED}/{asks_as or 'all'}"
 
 
 class ResultStore:
@@ -77,7 +95,10 @@ class ResultStore:
         """Train the network of that name and write it."""
         kind, which = name.split("/")
         if kind in FEDERATED:
-            self._train_global(kind, int(which))
+            rounds, _, asks_as = which.partition("-")
+            self._train_global(kind, int(rounds), asks_as)
+        elif kind == POOLED:
+            self._train_pooled("" if which == "all" else which)
         elif kind == FINETUNE:
             self._finetune(which)
         elif kind == DISTILLED:
@@ -126,7 +147,7 @@ class ResultStore:
     def truth(self, name: str, kind: str) -> tuple[bool, ...]:
         """Per class, whether a teacher was trained on it (``held``) or ``recalled`` it: recall above 0.5.
 
-        Recall is over all classes on the validation images of all hospitals.
+        Recall is over all classes on the validation images of all hospitals, or of a real hospital's own.
         """
         return tuple(self._mask_file(name)[kind])
 
@@ -134,18 +155,22 @@ class ResultStore:
         """Duration of training."""
         return float(json.loads((self.folder / name / SECONDS).read_text(encoding="utf-8")))
 
-    def best_rounds(self, algorithm: str) -> int:
-        """The number of rounds after which a global model answers the questions best on validation images."""
-        val = self.federation.val
+    def best_rounds(self, algorithm: str, question: SimulatedQuery | None = None) -> int:
+        """The number of rounds after which a global model answers best on validation images.
+
+        Args:
+            question: of a real hospital, for which alone the model is chosen; None: all questions.
+        """
+        val, asks_as = self.federation.val, question.asks_as if question else ""
+        questions = [question] if question else self.federation.questions
 
         def judge(rounds: int) -> float:
-            logits = self.logits(f"{algorithm}/{rounds}")["val"].numpy()
+            logits = self.logits(global_name(algorithm, rounds, asks_as))["val"].numpy()
             values = []
-            for question in self.federation.questions:
+            for question in questions:
                 relevant = self.federation.relevant(question)
-                index = np.flatnonzero(np.isin(val.labels, relevant))
-                found = figures(logits[index], val.labels[index], relevant, question.query, task=self.task)
-                values.append(found["balanced_accuracy"])
+                index = self.federation.choosing(question)
+                values.append(balanced_accuracy(logits[index], val.labels[index], relevant, task=self.task))
             return float(np.mean(values))
 
         return max(sorted(self.settings.rounds), key=judge)
@@ -178,18 +203,19 @@ class ResultStore:
             self.settings.train,
             task=self.task,
             seed=derive(self.federation.seed, "benchmark", "teacher"),
-            site=hospital,
+            site=data.site,
             device=self.device,
             checkpoint=Checkpoint(self.folder / "checkpoints", f"{variant}-{hospital}"),
         )
         seconds = time.perf_counter() - start
         network = network.cpu()
         with new_folder(self.folder / name) as folder:
-            logits = self._write(folder, network, hospital, seconds, len(history.curves))
+            logits = self._write(folder, network, data.site, seconds, len(history.curves))
             masks = self._compute_masks(network)
             write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))
-            right = self.task.answer(logits["val"]).numpy() == self.federation.val.labels
-            recall = _recalls(right, self.federation.val.labels, self.federation.spec.classes)
+            index, labels = self.federation.val_of(data), self.federation.val.labels
+            right = self.task.answer(logits["val"]).numpy() == labels
+            recall = _recalls(right[index], labels[index], self.federation.spec.classes)
             judged = {
                 "masks": {e: mask.model_dump(mode="json") for e, mask in masks.items()},
                 "held": [c in data.held for c in range(self.federation.spec.classes)],
@@ -214,12 +240,13 @@ class ResultStore:
             for estimator in ESTIMATORS
         }
 
-    def _train_global(self, algorithm: str, rounds: int) -> None:
+    def _train_global(self, algorithm: str, rounds: int, asks_as: str) -> None:
         from qkt_clinical.federation.peers import run_federation
 
         start, baselines = time.perf_counter(), self.settings.baselines
+        name = global_name(algorithm, rounds, asks_as)
         found = run_federation(
-            [Participant(h.name, h.train.pair) for h in self.federation.hospitals],
+            [Participant(h.site, h.train.pair) for h in self.federation.members(asks_as)],
             self.federation.spec,
             baselines.scaffold if algorithm == "scaffold" else baselines.federated,
             algorithm=algorithm,  # type: ignore[arg-type]
@@ -227,12 +254,28 @@ class ResultStore:
             proximal=baselines.proximal,
             seed=derive(self.federation.seed, "benchmark", "federated"),
             device=self.device,
-            work=self.folder / FEDERATIONS / f"{algorithm}-{rounds}",
+            work=self.folder / FEDERATIONS / name.replace("/", "-"),
         )
         seconds = time.perf_counter() - start
-        with new_folder(self.folder / algorithm / str(rounds)) as folder:
+        with new_folder(self.folder / name) as folder:
             self._write(folder, found.network, f"{algorithm}-{rounds}", seconds, rounds)
             write_json(folder / TRAFFIC, {"rounds": found.rounds, "bytes_moved": found.bytes_moved})
+
+    def _train_pooled(self, asks_as: str) -> None:
+        start, members = time.perf_counter(), self.federation.members(asks_as)
+        network, history = train_teacher(
+            self.federation.spec,
+            together([h.train for h in members]).pair,
+            together([h.val for h in members]).pair,
+            self.settings.train,
+            task=self.task,
+            seed=derive(self.federation.seed, "benchmark", POOLED),
+            site=POOLED,
+            device=self.device,
+        )
+        seconds = time.perf_counter() - start
+        with new_folder(self.folder / pooled_name(asks_as)) as folder:
+            self._write(folder, network.cpu(), POOLED, seconds, len(history.curves))
 
     def _finetune(self, hospital: str) -> None:
         start, data = time.perf_counter(), self.data(hospital)
@@ -249,16 +292,17 @@ class ResultStore:
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / FINETUNE / hospital) as folder:
-            self._write(folder, network, hospital, seconds, self.settings.baselines.finetune.epochs)
+            self._write(folder, network, data.site, seconds, self.settings.baselines.finetune.epochs)
 
     def _distill(self, hospital: str) -> None:
         start = time.perf_counter()
-        names = [h.name for h in self.federation.hospitals]
+        data = self.data(hospital)
+        names = [h.name for h in self.federation.members(hospital)]
         networks = {name: self.bundle(f"full/{name}").network for name in names}
         network = distill_all(
             networks[hospital],
             list(networks.values()),
-            self.data(hospital).train.images,
+            data.train.images,
             self.settings.baselines.distill,
             task=self.task,
             seed=derive(self.federation.seed, "benchmark", "distill", hospital),
@@ -266,7 +310,7 @@ class ResultStore:
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / DISTILLED / hospital) as folder:
-            self._write(folder, network, hospital, seconds, self.settings.baselines.distill.epochs)
+            self._write(folder, network, data.site, seconds, self.settings.baselines.distill.epochs)
 
     def _write(
         self, folder: Path, network: Classifier, site: str, seconds: float, epochs: int

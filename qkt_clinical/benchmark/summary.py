@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkt_clinical.benchmark.settings import BenchmarkSettings
-from qkt_clinical.catalog import BASELINES, BENCHMARK_METHODS, DEFAULT_ESTIMATOR, ESTIMATORS, METHODS
+from qkt_clinical.catalog import (
+    BASELINES,
+    BENCHMARK_METHODS,
+    DEFAULT_ESTIMATOR,
+    ESTIMATORS,
+    METHODS,
+    OWN_WITH_QUERY,
+)
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.evaluation.metrics import DIGITS, Floats
 
@@ -38,23 +45,57 @@ NOTE = (
 )
 
 
-def cluster_intervals(rows: Sequence[Row], values: Floats) -> list[Interval]:
-    """Mean and 95 % interval of every column, whole (seed, student) clusters drawn with replacement.
+SITES_NOTE = (
+    "mean and 95 % interval: percentile bootstrap over sites and within them over patients (images where no "
+    "patient is known; AUROC, ECE and costs over sites alone), 2000 draws, fixed seed; a class counts where "
+    "at least five images of it judge"
+)
+
+RowKey = tuple[int, str, str, str]
+Resampled = Mapping[RowKey, Floats]
+"""Of rows the first four of ``FIELDS`` under other draws of the images that judge, (draws, 4)."""
+
+
+def row_key(row: Row) -> RowKey:
+    """Seed, student, query and method."""
+    return row["seed"], row["student"], row["query"], row["method"]
+
+
+def _cluster(row: Row) -> tuple[Any, ...]:
+    """What is drawn as a whole: a partition's hospital, or a real site with the rows of all seeds."""
+    return (row["student"],) if "test_images" in row else (row["seed"], row["student"])
+
+
+def drawn_means(rows: Sequence[Row], values: Floats) -> Floats:
+    """Means (draws, columns) over the rows, whole clusters drawn with replacement.
 
     Args:
         rows: N rows, of which seed and student are read.
-        values: (N, columns).
+        values: (N, columns), or (draws, N, columns) where they differ from draw to draw.
     """
-    names = [(r["seed"], r["student"]) for r in rows]
+    names = [_cluster(r) for r in rows]
     position = {name: i for i, name in enumerate(dict.fromkeys(sorted(names)))}
     member: NDArray[np.float64] = np.zeros((len(position), len(rows)))
     for column, name in enumerate(names):
         member[position[name], column] = 1.0
-    sums, sizes = member @ values, member.sum(axis=1)
     count = len(position)
     random = np.random.default_rng(derive(0, "benchmark", "bootstrap"))
     drawn = random.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
-    means = (drawn @ sums) / (drawn @ sizes)[:, None]
+    alike = values.ndim == 2
+    sums = drawn @ (member @ values) if alike else np.einsum("dn,dnc->dc", drawn @ member, values)
+    means: Floats = sums / (drawn @ member.sum(axis=1))[:, None]
+    return means
+
+
+def cluster_intervals(rows: Sequence[Row], values: Floats, resampled: Floats | None = None) -> list[Interval]:
+    """Mean and 95 % interval of every column, whole clusters drawn with replacement.
+
+    Args:
+        rows: N rows, of which seed and student are read.
+        values: (N, columns).
+        resampled: (draws, N, columns), the same in each draw of the images that judge.
+    """
+    means = drawn_means(rows, values if resampled is None else resampled)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     columns = zip(values.mean(axis=0), low, high, strict=True)
     return [
@@ -88,32 +129,79 @@ def base_of(ablation: str) -> str:
     return max(named, key=len, default="qkt")
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def _values(rows: Sequence[Row], fields: Sequence[str], resampled: Resampled | None) -> Floats:
+    """Fields of rows (1 + draws, rows, fields): as measured, and under other draws where there are such."""
+    points = np.stack([_of(rows, field) for field in fields], axis=1)
+    if resampled is None:
+        return points[None]
+    values = np.broadcast_to(points, (1 + DRAWS, *points.shape)).copy()
+    known = [(i, FIELDS.index(f)) for i, f in enumerate(fields) if f in FIELDS[:4]]
+    for n, row in enumerate(rows):
+        for column, place in known:
+            values[1:, n, column] = resampled[row_key(row)][:, place]
+    return values
+
+
+def _intervals(rows: Sequence[Row], values: Floats) -> list[Interval]:
+    """Of values as :func:`_values` gives them, or differences of such."""
+    return cluster_intervals(rows, values[0], values[1:] if len(values) > 1 else None)
+
+
+def share_of_the_way(rows: Sequence[Row], gained: Floats, possible: Floats) -> Interval | None:
+    """Mean gain over the own network in units of the mean gain that the hidden images would bring.
+
+    Args:
+        rows: N rows, one a question.
+        gained, possible: gains in balanced accuracy (1 + draws, N).
+
+    Returns:
+        None where the hidden images bring nothing, or do not in more than one draw in forty: a share of
+        next to nothing says nothing.
+    """
+    both = np.stack([gained, possible], axis=2)
+    above, below = drawn_means(rows, both[1:] if len(both) > 1 else both[0]).T
+    some = below > 0
+    if possible[0].mean() <= 0 or some.mean() < 0.975:
+        return None
+    low, high = np.quantile(above[some] / below[some], [0.025, 0.975])
+    each = gained[0].mean() / possible[0].mean(), low, high
+    return {k: round(float(v), DIGITS) for k, v in zip(("mean", "low", "high"), each, strict=True)}
+
+
+def summarise(rows: Sequence[Row], resampled: Resampled | None = None) -> dict[str, Any]:
     """Mean of every field per method with its interval, and differences of QKT's methods to the baselines.
 
     ``query_gain_over_peers`` is query accuracy less the mean of all baselines' on the same query (the key
     names of ``benchmark.json`` stay),
     ``lead_over_best_peer`` balanced accuracy less that of :func:`best_baseline`; an ablation's ``change`` is
-    against the method that it changes, ``base``. All are paired by query.
+    against the method that it changes, ``base``. All are paired by query. ``share_of_the_way``: see there.
+
+    Args:
+        rows: every method's in one order of the questions.
+        resampled: of real hospitals' rows.
     """
     methods = by_method(rows)
     baselines = [m for m in methods if m in BASELINES]
     best = best_baseline(rows)
     summary: dict[str, Any] = {}
     for method, own in methods.items():
-        columns = np.stack([_of(own, field) for field in FIELDS], axis=1)
-        entry: dict[str, Any] = dict(zip(FIELDS, cluster_intervals(own, columns), strict=True))
+        columns = _values(own, FIELDS, resampled)
+        entry: dict[str, Any] = dict(zip(FIELDS, _intervals(own, columns), strict=True))
         if method in METHODS and best is not None:
-            every = np.stack([_of(methods[baseline], "query_accuracy") for baseline in baselines])
-            gain = _of(own, "query_accuracy") - every.mean(axis=0)
-            lead = _of(own, "balanced_accuracy") - _of(methods[best], "balanced_accuracy")
-            paired = cluster_intervals(own, np.stack([gain, lead], axis=1))
+            every = np.stack([_values(methods[b], FIELDS[:1], resampled) for b in baselines])
+            gain = columns[..., :1] - every.mean(axis=0)
+            lead = columns[..., 2:3] - _values(methods[best], FIELDS[2:3], resampled)
+            paired = _intervals(own, np.concatenate([gain, lead], axis=2))
             entry |= {"query_gain_over_peers": paired[0], "lead_over_best_peer": paired[1], "best_peer": best}
         if method.startswith("ablation/") and base_of(method) in methods:
             before = methods[base_of(method)]
-            moved = np.stack([_of(own, f) - _of(before, f) for f in FIELDS[:3]], axis=1)
-            change = dict(zip(FIELDS[:3], cluster_intervals(own, moved), strict=True))
+            moved = columns[..., :3] - _values(before, FIELDS[:3], resampled)
+            change = dict(zip(FIELDS[:3], _intervals(own, moved), strict=True))
             entry |= {"base": base_of(method), "change": change}
+        if method not in ("local", OWN_WITH_QUERY) and {"local", OWN_WITH_QUERY} <= set(methods):
+            start, end = (_values(methods[m], FIELDS[2:3], resampled) for m in ("local", OWN_WITH_QUERY))
+            share = share_of_the_way(own, (columns[..., 2:3] - start)[..., 0], (end - start)[..., 0])
+            entry |= {"share_of_the_way": share}
         summary[method] = {**entry, "n": len(own)}
     return summary
 
@@ -187,10 +275,13 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     """Methods by balanced accuracy, shares in percent with their intervals; ablations apart."""
     shown = [m for m in summary if "base" not in summary[m]]
     ranked = sorted(shown, key=lambda m: (-summary[m]["balanced_accuracy"]["mean"], m))
+    way = ["share of the way"] if any("share_of_the_way" in summary[m] for m in shown) else []
     lines = [
         [
             f"`{method}`",
-            *(_percent(summary[method][field]) for field in FIELDS[:6]),
+            *(_percent(summary[method][field]) for field in FIELDS[:3]),
+            *(_percent(share) if (share := summary[method].get("share_of_the_way")) else "" for _ in way),
+            *(_percent(summary[method][field]) for field in FIELDS[3:6]),
             f"{summary[method]['seconds']['mean']:.1f}",
             f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
             f"{summary[method]['rounds']['mean']:.1f}",
@@ -202,7 +293,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     ]
     header = [
         "method",
-        *("query", "retained", "balanced", "forgetting", "AUROC", "ECE"),
+        *("query", "retained", "balanced", *way, "forgetting", "AUROC", "ECE"),
         *("seconds", "MB moved", "rounds", "passes", "cost", "queries"),
     ]
     return _table(header, lines)
@@ -229,12 +320,16 @@ def ablations_table(summary: Mapping[str, Any]) -> str:
     return _table(header, lines)
 
 
-def queries_table(rows: Sequence[Row]) -> str:
-    """Per query the mean query and balanced accuracy of QKT's methods and the best baseline, in percent."""
+def queries_table(rows: Sequence[Row], by: str = "query") -> str:
+    """Per query the mean query and balanced accuracy of QKT's methods and the best baseline, in percent.
+
+    Args:
+        by: the field of which every value has a line: ``query`` or ``student``.
+    """
     shown = [m for m in (*METHODS, best_baseline(rows)) if m in by_method(rows)]
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["query"], []).append(row)
+        found.setdefault(row[by], []).append(row)
     lines = []
     for query, asked in sorted(found.items()):
         methods = by_method(asked)
@@ -244,7 +339,7 @@ def queries_table(rows: Sequence[Row]) -> str:
             for m in shown
         ]
         lines.append([query, *each, str(len(methods[shown[0]]))])
-    return _table(["query", *(f"`{m}`" for m in shown), "asked"], lines)
+    return _table([by, *(f"`{m}`" for m in shown), "asked"], lines)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -252,8 +347,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     summary: Mapping[str, Any] = result["summary"]
     parts = [
         "# Benchmark",
-        f"Percent, {NOTE}. Seconds to answer a query with teachers given (federations: their training). "
-        "Cost: multiply-adds of a prediction in units of the hospital's own network.",
+        f"Percent, {result['intervals']}. Seconds to answer a query with teachers given (federations: their "
+        "training). Cost: multiply-adds of a prediction in units of the hospital's own network.",
         methods_table(summary),
     ]
     compared = [m for m in METHODS if "best_peer" in summary.get(m, {})]
@@ -277,6 +372,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             ),
         ]
         parts += ["## Query by query", "Query accuracy / balanced accuracy.", queries_table(result["rows"])]
+        if "test_images" in result["rows"][0]:
+            parts += ["## Site by site", queries_table(result["rows"], "student")]
     if any("base" in entry for entry in summary.values()):
         said = "Change against the method itself, in points, paired by question."
         parts += ["## Ablations", said, ablations_table(summary)]

@@ -1,4 +1,4 @@
-"""``qkt benchmark``: every method on simulated hospitals."""
+"""``qkt benchmark``: every method on simulated hospitals, or on real sites with a file each."""
 
 from __future__ import annotations
 
@@ -7,29 +7,65 @@ from typing import Annotated
 
 import typer
 
-from qkt_clinical.catalog import BENCHMARK_METHODS, Device, EvaluationSplit, Network, Partition, Regime
+from qkt_clinical.catalog import (
+    BENCHMARK_METHODS,
+    REFERENCES,
+    Device,
+    EvaluationSplit,
+    Network,
+    Partition,
+    Regime,
+)
 from qkt_clinical.cli.options import Json, print_json, say
 from qkt_clinical.common.console import progress
-from qkt_clinical.errors import QktError
+from qkt_clinical.errors import ConfigError, QktError
 
 
 def benchmark(
-    data: Annotated[Path, typer.Option(help="Labelled npz in MedMNIST's layout.", metavar="FILE.npz")],
     out: Annotated[
         Path, typer.Option(help="Folder for results and for what a resumed run needs.", file_okay=False)
     ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled npz in MedMNIST's layout, divided among simulated hospitals.",
+            metavar="FILE.npz",
+            show_default=False,
+        ),
+    ] = None,
+    sites: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Real hospitals in place of --data: a folder with one such npz each, or once for each file.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    ask: Annotated[str, typer.Option(help="With --sites: who asks, names with commas; all.")] = "",
+    query_classes: Annotated[
+        str, typer.Option(help="With --sites: what is asked for, names with commas; all.")
+    ] = "",
     partition: Annotated[
         Partition, typer.Option(help="A few classes for each hospital, or skewed proportions.")
     ] = "pathological",
     hospitals: Annotated[int, typer.Option(min=2, help="How many.")] = 6,
     classes_per_hospital: Annotated[int, typer.Option(min=2, help="For pathological.")] = 3,
     beta: Annotated[float, typer.Option(min=0.001, help="Concentration for dirichlet.")] = 0.3,
-    regime: Annotated[Regime, typer.Option(help="Ask for classes without, or with a few images.")] = "absent",
-    samples_per_rare_class: Annotated[int, typer.Option(min=1, max=50, help="For rare.")] = 20,
+    regime: Annotated[
+        Regime,
+        typer.Option(help="Ask for classes without, or with a few images; truly-absent: with --sites."),
+    ] = "absent",
+    samples_per_rare_class: Annotated[
+        int, typer.Option("--samples-per-rare-class", "--rare-images", min=1, max=50, help="For rare.")
+    ] = 20,
     query_size: Annotated[int, typer.Option(min=1, help="Classes per query.")] = 1,
     seeds: Annotated[str, typer.Option(help="Each divides the data and trains anew.")] = "0,1,2",
     methods: Annotated[
-        str, typer.Option(help=f"all ({', '.join(BENCHMARK_METHODS)}), ablations, or names with commas.")
+        str,
+        typer.Option(
+            help=f"all ({', '.join(BENCHMARK_METHODS)}; with --sites {' and '.join(REFERENCES)}), "
+            "ablations, or names with commas."
+        ),
     ] = "all",
     rounds: Annotated[
         str, typer.Option(help="Federations are trained for so many each; the best on val counts.")
@@ -47,13 +83,21 @@ def benchmark(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare all methods on simulated hospitals: every query of every seed, one table."""
+    """Compare all methods on simulated hospitals or real sites: every query of every seed, one table."""
     from qkt_clinical.benchmark.runner import run
     from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
     from qkt_clinical.config.params import TrainParams
 
+    if (data is None) == (not sites):
+        raise ConfigError(
+            "exactly one of --data and --sites is needed",
+            remedy="Give --data FILE.npz to simulate hospitals, or --sites DIR for real ones.",
+        )
     settings = BenchmarkSettings(
+        sites=bool(sites),
+        ask=parse_list(ask),
+        query_classes=parse_list(query_classes),
         partition=partition,
         hospitals=hospitals,
         classes_per_hospital=classes_per_hospital,
@@ -72,7 +116,7 @@ def benchmark(
     )
     try:
         with progress("benchmark", quiet=as_json) as step:
-            result = run(data, out, settings, workers=workers, resume=resume, progress=step)
+            result = run(data or sites or [], out, settings, workers=workers, resume=resume, progress=step)
     except KeyboardInterrupt:
         raise QktError(
             "stopped; what was finished is kept", remedy="Add --resume to go on.", code="stopped"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,40 @@ def read_medmnist(source: Path) -> dict[str, SplitArrays]:
         SourceError: unreadable, too large, pickled, an array missing, or shapes and types that do not
             belong together; also where a patient stands in two splits.
     """
+    arrays = _arrays(
+        source, {f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels", "groups")}
+    )
+    parts = {split: _part(source, arrays, split) for split in SPLITS}
+    shapes = {p.images.shape[1:] for p in parts.values()}
+    kinds = {(p.images.dtype, p.groups is None) for p in parts.values()}
+    if len(shapes) > 1 or len(kinds) > 1:
+        raise _unusable(source, "its splits differ in image shape or type, or only some have groups")
+    if parts["train"].groups is not None:
+        owners = [set(p.groups.tolist()) for p in parts.values() if p.groups is not None]
+        if sum(map(len, owners)) != len(set().union(*owners)):
+            raise _unusable(source, "a patient stands in two of its splits")
+    return parts
+
+
+def read_class_names(source: Path) -> tuple[str, ...] | None:
+    """The names of the classes, in label order, that a MedMNIST-layout npz states; None where it has none.
+
+    Raises:
+        SourceError: as :func:`read_medmnist`, or the names are no list of different texts.
+    """
+    names = _arrays(source, {"class_names"}).get("class_names")
+    if names is None:
+        return None
+    found = tuple(map(str, names.reshape(-1).tolist()))
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(found)) != len(found) or "" in found:
+        raise _unusable(source, f"class_names is {names.shape} {names.dtype}, not a list of different names")
+    return found
+
+
+def _arrays(source: Path, wanted: Set[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of these names that the file has, or a typed error."""
     try:
-        arrays = _read_arrays(source)
+        return _read_arrays(source, wanted)
     except (
         OSError,
         EOFError,
@@ -57,16 +89,6 @@ def read_medmnist(source: Path) -> dict[str, SplitArrays]:
         RuntimeError,  # encrypted
     ) as error:
         raise _unusable(source, f"cannot be read as an npz file ({type(error).__name__})") from None
-    parts = {split: _part(source, arrays, split) for split in SPLITS}
-    shapes = {p.images.shape[1:] for p in parts.values()}
-    kinds = {(p.images.dtype, p.groups is None) for p in parts.values()}
-    if len(shapes) > 1 or len(kinds) > 1:
-        raise _unusable(source, "its splits differ in image shape or type, or only some have groups")
-    if parts["train"].groups is not None:
-        owners = [set(p.groups.tolist()) for p in parts.values() if p.groups is not None]
-        if sum(map(len, owners)) != len(set().union(*owners)):
-            raise _unusable(source, "a patient stands in two of its splits")
-    return parts
 
 
 def _unusable(source: Path, what: str) -> SourceError:
@@ -97,8 +119,7 @@ def _declared_bytes(archive: zipfile.ZipFile, name: str) -> int:
     return size
 
 
-def _read_arrays(source: Path) -> dict[str, NDArray[Any]]:
-    wanted = {f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels", "groups")}
+def _read_arrays(source: Path, wanted: Set[str]) -> dict[str, NDArray[Any]]:
     with zipfile.ZipFile(source) as archive:
         present = sorted(n for n in set(archive.namelist()) if n.removesuffix(".npy") in wanted)
         size = sum(_declared_bytes(archive, name) for name in present)
