@@ -76,6 +76,7 @@ def students(root: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.nightly  # tests/federation/test_federation.py hands the messages over every time, to the byte
 def test_the_simulator_answers_as_the_pipeline_to_the_byte(
     root: Path, students: dict[str, str], tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def written_out(federation: SimulatedFederation) -> dict[str, Classifier]:
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("algorithm", BENCHED)
 def test_flare_comes_to_the_network_that_is_written_out(
     bench: tuple[Path, dict[str, Any]],
@@ -143,6 +144,7 @@ def test_the_algorithms_differ(written_out: dict[str, Classifier]) -> None:
         assert float((heads[i] - heads[i - 1]).abs().max()) > 1e-3
 
 
+@pytest.mark.nightly
 def test_bytes_and_rounds_are_those_that_flare_counted(bench: tuple[Path, dict[str, Any]]) -> None:
     out, result = bench
     rows = {r["method"]: r for r in result["rows"]}
@@ -158,6 +160,7 @@ def test_bytes_and_rounds_are_those_that_flare_counted(bench: tuple[Path, dict[s
     assert result["environment"]["nvflare"].startswith("2.")
 
 
+@pytest.mark.nightly
 def test_nothing_of_a_finished_run_is_left_and_it_is_not_run_again(
     bench: tuple[Path, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
