@@ -1,8 +1,8 @@
 """Federated baselines on NVIDIA FLARE.
 
 A federation takes half a minute of a core whatever it does, for its four processes load torch and FLARE.
-Three run every time; those that are broken off run nightly, and every time with a stand-in for FLARE's
-simulator.
+One runs every time; the others run nightly, and those that are broken off every time with a stand-in for
+FLARE's simulator.
 """
 
 from __future__ import annotations
