@@ -256,14 +256,8 @@ def pipeline(root: Path, params: Params) -> None:
     evaluate_queries(root, params)
 
 
-@pytest.mark.parametrize(
-    "sites",
-    [
-        ("aster", "birch", "dahlia"),
-        pytest.param(tuple(phantom_params(2)["sites"]), marks=pytest.mark.nightly),
-    ],
-    ids=len,
-)
+@pytest.mark.nightly  # that of teachers and of a query's classes is turned round every time: tests/stages
+@pytest.mark.parametrize("sites", [("aster", "birch", "dahlia"), tuple(phantom_params(2)["sites"])], ids=len)
 def test_the_order_of_hospitals_changes_nothing(sites: tuple[str, ...], tmp_path: Path) -> None:
     phantom = phantom_params(2)
     queries = {

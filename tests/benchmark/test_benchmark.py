@@ -345,6 +345,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(done["rows"]) == 3
 
 
+@pytest.mark.nightly
 def test_worker_processes_change_no_figure(
     whole: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
