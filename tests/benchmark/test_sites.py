@@ -38,6 +38,8 @@ from qkt_clinical.task import MULTICLASS
 from tests.federated_reference import in_process
 from tests.shapes import CLASSES, shapes
 
+pytestmark = pytest.mark.slow
+
 HELD = {"alba": (0, 1, 2), "brno": (0, 1, 2, 3), "cork": (0, 1, 3)}
 QUICK = BenchmarkSettings(
     sites=True,
@@ -496,7 +498,6 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return out, result, seen
 
 
-@pytest.mark.slow
 def test_nothing_that_answers_has_seen_a_hidden_image(whole: Whole, sites: tuple[RealSite, ...]) -> None:
     brno = next(s for s in sites if s.name == "brno")
     hidden = {
@@ -514,7 +515,6 @@ def test_nothing_that_answers_has_seen_a_hidden_image(whole: Whole, sites: tuple
     assert all(len(pixels(images) & everybody) > 0.75 * len(images) for images in others)
 
 
-@pytest.mark.slow
 def test_every_method_answers_and_the_row_says_who_judges(whole: Whole) -> None:
     out, result, _ = whole
     assert [r["method"] for r in result["rows"]] == [*BENCHMARK_METHODS, *REFERENCES]
@@ -536,7 +536,6 @@ def test_every_method_answers_and_the_row_says_who_judges(whole: Whole) -> None:
     assert "## Site by site" in (out / "benchmark.md").read_text()
 
 
-@pytest.mark.slow
 def test_a_resumed_run_comes_to_the_same(whole: Whole, folder: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole[0], tmp_path / "out")
     rows = sorted((out / WORK / "seed-0" / "rows").rglob("routed.json"))
@@ -559,7 +558,6 @@ def test_a_resumed_run_comes_to_the_same(whole: Whole, folder: Path, tmp_path: P
     assert shares[0] == shares[1]
 
 
-@pytest.mark.slow
 def test_answers_on_a_truly_absent_class_are_judged_by_others(folder: Path, tmp_path: Path) -> None:
     settings = QUICK.model_copy(
         update={"regime": "truly-absent", "methods": ("local", "pooled"), "split": "val"}

@@ -24,6 +24,8 @@ from qkt_clinical.datasets.phantom.federation import CHESTS, SMEARS, STAMP, VERS
 from qkt_clinical.errors import ConfigError
 from tests.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 N2, N3 = 40, 20
 
 
@@ -53,7 +55,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 # --- determinism ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
 def test_same_bytes_again_and_other_bytes_for_another_seed(
     dims: int, smears: Path, chests: Path, tmp_path: Path
@@ -78,7 +79,6 @@ def test_a_hospital_does_not_depend_on_the_others(smears: Path) -> None:
     assert patients == again[2]
 
 
-@pytest.mark.slow
 def test_complete_hospitals_are_left_alone_and_the_rest_is_made_good(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     write_federation(
@@ -108,7 +108,6 @@ def test_a_real_hospitals_data_is_never_replaced(tmp_path: Path) -> None:
     assert mine.read_bytes() == b"precious"
 
 
-@pytest.mark.slow
 def test_edited_text_files_stay(tmp_path: Path) -> None:
     query = tmp_path / "hospitals" / "north" / "queries" / "calcified.yaml"
     query.parent.mkdir(parents=True)

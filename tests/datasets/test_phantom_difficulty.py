@@ -23,6 +23,8 @@ from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import train_teacher
 
+pytestmark = pytest.mark.slow
+
 SIDE = 32
 EACH = 500
 FEW = 100

@@ -14,6 +14,8 @@ from qkt_clinical.models.low_rank import factorised
 from qkt_clinical.models.networks import build, check_size, multiply_adds, pick_device, tensor_specs
 from qkt_clinical.records.card import Branch, NetworkSpec
 
+pytestmark = pytest.mark.slow
+
 QUICK: tuple[Network, ...] = ("resnet-small", "densenet-small")
 
 
@@ -136,7 +138,6 @@ def test_device() -> None:
             pick_device("cuda")
 
 
-@pytest.mark.slow
 def test_optional_packages_are_not_loaded_but_can_be_afterwards() -> None:
     code = """
 import sys

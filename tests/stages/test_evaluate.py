@@ -25,6 +25,8 @@ from qkt_clinical.stages.gate import gate_queries
 from qkt_clinical.tracking.runs import answer_item
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
+pytestmark = pytest.mark.slow
+
 TEST = 24
 """Test images of each class; every other patient has two."""
 
