@@ -82,6 +82,7 @@ def test_share(count: int, total: int, share: float | None) -> None:
     assert shown_share(count, total) == share
 
 
+@pytest.mark.slow
 def test_no_count_below_five_can_be_reckoned_from_a_share_and_its_total() -> None:
     for total in range(150):
         for count in range(total + 1):
@@ -139,6 +140,7 @@ def prepare(root: Path, site: str, classes: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
     """Two validation images of ``b``; four calibration images in all, by which the budget was kept."""
     for site, classes in (("aster", (0, 1)), ("birch", (1, 2))):

@@ -264,6 +264,7 @@ def test_site_of_volumes_refuses_a_slice(tmp_path: Path) -> None:
         ingest(tmp_path)
 
 
+@pytest.mark.slow
 def test_damage_anywhere_in_the_header_is_never_an_exception(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = tmp_path / "a.nii"

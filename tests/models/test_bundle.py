@@ -86,6 +86,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 # --- what is written is what is read --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip_is_bit_identical(tmp_path: Path, name: Network) -> None:
     network = network_of(name)
@@ -491,6 +492,7 @@ def test_an_adversarial_bundle_ends_in_one_typed_error(
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, (_, code) in HOSTILE.items() if code == "bundle-size"])
 def test_an_error_about_sizes_says_two_that_differ(folder: Path, name: str) -> None:
     HOSTILE[name][0](folder)

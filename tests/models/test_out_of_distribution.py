@@ -27,6 +27,8 @@ from qkt_clinical.records.card import REFERENCE, NetworkSpec, Reference, read_ca
 from qkt_clinical.records.plan import SHARED
 from tests.sample_run import SHAPE, sample_params, write_sample_run
 
+pytestmark = pytest.mark.slow
+
 PARAMS = sample_params()
 
 

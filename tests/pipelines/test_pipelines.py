@@ -24,6 +24,8 @@ from qkt_clinical.errors import ConfigError
 from tests.four_hospitals import write_hospitals
 from tests.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def dvc_stages() -> dict[str, dict[str, Any]]:
     """Stage name to its body; of a foreach stage the body of one."""
@@ -224,7 +226,6 @@ def test_a_stage_refuses_names_that_are_none_before_it_runs(
         assert err.count("\n") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -296,7 +297,6 @@ def test_whose_turn_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what other users of the machine may read -----------------------------------------------------
 
 
-@pytest.mark.slow
 def test_nothing_of_a_hospital_is_open_to_other_users(tmp_path: Path) -> None:
     write_federation(tmp_path, images_per_site=20)
     (tmp_path / "hospitals" / "aster" / ".salt").chmod(0o644)

@@ -28,6 +28,8 @@ from qkt_clinical.qkt.masks import (
 from qkt_clinical.records.card import NetworkSpec
 from tests.shapes import CLASSES, CPU, shapes, spec, teacher
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (3, 16, 16)
 
 
@@ -219,7 +221,6 @@ def trained(request: pytest.FixtureRequest) -> Classifier:
     return network
 
 
-@pytest.mark.slow
 def test_the_mask_of_a_teacher_is_what_it_was_trained_on(trained: Classifier) -> None:
     for seed in range(3):
         mask = compute_mask(trained, SHAPE, CLASSES, seed=seed)

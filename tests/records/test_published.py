@@ -102,6 +102,7 @@ def told_counts(told: PublishedEvaluation, evaluation: Evaluation) -> Iterator[i
 ROW = st.lists(st.integers(0, 60), min_size=4, max_size=4).filter(lambda row: sum(row) > 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ROW, min_size=4, max_size=4), st.data())
 def test_no_small_number_can_be_reckoned_from_any_evaluation(
