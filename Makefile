@@ -14,6 +14,8 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # pip's own variables of the surrounding shell stay in force; a foreign virtual environment does not.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+# Else each of the hundred programs that tests and DVC start would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo deps check test ui pbc28 clean
 

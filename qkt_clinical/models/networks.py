@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qkt_clinical.errors import ConfigError, DeviceError
 from qkt_clinical.models.low_rank import convolutions, factorised, replace_module
@@ -205,10 +206,29 @@ def fast_layout(network: Classifier) -> Classifier:
     return network
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leaves initial values undrawn: on the meta device PyTorch loads its compiler (2 s) to draw none."""
+
+    DRAWN = (Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.DRAWN or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _outline(spec: NetworkSpec) -> Classifier:
+    """The network without a byte for its weights, on the meta device."""
+    with torch.device("meta"), _WithoutValues():
+        return build(spec)
+
+
 def tensor_specs(spec: NetworkSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name to shape and dtype of every tensor of the network's state, without allocating one."""
-    with torch.device("meta"):
-        network = build(spec)
+    network = _outline(spec)
     return {name: (tuple(t.shape), t.dtype) for name, t in network.state_dict().items()}
 
 
@@ -218,8 +238,8 @@ def check_size(spec: NetworkSpec, size: tuple[int, ...]) -> None:
     Raises:
         ConfigError: the images are too small for the network's downsampling.
     """
+    network = _outline(spec)
     with torch.device("meta"):
-        network = build(spec)
         try:
             network(torch.empty(2, spec.in_channels, *size))
         except RuntimeError:

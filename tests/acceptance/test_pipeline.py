@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.slow]
 QUICK = {
     "train": {"epochs": 4, "batch_size": 16},
     "transfer": {"images": 16},
-    "mask": {"probes": 48},
+    "mask": {"probes": 24},
     "evaluate": {"bootstrap": 20},
 }
 COARSE = (
@@ -66,7 +66,7 @@ def volumes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     leads to another kind of student: merged, and routed with its experts.
     """
     root, sites = tmp_path_factory.mktemp("volumes"), request.param
-    write_federation(root, dims=3, images_per_site=30)
+    write_federation(root, dims=3, images_per_site=20)
     for folder in (root / "hospitals").iterdir():
         if folder.name not in sites:
             shutil.rmtree(folder)
