@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qkt_clinical.common.files import digest_bytes, digest_file, plain_file, write_json
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.networks import Classifier, build, tensor_specs
+from qkt_clinical.models.networks import Classifier, outline, tensor_specs
 from qkt_clinical.records.card import (
     CARD,
     REMEDY,
@@ -179,8 +179,7 @@ def load_bundle(folder: Path) -> Bundle:
                 site=card.site,
                 code="bundle-values",
             )
-    with torch.device("meta"):
-        network = build(card.network)
+    network = outline(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()
     experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}

@@ -220,7 +220,7 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _outline(spec: NetworkSpec) -> Classifier:
+def outline(spec: NetworkSpec) -> Classifier:
     """The network without a byte for its weights, on the meta device."""
     with torch.device("meta"), _WithoutValues():
         return build(spec)
@@ -228,7 +228,7 @@ def _outline(spec: NetworkSpec) -> Classifier:
 
 def tensor_specs(spec: NetworkSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name to shape and dtype of every tensor of the network's state, without allocating one."""
-    network = _outline(spec)
+    network = outline(spec)
     return {name: (tuple(t.shape), t.dtype) for name, t in network.state_dict().items()}
 
 
@@ -238,7 +238,7 @@ def check_size(spec: NetworkSpec, size: tuple[int, ...]) -> None:
     Raises:
         ConfigError: the images are too small for the network's downsampling.
     """
-    network = _outline(spec)
+    network = outline(spec)
     with torch.device("meta"):
         try:
             network(torch.empty(2, spec.in_channels, *size))

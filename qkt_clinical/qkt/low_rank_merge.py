@@ -9,7 +9,6 @@ directions that matter, one layer after the other, so that later layers make up 
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,13 +153,6 @@ def full_rank(source: Classifier) -> tuple[nn.Module, Branch]:
     return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
 
 
-@functools.cache
-def _pass_work(spec: NetworkSpec, shape: tuple[int, ...]) -> int:
-    """Multiply-adds of one image through a network's extractor; the same for all teachers alike."""
-    with torch.device("meta"):
-        return multiply_adds(build(spec).eval().extractor, shape)
-
-
 @torch.no_grad()
 def reduce_extractor(
     source: Classifier, share: float, views: Tensor, *, seed: int, device: torch.device
@@ -180,7 +172,7 @@ def reduce_extractor(
     layers = convolutions(extractor, share)
     if not layers:
         return extractor.cpu(), branch, []
-    work = _pass_work(source.spec, tuple(views.shape[1:]))
+    work = multiply_adds(build(source.spec, seed=0).eval().extractor, views.shape[1:])
     prefixes = work * (len(layers) + 1) / 2
     views = views[: max(MIN_VIEWS, int(WORK / prefixes))].to(device)
     parts = views.split(max(1, CHUNK_SIZE // views[0].numel()))
