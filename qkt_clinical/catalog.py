@@ -33,6 +33,7 @@ DEFAULT_BUDGET = 0.05
 Device = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "calibration", "val", "test"]
 Partition = Literal["pathological", "dirichlet"]
+OnOff = Literal["on", "off"]
 Regime = Literal["absent", "rare", "truly-absent"]
 EvaluationSplit = Literal["test", "val"]
 

@@ -1,6 +1,6 @@
 """Ablations of the phases: answers with a phase left out or replaced.
 
-The same five steps as :func:`qkt_clinical.qkt.answer.answer_query`, with another step in the place of one.
+The same six steps as :func:`qkt_clinical.qkt.answer.answer_query`, with another step in the place of one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from qkt_clinical.qkt.answer import (
     Refined,
     Screened,
     ValidQuery,
+    adapt,
     answer_of,
+    calibration_logits,
     calibration_scores,
     merge,
     operating_point_at,
@@ -85,7 +87,9 @@ def answer_ablated(
         QueryError: as ``answer_query``.
     """
     settings = PhaseSettings(task, params or TransferParams(), seed, device or torch.device("cpu"), progress)
-    question = validate(student, teachers, data, query, method=method, budget=budget)
+    asked = validate(student, teachers, data, query, method=method, budget=budget)
+    adapted = adapt(asked, settings)
+    question = adapted.question
     screened = screen(question, settings)
     merged = _merge(phase1, question, screened, settings, distillation or DistillationParams())
     if phase2:
@@ -93,6 +97,7 @@ def answer_ablated(
         point = set_operating_point(question, screened, merged, refined.network, settings)
     else:
         refined = Refined(merged.network)
-        scores = calibration_scores(question, screened, merged, merged.network, settings)
+        logits = calibration_logits(question, screened, merged, merged.network, settings)
+        scores = calibration_scores(question, screened, logits, settings)
         point = operating_point_at(question, screened, merged, scores, 0.0)
-    return answer_of(question, screened, merged, refined, point)
+    return answer_of(adapted, screened, merged, refined, point)

@@ -41,7 +41,7 @@ from qkt_clinical.models.networks import Classifier, multiply_adds
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
-from qkt_clinical.qkt.prediction import routed_consensus, scores_of
+from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
 from qkt_clinical.records.card import MIRRORS, DecisionRule
 
 
@@ -333,8 +333,16 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     def scores(inputs: Tensor) -> Tensor:
         return scores_of(answer.network, answer.decision, experts, inputs, store.device)
 
-    if experts and not setup.bad:  # every question asks the same networks about the same images: once will do
-        each = [store.routed_logits(name, answer.decision.flips)[case.index] for name in (own_name, *asked)]
+    if experts and not setup.bad:
+        flips = answer.decision.flips
+        each = [store.routed_logits(own_name, flips)[case.index]]
+        for name, teacher in asked.items():  # as sent: every question shows it the same images, once will do
+            as_sent = not teacher.share
+            each.append(
+                store.routed_logits(name, flips)[case.index]
+                if as_sent
+                else predict_logits(teacher.network, case.inputs, flips, store.device)
+            )
         logits = routed_consensus(each, answer.decision, experts)
         offsets = torch.tensor(answer.decision.offsets)
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)

@@ -13,6 +13,7 @@ from qkt_clinical.catalog import (
     Device,
     EvaluationSplit,
     Network,
+    OnOff,
     Partition,
     Regime,
 )
@@ -71,6 +72,9 @@ def benchmark(
         str, typer.Option(help="Federations are trained for so many each; the best on val counts.")
     ] = "20,50",
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
+    adapt: Annotated[
+        OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
+    ] = "on",
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
         float, typer.Option(min=0.0001, max=0.9999, help="Largest false-query rate on own images.")
@@ -87,7 +91,7 @@ def benchmark(
     from qkt_clinical.benchmark.runner import run
     from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
-    from qkt_clinical.config.params import TrainParams
+    from qkt_clinical.config.params import TrainParams, TransferParams
 
     if (data is None) == (not sites):
         raise ConfigError(
@@ -113,6 +117,7 @@ def benchmark(
         split=split,
         device=device,
         train=TrainParams(network=network),
+        transfer=TransferParams(adaptation=adapt == "on"),
     )
     try:
         with progress("benchmark", quiet=as_json) as step:

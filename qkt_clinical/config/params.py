@@ -92,6 +92,8 @@ class TransferParams(Strict):
     augment: Annotated[float, Field(ge=0.0, le=3.0)] = 1.5
     flips: bool = True
     """Whether the networks of a ``routed`` answer see mirror images of an image too."""
+    adaptation: bool = True
+    """Whether teachers are brought to the hospital's images by the statistics of their layers."""
     screening: bool = True
     """Whether teachers are held against the hospital's own images, and those that fail are excluded. Networks
     that give no usable answers are set aside in any case."""

@@ -1,24 +1,25 @@
 """The core of Query-based Knowledge Transfer: the methods ``qkt``, ``qkt-light`` and ``routed``.
 
-A reconstruction (the paper's equations are not all known to us). An answer takes five steps, one function
+A reconstruction (the paper's equations are not all known to us). An answer takes six steps, one function
 each:
 
 1. :func:`validate` holds the question against the hospital's data and the teachers' claims.
-2. :func:`screen` decides which teachers are included. Networks without usable answers are set aside
+2. :func:`adapt` brings the teachers to the hospital's images (:mod:`qkt_clinical.qkt.adaptation`).
+3. :func:`screen` decides which teachers are included. Networks without usable answers are set aside
    (:mod:`qkt_clinical.qkt.soundness`), then those whose claims, labels or views of the own images do not
    stand up to a look at those images (:mod:`qkt_clinical.qkt.teacher_screening`). **Masks** say which
    networks know a class of R, the local classes and the query; for every class the mean margin of the
    networks that know it is their *consensus*. Teachers that know no query class but a local one count too: an
    image of the query is strange to them. The local model weight is chosen on the hospital's calibration
    images.
-3. :func:`merge`, phase 1, makes one network of them: the teachers' extractors are taken up side by side,
+4. :func:`merge`, phase 1, makes one network of them: the teachers' extractors are taken up side by side,
    reduced layer by layer on the hospital's own images. No label is taught again: that would wash out the own
    network's surprise at images of the query. ``qkt-light`` takes up only the teachers that know the query,
    reduced further. ``routed`` keeps the teachers themselves as experts at prediction time, and shows them
    mirror images too; with rare classes they are put side by side as they are, so that there is one head to
    refine.
-4. :func:`refine`, phase 2, works on the head alone: it is refined on the few samples of rare query classes.
-5. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
+5. :func:`refine`, phase 2, works on the head alone: it is refined on the few samples of rare query classes.
+6. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
 
 Nothing here does I/O; images are the asking hospital's own.
 """
@@ -45,9 +46,17 @@ from qkt_clinical.errors import QueryError
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.consensus import consensus, local_weight
+from qkt_clinical.qkt.adaptation import MIN_IMAGES, AdaptationResult, adapt_teachers
+from qkt_clinical.qkt.consensus import (
+    GUARDING_WEIGHTS,
+    LOCAL_WEIGHTS,
+    consensus,
+    forgotten,
+    local_weight,
+)
 from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
+    allowed,
     decide,
     false_query_rate,
     kept_today,
@@ -114,6 +123,15 @@ class ValidQuery:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """The question with its teachers brought to the hospital's images, from :func:`adapt`."""
+
+    question: ValidQuery
+    results: tuple[AdaptationResult, ...] = ()
+    """Of the teachers that hold statistics, by site; empty where adaptation is off."""
+
+
+@dataclass(frozen=True)
 class Screened:
     """Who takes part in the answer, from :func:`screen`."""
 
@@ -156,6 +174,8 @@ class OperatingPoint:
     """Images that the own model tells from the query today: only those can become false queries."""
     false_queries: int
     """How many of them go to the query."""
+    within_budget: bool = True
+    """False where own classes that change places with each other alone cost more than the budget."""
 
     @property
     def false_query_rate(self) -> float:
@@ -173,6 +193,7 @@ class Answer:
     network: Classifier
     teachers: tuple[Teacher, ...]
     """Those that were included, with the classes that counted."""
+    adaptation: tuple[AdaptationResult, ...]
     screening: tuple[ScreeningResult, ...]
     phase1: Phase1 | None
     refinement: Curves
@@ -303,7 +324,29 @@ def validate(
     )
 
 
-# --- 2. screen ------------------------------------------------------------------------------------
+# --- 2. adapt -------------------------------------------------------------------------------------
+
+
+def adapt(question: ValidQuery, settings: PhaseSettings) -> Adapted:
+    """Bring each teacher to the hospital's images as far as its held-out images speak for it.
+
+    Teachers without statistics, and those that give no usable answers, stay as they are.
+    """
+    if not settings.params.adaptation or len(question.inputs) < MIN_IMAGES:
+        return Adapted(question)
+    teachers, results = adapt_teachers(
+        question.teachers,
+        question.inputs,
+        (question.calibration, question.calibration_labels),
+        question.local,
+        task=settings.task,
+        seed=settings.seed,
+        device=settings.device,
+    )
+    return Adapted(replace(question, teachers=teachers), results)
+
+
+# --- 3. screen ------------------------------------------------------------------------------------
 
 
 def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
@@ -336,7 +379,13 @@ def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
     if question.method != "qkt-light":
         logits = [o.logits for o in outputs]
         weight = local_weight(
-            logits, panel.known, question.local, question.calibration_labels, task=settings.task
+            logits,
+            panel.known,
+            question.local,
+            question.calibration_labels,
+            task=settings.task,
+            budget=question.budget,
+            weights=LOCAL_WEIGHTS if question.rare else (*LOCAL_WEIGHTS, *GUARDING_WEIGHTS),
         )
         panel = replace(panel, local_weight=weight)
     told = tuple(results) if settings.params.screening or any(defects) else ()
@@ -397,7 +446,7 @@ def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple
     return included, places
 
 
-# --- 3. merge -------------------------------------------------------------------------------------
+# --- 4. merge -------------------------------------------------------------------------------------
 
 
 def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> Merged:
@@ -457,7 +506,7 @@ def _reduced(
     return reduced
 
 
-# --- 4. refine ------------------------------------------------------------------------------------
+# --- 5. refine ------------------------------------------------------------------------------------
 
 
 def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
@@ -473,7 +522,7 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
     return Refined(merged.network, tuple(curves))
 
 
-# --- 5. operating point ---------------------------------------------------------------------------
+# --- 6. operating point ---------------------------------------------------------------------------
 
 
 def set_operating_point(
@@ -487,15 +536,20 @@ def set_operating_point(
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
     """
-    scores = calibration_scores(question, screened, merged, network, settings)
-    offset = offset_for_budget(scores, question.budget)
-    return operating_point_at(question, screened, merged, scores, offset)
+    logits = calibration_logits(question, screened, merged, network, settings)
+    scores = calibration_scores(question, screened, logits, settings)
+    lost = forgotten(
+        screened.outputs[0].logits, logits, question.local, question.calibration_labels, task=settings.task
+    )
+    offset = offset_for_budget(scores, question.budget, lost=lost)
+    point = operating_point_at(question, screened, merged, scores, offset)
+    return replace(point, within_budget=lost <= allowed(question.budget, len(scores)))
 
 
-def calibration_scores(
+def calibration_logits(
     question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
 ) -> Tensor:
-    """Query scores (M, Q) of the calibration images that the own model does not take for the query.
+    """The student's logits (N, C) on the calibration images of local classes.
 
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
@@ -514,6 +568,18 @@ def calibration_scores(
             remedy="Leave one of them after the other out by exclude_teachers in the query file.",
             code="unsound-network",
         )
+    return logits
+
+
+def calibration_scores(
+    question: ValidQuery, screened: Screened, logits: Tensor, settings: PhaseSettings
+) -> Tensor:
+    """Query scores (M, Q) of the calibration images that the own model does not take for the query.
+
+    Args:
+        logits: from :func:`calibration_logits`.
+    """
+    device = settings.device
     scores = query_scores(logits, question.local, question.query)
     if question.rare:
         plain = question.method != "qkt-light" and not screened.flips
@@ -579,24 +645,27 @@ def answer_query(
             be used, no local class, no calibration image, or an own network without usable answers.
     """
     settings = PhaseSettings(task, params or TransferParams(), seed, device or torch.device("cpu"), progress)
-    question = validate(student, teachers, data, query, method=method, budget=budget)
+    asked = validate(student, teachers, data, query, method=method, budget=budget)
+    adapted = adapt(asked, settings)
+    question = adapted.question
     screened = screen(question, settings)
     merged = merge(question, screened, settings)
     refined = refine(question, screened, merged, settings)
     point = set_operating_point(question, screened, merged, refined.network, settings)
-    return answer_of(question, screened, merged, refined, point)
+    return answer_of(adapted, screened, merged, refined, point)
 
 
 def answer_of(
-    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, point: OperatingPoint
+    adapted: Adapted, screened: Screened, merged: Merged, refined: Refined, point: OperatingPoint
 ) -> Answer:
-    """The answer that results from the five steps."""
+    """The answer that results from the six steps."""
     return Answer(
         network=refined.network,
         teachers=screened.teachers,
+        adaptation=adapted.results,
         screening=screened.results,
         phase1=merged.record,
         refinement=refined.curves,
-        rare=question.rare,
+        rare=adapted.question.rare,
         operating_point=point,
     )

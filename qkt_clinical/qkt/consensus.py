@@ -14,6 +14,10 @@ from qkt_clinical.task import Task
 LOCAL_WEIGHTS = (1.0, 2.0, 4.0)
 """Local model weights to choose from: what the own network counts for in the consensus, a teacher being 1."""
 
+GUARDING_WEIGHTS = (16.0, 1000.0)
+"""Larger ones, for where teachers confuse the own classes: with the last, the own network is as good as alone
+among its classes. Not for rare ones, of which it has seen too little."""
+
 NEAR = 0.05
 """A smaller weight is as good as the best one if its loss is higher by this share at most."""
 
@@ -119,6 +123,17 @@ def calibrated_loss(scores: Tensor, labels: Tensor, classes: Sequence[int], *, t
     return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
 
 
+def forgotten(before: Tensor, after: Tensor, local: Sequence[int], labels: Tensor, *, task: Task) -> int:
+    """How many images more the own network named rightly among the local classes; 0 where it was fewer.
+
+    Args:
+        before, after: logits (N, C) of the two; labels: (N,), each in ``local``.
+    """
+    none = torch.zeros(0)
+    right = [int((task.answer(decide(z, local, (), none)) == labels).sum()) for z in (before, after)]
+    return max(0, right[0] - right[1])
+
+
 def local_weight(
     logits: Sequence[Tensor],
     known: Sequence[Sequence[int]],
@@ -126,6 +141,8 @@ def local_weight(
     labels: Tensor,
     *,
     task: Task,
+    budget: float = 1.0,
+    weights: Sequence[float] = LOCAL_WEIGHTS,
 ) -> float:
     """The local model weight: the weight of the own network in the consensus, relative to a teacher's 1.
 
@@ -139,16 +156,21 @@ def local_weight(
         known: the classes that each network knows.
         local: the hospital's own classes beside the query.
         labels: (N,); images of other classes are not used.
+        budget: at most this share of the images may be forgotten (:func:`forgotten`); where every weight
+            costs more, the largest one counts.
+        weights: to choose from, rising.
 
     Returns:
-        One of ``LOCAL_WEIGHTS``.
+        One of ``weights``.
     """
     used = torch.isin(labels, torch.tensor(list(local)))
     if not bool(used.any()):
-        return LOCAL_WEIGHTS[0]
-    seen = [z[used] for z in logits]
-    losses = {
-        weight: calibrated_loss(consensus(seen, known, local, weight), labels[used], local, task=task)
-        for weight in LOCAL_WEIGHTS
-    }
+        return weights[0]
+    seen, truth = [z[used] for z in logits], labels[used]
+    losses: dict[float, float] = {}
+    for weight in weights:
+        view = consensus(seen, known, local, weight)
+        lost = forgotten(seen[0], view, local, truth, task=task)
+        if lost <= budget * len(truth) or (weight == weights[-1] and not losses):
+            losses[weight] = calibrated_loss(view, truth, local, task=task)
     return next(weight for weight, loss in losses.items() if loss <= (1 + NEAR) * min(losses.values()))

@@ -33,7 +33,7 @@ def allowed(budget: float, count: int) -> int:
     return max(0, math.floor(budget * (count + 1)) - 1)
 
 
-def offset_for_budget(scores: Tensor, budget: float) -> float:
+def offset_for_budget(scores: Tensor, budget: float, *, lost: int = 0) -> float:
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
     A Neyman-Pearson operating point: a bound on the false-query rate, most of the query for it. All query
@@ -43,11 +43,12 @@ def offset_for_budget(scores: Tensor, budget: float) -> float:
         scores: (N, Q) from :func:`query_scores` on the student's own held-out images, none of a query
             class.
         budget: share of these images, in (0, 1).
+        lost: how many of them are given away already, by own classes that change places with each other.
     """
     highest = scores.max(dim=1).values.sort(descending=True).values
     # A hair lower, so that rounding in ``decide`` does not make the image at the bound a false query.
     hair = ROUNDING * float(scores.abs().max().clamp(min=1))
-    return -float(highest[allowed(budget, len(highest))]) - hair
+    return -float(highest[max(0, allowed(budget, len(highest)) - lost)]) - hair
 
 
 def false_query_rate(scores: Tensor, offsets: Tensor) -> float:

@@ -30,6 +30,8 @@ class Teacher:
     """By its mask; after screening, without the claims that its network does not support."""
     verified: tuple[int, ...] | None = None
     """By its network, see :func:`qkt_clinical.qkt.masks.verified_classes`; None: it was not read again."""
+    share: float = 0.0
+    """Of the asking hospital's statistics in the network's, see :mod:`qkt_clinical.qkt.adaptation`."""
 
     @classmethod
     def of(cls, bundle: Bundle, verified: tuple[int, ...] | None = None) -> Teacher:

@@ -28,6 +28,20 @@ class ScreenedTeacher(Record):
     """With the other experts; None: nothing to compare."""
 
 
+FAR = 0.1
+"""A shift beyond it is told as a warning: within one centre it stays below 0.05."""
+
+
+class AdaptedTeacher(Record):
+    """How far a teacher was brought to the hospital's images."""
+
+    site: str
+    shift: Annotated[float, Field(ge=0)] | None
+    """Between its images and the hospital's, as its layers see them; None: it has no finite one."""
+    share: Fraction
+    """Of the statistics measured at the hospital; 0: left as it was sent."""
+
+
 class Phase1(Record):
     """Phase 1: what the student learned from the relevant teachers."""
 
@@ -47,6 +61,8 @@ class Phase2(Record):
     false_query_rate: Fraction | None
     """Of the calibration images; None where it is suppressed."""
     calibration_images: Number | str
+    within_budget: bool = True
+    """False where own classes that change places with each other alone cost more than the budget."""
     local_model_weight: Annotated[float, Field(gt=0)]
     """Weight of the hospital's own network in the consensus, relative to a teacher's 1."""
     rare: dict[str, str] = Field(default_factory=dict)
@@ -78,6 +94,8 @@ class Phases(Record):
 
     format: Literal["qkt-phases/2"] = "qkt-phases/2"
     method: str
+    adaptation: tuple[AdaptedTeacher, ...] = ()
+    """Of the teachers whose layers hold statistics; empty where adaptation was off."""
     screening: tuple[ScreenedTeacher, ...] = ()
     phase1: Phase1 | None = None
     phase2: Phase2

@@ -14,7 +14,7 @@ from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.decisions import Decision, champions
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, flat, shares
-from qkt_clinical.records.phases import MERGE_KIND, Phase1
+from qkt_clinical.records.phases import FAR, MERGE_KIND, Phase1
 from qkt_clinical.records.verdict import GateRule
 from qkt_clinical.report import charts
 from qkt_clinical.report.page import environment, recall_bars, reliability_curves
@@ -174,6 +174,7 @@ def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
         "voices": voices(answer),
         "why_own_weight": why_own_weight(answer.plan.method),
         "at_risk": at_risk(answer.plan),
+        "far": FAR,
         "decisions": decisions,
         "standing": standing(decisions, answer.model, answer.folder_digest),
         "digest": answer.folder_digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.qkt.adaptation import AdaptationResult
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import CARD, MASK, REFERENCE
-from qkt_clinical.records.phases import Phase2, Phases, ScreenedTeacher
+from qkt_clinical.records.phases import AdaptedTeacher, Phase2, Phases, ScreenedTeacher
 from qkt_clinical.records.plan import Plan, read_plan
 from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import write_record
@@ -87,6 +89,30 @@ def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> No
             write_json(folder / teacher.site / MASK, corrected.model_dump(mode="json"))
 
 
+def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
+    """Write the experts of a routed student: as fetched, or as adapted to the hospital's images.
+
+    The card of an adapted one says so, and keeps the digest of the weights that were sent.
+    """
+    sent = {bundle.card.site: bundle.card for bundle in bundles}
+    for teacher in answer.teachers:
+        if teacher.site not in answer.decision.experts:
+            continue
+        source, target = fetched / "teachers" / teacher.site, folder / teacher.site
+        copy_bundle(source, target, teacher.site)
+        if teacher.share:
+            card = sent[teacher.site]
+            said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
+            written = card.model_dump(mode="json", exclude={"network", "weights"})
+            write_bundle(target, teacher.network, {**written, "training": {**written["training"], **said}})
+    correct_masks(folder, bundles, answer)
+
+
+def _adapted(result: AdaptationResult) -> AdaptedTeacher:
+    shift = round(result.shift, 3) if math.isfinite(result.shift) else None
+    return AdaptedTeacher(site=result.site, shift=shift, share=result.share)
+
+
 def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeacher:
     """The screening result of a teacher without figures of few images, which would describe persons."""
     return ScreenedTeacher(
@@ -109,6 +135,7 @@ def make_record(answer: Answer, classes: Sequence[str], calibration: Labels, *, 
     each = task.counts(calibration, len(classes))[list(decision.local)]
     return Phases(
         method=decision.method,
+        adaptation=tuple(_adapted(result) for result in answer.adaptation),
         screening=tuple(_screened(result, classes) for result in answer.screening),
         phase1=answer.phase1,
         phase2=Phase2(
@@ -116,6 +143,7 @@ def make_record(answer: Answer, classes: Sequence[str], calibration: Labels, *, 
             budget=decision.budget,
             false_query_rate=shown_share(point.false_queries, point.calibration_images),
             calibration_images=shown_total(point.calibration_images, each.tolist()),
+            within_budget=point.within_budget,
             local_model_weight=decision.own_weight,
             rare={classes[c]: shown_count(n) for c, n in answer.rare.items()},
             curves=answer.refinement,
@@ -201,9 +229,7 @@ def transfer_query(
             answer.network, card, data.train[0], data.calibration[0], data.normalisation
         )
         write_json(folder / REFERENCE, reference.model_dump(mode="json"))
-        for expert in answer.decision.experts:
-            copy_bundle(fetched / "teachers" / expert, folder / "experts" / expert, expert)
-        correct_masks(folder / "experts", bundles, answer)
+        write_experts(folder / "experts", fetched, bundles, answer)
         asked = AskedQuery(hospital=hospital, query=name, **query.model_dump())
         write_record(folder / "query.json", asked)
         write_record(folder / "plan.json", plan)

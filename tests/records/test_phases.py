@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from qkt_clinical.models.networks import build
+from qkt_clinical.qkt.adaptation import AdaptationResult
 from qkt_clinical.qkt.answer import Answer, OperatingPoint
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import DecisionRule
@@ -100,6 +102,7 @@ def answer_with(false_queries: int, images: int, named: dict[int, tuple[int, int
     return Answer(
         network=build(spec(), seed=0),
         teachers=(),
+        adaptation=(AdaptationResult("birch", 0.12345, 0.5), AdaptationResult("cedar", math.inf, 0.0)),
         screening=(ScreeningResult("birch", True, "why", (2,), named, 0.123456),),
         phase1=Phase1(kind="low-rank-merge", views=1, teacher_passes=1, rank=0.5),
         refinement=({"epoch": 0.0, "loss": 1.0},),
@@ -116,6 +119,7 @@ def test_a_record_tells_nothing_of_few_images() -> None:
         assert record.phase2.false_query_rate == rate
         assert record.phase2.calibration_images == 59
         assert record.phase2.rare == {"frame": "<5"}
+        assert [(t.shift, t.share) for t in record.adaptation] == [(0.123, 0.5), (None, 0.0)]
         (result,) = record.screening
         assert result.recalls == {"disc": None, "cross": 0.69}, "one of thirty is not told"
         assert (result.unverified, result.agreement) == (("bars",), 0.12)

@@ -36,7 +36,8 @@ from tests.shapes import CLASSES, CPU, counted, same, shapes, spec, state, teach
 pytestmark = pytest.mark.slow
 
 BUDGET = 0.1
-PARAMS = TransferParams()
+PARAMS = TransferParams(adaptation=False)
+"""Teachers as they are sent: tests/qkt/test_adaptation.py is about what brings them to the images."""
 DISTILLATION = DistillationParams(epochs=6, batch_size=32, views=3)
 WAYS: dict[str, tuple[Method, Phase1Way]] = {
     "qkt": ("qkt", "merge"),
