@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def smear(root: Path, *, apart: bool = True, **changes: Any) -> Path:
 
 
 def keep(data: Path, patients: dict[str, str]) -> None:
+    shutil.rmtree(data / NAME, ignore_errors=True)
     for seed, name in enumerate(patients):
         png(data / NAME / name, 100 + seed)
     lines = ["file,patient", *(f"{name},{patient}" for name, patient in patients.items())]
