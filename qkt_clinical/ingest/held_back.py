@@ -71,7 +71,7 @@ def list_held_back(folder: Path, name: str, kind: str) -> Listing:
 
 
 @dataclass(frozen=True)
-class Bar:
+class HeldBackCheck:
     """Refuses held-back images that the rest of the site could have told of."""
 
     patients: Collection[str]
@@ -92,7 +92,7 @@ class Bar:
         patients: Collection[str],
         labels: Mapping[str, int],
         pixels: Collection[int],
-    ) -> Bar:
+    ) -> HeldBackCheck:
         """Of a site's other images."""
         tag = config.patient.source == "tag"
         nobody = {salted(salt, "value", word) if tag else word for word in PLACEHOLDERS}

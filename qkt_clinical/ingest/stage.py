@@ -35,7 +35,7 @@ from qkt_clinical.ingest.codes import REASONS, quiet, reject
 from qkt_clinical.ingest.columns import SiteColumns, check_columns, site_columns
 from qkt_clinical.ingest.decode import decoded
 from qkt_clinical.ingest.deidentify import salted
-from qkt_clinical.ingest.held_back import Bar, groups_among, held_back_folder, list_held_back
+from qkt_clinical.ingest.held_back import HeldBackCheck, groups_among, held_back_folder, list_held_back
 from qkt_clinical.ingest.identity import PLACEHOLDERS, normal_name, normal_patient
 from qkt_clinical.ingest.integrity import render_integrity
 from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
@@ -338,7 +338,9 @@ def _held_columns(config: SiteConfig, source: _Source, salt: bytes) -> SiteColum
     return site_columns(config, source.folder, salt=salt, files=files, below=f"{config.held_back}/")
 
 
-def _gather(work: _Work, listing: Listing, columns: SiteColumns, bar: Bar | None = None) -> _Gathered:
+def _gather(
+    work: _Work, listing: Listing, columns: SiteColumns, bar: HeldBackCheck | None = None
+) -> _Gathered:
     """Read the files and judge what they hold."""
     gathered = _Gathered(refusals=list(listing.refused))
     if not listing.files and work.reader.has_files:
@@ -351,9 +353,9 @@ def _gather(work: _Work, listing: Listing, columns: SiteColumns, bar: Bar | None
     return gathered
 
 
-def _bar(work: _Work, gathered: _Gathered) -> Bar:
+def _bar(work: _Work, gathered: _Gathered) -> HeldBackCheck:
     kept = gathered.kept
-    return Bar.of(
+    return HeldBackCheck.of(
         work.config,
         work.request.salt,
         patients={gathered.patients[i] for i in kept},
@@ -519,7 +521,7 @@ def _take(
     classes: dict[str, int],
     columns: SiteColumns,
     gathered: _Gathered,
-    bar: Bar | None,
+    bar: HeldBackCheck | None,
 ) -> None:
     """Accept one image, or note why not."""
     if isinstance(found, Refusal):
