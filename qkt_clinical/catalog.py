@@ -42,6 +42,8 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 METHODS: tuple[str, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
 SPLITS: tuple[str, ...] = get_args(Split)
+HELD_BACK = "held_back"
+"""Split of the images that a site keeps for ``evaluate`` alone; they lie apart from the others."""
 BASELINES: tuple[str, ...] = (
     "local",
     "finetune",

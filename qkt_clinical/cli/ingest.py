@@ -48,18 +48,24 @@ def ingest(sites: Sites = None, root: Root = HERE, workers: Workers = None, as_j
     """
     from qkt_clinical.common.workers import cores
     from qkt_clinical.config.loading import load_params
-    from qkt_clinical.ingest import ingest_site, warnings_of
+    from qkt_clinical.ingest import held_back_counts, held_back_warnings, ingest_site, warnings_of
 
     params = load_params(root)
-    done = {}
+    done: dict[str, dict[str, Any]] = {}
     for site in named_sites(params, sites):
         with progress(f"ingest {site}", quiet=as_json) as step:
             manifest = ingest_site(root, site, params, workers=workers or cores(), progress=step)
         done[site] = {"images": manifest.count, "rejected": manifest.rejected, "patients": manifest.patients}
-        tell_warnings("ingest", site, warnings_of(manifest, params.ingest.splits.model_dump()))
+        apart = held_back_counts(root, site)
+        if apart is not None:
+            done[site]["held_back"] = {"images": apart[0], "rejected": apart[1]}
+        warnings = [*warnings_of(manifest, params.ingest.splits.model_dump()), *held_back_warnings(apart)]
+        tell_warnings("ingest", site, warnings)
         if not as_json:
             rejected = sum(manifest.rejected.values())
             say(f"{site}: {manifest.count} images accepted, {rejected} files rejected")
+            if apart is not None:
+                say(f"{site}: {apart[0]} images held back for evaluation, {apart[1]} files rejected")
     if as_json:
         print_json(done)
 

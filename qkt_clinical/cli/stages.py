@@ -26,7 +26,12 @@ from qkt_clinical.common.console import progress, tell_skipped
 from qkt_clinical.errors import ConfigError, visible
 
 if TYPE_CHECKING:
-    from qkt_clinical.records.summary import QuerySummary
+    from qkt_clinical.records.summary import OthersSummary, QuerySummary
+
+IMAGES = (
+    "images of the query: own = the hospital's own; "
+    "others = other hospitals' too, whose scanner and stain may give them away"
+)
 
 
 def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_json: Json = False) -> None:
@@ -238,11 +243,16 @@ def _table(rows: Sequence[QuerySummary]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    def change(row: QuerySummary, key: str) -> str:
+    def change(row: QuerySummary | OthersSummary, key: str) -> str:
         return f"{getattr(row.before, key):.3f} → {getattr(row.after, key):.3f}"
 
+    keys = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
+
     table = Table(title="Accuracy on held-out patients: own model → answer")
-    for column in ("hospital", "query", "method", "query acc.", "retained acc.", "balanced acc.", "teachers"):
+    for column in (
+        *("hospital", "query", "method", "images"),
+        *("query acc.", "retained acc.", "balanced acc.", "teachers"),
+    ):
         table.add_column(column, overflow="fold")
     table.add_column("moved", justify="right")
     for row in rows:
@@ -250,11 +260,17 @@ def _table(rows: Sequence[QuerySummary]) -> None:
             row.hospital,
             row.query,
             row.method,
-            *(change(row, k) for k in ("query_accuracy", "retained_accuracy", "balanced_accuracy")),
+            row.test_images,
+            *(change(row, k) for k in keys),
             ", ".join(row.teachers),
             f"{row.bytes_moved / 1e6:.1f} MB",
         )
         table.add_row(*(Text(visible(cell)) for cell in cells))
+        if row.others is not None:
+            beside = ("", "", "", "others", *(change(row.others, k) for k in keys), "", "")
+            table.add_row(*(Text(cell) for cell in beside), style="dim")
     # Without a terminal the width is unknown; a wide table reads better in a log than a folded one.
     console = Console() if sys.stdout.isatty() else Console(width=132)
     console.print(table)
+    if rows:
+        console.print(Text(IMAGES))

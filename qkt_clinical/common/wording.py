@@ -43,3 +43,10 @@ def words(names: Sequence[str], last: str = "and") -> str:
 def figure(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}".replace("-", MINUS)
+
+
+IMAGES_FROM = {
+    "own": "on the hospital’s own images",
+    "others": "on other hospitals’ images, whose scanner and stain may give them away",
+}
+"""Whose images of the query figures rest on, in words."""

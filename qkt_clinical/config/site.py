@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -146,6 +146,9 @@ class SiteConfig(Strict):
     """Columns by which figures are shown apart, by name: sex, age, scanner."""
     splits: Literal["patient", "given"] = "patient"
     """``given`` (npz only): keep the file's train/val/test; calibration is carved out of train."""
+    held_back: str | None = None
+    """Folder below the source path (beside the file, where the source is one) with images for ``evaluate``
+    alone. It is read like a source of its own; nothing trains, calibrates or plans with it."""
     pictures: bool = False
     """Consent that reports show test images of this hospital; other hospitals may read these reports."""
 
@@ -158,6 +161,17 @@ class SiteConfig(Strict):
                 if max(column.bands) > OLDEST_BAND:
                     raise ValueError(f"subgroups.{name}: no band of ages may begin after {OLDEST_BAND}")
         return self
+
+    @field_validator("held_back")
+    @classmethod
+    def _below_source(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        path = PurePosixPath(value)
+        strange = "\\" in value or not value.isprintable()
+        if strange or path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError("must be a folder below the source path, such as held-back")
+        return path.as_posix()
 
     @field_validator("label_map", mode="before")
     @classmethod

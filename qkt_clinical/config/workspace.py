@@ -69,6 +69,10 @@ class Workspace:
         """Prepared site: arrays, splits, manifest, integrity report."""
         return self.root / "data" / "prepared" / check_name(site, "site")
 
+    def held_back(self, site: str) -> Path:
+        """Prepared images that a site keeps for evaluation alone: no stage but ``evaluate`` takes them."""
+        return self.root / "data" / "held_back" / check_name(site, "site")
+
     def consent(self, site: str) -> Path:
         """Consent of a site: what others may see."""
         return self.root / "data" / "consent" / f"{check_name(site, 'site')}.json"

@@ -13,12 +13,16 @@
 - ``subgroups.json``, where site.yaml names columns: per column its groups, and each image's place among them;
 - ``headers.json``, of DICOM files: per image what is kept of the header, de-identified, in the DICOM JSON
   model. It stays at the site.
+
+``data/held_back/<site>/`` holds the same of the images that a site keeps for evaluation alone, in one
+split of their own. It lies apart, so that no stage that trains, calibrates or plans can take them: see
+:func:`load_held_back`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from qkt_clinical.catalog import SPLITS
+from qkt_clinical.catalog import HELD_BACK, SPLITS
 from qkt_clinical.common.files import digest_file, new_folder, write_json, write_json_list, write_text
 from qkt_clinical.config.base import Strict
 from qkt_clinical.errors import PreparedError
@@ -160,11 +164,13 @@ def write_prepared(
     hashes: NDArray[np.uint64] | None = None,
     subgroups: Mapping[str, NDArray[np.str_]] = MappingProxyType({}),
     page: Callable[[Manifest], str] | None = None,
+    parts: Sequence[str] = SPLITS,
 ) -> Manifest:
     """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
 
     Images are taken and written one by one. ``headers`` (one per image), ``hashes``, ``subgroups`` (column to
     one group per image) and what ``page`` says of the manifest are written if given.
+    ``parts`` are the splits that there are.
 
     Raises:
         PreparedError: lengths differ, an index stands in two splits, or a patient does.
@@ -176,8 +182,8 @@ def write_prepared(
             remedy="Report this as a defect.",
             site=site,
         )
-    seen = np.concatenate([splits[s] for s in SPLITS])
-    owners = [set(groups[splits[s]].tolist()) for s in SPLITS]
+    seen = np.concatenate([splits[s] for s in parts])
+    owners = [set(groups[splits[s]].tolist()) for s in parts]
     if len(np.unique(seen)) != len(seen) or sum(map(len, owners)) != len(set().union(*owners)):
         raise PreparedError(
             "an image or a patient stands in two splits", remedy="Report this as a defect.", site=site
@@ -186,7 +192,7 @@ def write_prepared(
         _save(temporary / "images.npy", images)
         np.save(temporary / "labels.npy", labels.astype(np.int64), allow_pickle=False)
         np.save(temporary / "groups.npy", groups.astype(np.str_), allow_pickle=False)
-        write_json(temporary / "splits.json", {s: np.sort(splits[s]).tolist() for s in SPLITS})
+        write_json(temporary / "splits.json", {s: np.sort(splits[s]).tolist() for s in parts})
         named = (*ARRAYS, "splits.json", *((SUBGROUPS,) if subgroups else ()))
         if subgroups:
             write_json(temporary / SUBGROUPS, {c: _as_places(values) for c, values in subgroups.items()})
@@ -210,9 +216,9 @@ def write_prepared(
                     classes[c]: int(n)
                     for c, n in zip(*np.unique(labels[splits[s]], return_counts=True), strict=True)
                 }
-                for s in SPLITS
+                for s in parts
             },
-            patients={s: len(owners[i]) for i, s in enumerate(SPLITS)},
+            patients={s: len(owners[i]) for i, s in enumerate(parts)},
             rejected=rejected,
             risks=dict(risks),
             digests={name: digest_file(temporary / name) for name in named},
@@ -316,6 +322,19 @@ def load_prepared(folder: Path) -> PreparedSite:
     Raises:
         PreparedError: a file is missing, or shapes, dtypes or splits do not match the manifest.
     """
+    return _load(folder, SPLITS)
+
+
+def load_held_back(folder: Path) -> PreparedSite | None:
+    """Open the images that a site keeps for evaluation alone; None where it keeps none.
+
+    Raises:
+        PreparedError: as of :func:`load_prepared`.
+    """
+    return _load(folder, (HELD_BACK,)) if (folder / "manifest.json").is_file() else None
+
+
+def _load(folder: Path, parts: Sequence[str]) -> PreparedSite:
     manifest = read_manifest(folder)
     try:
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
@@ -341,7 +360,7 @@ def load_prepared(folder: Path) -> PreparedSite:
         subgroups = _read_subgroups(folder, manifest)
     except UNREADABLE as error:
         raise _unreadable(error, manifest, folder) from None
-    if set(splits) != set(SPLITS):
+    if set(splits) != set(parts):
         raise PreparedError(
             "splits.json lacks a split", remedy="Run 'qkt ingest' for this site again.", site=manifest.site
         )

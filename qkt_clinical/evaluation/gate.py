@@ -42,7 +42,12 @@ def absolute_rules(evaluation: Evaluation, figures: Measured, params: GateParams
     lows = [recall.low for recall in recalls if recall is not None]
     images = [evaluation.test_images.get(c, 0) for c in evaluation.classes]
     cases = min(images, default=0)
-    hidden = too_few(cases)
+    fewest = [
+        evaluation.shown_images.get(c, "0")
+        for c, n in zip(evaluation.classes, images, strict=True)
+        if n == cases
+    ]
+    hidden = next((told for told in fewest if told != shown_count(cases) or too_few(cases)), None)
     recall = _rule(
         "query_recall",
         "recall of every class asked for, lower end of its interval",
@@ -72,11 +77,11 @@ def absolute_rules(evaluation: Evaluation, figures: Measured, params: GateParams
         GateRule(
             rule="query_images",
             meaning="test images of every class asked for",
-            figure=None if hidden else float(cases),
+            figure=None if hidden is not None else float(cases),
             bound="at least",
             threshold=float(params.query_images),
             passed=cases >= params.query_images,
-            note=shown_count(cases) if hidden else None,
+            note=hidden,
         ),
     )
 

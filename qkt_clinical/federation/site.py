@@ -322,13 +322,13 @@ class Site:
         )
 
     def _figures(self, plan: Plan, params: Params) -> Figures | None:
-        """On the site's own test images, where none of the figures is suppressed."""
-        counts = read_manifest(self.space.prepared(self.name)).counts["test"]
-        if not all(counts.get(c) for c in (*plan.classes, *plan.local)):
-            return None
-        from qkt_clinical.stages.evaluate import evaluate_one
+        """On the site's own images, where none of the figures is suppressed."""
+        from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one
 
         ref = QueryRef(hospital=self.name, query=plan.query)
-        evaluate_one(self.root, ref, params, sites=(self.name,))
+        try:
+            evaluate_one(self.root, ref, params, sites=(self.name,))
+        except NoTestImages:
+            return None
         path = self.space.reports / "evaluation" / self.name / f"{plan.query}.json"
         return reported(read_record(Evaluation, path))

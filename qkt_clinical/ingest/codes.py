@@ -69,6 +69,10 @@ REASONS: Mapping[str, Reason] = MappingProxyType(
             "List every file of that name by its path, relative to the source folder.",
         ),
         "patient-conflict": Reason("two patient ids for one image", "Leave one patient per image or series."),
+        "held-back-patient": Reason(
+            "a held-back image of a patient who has other images at this hospital",
+            "Put all images of a patient into the held-back folder, or none.",
+        ),
         # any image
         "dimensions": Reason(
             "flat image where volumes are wanted, or the reverse",

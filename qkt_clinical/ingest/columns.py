@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from qkt_clinical.config.site import Column, SiteConfig, Subgroup
 from qkt_clinical.errors import ConfigError
@@ -36,6 +37,8 @@ def check_columns(config: SiteConfig, classes: Sequence[str], file: Path) -> Non
     if config.splits == "given" and not reader.gives_splits:
         able = " and ".join(kind for kind, other in readers().items() if other.gives_splits)
         problems.append(f"splits: given is for {able} files")
+    if config.held_back is not None and not reader.has_files:
+        problems.append(f"held_back: a source of kind {reader.kind} has no folder")
     if problems:
         raise ConfigError(
             "; ".join(problems), remedy="Correct site.yaml.", file=file, site=config.name, stage="ingest"
@@ -94,6 +97,7 @@ class Lookup:
         site: for errors.
         salt: the site's secret. UIDs and tags of an image come salted.
         files: all that the source holds.
+        below: a folder such as ``held-back/`` from which folders and a table's rows count, of files in it.
     """
 
     def __init__(
@@ -105,11 +109,13 @@ class Lookup:
         site: str,
         salt: bytes,
         files: Sequence[SourceFile] = (),
+        below: str = "",
     ) -> None:
         self.column = column
         self.what = what
-        table = read_table(column, root, site=site) if column.source == "csv" else {}
-        self._find = Finder(table, files)
+        self._below = below
+        table = read_table(column, root / below, site=site) if column.source == "csv" else {}
+        self._find = Finder(table, _named_from(below, files) if below else files)
         self._by_uid = {salted(salt, "value", key): values for key, values in table.items()}
 
     def __call__(self, sample: Ready) -> str:
@@ -140,13 +146,14 @@ class Lookup:
 
     def _spelt(self, sample: Ready) -> set[str] | None:
         source, column = self.column.source, self.column
+        files = _named_from(self._below, sample.files) if self._below else sample.files
         if source == "csv":
-            found = self._find(sample.files)
+            found = self._find(files)
             return _among(self._by_uid, sample.keys) if found == set() else found
         if source == "tag":
             return set(sample.tags.get(column.tag or "", ()))
         if source == "folder":
-            parents = [PurePosixPath(file.name).parts[:-1] for file in sample.files]
+            parents = [PurePosixPath(file.name).parts[:-1] for file in files]
             return {parts[column.level] for parts in parents if len(parts) > column.level}
         if source == "npz":
             value = sample.label if self.what == "label" else sample.patient
@@ -160,7 +167,7 @@ class GroupLookup:
 
     Args:
         name, column: of site.yaml.
-        root, site, salt, files: see :class:`Lookup`.
+        root, site, salt, files, below: see :class:`Lookup`.
     """
 
     def __init__(
@@ -172,12 +179,13 @@ class GroupLookup:
         site: str,
         salt: bytes,
         files: Sequence[SourceFile] = (),
+        below: str = "",
     ) -> None:
         self.name, self.bands = name, column.bands
         self._lookup = (
             None
             if column.source == "tag"
-            else Lookup(column, "group", root, site=site, salt=salt, files=files)
+            else Lookup(column, "group", root, site=site, salt=salt, files=files, below=below)
         )
 
     def __call__(self, sample: Ready) -> str:
@@ -186,6 +194,61 @@ class GroupLookup:
             return sample.subgroups.get(self.name, UNKNOWN)
         found = {group_of(value, self.bands) for value in self._lookup.values(sample) or ()}
         return found.pop() if len(found) == 1 else UNKNOWN
+
+
+def _named_from(below: str, files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """The files of a folder, by their paths relative to it."""
+    return tuple(
+        SourceFile(file.name.removeprefix(below), file.place) for file in files if file.name.startswith(below)
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long: the source's own table says so
+        return False
+
+
+class SiteColumns(NamedTuple):
+    """What finds label, patient and groups of a site's images."""
+
+    label: Lookup
+    patient: Lookup
+    groups: tuple[GroupLookup, ...]
+    """Sorted by name."""
+
+
+def site_columns(
+    config: SiteConfig, root: Path, *, salt: bytes, files: Sequence[SourceFile], below: str = ""
+) -> SiteColumns:
+    """The columns of site.yaml, ready to look up.
+
+    Args:
+        config: of the site.
+        root, salt, files: see :class:`Lookup`.
+        below: the held-back folder, with a slash at its end, to look up its files: folders count from it, and
+            so do the rows of a table that lies in it; a table that does not is the source's own.
+
+    Raises:
+        ConfigError: a table cannot be used.
+    """
+
+    def start(column: Column) -> str:
+        own_table = column.source == "csv" and _is_file(root / below / (column.file or ""))
+        return below if own_table or column.source == "folder" else ""
+
+    def found(column: Column, what: str) -> Lookup:
+        return Lookup(column, what, root, site=config.name, salt=salt, files=files, below=start(column))
+
+    return SiteColumns(
+        found(config.label, "label"),
+        found(config.patient, "patient"),
+        tuple(
+            GroupLookup(name, c, root, site=config.name, salt=salt, files=files, below=start(c))
+            for name, c in sorted(config.subgroups.items())
+        ),
+    )
 
 
 def _among(table: Mapping[str, set[str]], keys: Sequence[str]) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import SPLITS
+from qkt_clinical.catalog import HELD_BACK, SPLITS
 from qkt_clinical.common.disclosure import shown_count
 from qkt_clinical.data.prepared import ImageStack, Labels, Manifest
 from qkt_clinical.ingest.codes import REASONS
@@ -89,8 +89,9 @@ def render_integrity(
         for c, name in enumerate(manifest.classes)
         if (labels == c).any()
     ]
-    where = {int(i): s for s in SPLITS for i in splits[s]}
-    pairs = look_alike(hashes, [splits[s] for s in SPLITS])
+    parts = [s for s in (*SPLITS, HELD_BACK) if s in splits]
+    where = {int(i): s for s in parts for i in splits[s]}
+    pairs = look_alike(hashes, [splits[s] for s in parts])
     shown = [
         {
             "first": _png([images[p.first]], low, high),
@@ -103,7 +104,7 @@ def render_integrity(
     codes = Counter(row["code"] for row in rejected)
     return environment.get_template("integrity.html").render(
         m=manifest,
-        splits=SPLITS,
+        splits=parts,
         codes=[(code, number, REASONS[code]) for code, number in sorted(codes.items())],
         rejected=rejected,
         reasons=REASONS,

@@ -126,20 +126,21 @@ def _judged(entry: os.DirEntry[str], prefix: str, root: Path) -> Iterator[tuple[
         yield SourceFile(file.name, str(real)), None if stat.S_ISREG(mode) else "not-a-file"
 
 
-def list_files(folder: Path, kind: str) -> Listing:
+def list_files(folder: Path, kind: str, *, held_back: Path | None = None) -> Listing:
     """Files below ``folder`` that a reader of ``kind`` should open, in sorted order.
 
     ``folder`` itself may be a symbolic link; a link below it that leads out of it is refused. Tables,
-    texts, hidden files and DICOMDIR are left out.
+    texts, hidden files and DICOMDIR are left out, and so is all that lies in ``held_back``, or leads there.
 
     Raises:
         ConfigError: no such kind of source.
     """
     root, own = folder.resolve(), reader_of(kind).suffixes
+    kept = None if held_back is None else held_back.resolve()
     files: list[SourceFile] = []
     refused: list[Refusal] = []
     for file, barred in _walk(root):
-        if is_side_file(file.name):
+        if is_side_file(file.name) or (kept is not None and _lies_in(file, kept, root)):
             continue
         code = barred or (None if suffix(file.name) in own else "other-kind")
         if code is None:
@@ -147,6 +148,12 @@ def list_files(folder: Path, kind: str) -> Listing:
         else:
             refused.append(Refusal((file,), code))
     return Listing(sorted(files, key=lambda f: f.name), sorted(refused, key=lambda r: r.files))
+
+
+def _lies_in(file: SourceFile, folder: Path, root: Path) -> bool:
+    """Whether a file lies in a folder below ``root`` by its name, or by the place where a link leads."""
+    inside = f"{folder.relative_to(root).as_posix()}/"
+    return f"{file.name}/".startswith(inside) or f"{file.place}/".startswith(f"{folder}/")
 
 
 def list_all(folder: Path) -> list[tuple[SourceFile, str | None]]:

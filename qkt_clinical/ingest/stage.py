@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import SPLITS
-from qkt_clinical.common.files import write_json
+from qkt_clinical.catalog import HELD_BACK, SPLITS
+from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.loading import load_site
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.site import SiteConfig
 from qkt_clinical.config.workspace import Workspace, site_folder
-from qkt_clinical.data.prepared import Consent, Manifest, load_prepared, write_prepared
+from qkt_clinical.data.prepared import (
+    Consent,
+    Manifest,
+    load_held_back,
+    load_prepared,
+    read_manifest,
+    write_prepared,
+)
 from qkt_clinical.errors import FileRejected, PreparedError, SourceError
 from qkt_clinical.ingest.arrays import in_words
 from qkt_clinical.ingest.codes import REASONS, quiet, reject
-from qkt_clinical.ingest.columns import GroupLookup, Lookup, check_columns
+from qkt_clinical.ingest.columns import SiteColumns, check_columns, site_columns
 from qkt_clinical.ingest.decode import decoded
 from qkt_clinical.ingest.deidentify import salted
+from qkt_clinical.ingest.held_back import HeldBackCheck, groups_among, held_back_folder, list_held_back
 from qkt_clinical.ingest.identity import PLACEHOLDERS, normal_name, normal_patient
 from qkt_clinical.ingest.integrity import render_integrity
 from qkt_clinical.ingest.leakage import Crossing, Hashes, Held, across_sites, same_pixels
@@ -98,11 +107,16 @@ def locate(root: Path, site: str) -> dict[str, str]:
     """At the site itself: file id of ``integrity.json`` to path relative to the source folder."""
     config = load_site(root, site)
     folder = site_folder(root, site)
-    if not reader_of(config.source.kind, site=site, file=folder / "site.yaml").has_files:
+    reader = reader_of(config.source.kind, site=site, file=folder / "site.yaml")
+    if not reader.has_files:
         return {}
     salt = read_salt(folder)
-    listing = _list(config, _source_path(root, config))
-    files = [*listing.files, *(f for refusal in listing.refused for f in refusal.files)]
+    listings = _source(root, config, reader)[1:]
+    files = [
+        file
+        for listing in listings
+        for file in (*listing.files, *(f for refusal in listing.refused for f in refusal.files))
+    ]
     return {file_id(salt, file.name): file.name for file in files}
 
 
@@ -116,14 +130,24 @@ def find_crossings(root: Path, sites: Sequence[str]) -> list[Crossing]:
     for site in sites:
         folder = Workspace(root).prepared(site)
         prepared = load_prepared(folder)
-        try:
-            hashes = np.load(folder / "hashes.npy", allow_pickle=False)
-        except (OSError, ValueError):
-            raise PreparedError(
-                "no hashes", remedy="Run 'qkt ingest' for this site again.", site=site, file=folder
-            ) from None
-        found[site] = Held(hashes, prepared.groups, prepared.splits["train"], prepared.splits["test"])
+        hashes, patients, test = _hashes(folder, site), prepared.groups, prepared.splits["test"]
+        apart = load_held_back(Workspace(root).held_back(site))
+        if apart is not None:  # tested on like the test split
+            test = np.concatenate([test, len(patients) + apart.splits[HELD_BACK]])
+            hashes = np.concatenate([hashes, _hashes(apart.folder, site)])
+            patients = np.concatenate([patients, apart.groups])
+        found[site] = Held(hashes, patients, prepared.splits["train"], test)
     return list(across_sites(found))
+
+
+def _hashes(folder: Path, site: str) -> Hashes:
+    try:
+        hashes: Hashes = np.load(folder / "hashes.npy", allow_pickle=False)
+    except (OSError, ValueError):
+        raise PreparedError(
+            "no hashes", remedy="Run 'qkt ingest' for this site again.", site=site, file=folder
+        ) from None
+    return hashes
 
 
 # --- the source -----------------------------------------------------------------------------------
@@ -142,33 +166,48 @@ def _source_path(root: Path, config: SiteConfig) -> Path:
     return path
 
 
-def _list(config: SiteConfig, path: Path) -> Listing:
+def _list(config: SiteConfig, path: Path, held_back: Path | None) -> Listing:
     """The files to read; a source may also be one file."""
     if path.is_dir():
-        return list_files(path, config.source.kind)
+        return list_files(path, config.source.kind, held_back=held_back)
     if not path.is_file():
         return Listing([], [Refusal((SourceFile(path.name, str(path)),), "not-a-file")])
     return Listing([SourceFile(path.name, str(path.resolve()))], [])
 
 
-def _source(root: Path, config: SiteConfig, reader: Reader) -> tuple[Path, Listing]:
-    """The folder from which names of files count, and the files.
+class _Source(NamedTuple):
+    """The folder from which names of files count, the files, and those that are held back."""
+
+    folder: Path
+    listing: Listing
+    held_back: Listing
+
+
+def _source(root: Path, config: SiteConfig, reader: Reader) -> _Source:
+    """What a site's source holds.
 
     Raises:
-        SourceError: no source, or several files where one is wanted.
+        SourceError: no source, several files where one is wanted, or no folder as ``held_back`` names it.
     """
+    nothing = Listing([], [])
     if not reader.has_files:
-        return site_folder(root, config.name), Listing([], [])
+        return _Source(site_folder(root, config.name), nothing, nothing)
     path = _source_path(root, config)
-    listing = _list(config, path)
-    if reader.one_file and len(listing.files) > 1:
-        raise SourceError(
-            f"{len(listing.files)} {reader.kind} files, expected one",
-            remedy=f"Name the file in source.path, such as data/images{reader.suffixes[0]}.",
-            stage="ingest",
-            site=config.name,
-        )
-    return path if path.is_dir() else path.parent, listing
+    folder = path if path.is_dir() else path.parent
+    apart = held_back_folder(config, folder, whole=path.is_dir())
+    listing = _list(config, path, apart)
+    held_back = nothing
+    if apart is not None and config.held_back is not None:
+        held_back = list_held_back(apart, config.held_back, reader.kind)
+    for files in (listing.files, held_back.files):
+        if reader.one_file and len(files) > 1:
+            raise SourceError(
+                f"{len(files)} {reader.kind} files, expected one",
+                remedy=f"Name the file in source.path, such as data/images{reader.suffixes[0]}.",
+                stage="ingest",
+                site=config.name,
+            )
+    return _Source(folder, listing, held_back)
 
 
 @dataclass
@@ -194,6 +233,26 @@ class _Gathered:
     copies: dict[int, list[tuple[SourceFile, ...]]] = field(default_factory=dict)
     """Position of an accepted image to the files refused as copies of it."""
     refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[int]:
+        """Positions of the images that stay accepted."""
+        return [i for i in range(len(self.numbers)) if i not in self.withdrawn]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What reads a site's files, be they held back or not."""
+
+    config: SiteConfig
+    params: Params
+    reader: Reader
+    request: Request
+    classes: dict[str, int]
+    """See :func:`_words`."""
+    store: ScratchStore
+    workers: int
+    step: Callable[[int, int], Any]
 
 
 # --- the stage --------------------------------------------------------------------------------------
@@ -233,11 +292,35 @@ def ingest_site(
     reader = reader_of(config.source.kind, site=site, file=folder / "site.yaml")
     workspace = Workspace(root)
     salt = read_salt(folder)
-    request = Request(
+    request = _request(config, params, salt)
+    source = _source(root, config, reader)
+    files = source.listing.files
+    columns = site_columns(config, source.folder, salt=salt, files=files)
+    apart = _held_columns(config, source, salt)
+    classes = _words(config, reader, params, salt)
+    scratch = workspace.scratch / f"ingest-{site}.sqlite"
+    made_by = recipe(request, reader) if reader.remembered else None
+    with quiet(), ScratchStore(scratch, site=site, salt=salt, recipe=made_by) as store:
+        step = progress or (lambda done, total: None)
+        work = _Work(config, params, reader, request, classes, store, workers, step)
+        gathered = _gather(work, source.listing, columns)
+        held_back = None if apart is None else _gather(work, source.held_back, apart, _bar(work, gathered))
+        store.tidy()
+        with new_folder(workspace.held_back(site)):
+            pass  # those of the last run may be of patients who are trained on now
+        consent = Consent(pictures=config.pictures)
+        manifest, subgroups = _write(workspace, work, gathered, files, columns, consent)
+        if held_back is not None:
+            _write_held_back(workspace, work, held_back, source.held_back.files, columns, subgroups)
+    return manifest
+
+
+def _request(config: SiteConfig, params: Params, salt: bytes) -> Request:
+    return Request(
         spec=config.image,
         tags=tuple(sorted({c.tag for c in (config.label, config.patient) if c.tag is not None})),
         max_bytes=params.ingest.max_file_mb * MEGABYTE,
-        site=site,
+        site=config.name,
         seed=params.seed,
         salt=salt,
         burned_in=config.burned_in == "accept",
@@ -245,102 +328,212 @@ def ingest_site(
             (n, c.tag, c.bands) for n, c in sorted(config.subgroups.items()) if c.tag is not None
         ),
     )
-    source, listing = _source(root, config, reader)
-    files = listing.files
-    label = Lookup(config.label, "label", source, site=site, salt=salt, files=files)
-    patient = Lookup(config.patient, "patient", source, site=site, salt=salt, files=files)
-    columns = [
-        GroupLookup(name, column, source, site=site, salt=salt, files=files)
-        for name, column in sorted(config.subgroups.items())
-    ]
-    classes = _words(config, reader, params, salt)
-    step = progress or (lambda done, total: None)
-    scratch = workspace.scratch / f"ingest-{site}.sqlite"
-    made_by = recipe(request, reader) if reader.remembered else None
-    with quiet(), ScratchStore(scratch, site=site, salt=salt, recipe=made_by) as store:
-        gathered = _Gathered(refusals=list(listing.refused))
-        for number, found in decoded(reader.kind, files, request, store, workers=workers, step=step):
-            _take(number, found, classes, label, patient, columns, gathered)
-        store.tidy()
-        kept = [i for i in range(len(gathered.numbers)) if i not in gathered.withdrawn]
-        integrity = _integrity(reader, files, gathered, kept, salt)
-        if not kept:
-            raise _nothing(site, integrity)
-        labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
-        faces = sum(gathered.faces[i] for i in kept)
-        patients = [gathered.patients[i] for i in kept]
-        prints = [gathered.prints[i] for i in kept]
-        unknown = _are_placeholders(config, patients, salt)
-        if unknown:
-            patients = [f"image {fingerprint}" for fingerprint in prints]
-        splits = _split(
-            config, params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
-        )
-        numbers = [gathered.numbers[i] for i in kept]
-        images = Stack(store, numbers, np.dtype(np.uint8 if gathered.eight_bit else np.float32))
-        groups = np.array([salted(salt, p) for p in patients], dtype=np.str_)
-        hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
-        _refuse_copies(hashes, groups, splits, site)
-        subgroups = {
-            column.name: pooled(
-                column.name,
-                [gathered.subgroups[i][place] for i in kept],
-                patients,
-                banded=column.bands is not None,
-                site=site,
-            )
-            for place, column in enumerate(columns)
-        }
-        consent = Consent(pictures=config.pictures)
-        write_json(workspace.consent(site), consent.model_dump(mode="json"))
-        return write_prepared(
-            workspace.prepared(site),
+
+
+def _held_columns(config: SiteConfig, source: _Source, salt: bytes) -> SiteColumns | None:
+    """What finds label, patient and groups of held-back images; None where there can be none."""
+    if config.held_back is None:
+        return None
+    files = [*source.listing.files, *source.held_back.files]
+    return site_columns(config, source.folder, salt=salt, files=files, below=f"{config.held_back}/")
+
+
+def _gather(
+    work: _Work, listing: Listing, columns: SiteColumns, bar: HeldBackCheck | None = None
+) -> _Gathered:
+    """Read the files and judge what they hold."""
+    gathered = _Gathered(refusals=list(listing.refused))
+    if not listing.files and work.reader.has_files:
+        return gathered
+    found = decoded(
+        work.reader.kind, listing.files, work.request, work.store, workers=work.workers, step=work.step
+    )
+    for number, image in found:
+        _take(number, image, work.classes, columns, gathered, bar)
+    return gathered
+
+
+def _bar(work: _Work, gathered: _Gathered) -> HeldBackCheck:
+    kept = gathered.kept
+    return HeldBackCheck.of(
+        work.config,
+        work.request.salt,
+        patients={gathered.patients[i] for i in kept},
+        labels={gathered.prints[i]: gathered.labels[i] for i in kept},
+        pixels={gathered.hashes[i][0] for i in kept},
+    )
+
+
+def _write(
+    workspace: Workspace,
+    work: _Work,
+    gathered: _Gathered,
+    files: list[SourceFile],
+    columns: SiteColumns,
+    consent: Consent,
+) -> tuple[Manifest, dict[str, NDArray[np.str_]]]:
+    """Divide the accepted images among the splits and write them; the manifest, and each image's groups.
+
+    Raises:
+        SourceError: there is none, or two splits hold the same prepared pixels.
+    """
+    config, site, salt, kept = work.config, work.config.name, work.request.salt, gathered.kept
+    integrity = _integrity(work.reader, files, gathered, kept, salt)
+    if not kept:
+        raise _nothing(site, integrity)
+    labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
+    patients = [gathered.patients[i] for i in kept]
+    prints = [gathered.prints[i] for i in kept]
+    unknown = _are_placeholders(config, patients, salt)
+    if unknown:
+        patients = [f"image {fingerprint}" for fingerprint in prints]
+    splits = _split(
+        config, work.params, _unsalted(config, patients, prints), labels, [gathered.given[i] for i in kept]
+    )
+    groups = np.array([salted(salt, p) for p in patients], dtype=np.str_)
+    hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
+    _refuse_copies(hashes, groups, splits, site)
+    subgroups = {
+        column.name: pooled(
+            column.name,
+            [gathered.subgroups[i][place] for i in kept],
+            patients,
+            banded=column.bands is not None,
             site=site,
-            source_kind=config.source.kind,
-            classes=params.classes,
-            images=images,
-            labels=labels,
-            groups=groups,
-            splits=splits,
-            spacing_mm=config.image.spacing_mm,
-            normalisation=config.image.normalisation,
-            transforms=in_words(config.image),
-            integrity=integrity,
-            headers=map(store.header, numbers) if reader.keeps_headers else None,
-            risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
-            hashes=hashes,
-            subgroups=subgroups,
-            page=lambda manifest: render_integrity(
-                manifest,
-                images,
-                labels,
-                groups,
-                splits,
-                hashes,
-                integrity,
-                [gathered.spacings[i] for i in kept],
-            ),
         )
+        for place, column in enumerate(columns.groups)
+    }
+    write_json(workspace.consent(site), consent.model_dump(mode="json"))
+    manifest = _store(workspace.prepared(site), work, gathered, groups, splits, integrity, subgroups, unknown)
+    return manifest, subgroups
+
+
+def _write_held_back(
+    workspace: Workspace,
+    work: _Work,
+    gathered: _Gathered,
+    files: list[SourceFile],
+    columns: SiteColumns,
+    known: Mapping[str, NDArray[np.str_]],
+) -> None:
+    """Write the held-back images; where none was accepted, only why.
+
+    Args:
+        known: groups of the site's other images.
+    """
+    folder, salt, kept = workspace.held_back(work.config.name), work.request.salt, gathered.kept
+    integrity = _integrity(work.reader, files, gathered, kept, salt)
+    if not kept:
+        with new_folder(folder) as temporary:
+            write_json(temporary / "integrity.json", integrity)
+        return
+    groups = np.array([salted(salt, gathered.patients[i]) for i in kept], dtype=np.str_)
+    subgroups = {
+        column.name: groups_among(
+            [gathered.subgroups[i][place] for i in kept],
+            known[column.name],
+            banded=column.bands is not None,
+        )
+        for place, column in enumerate(columns.groups)
+    }
+    splits = {HELD_BACK: np.arange(len(kept))}
+    _store(folder, work, gathered, groups, splits, integrity, subgroups, 0)
+
+
+def _store(
+    folder: Path,
+    work: _Work,
+    gathered: _Gathered,
+    groups: NDArray[np.str_],
+    splits: dict[str, NDArray[np.int64]],
+    integrity: list[dict[str, Any]],
+    subgroups: Mapping[str, NDArray[np.str_]],
+    unknown: int,
+) -> Manifest:
+    """Write the accepted images; of ``unknown`` of them nobody knows the patient."""
+    config, kept = work.config, gathered.kept
+    labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
+    numbers = [gathered.numbers[i] for i in kept]
+    faces = sum(gathered.faces[i] for i in kept)
+    images = Stack(work.store, numbers, np.dtype(np.uint8 if gathered.eight_bit else np.float32))
+    hashes = np.array([gathered.hashes[i] for i in kept], dtype=np.uint64)
+    return write_prepared(
+        folder,
+        site=config.name,
+        source_kind=config.source.kind,
+        classes=work.params.classes,
+        images=images,
+        labels=labels,
+        groups=groups,
+        splits=splits,
+        spacing_mm=config.image.spacing_mm,
+        normalisation=config.image.normalisation,
+        transforms=in_words(config.image),
+        integrity=integrity,
+        headers=map(work.store.header, numbers) if work.reader.keeps_headers else None,
+        risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
+        hashes=hashes,
+        subgroups=subgroups,
+        page=lambda manifest: render_integrity(
+            manifest,
+            images,
+            labels,
+            groups,
+            splits,
+            hashes,
+            integrity,
+            [gathered.spacings[i] for i in kept],
+        ),
+        parts=tuple(splits),
+    )
+
+
+def held_back_counts(root: Path, site: str) -> tuple[int, int] | None:
+    """Images that a site's last ingest held back for evaluation, and files that it rejected of these.
+
+    None where site.yaml names no such images.
+    """
+    path = Workspace(root).held_back(site) / "integrity.json"
+    if not path.is_file():
+        return None
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    written = (path.parent / "manifest.json").is_file()
+    images = read_manifest(path.parent).count if written else 0
+    return images, sum(not row["accepted"] for row in rows)
+
+
+def held_back_warnings(counts: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """Code and words of what a person should know of held-back images; ``counts`` of the function above."""
+    if counts is None or counts[0]:
+        return []
+    return [
+        (
+            "held-back-empty",
+            "no held-back image could be used: answers are judged on other hospitals' images. "
+            "integrity.json in data/held_back/ says why.",
+        )
+    ]
 
 
 def _take(
     number: int,
     found: Decoded,
     classes: dict[str, int],
-    label: Lookup,
-    patient: Lookup,
-    columns: Sequence[GroupLookup],
+    columns: SiteColumns,
     gathered: _Gathered,
+    bar: HeldBackCheck | None,
 ) -> None:
     """Accept one image, or note why not."""
     if isinstance(found, Refusal):
         gathered.refusals.append(found)
         return
     try:
-        word = label(found)
+        word = columns.label(found)
         if word not in classes:
             raise reject("label-unknown")
-        owner = patient(found)
+        owner = columns.patient(found)
+        if bar is not None:
+            bar(found, classes[word], owner)
         _refuse_copy(found, classes[word], gathered)
     except FileRejected as rejected:
         gathered.refusals.append(Refusal(found.files, rejected.code, found.item))
@@ -353,7 +546,7 @@ def _take(
     gathered.prints.append(found.fingerprint)
     gathered.hashes.append(found.hashes)
     gathered.faces.append(found.face)
-    gathered.subgroups.append([column(found) for column in columns])
+    gathered.subgroups.append([column(found) for column in columns.groups])
     gathered.eight_bit &= found.image.dtype == np.uint8
     gathered.spacings.append(found.spacing_mm)
 

@@ -263,7 +263,7 @@ class _Worker:
                 shutil.copytree(self._kept, student, dirs_exist_ok=True)
 
     def _evaluate(self) -> None:
-        """On the hospital's own test images; what it has none of, only the federation can measure."""
+        """On the hospital's own images; what it has none of, only the federation can measure."""
         self._begin("evaluate")
         hospital, name = self.job.hospital, self.job.query
         from qkt_clinical.stages.gate import NotMeasured, gate_one
@@ -272,21 +272,22 @@ class _Worker:
         with suppress(NotMeasured):  # this student, by nobody yet
             gate_one(self.board.root, ref, self.params)
             return
-        manifest, query = (
-            read_manifest(self.space.prepared(hospital)),
-            load_query(self.board.root, hospital, name),
-        )
-        relevant = (*query.classes, *Asking.of(manifest).local(query))
-        without = [c for c in relevant if not manifest.counts["test"].get(c)]
-        if without:
+        from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one
+
+        try:
+            evaluate_one(self.board.root, ref, self.params, sites=(hospital,), device=self.device)
+        except NoTestImages:
+            manifest, query = (
+                read_manifest(self.space.prepared(hospital)),
+                load_query(self.board.root, hospital, name),
+            )
+            relevant = (*query.classes, *Asking.of(manifest).local(query))
+            without = [c for c in relevant if not manifest.counts["test"].get(c)]
             self._say(
                 note=f"not measured: no test images of {', '.join(without)} here; "
                 "'qkt evaluate' measures where the hospitals' test images are"
             )
             return
-        from qkt_clinical.stages.evaluate import evaluate_one
-
-        evaluate_one(self.board.root, ref, self.params, sites=(hospital,), device=self.device)
         gate_one(self.board.root, ref, self.params)
 
     def _register(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qkt_clinical.common.disclosure import too_few
+from qkt_clinical.common.disclosure import shown_count, shown_total, too_few
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Difference, Number, Proportion, Record
 
@@ -52,6 +52,8 @@ class Flip(Record):
     actual: str
     before: str
     after: str
+    split: Literal["test", "held_back"] = "test"
+    """Which of the hospital's arrays hold it."""
 
     @property
     def gained(self) -> bool:
@@ -101,6 +103,25 @@ def _confusion_fault(confusion: Sequence[Sequence[int] | None], images: Sequence
     return None
 
 
+ImagesFrom = Literal["own", "others"]
+"""Whose images of the query judge an answer: the asking hospital's own, or other hospitals' as well."""
+
+
+class OthersFigures(Record):
+    """The same models on the hospital's own images of its own classes and other hospitals' of the query.
+
+    Scanner and stain may tell these from the hospital's own, so that the figures flatter.
+    """
+
+    test_images: dict[str, Number]
+    test_sites: tuple[str, ...]
+    before: Scores
+    after: Scores
+    gain: Difference
+    forgetting: Difference
+    query_gain: Difference
+
+
 class Evaluation(Record):
     """``reports/evaluation/<site>/<query>.json``."""
 
@@ -117,6 +138,10 @@ class Evaluation(Record):
     relevant: tuple[str, ...]
     local: tuple[str, ...]
     test_images: dict[str, Number]
+    test_images_from: ImagesFrom = "others"
+    """Of the images of the query; those of the other classes are always the hospital's own."""
+    held_back: dict[str, Number] = Field(default_factory=dict)
+    """Class to how many of its test images the hospital holds back for evaluation."""
     test_sites: tuple[str, ...] = ()
     test_data: str | None = None
     passes_per_prediction: Number
@@ -131,20 +156,38 @@ class Evaluation(Record):
     operating_point: OperatingPointResult | None = None
     subgroups: dict[str, dict[str, SubgroupResult]] = Field(default_factory=dict)
     """Column to group, of hospitals whose site.yaml names the column."""
+    others: OthersFigures | None = None
+    """Where own images judge: the figures on other hospitals' images of the query, if there are such."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluation:
         for names in (self.relevant, self.classes, self.local):
             if len(set(names)) != len(names):
                 raise ValueError("a class is named twice")
-        images = [self.test_images.get(c, 0) for c in self.relevant]
-        for scores in (self.before, self.after):
-            fault = _confusion_fault(scores.confusion, images)
-            if fault:
-                raise ValueError(fault)
+        for part in (self, self.others) if self.others else (self,):
+            images = [part.test_images.get(c, 0) for c in self.relevant]
+            for scores in (part.before, part.after):
+                fault = _confusion_fault(scores.confusion, images)
+                if fault:
+                    raise ValueError(fault)
+        if any(n > self.test_images.get(c, 0) for c, n in self.held_back.items()):
+            raise ValueError("more images held back than were tested")
         return self
 
     @property
     def few(self) -> tuple[str, ...]:
         """Classes with too few test images to show a figure."""
         return tuple(c for c in self.relevant if too_few(self.test_images.get(c, 0)))
+
+    @property
+    def shown_images(self) -> dict[str, str]:
+        """Class to its number of test images as it may be told.
+
+        Those of the test split are told elsewhere: with both, the number of held-back ones could be reckoned.
+        """
+        return {c: self._shown_images(c, n) for c, n in self.test_images.items()}
+
+    def _shown_images(self, name: str, images: int) -> str:
+        held = self.held_back.get(name, 0)
+        told = shown_total(images, (held, images - held))
+        return told if isinstance(told, str) else shown_count(images)

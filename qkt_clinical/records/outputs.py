@@ -169,13 +169,12 @@ def _site(workspace: Workspace, name: str) -> SiteOutputs:
     )
 
 
-def _told(scores: Scores, evaluation: Evaluation) -> Scores:
+def _told(scores: Scores, images: Mapping[str, int], relevant: Sequence[str]) -> Scores:
     """Figures without those that rest on too few images."""
-    images = evaluation.test_images
     answers: dict[str, int] = {}
     if None not in scores.confusion:  # else told before, and the columns are no longer whole
         columns = zip(*(row or () for row in scores.confusion), strict=True)
-        answers = dict(zip(evaluation.relevant, map(sum, columns), strict=True))
+        answers = dict(zip(relevant, map(sum, columns), strict=True))
 
     def bins(rows: Sequence[Bin] | None) -> tuple[Bin, ...] | None:
         return None if rows is None else tuple(b for b in rows if b.images >= SMALLEST_COUNT)
@@ -200,10 +199,18 @@ def told(evaluation: Evaluation) -> Evaluation:
 
     The pages, which are the hospital's own, are made of this. Figures over several classes stay.
     """
+    parts = {side: getattr(evaluation, side) for side in ("before", "after")}
+    others = evaluation.others
+    if others is not None:
+        others = others.model_copy(
+            update={
+                side: _told(getattr(others, side), others.test_images, evaluation.relevant) for side in parts
+            }
+        )
     return evaluation.model_copy(
         update={
-            "before": _told(evaluation.before, evaluation),
-            "after": _told(evaluation.after, evaluation),
+            **{s: _told(scores, evaluation.test_images, evaluation.relevant) for s, scores in parts.items()},
+            "others": others,
             "class_forgetting": suppress(evaluation.class_forgetting, evaluation.test_images),
         }
     )

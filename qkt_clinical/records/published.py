@@ -24,7 +24,9 @@ from qkt_clinical.records.base import Difference, Estimate, Number, Proportion, 
 from qkt_clinical.records.evaluation import (
     Bin,
     Evaluation,
+    ImagesFrom,
     OperatingPointResult,
+    OthersFigures,
     Scores,
     SubgroupResult,
     SubgroupScores,
@@ -66,6 +68,25 @@ class PublishedScores(Record):
     reliability: tuple[PublishedBin, ...]
 
 
+class PublishedOthersScores(Record):
+    """What is told of one model on other hospitals' images of the query; None where suppressed."""
+
+    query_accuracy: Proportion | None
+    balanced_accuracy: Proportion | None
+    recall: dict[str, Proportion | None]
+    """Of the classes asked for; that of the others rests on the images that all figures rest on."""
+
+
+class PublishedOthers(Record):
+    """Figures on other hospitals' images of the query, beside those on the hospital's own."""
+
+    test_images: dict[str, str]
+    """Of the classes asked for."""
+    test_sites: tuple[str, ...]
+    before: PublishedOthersScores
+    after: PublishedOthersScores
+
+
 class PublishedEvaluation(Record):
     """``evaluation.json`` of a run in MLflow. Which images flipped stays in the hospital."""
 
@@ -93,6 +114,8 @@ class PublishedEvaluation(Record):
     class_forgetting: dict[str, Difference | None]
     operating_point: OperatingPointResult | None
     subgroups: dict[str, dict[str, SubgroupResult]]
+    test_images_from: ImagesFrom = "others"
+    others: PublishedOthers | None = None
 
 
 def _shown(estimate: Estimate | None, value: float | None = None) -> Estimate | None:
@@ -242,6 +265,42 @@ def _subgroup(group: SubgroupResult) -> SubgroupResult:
     return group.model_copy(update={"before": side(group.before), "after": side(group.after)})
 
 
+def _others_scores(
+    scores: Scores, others: OthersFigures, evaluation: Evaluation, told: PublishedScores
+) -> PublishedOthersScores:
+    """Figures of one model on others' images.
+
+    The recalls of the hospital's own classes are the same here and there, so that two means over different
+    recalls of the query could tell one that is hidden: the mean of all is told where no recall is hidden.
+    """
+    asked = evaluation.classes
+    images = {c: others.test_images.get(c, 0) for c in asked}
+    right = {c: (scores.confusion[i] or ())[i] for i, c in enumerate(evaluation.relevant) if c in images}
+    alone = {c for c in asked if shown_share(right[c], images[c]) is None}
+    hidden = hide_a_second(alone, asked, images)
+    few = any(map(too_few, images.values()))
+    whole = not hidden and None not in told.recall.values() and told.balanced_accuracy is not None
+    return PublishedOthersScores(
+        query_accuracy=None if few or len(hidden) == 1 else _shown(scores.query_accuracy),
+        balanced_accuracy=_shown(scores.balanced_accuracy) if whole else None,
+        recall={c: None if c in hidden else _shown(scores.recall.get(c)) for c in asked},
+    )
+
+
+def _others(
+    evaluation: Evaluation, before: PublishedScores, after: PublishedScores
+) -> PublishedOthers | None:
+    others = evaluation.others
+    if others is None:
+        return None
+    return PublishedOthers(
+        test_images={c: shown_count(others.test_images.get(c, 0)) for c in evaluation.classes},
+        test_sites=others.test_sites,
+        before=_others_scores(others.before, others, evaluation, before),
+        after=_others_scores(others.after, others, evaluation, after),
+    )
+
+
 def published(evaluation: Evaluation) -> PublishedEvaluation:
     """An evaluation as it may leave the hospital.
 
@@ -256,9 +315,11 @@ def published(evaluation: Evaluation) -> PublishedEvaluation:
             include={
                 *("format", "hospital", "query", "student", "classes", "method", "teachers", "bytes_moved"),
                 *("budget", "relevant", "local", "test_sites", "test_data", "passes_per_prediction"),
+                "test_images_from",
             }
         ),
-        test_images={c: shown_count(n) for c, n in evaluation.test_images.items()},
+        test_images=evaluation.shown_images,
+        others=_others(evaluation, before, after),
         before=before,
         after=after,
         gain=_change(evaluation.gain, before.balanced_accuracy, after.balanced_accuracy),

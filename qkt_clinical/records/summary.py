@@ -9,7 +9,7 @@ from pydantic import ConfigDict, RootModel
 
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Number, Record, SignedFraction
-from qkt_clinical.records.evaluation import Evaluation, Scores
+from qkt_clinical.records.evaluation import Evaluation, ImagesFrom, Scores
 
 DIGITS = 6
 
@@ -27,6 +27,13 @@ class Headline(Record):
         return cls(**{name: getattr(scores, name).value for name in cls.model_fields})
 
 
+class OthersSummary(Record):
+    """Accuracies on other hospitals' images of the query, whose scanner and stain may give them away."""
+
+    before: Headline
+    after: Headline
+
+
 class QuerySummary(Record):
     """One answered query in ``reports/queries.json``."""
 
@@ -38,10 +45,15 @@ class QuerySummary(Record):
     bytes_moved: Number
     before: Headline
     after: Headline
+    test_images: ImagesFrom = "others"
+    """Whose images of the query ``before`` and ``after`` rest on."""
+    others: OthersSummary | None = None
+    """Beside figures on own images: those on other hospitals'."""
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> QuerySummary:
         """Summary of an evaluation."""
+        others = evaluation.others
         return cls(
             hospital=evaluation.hospital,
             query=evaluation.query,
@@ -51,6 +63,10 @@ class QuerySummary(Record):
             bytes_moved=evaluation.bytes_moved,
             before=Headline.of(evaluation.before),
             after=Headline.of(evaluation.after),
+            test_images=evaluation.test_images_from,
+            others=None
+            if others is None
+            else OthersSummary(before=Headline.of(others.before), after=Headline.of(others.after)),
         )
 
 

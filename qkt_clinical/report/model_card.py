@@ -10,6 +10,7 @@ figures as they may leave the hospital (:mod:`qkt_clinical.records.published`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from qkt_clinical import __version__
 from qkt_clinical.common.disclosure import shown_count, too_few
@@ -31,6 +32,7 @@ from qkt_clinical.records.model_card import (
     Tested,
 )
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs
+from qkt_clinical.records.published import PublishedEvaluation
 from qkt_clinical.records.training import TeacherMetrics
 
 LOW_RECALL = 0.8
@@ -49,6 +51,13 @@ INTENDED = (
     "read by people who can see the image and this card."
 )
 
+TESTED_ON = {
+    "own": "the hospital's own images of patients that no model was trained on: of its test split, and those "
+    "that it holds back for evaluation",
+    "others": "test images of patients that no model was trained on. Where they are another hospital's, "
+    "stain or scanner may help to tell the query apart: read the figures as an upper bound",
+}
+"""Whose images of the query judged an answer, in words."""
 NOT_INTENDED = (
     "Not a medical device and not for diagnosis: no decision about a patient may rest on it. Not for images "
     "of another kind, another hospital or another scanner without an evaluation there, and not for classes "
@@ -150,14 +159,16 @@ def _forgotten(query: QueryOutputs) -> list[KnownFailure]:
     return found
 
 
-def _few(counts: Mapping[str, int], kind: str, wanted: int) -> list[KnownFailure]:
-    """Classes with fewer images of that kind than the gate wants."""
+def _few(
+    counts: Mapping[str, int], kind: str, wanted: int, shown: Mapping[str, str] = MappingProxyType({})
+) -> list[KnownFailure]:
+    """Classes with fewer images of that kind than the gate wants; ``shown`` are counts told otherwise."""
     return [
         KnownFailure(
             kind="few-test-images",
             classes=(c,),
             threshold=wanted,
-            text=f"{shown_count(n)} {kind} images of {c}: "
+            text=f"{shown.get(c, shown_count(n))} {kind} images of {c}: "
             + ("too few to give figures." if too_few(n) else "its figures say little."),
         )
         for c, n in counts.items()
@@ -391,7 +402,24 @@ def _student_figures(query: QueryOutputs) -> list[CardFigure]:
             )
             for c in e.relevant
         ]
-    return figures
+    return figures + _others_figures(e)
+
+
+def _others_figures(e: PublishedEvaluation) -> list[CardFigure]:
+    """Figures on other hospitals' images of the query, where those on own images stand first."""
+    if e.others is None:
+        return []
+    return [
+        CardFigure(
+            name=f"{name}, on other hospitals' images of the query",
+            before=getattr(e.others.before, attribute),
+            after=getattr(e.others.after, attribute),
+        )
+        for name, attribute in (
+            ("balanced accuracy", "balanced_accuracy"),
+            ("query accuracy", "query_accuracy"),
+        )
+    ]
 
 
 def _no_gain(gain: Estimate) -> str:
@@ -412,7 +440,9 @@ def _student_failures(query: QueryOutputs, params: Params) -> list[KnownFailure]
     if e.gain.low <= 0:
         low = None if told.gain is None else told.gain.low
         failures.append(KnownFailure(kind="no-gain", figure=low, threshold=0.0, text=_no_gain(e.gain)))
-    failures += _few({c: e.test_images.get(c, 0) for c in e.relevant}, "test", params.gate.query_images)
+    failures += _few(
+        {c: e.test_images.get(c, 0) for c in e.relevant}, "test", params.gate.query_images, told.test_images
+    )
     verdict = query.published_verdict
     if verdict is None:
         failures.append(KnownFailure(kind="not-judged", text="The gate has not judged this answer."))
@@ -531,8 +561,7 @@ def student_model_card(query: QueryOutputs, outputs: Outputs) -> ModelCard:
         asked=e.classes,
         data=_data(None if site is None else site.manifest),
         tested=Tested(
-            on="test images of patients that no model was trained on. Where they are another hospital's, "
-            "stain or scanner may help to tell the query apart: read the figures as an upper bound",
+            on=TESTED_ON[e.test_images_from],
             sites=e.test_sites,
             images=e.test_images,
             confidence=params.evaluate.confidence,

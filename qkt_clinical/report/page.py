@@ -89,6 +89,7 @@ def environment() -> Environment:
     made = page_environment("qkt_clinical.report")
     for function in (wording.percent, wording.percents, wording.points, wording.size, wording.words):
         made.filters[function.__name__] = function
+    made.filters["images_from"] = wording.IMAGES_FROM.__getitem__
     made.filters["figure"] = wording.figure
     made.filters["count"] = lambda number: number if isinstance(number, str) else shown_count(number)
     return made

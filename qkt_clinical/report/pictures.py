@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkt_clinical.catalog import HELD_BACK
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.data.prepared import PreparedSite, load_prepared
+from qkt_clinical.data.prepared import PreparedSite, load_held_back, load_prepared
 from qkt_clinical.records.evaluation import Flip
 from qkt_clinical.records.outputs import Outputs, QueryOutputs
 
@@ -76,10 +77,17 @@ def png(image: NDArray[Any]) -> str:
 
 def _is_test_image(site: PreparedSite, flip: Flip) -> bool:
     """Whether the evaluation's image is a test image here, and of the class that it says."""
-    if flip.index not in site.splits["test"]:
+    if flip.index not in site.splits[flip.split]:
         return False
     classes = site.manifest.classes
     return flip.actual in classes and bool(site.labels[flip.index] == classes.index(flip.actual))
+
+
+def _arrays(root: Path, site: str, split: str) -> PreparedSite | None:
+    space = Workspace(root)
+    return (
+        load_held_back(space.held_back(site)) if split == HELD_BACK else load_prepared(space.prepared(site))
+    )
 
 
 def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[bool, Flipped]:
@@ -93,14 +101,19 @@ def flipped_cases(root: Path, outputs: Outputs, query: QueryOutputs) -> dict[boo
     """
     consent = {site.name for site in outputs.sites if site.pictures and site.manifest is not None}
     willing = [flip for flip in query.evaluation.flips if flip.site in consent]
-    sites = {s: load_prepared(Workspace(root).prepared(s)) for s in sorted({flip.site for flip in willing})}
-    held = [flip for flip in willing if _is_test_image(sites[flip.site], flip)]
+    sites = {place: _arrays(root, *place) for place in sorted({(flip.site, flip.split) for flip in willing})}
+
+    def arrays(flip: Flip) -> PreparedSite | None:
+        return sites[flip.site, flip.split]
+
+    held = [f for f in willing if (site := arrays(f)) is not None and _is_test_image(site, f)]
     found = {}
     for gained in (True, False):
         cases = [flip for flip in query.evaluation.flips if flip.gained == gained]
         pictures = tuple(
-            EmbeddedImage(png(sites[f.site].images[f.index]), f.site, f.actual, f.before, f.after)
+            EmbeddedImage(png(site.images[f.index]), f.site, f.actual, f.before, f.after)
             for f in choose([flip for flip in held if flip.gained == gained])
+            if (site := arrays(f)) is not None
         )
         strange = sum(flip.gained == gained for flip in willing) - sum(flip.gained == gained for flip in held)
         found[gained] = Flipped(len(cases), pictures, strange)

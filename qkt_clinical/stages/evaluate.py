@@ -1,8 +1,10 @@
 """Stage ``evaluate``: every answer on held-out patients, before and after.
 
-The federation's own view, not a query job: it opens the test split of every hospital, since a hospital
-that lacks a class has no test images of it. Where a hospital's prepared data are absent, its test images
-are missing from the figures and its name from ``test_sites``.
+Where the asking hospital has images of the query itself, in its test split or held back for this, these
+judge the answer, and figures on other hospitals' images of the query stand beside. Else these judge it.
+
+The federation's own view, not a query job: it opens the test split of every hospital. Where a hospital's
+prepared data are absent, its test images are missing from the figures and its name from ``test_sites``.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import DEFAULT_TASK
-from qkt_clinical.common.disclosure import shown_parts, shown_total, too_few
+from qkt_clinical.catalog import DEFAULT_TASK, HELD_BACK
+from qkt_clinical.common.disclosure import SMALLEST_COUNT, shown_total, too_few
 from qkt_clinical.common.files import digest_bytes, digest_folder, write_text
 from qkt_clinical.common.locks import hold_query
 from qkt_clinical.common.seeding import derive
@@ -26,10 +29,11 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.data.prepared import PreparedSite, load_prepared
-from qkt_clinical.errors import OutputsError, QktError, QueryError
+from qkt_clinical.data.prepared import PreparedSite, load_held_back, load_prepared
+from qkt_clinical.errors import OutputsError, PreparedError, QktError, QueryError
 from qkt_clinical.evaluation.metrics import (
     Draws,
+    Floats,
     ModelFigures,
     SubgroupFigures,
     TestSet,
@@ -43,12 +47,19 @@ from qkt_clinical.models.networks import pick_device
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import DecisionRule
-from qkt_clinical.records.evaluation import Evaluation, Flip, OperatingPointResult, Scores, SubgroupResult
+from qkt_clinical.records.evaluation import (
+    Evaluation,
+    Flip,
+    OperatingPointResult,
+    OthersFigures,
+    Scores,
+    SubgroupResult,
+)
 from qkt_clinical.records.phases import Phases
 from qkt_clinical.records.plan import read_plan
 from qkt_clinical.records.reading import read_record, write_record
 from qkt_clinical.records.summary import Headline, QueryMetrics, QuerySummaries, QuerySummary, RunMetrics
-from qkt_clinical.task import task_of
+from qkt_clinical.task import Task, task_of
 
 PER_CLASS = ("recall", "precision", "class_auroc", "class_auprc", "class_ece", "class_reliability")
 
@@ -67,68 +78,130 @@ class _Held:
     labels: NDArray[np.int64]
     patients: NDArray[np.str_]
     own: NDArray[np.bool_]
+    apart: NDArray[np.bool_]
+    """(N,) which are held back by the hospital for evaluation."""
     sites: tuple[str, ...]
-    places: list[tuple[str, int]]
-    """Of each image, its site and its index in the prepared arrays."""
+    places: list[tuple[str, str, int]]
+    """Of each image, its site, its split and its index in the prepared arrays."""
     subgroups: Mapping[str, NDArray[np.str_]]
     """Column to group (N,), empty for images of hospitals without the column."""
     digest: str
     """Of images, labels and patients: figures of one test set can be compared."""
 
 
-def _test_images(
-    sites: dict[str, PreparedSite], hospital: str, local: tuple[int, ...], query: tuple[int, ...]
-) -> _Held:
-    """The hospital's own test images of R, and every other hospital's of the query.
+class _Part(NamedTuple):
+    """Some images of one split of a prepared site."""
+
+    name: str
+    site: PreparedSite
+    split: str
+    chosen: NDArray[np.int64]
+    own: bool
+
+
+def _part(name: str, site: PreparedSite, split: str, wanted: Sequence[int], *, own: bool) -> _Part:
+    held = site.splits[split]
+    return _Part(name, site, split, held[np.isin(site.labels[held], wanted)], own)
+
+
+def _own_parts(
+    site: PreparedSite | None, apart: PreparedSite | None, hospital: str, wanted: Sequence[int]
+) -> list[_Part]:
+    """The hospital's own images of some classes: of its test split, and those that it holds back."""
+    parts = [] if site is None else [_part(hospital, site, "test", wanted, own=True)]
+    return parts if apart is None else [*parts, _part(hospital, apart, HELD_BACK, wanted, own=True)]
+
+
+def _judging_parts(
+    sites: Mapping[str, PreparedSite], hospital: str, local: Sequence[int], query: Sequence[int]
+) -> list[_Part]:
+    """The hospital's own test images of R, and every other hospital's of the query."""
+    return [
+        _part(name, site, "test", (*local, *query) if name == hospital else query, own=name == hospital)
+        for name, site in sorted(sites.items())
+    ]
+
+
+def _all_there(parts: Sequence[_Part], query: Sequence[int], least: int) -> bool:
+    """Whether there are at least so many images of every query class."""
+    counts = [sum(int((p.site.labels[p.chosen] == c).sum()) for p in parts) for c in query]
+    return min(counts, default=0) >= least
+
+
+def _stacked(parts: Sequence[_Part], columns: Sequence[str], hospital: str) -> _Held:
+    """The images of all parts in a row.
 
     Raises:
         NoTestImages: there is none.
     """
-    images, labels, patients, own, used, places, digests = [], [], [], [], [], [], []
-    columns = sorted(set().union(*(site.subgroups for site in sites.values())))
-    groups: dict[str, list[NDArray[np.str_]]] = {column: [] for column in columns}
-    for name, site in sorted(sites.items()):
-        wanted = (*local, *query) if name == hospital else query
-        index = site.splits["test"][np.isin(site.labels[site.splits["test"]], wanted)]
-        if len(index):
-            used.append(name)
-            places += [(name, int(i)) for i in index]
-            pixels = site.images[index]
-            images.append(to_input(pixels, site.manifest.normalisation))
-            labels.append(site.labels[index])
-            patients.append(np.char.add(f"{name}/", site.groups[index]))
-            own.append(np.full(len(index), name == hospital))
-            for column, parts_of in groups.items():
-                held = site.subgroups.get(column)
-                parts_of.append(np.full(len(index), "") if held is None else held[index])
-            parts = (pixels.tobytes(), labels[-1].tobytes(), "\n".join(patients[-1].tolist()).encode())
-            digests += [digest_bytes(part) for part in parts]
-    if not images:
+    parts = [part for part in parts if len(part.chosen)]
+    if not parts:
         raise NoTestImages(
             "no hospital here has a test image of these classes",
             remedy="Evaluate where test images of the class are prepared.",
             site=hospital,
             stage="evaluate",
         )
+    labels = [p.site.labels[p.chosen] for p in parts]
+    patients = [np.char.add(f"{p.name}/", p.site.groups[p.chosen]) for p in parts]
+    pixels = [p.site.images[p.chosen] for p in parts]
+    digests = [
+        digest_bytes(data)
+        for images, kinds, owners in zip(pixels, labels, patients, strict=True)
+        for data in (images.tobytes(), kinds.tobytes(), "\n".join(owners.tolist()).encode())
+    ]
+
+    def group(part: _Part, column: str) -> NDArray[np.str_]:
+        held = part.site.subgroups.get(column)
+        return np.full(len(part.chosen), "") if held is None else held[part.chosen]
+
     return _Held(
-        inputs=torch.cat(images),
+        inputs=torch.cat(
+            [to_input(i, p.site.manifest.normalisation) for i, p in zip(pixels, parts, strict=True)]
+        ),
         labels=np.concatenate(labels),
         patients=np.concatenate(patients),
-        own=np.concatenate(own),
-        sites=tuple(used),
-        places=places,
-        subgroups={column: np.concatenate(parts_of) for column, parts_of in groups.items()},
+        own=np.concatenate([np.full(len(p.chosen), p.own) for p in parts]),
+        apart=np.concatenate([np.full(len(p.chosen), p.split == HELD_BACK) for p in parts]),
+        sites=tuple(sorted({p.name for p in parts})),
+        places=[(p.name, p.split, int(i)) for p in parts for i in p.chosen],
+        subgroups={c: np.concatenate([group(p, c) for p in parts]) for c in columns},
         digest=digest_bytes("".join(digests).encode()),
     )
 
 
+def _held_back(space: Workspace, site: PreparedSite | None) -> PreparedSite | None:
+    """The images that a hospital holds back for evaluation.
+
+    Raises:
+        PreparedError: they are of another ingest than its other images, or of patients who are among these.
+    """
+    apart = None if site is None else load_held_back(space.held_back(site.name))
+    if site is None or apart is None:
+        return None
+    ours, theirs = site.manifest, apart.manifest
+    alike = all(getattr(ours, k) == getattr(theirs, k) for k in ("site", "classes", "shape", "normalisation"))
+    if not alike or set(site.groups.tolist()) & set(apart.groups.tolist()):
+        raise PreparedError(
+            "held-back images do not fit the site's other images, or are of the same patients",
+            remedy="Run 'qkt ingest' for this site again.",
+            site=site.name,
+            file=apart.folder,
+        )
+    return apart
+
+
 def _flips(
-    places: list[tuple[str, int]], actual: list[str], before: list[str], after: list[str]
+    places: list[tuple[str, str, int]], actual: list[str], before: list[str], after: list[str]
 ) -> tuple[Flip, ...]:
-    """Images that exactly one of the two models classifies correctly, by site and index."""
+    """Images that exactly one of the two models classifies correctly, by site, split and index."""
     return tuple(
-        Flip(site=site, index=index, actual=truth, before=first, after=second)
-        for (site, index), truth, first, second in sorted(zip(places, actual, before, after, strict=True))
+        Flip.model_validate(
+            {"site": site, "split": split, "index": index, "actual": truth, "before": first, "after": second}
+        )
+        for (site, split, index), truth, first, second in sorted(
+            zip(places, actual, before, after, strict=True)
+        )
         if (first == truth) != (second == truth)
     )
 
@@ -160,7 +233,11 @@ def _operating_point(
         classes: the label space.
         rate: of the hospital's own test images of its own classes.
     """
-    own = [int((held.own & (held.labels == c)).sum()) for c in decision.local]
+    own = [
+        int((held.own & (held.apart == apart) & (held.labels == c)).sum())
+        for c in decision.local
+        for apart in (False, True)
+    ]
     calibration = phases.phase2.calibration_images
     return OperatingPointResult(
         offsets={classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
@@ -180,16 +257,45 @@ def _scores(figures: ModelFigures, names: Sequence[str]) -> Scores:
     )
 
 
-def _subgroups(groups: Mapping[str, SubgroupFigures]) -> dict[str, SubgroupResult]:
-    """Groups of one column with counts as they may be told: their total is that of the test images."""
+def _subgroups(groups: Mapping[str, SubgroupFigures], held: _Held) -> dict[str, SubgroupResult]:
+    """Groups of one column with counts as they may be told: their total is that of the test images.
+
+    Where there are few held-back images of a class, or few of the test split, the total would tell them.
+    """
+    hidden = [
+        int((np.unique(held.labels[mask], return_counts=True)[1]).min(initial=SMALLEST_COUNT))
+        for mask in (held.apart, held.own & ~held.apart)
+        if held.apart.any()
+    ]
+    people = [len(set(held.patients[mask].tolist())) for mask in (held.apart, ~held.apart) if mask.any()]
+    hidden += people if held.apart.any() else []
     images, patients = (
-        shown_parts({g: getattr(figures, of) for g, figures in groups.items()})
+        {
+            g: shown_total(getattr(figures, of), (*(getattr(f, of) for f in groups.values()), *hidden))
+            for g, figures in groups.items()
+        }
         for of in ("images", "patients")
     )
     return {
         g: SubgroupResult(images=images[g], patients=patients[g], before=figures.before, after=figures.after)
         for g, figures in groups.items()
     }
+
+
+def _set_of(
+    labels: NDArray[np.int64],
+    patients: NDArray[np.str_],
+    relevant: list[int],
+    query: Sequence[int],
+    task: Task,
+) -> TestSet:
+    return TestSet(
+        labels=np.searchsorted(relevant, labels),
+        patients=patients,
+        classes=len(relevant),
+        query=tuple(relevant.index(q) for q in query),
+        task=task,
+    )
 
 
 def evaluate_query(
@@ -209,34 +315,17 @@ def evaluate_query(
     if decision is None:
         raise QueryError("not a student", remedy="Run 'qkt transfer' again.", site=ref.hospital)
     classes = student.card.classes
-    if not sites:
-        raise NoTestImages(
-            "no hospital's prepared data are here",
-            remedy="Evaluate where test images of the class are prepared.",
-            site=ref.hospital,
-            stage="evaluate",
-        )
-    held = _test_images(sites, ref.hospital, decision.local, decision.query)
-    labels = held.labels
     relevant = list(decision.relevant)
-    missing = [classes[c] for c in relevant if not (labels == c).any()]
-    if missing:
-        raise NoTestImages(
-            f"no hospital here has a test image of {', '.join(missing)}",
-            remedy="Evaluate where test images of the class are prepared.",
-            site=ref.hospital,
-            stage="evaluate",
-        )
-    before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
-    after = predict_scores(student, held.inputs, device)[:, relevant].double().numpy()
-    test = TestSet(
-        labels=np.searchsorted(relevant, labels),
-        patients=held.patients,
-        classes=len(relevant),
-        query=tuple(relevant.index(q) for q in decision.query),
-        task=task,
-    )
-    scores = before, after
+    images = _images(space, sites, ref.hospital, decision, classes)
+
+    def scored(held: _Held) -> tuple[Floats, Floats]:
+        before = predict(own.network, held.inputs, device)[:, relevant].double().numpy()
+        return before, predict_scores(student, held.inputs, device)[:, relevant].double().numpy()
+
+    held = images.judging
+    labels = held.labels
+    test = _set_of(labels, held.patients, relevant, decision.query, task)
+    scores = scored(held)
     drawn = Draws(
         draws=params.evaluate.bootstrap,
         confidence=params.evaluate.confidence,
@@ -258,7 +347,9 @@ def evaluate_query(
             "budget": decision.budget,
             "relevant": names,
             "local": [classes[c] for c in decision.local],
-            "test_images": {classes[c]: int((labels == c).sum()) for c in relevant},
+            "test_images": _counted(labels, relevant, classes),
+            "test_images_from": "own" if images.own else "others",
+            "held_back": {c: n for c, n in _counted(labels[held.apart], relevant, classes).items() if n},
             "test_sites": held.sites,
             "test_data": held.digest,
             "passes_per_prediction": decision.passes,
@@ -272,9 +363,108 @@ def evaluate_query(
             "flips": _flips(held.places, [classes[c] for c in labels], *said),
             "operating_point": _operating_point(decision, classes, phases, held, rate),
             "subgroups": {
-                column: _subgroups(groups)
+                column: _subgroups(groups, held)
                 for column, groups in by_subgroup(test, *scores, held.subgroups, **drawn).items()
             },
+            "others": None
+            if images.others is None
+            else _others(images.others, scored(images.others), held, scores, decision, classes, drawn),
+        }
+    )
+
+
+class _Images(NamedTuple):
+    """What judges an answer."""
+
+    judging: _Held
+    own: bool
+    """Whether all of these are the asking hospital's own."""
+    others: _Held | None
+    """Where they are: other hospitals' images of the query, if they have some of every class."""
+
+
+def _images(
+    space: Workspace,
+    sites: dict[str, PreparedSite],
+    hospital: str,
+    decision: DecisionRule,
+    classes: Sequence[str],
+) -> _Images:
+    """The hospital's own images of R if it has enough of every class asked for, else others' of these.
+
+    Raises:
+        NoTestImages: there is none of a class.
+        PreparedError: see :func:`_held_back`.
+    """
+    if not sites:
+        raise NoTestImages(
+            "no hospital's prepared data are here",
+            remedy="Evaluate where test images of the class are prepared.",
+            site=hospital,
+            stage="evaluate",
+        )
+    own = _own_parts(sites.get(hospital), _held_back(space, sites.get(hospital)), hospital, decision.relevant)
+    judged_by_own = _all_there(own, decision.query, SMALLEST_COUNT)
+    judging = own if judged_by_own else _judging_parts(sites, hospital, decision.local, decision.query)
+    shown = [p.site for p in own] if judged_by_own else list(sites.values())
+    columns = sorted(set().union(*(site.subgroups for site in shown)))
+    held = _stacked(judging, columns, hospital)
+    missing = [classes[c] for c in decision.relevant if not (held.labels == c).any()]
+    if missing:
+        raise NoTestImages(
+            f"no hospital here has a test image of {', '.join(missing)}",
+            remedy="Evaluate where test images of the class are prepared.",
+            site=hospital,
+            stage="evaluate",
+        )
+    rest = {name: site for name, site in sites.items() if name != hospital}
+    theirs = _judging_parts(rest, hospital, (), decision.query)
+    beside = judged_by_own and _all_there(theirs, decision.query, 1)
+    return _Images(held, judged_by_own, _stacked(theirs, columns, hospital) if beside else None)
+
+
+def _counted(labels: NDArray[np.int64], relevant: Sequence[int], classes: Sequence[str]) -> dict[str, int]:
+    """Class to number of images."""
+    return {classes[c]: int((labels == c).sum()) for c in relevant}
+
+
+def _others(
+    theirs: _Held,
+    their_scores: tuple[Floats, Floats],
+    held: _Held,
+    scores: tuple[Floats, Floats],
+    decision: DecisionRule,
+    classes: Sequence[str],
+    drawn: Draws,
+) -> OthersFigures:
+    """Figures on the hospital's own images of its own classes and other hospitals' of the query.
+
+    Args:
+        theirs, their_scores: other hospitals' images of the query, and both models' scores.
+        held, scores: the hospital's own images, and the scores.
+        decision: of the student.
+        classes: the label space.
+        drawn: settings of intervals.
+    """
+    relevant = list(decision.relevant)
+    local = np.isin(held.labels, decision.local)
+    labels = np.concatenate([held.labels[local], theirs.labels])
+    patients = np.concatenate([held.patients[local], theirs.patients])
+    test = _set_of(labels, patients, relevant, decision.query, task_of(DEFAULT_TASK))
+    before, after = (
+        np.concatenate([first[local], second]) for first, second in zip(scores, their_scores, strict=True)
+    )
+    figures = assess(test, before, after, **drawn)
+    names = [classes[c] for c in relevant]
+    return OthersFigures.model_validate(
+        {
+            "test_images": _counted(labels, relevant, classes),
+            "test_sites": theirs.sites,
+            "before": _scores(figures.before, names),
+            "after": _scores(figures.after, names),
+            "gain": figures.gain,
+            "forgetting": figures.forgetting,
+            "query_gain": figures.query_gain,
         }
     )
 

@@ -19,7 +19,7 @@ from qkt_clinical.records.decisions import NONE
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs, flat
 from qkt_clinical.records.plan import SHARED
-from qkt_clinical.records.published import PublishedScores
+from qkt_clinical.records.published import PublishedEvaluation, PublishedScores
 from qkt_clinical.report.model_card import student_model_card, teacher_model_card, unmeasured_model_card
 from qkt_clinical.report.model_card_text import to_markdown, to_summary
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
@@ -236,6 +236,18 @@ def _score_metrics(prefix: str, scores: PublishedScores) -> dict[str, float]:
     return {f"{prefix}/{n}": i.value for n, i in named.items() if i is not None}
 
 
+def _others_metrics(e: PublishedEvaluation) -> dict[str, float]:
+    """Accuracies on other hospitals' images of the query, where the main ones rest on own images."""
+    if e.others is None:
+        return {}
+    found = {
+        f"others/{when}/{name}": getattr(side, name)
+        for when, side in (("before", e.others.before), ("after", e.others.after))
+        for name in ("query_accuracy", "balanced_accuracy")
+    }
+    return {name: figure.value for name, figure in found.items() if figure is not None}
+
+
 def _unmet(query: QueryOutputs) -> str:
     """Rules of the gate that an answer does not meet."""
     rules = () if query.verdict is None else query.verdict.rules
@@ -259,6 +271,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
     site = outputs.site(e.hospital)
     used = _answer_params(query, params) | flat("evaluate", params.evaluate.model_dump(mode="json"))
     metrics = _answer_metrics(query) | _score_metrics("before", e.before) | _score_metrics("after", e.after)
+    metrics |= _others_metrics(e)
     for name, interval in (("gain", e.gain), ("forgetting", e.forgetting), ("query_gain", e.query_gain)):
         if interval is not None:
             metrics |= {name: interval.value, f"{name}/low": interval.low, f"{name}/high": interval.high}
@@ -271,6 +284,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
         GATE: "not judged" if verdict is None else ("passed" if verdict.passed else "failed"),
         f"{GATE}_unmet": _unmet(query),
         VERDICT: NONE if verdict is None else verdict.model_dump_json(),
+        "qkt.test_images": e.test_images_from,
         "qkt.balanced_accuracy": _tag(e.after.balanced_accuracy),
         "qkt.forgetting": _tag(e.forgetting),
     }

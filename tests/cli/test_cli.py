@@ -254,7 +254,22 @@ def test_summary_prints_the_table_of_a_run(capsys: pytest.CaptureFixture[str], r
     for word in ("aster", "birch, cedar", "0.000 → 0.875", "0.600 → 0.900", "2.5 MB"):
         assert word in out
     code, out, _ = run(capsys, "summary", "-C", root, "--json")
-    assert (code, json.loads(out)) == (0, rows)
+    old = {"test_images": "others", "others": None}  # of before answers were judged on own images
+    assert (code, json.loads(out)) == (0, [rows[0] | old])
+    own = rows[0] | {
+        "test_images": "own",
+        "others": {"before": figures, "after": figures | {"query_accuracy": 1}},
+    }
+    path.write_text(json.dumps([own]))
+    code, out, _ = run(capsys, "summary", "-C", root)
+    first, second = (line for line in out.splitlines() if "0.000 → " in line)
+    assert "own" in first
+    assert "0.000 → 0.875" in first
+    assert "others" in second
+    assert "0.000 → 1.000" in second
+    assert "whose scanner and stain may give them away" in out
+    code, out, _ = run(capsys, "summary", "-C", root, "--json")
+    assert (code, json.loads(out)) == (0, [own])
 
 
 def test_a_damaged_summary_names_its_file(capsys: pytest.CaptureFixture[str], root: Path) -> None:

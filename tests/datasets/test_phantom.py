@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
 from qkt_clinical.common.files import digest_file, digest_folder
 from qkt_clinical.config.loading import load_query, load_site
 from qkt_clinical.config.params import Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.prepared import load_held_back
 from qkt_clinical.datasets.phantom import (
     delivery,
     phantom_params,
@@ -20,8 +23,9 @@ from qkt_clinical.datasets.phantom import (
     render_sheet,
     write_federation,
 )
-from qkt_clinical.datasets.phantom.federation import CHESTS, SMEARS, STAMP, VERSION
+from qkt_clinical.datasets.phantom.federation import CHESTS, SMEARS, STAMP, VERSION, render_held_back
 from qkt_clinical.errors import ConfigError
+from qkt_clinical.ingest import ingest_site
 from tests.places import ROOT
 
 pytestmark = pytest.mark.slow
@@ -121,6 +125,77 @@ def test_wrong_use_ends_in_a_typed_error(tmp_path: Path) -> None:
         render_images("oak")
     with pytest.raises(ConfigError, match="at least 20"):
         write_federation(tmp_path, images_per_site=3)
+
+
+# --- held back -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["aster", "cedar", "dahlia", "elm", "fern", "north", "south"])
+def test_who_asks_holds_images_back_each_of_a_patient_of_its_own(site: str) -> None:
+    hospital = (SMEARS | CHESTS)[site]
+    count = N2 if site in SMEARS else N3
+    images, labels, patients = render_held_back(site, images=count)
+    names = BLOOD_CELLS if site in SMEARS else LESIONS
+    asked = {c for text in hospital.queries.values() for c in yaml.safe_load(text)["classes"]}
+    each = Counter(names[i] for i in labels)
+    assert set(each) == asked
+    assert set(each.values()) == {max(8, round(60 * count / hospital.images))}
+    assert len(set(patients)) == len(images)
+    main = render_images(site, images=count)
+    assert not set(patients) & set(main[2])
+    assert not {i.tobytes() for i in images} & {i.tobytes() for i in main[0]}
+    again = render_held_back(site, images=count)
+    np.testing.assert_array_equal(images, again[0])
+
+
+def test_a_hospital_of_the_default_size_holds_sixty_images_of_a_class_back() -> None:
+    assert len(render_held_back("elm")[0]) == 60
+
+
+def test_who_asks_for_nothing_holds_nothing_back(smears: Path, chests: Path) -> None:
+    for root, hospitals in ((smears, SMEARS), (chests, CHESTS)):
+        for site, hospital in hospitals.items():
+            assert (data(root, site) / "held-back").is_dir() == bool(hospital.queries), site
+            assert load_site(root, site).held_back == ("held-back" if hospital.queries else None)
+
+
+@pytest.mark.parametrize("site", ["cedar", "dahlia", "fern"])
+def test_held_back_images_have_the_hospitals_own_stain(site: str) -> None:
+    """The background of a smear is the stain's: nearer to the hospital's own than to anybody else's."""
+
+    def glass(images: np.ndarray) -> np.ndarray:
+        brightest: np.ndarray = np.quantile(images.reshape(-1, 3).astype(np.float64), 0.95, axis=0)
+        return brightest
+
+    held = glass(render_held_back(site, images=N2)[0])
+    away = {s: float(np.abs(glass(render_images(s, images=N2)[0]) - held).sum()) for s in SMEARS}
+    assert min(away, key=lambda s: away[s]) == site
+
+
+def test_prepared_held_back_images_are_of_the_classes_asked_for(smears: Path, tmp_path: Path) -> None:
+    params = Params.model_validate(phantom_params(2))
+    shutil.copytree(smears, tmp_path, dirs_exist_ok=True)
+    for site in ("aster", "dahlia", "elm", "fern"):
+        main = ingest_site(tmp_path, site, params)
+        apart = load_held_back(Workspace(tmp_path).held_back(site))
+        assert apart is not None
+        asked = {c for text in SMEARS[site].queries.values() for c in yaml.safe_load(text)["classes"]}
+        assert set(apart.manifest.counts["held_back"]) == asked
+        assert apart.manifest.rejected == {}
+        assert set(main.counts["train"]) == set(SMEARS[site].words)
+        assert main.count == N2
+    folder = Workspace(tmp_path).held_back("aster")
+    assert (folder / "headers.json").is_file(), "read like all other files of the hospital"
+
+
+def test_an_edited_site_that_names_no_held_back_folder_gets_none(tmp_path: Path) -> None:
+    text = SMEARS["elm"].site_yaml.replace("held_back: held-back\n", "")
+    folder = tmp_path / "hospitals" / "elm"
+    folder.mkdir(parents=True)
+    (folder / "site.yaml").write_text(text)
+    write_federation(tmp_path, images_per_site=N2)
+    assert not (folder / "data" / "held-back").exists()
+    assert (tmp_path / "hospitals" / "fern" / "data" / "held-back" / "images.npz").is_file()
 
 
 # --- configuration -------------------------------------------------------------------------------
@@ -229,7 +304,7 @@ def test_dicom_smears(site: str, syntax: str, smears: Path) -> None:
 
     images, labels, patients = render_images(site, images=N2)
     folder = data(smears, site)
-    files = sorted(folder.rglob("*.dcm"), key=lambda p: p.name)
+    files = sorted((p for p in folder.rglob("*.dcm") if "held-back" not in p.parts), key=lambda p: p.name)
     words = {r["file"]: r["diagnosis"] for r in rows(folder / "labels.csv")} if site == "birch" else {}
     assert len(files) == N2
     seen = set()
@@ -258,7 +333,8 @@ def test_nifti_smears(site: str, codes: tuple[str, str, str], smears: Path) -> N
     folder = data(smears, site)
     listing = rows(folder / ("labels.csv" if site == "cedar" else "cells.csv"))
     names = [r["file"] if site == "cedar" else f"images/{r['name']}.nii.gz" for r in listing]
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.nii.gz")) == sorted(names)
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*.nii.gz")]
+    assert sorted(p for p in found if not p.startswith("held-back/")) == sorted(names)
     for name, row, image, label, patient in zip(names, listing, images, labels, patients, strict=True):
         raw = (folder / name).read_bytes()
         # gzip: no flags (so no file name) and a time of 0.
@@ -280,7 +356,8 @@ def test_class_folders(smears: Path) -> None:
     images, labels, patients = render_images("elm", images=N2)
     folder = data(smears, "elm")
     listing = rows(folder / "patients.csv")
-    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(SMEARS["elm"].words.values())
+    folders = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert folders - {"held-back"} == set(SMEARS["elm"].words.values())
     for row, image, label, patient in zip(listing, images, labels, patients, strict=True):
         assert row["patient"] == patient
         assert row["file"].split("/")[0] == SMEARS["elm"].words[BLOOD_CELLS[label]]

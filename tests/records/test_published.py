@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkt_clinical.common.disclosure import hide_a_second, shown_bounds, shown_figure, too_few
-from qkt_clinical.records.evaluation import Evaluation, OperatingPointResult
+from qkt_clinical.common.disclosure import hide_a_second, shown_bounds, shown_count, shown_figure, too_few
+from qkt_clinical.records.evaluation import Evaluation, OperatingPointResult, OthersFigures
 from qkt_clinical.records.outputs import read_outputs
 from qkt_clinical.records.published import PublishedEvaluation, published, published_metrics
+from qkt_clinical.records.summary import QuerySummary
 from qkt_clinical.records.training import TeacherMetrics
 from tests.sample_run import sample_params, write_sample_run
 
@@ -127,6 +128,61 @@ def test_no_small_number_can_be_reckoned_from_any_evaluation(
     for number in numbers(json.loads(text)):
         assert number == round(number, 3)
     assert PublishedEvaluation.model_validate_json(text) == told
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ROW, min_size=4, max_size=4), ROW, st.data())
+def test_nor_from_figures_on_others_images_beside_those_on_own(
+    rows: list[list[int]], theirs: list[int], data: st.DataObject
+) -> None:
+    """The own classes' recalls are the same in both blocks: no pair of means may tell a hidden one."""
+    main = measured([list(data.draw(st.permutations(row))) for row in rows], rows)
+    beside = measured(
+        [*(list(row or ()) for row in main.before.confusion[:3]), list(data.draw(st.permutations(theirs)))],
+        [*rows[:3], theirs],
+    )
+    parts = ("before", "after", "gain", "forgetting", "query_gain", "test_images", "test_sites")
+    others = OthersFigures.model_validate({name: getattr(beside, name) for name in parts})
+    evaluation = main.model_copy(update={"others": others, "test_images_from": "own"})
+    told = published(evaluation)
+    assert told.others is not None
+    assert told.model_copy(update={"others": None, "test_images_from": "others"}) == published(main)
+    for side, first, held in (
+        (told.others.before, told.before, others.before),
+        (told.others.after, told.after, others.after),
+    ):
+        right, total = (held.confusion[3] or ())[3], sum(held.confusion[3] or ())
+        if too_few(right) or too_few(total - right) or too_few(total):
+            assert side.recall["d"] is side.query_accuracy is side.balanced_accuracy is None
+        if side.balanced_accuracy is not None:
+            assert None not in first.recall.values(), "the mean would tell what is hidden"
+    assert told.others.test_images["d"] == shown_count(sum(theirs))
+    assert PublishedEvaluation.model_validate_json(told.model_dump_json()) == told
+
+
+def test_an_evaluation_of_before_held_back_images_can_be_read() -> None:
+    rows = [[40, 10, 0, 0], [9, 45, 6, 0], [0, 11, 38, 8], [12, 0, 0, 41]]
+    new = ("test_images_from", "held_back", "others")
+    old = {k: v for k, v in measured(rows, rows).model_dump(mode="json").items() if k not in new}
+    found = Evaluation.model_validate(old)
+    assert (found.test_images_from, found.held_back, found.others) == ("others", {}, None)
+    assert QuerySummary.of(found).test_images == "others"
+    before = {
+        k: v for k, v in QuerySummary.of(found).model_dump().items() if k not in ("test_images", "others")
+    }
+    assert QuerySummary.model_validate(before) == QuerySummary.of(found)
+    assert published(found).others is None
+
+
+@pytest.mark.parametrize(
+    ("held", "told"), [({}, "53"), ({"d": 3}, "≥5"), ({"d": 50}, "≥5"), ({"d": 20}, "53"), ({"d": 53}, "53")]
+)
+def test_numbers_of_held_back_images_cannot_be_reckoned(held: dict[str, int], told: str) -> None:
+    rows = [[40, 10, 0, 0], [9, 45, 6, 0], [0, 11, 38, 8], [12, 0, 0, 41]]
+    evaluation = measured(rows, rows).model_copy(update={"held_back": held})
+    assert published(evaluation).test_images["d"] == told
+    assert "held_back" not in published(evaluation).model_dump()
 
 
 def test_figures_have_two_decimals_and_intervals_hold_what_was_found() -> None:

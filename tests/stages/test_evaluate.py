@@ -9,16 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from qkt_clinical.catalog import HELD_BACK
 from qkt_clinical.cli import main
 from qkt_clinical.common.files import digest_folder, write_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.data.prepared import load_prepared, write_prepared
-from qkt_clinical.errors import QktError, QueryError
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import load_held_back, load_prepared, write_prepared
+from qkt_clinical.errors import PreparedError, QktError, QueryError
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.outputs import read_outputs
+from qkt_clinical.records.published import published
 from qkt_clinical.report import write_figure, write_report
 from qkt_clinical.stages.evaluate import NoTestImages, evaluate_one, evaluate_queries
 from qkt_clinical.stages.gate import gate_queries
@@ -276,3 +282,145 @@ def test_stages_name_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureF
             assert [line.split(": left out [")[0] for line in said.splitlines()] == left
         else:
             assert said.startswith("error [no-test-images]: ")
+
+
+# --- own images against others' ---------------------------------------------------------------------
+
+
+def hold_back(root: Path, params: Params, counts: dict[str, int], *, patient: str = "apart") -> None:
+    """Images of these classes that h0 holds back, each of a patient of its own."""
+    site = params.sites[0]
+    labels = np.array([params.classes.index(c) for c, n in counts.items() for _ in range(n)], dtype=np.int64)
+    count = len(labels)
+    write_prepared(
+        Workspace(root).held_back(site),
+        site=site,
+        source_kind="images",
+        classes=params.classes,
+        images=np.random.default_rng(77).integers(0, 256, (count, *SHAPE), dtype=np.uint8),
+        labels=labels,
+        groups=np.array([f"{patient}{i}" for i in range(count)]),
+        splits={HELD_BACK: np.arange(count)},
+        spacing_mm=None,
+        normalisation="unit",
+        transforms=(),
+        integrity=[],
+        parts=(HELD_BACK,),
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+    root = tmp_path_factory.mktemp("two")
+    params = sample_params(sites=2, evaluate={"bootstrap": 30}, device="cpu")
+    write_sample_run(root, params, weights=True)
+    prepare(root, params, 0, {})
+    prepare(root, params, 1, {})
+    return root, params
+
+
+def measure(root: Path, params: Params) -> dict[str, Any]:
+    evaluate_one(root, QueryRef(hospital="h0", query="q0"), params, sites=params.sites)
+    return read(root)
+
+
+def test_enough_own_images_of_the_query_judge_and_others_stand_beside(
+    two: tuple[Path, Params], tmp_path: Path
+) -> None:
+    root, params = shutil.copytree(two[0], tmp_path, dirs_exist_ok=True), two[1]
+    today = measure(root, params)
+    assert (today["test_images_from"], today["others"], today["held_back"]) == ("others", None, {})
+    (asked,) = today["classes"]
+    local = today["local"][0]
+    hold_back(root, params, {asked: 7, local: 6, "platelet" if asked != "platelet" else "ig": 9})
+    found = measure(root, params)
+    assert found["test_images_from"] == "own"
+    assert found["test_sites"] == ["h0"]
+    assert found["test_images"][asked] == 7
+    assert found["test_images"][local] == TEST + 6
+    assert found["held_back"] == {asked: 7, local: 6}
+    assert found["test_data"] != today["test_data"]
+    others = found["others"]
+    assert others["test_sites"] == ["h1"]
+    assert others["test_images"][asked] == today["test_images"][asked]
+    # Both models' answers to others' images of the query are what judged before.
+    for side in ("before", "after"):
+        assert others[side]["recall"][asked]["value"] == today[side]["recall"][asked]["value"]
+        for name in found["local"]:
+            assert others[side]["recall"][name]["value"] == found[side]["recall"][name]["value"]
+    # Counted by hand from the network's own answers.
+    student = load_bundle(Workspace(root).student("h0", "q0"))
+    apart = load_held_back(Workspace(root).held_back("h0"))
+    assert apart is not None
+    kind = params.classes.index(asked)
+    decision = student.card.decision
+    assert decision is not None
+    inputs = to_input(apart.images[apart.labels == kind], "unit")
+    scores = predict_scores(student, inputs, torch.device("cpu"))[:, list(decision.relevant)]
+    right = (scores.argmax(1).numpy() == found["relevant"].index(asked)).mean()
+    assert found["after"]["query_accuracy"]["value"] == pytest.approx(float(right), abs=1e-6)
+    assert {f["split"] for f in found["flips"]} <= {"test", "held_back"}
+    for flip in (f for f in found["flips"] if f["split"] == "held_back"):
+        assert params.classes[apart.labels[flip["index"]]] == flip["actual"]
+    row = evaluate_queries(root, params)[0]
+    assert row.test_images == "own"
+    assert row.others is not None
+    listed = json.loads((Workspace(root).reports / "queries.json").read_text())
+    assert [r["test_images"] for r in listed] == ["own", "others"]
+    metrics = json.loads((Workspace(root).reports / "metrics.json").read_text())
+    assert metrics["h0-q0"]["query_accuracy"] == found["after"]["query_accuracy"]["value"]
+    verdict = next(v for v in gate_queries(root, params) if v.hospital == "h0")
+    images = next(rule for rule in verdict.rules if rule.rule == "query_images")
+    assert images.figure == 7
+    (root / "params.yaml").write_text(params.model_dump_json())
+    write_report(root, params)
+    for page in ("index.html", "queries/h0/q0.html"):
+        text = (Workspace(root).reports / page).read_text()
+        own, theirs = "on the hospital’s own images", "on other hospitals’ images, whose scanner and stain"
+        assert 0 < text.index(own) < text.index(theirs)
+
+
+@pytest.mark.parametrize("images", [0, 4])
+def test_too_few_own_images_leave_the_figures_as_they_were(
+    images: int, two: tuple[Path, Params], tmp_path: Path
+) -> None:
+    root, params = shutil.copytree(two[0], tmp_path, dirs_exist_ok=True), two[1]
+    today = measure(root, params)
+    hold_back(root, params, {today["classes"][0]: images, today["local"][0]: 8})
+    assert measure(root, params) == today
+
+
+def test_a_handful_of_own_test_images_counts_with_those_held_back(
+    two: tuple[Path, Params], tmp_path: Path
+) -> None:
+    """A class that is rare at the hospital: three images of its test split, three held back."""
+    root, params = shutil.copytree(two[0], tmp_path, dirs_exist_ok=True), two[1]
+    today = measure(root, params)
+    (asked,) = today["classes"]
+    site = load_prepared(Workspace(root).prepared("h0"))
+    labels = site.labels.copy()
+    spare = [i for i in site.splits["test"].tolist() if params.classes[labels[i]] == today["local"][0]][:3]
+    labels[spare] = params.classes.index(asked)
+    np.save(site.folder / "labels.npy", labels)
+    assert measure(root, params)["test_images_from"] == "others"
+    hold_back(root, params, {asked: 3})
+    found = measure(root, params)
+    assert found["test_images_from"] == "own"
+    assert found["test_images"][asked] == 6
+    evaluation = Evaluation.model_validate(found)
+    assert evaluation.shown_images[asked] == "≥5", "with the test split's number it would tell 3"
+    told = published(evaluation)
+    assert told.test_images[asked] == "≥5"
+    verdict = next(v for v in gate_queries(root, params) if v.hospital == "h0")
+    rule = next(r for r in verdict.rules if r.rule == "query_images")
+    assert (rule.figure, rule.note) == (None, "≥5")
+
+
+def test_held_back_images_of_patients_of_the_site_are_an_error(
+    two: tuple[Path, Params], tmp_path: Path
+) -> None:
+    root, params = shutil.copytree(two[0], tmp_path, dirs_exist_ok=True), two[1]
+    asked = measure(root, params)["classes"][0]
+    hold_back(root, params, {asked: 9}, patient="p")
+    with pytest.raises(PreparedError, match="same patients"):
+        measure(root, params)

@@ -351,11 +351,15 @@ def write_npz(
     patients: Sequence[str],
     *,
     rng: np.random.Generator,
+    shares: tuple[float, float] = (0.7, 0.8),
 ) -> None:
-    """MedMNIST's layout plus ``*_groups``; 70 % of the patients train, 10 % validate, 20 % test."""
+    """MedMNIST's layout plus ``*_groups``; 70 % of the patients train, 10 % validate, 20 % test.
+
+    ``shares`` are where val and test begin.
+    """
     groups = np.array(patients, dtype=np.str_)
     everyone = rng.permutation(np.unique(groups))
-    cuts = [round(0.7 * len(everyone)), round(0.8 * len(everyone))]
+    cuts = [round(share * len(everyone)) for share in shares]
     arrays: dict[str, NDArray[Any]] = {}
     for name, members in zip(("train", "val", "test"), np.split(everyone, cuts), strict=True):
         chosen = np.flatnonzero(np.isin(groups, members))

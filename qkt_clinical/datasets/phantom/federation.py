@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
@@ -19,9 +21,17 @@ from qkt_clinical.config.policy import OPEN_POLICY, POLICY
 from qkt_clinical.datasets.phantom import ct, delivery, smear
 from qkt_clinical.errors import ConfigError
 
-VERSION = 4
+VERSION = 5
 """Goes up when the same seed gives other files."""
 STAMP = ".phantom.json"
+HELD_BACK = "held-back"
+"""Folder below ``data/`` with images for evaluation alone, at hospitals that ask."""
+NAMES_HELD_BACK = re.compile(rf"^held_back: *{HELD_BACK}$", re.MULTILINE)
+HELD_BACK_IMAGES = 60
+"""Of every class that a hospital asks for, at its default number of images."""
+FEWEST_HELD_BACK = 8
+FIRST_HELD_BACK = 5000
+"""Number of the first patient of whom an image is held back, at least."""
 MIN_IMAGES = 20
 """Below this a hospital could not have ten patients and a rare class."""
 
@@ -50,6 +60,14 @@ class PhantomHospital:
     """Height and width of delivered smear images."""
     rare: str | None = None
     """A class of which there is only a handful of images."""
+    strange: dict[str, str] = field(default_factory=dict)
+    """Own word for a class asked for that the hospital does not hold, where it is not the federation's."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Classes that one of the queries asks for, sorted."""
+        texts = map(yaml.safe_load, self.queries.values())
+        return tuple(sorted({name for text in texts for name in text["classes"]}))
 
 
 def _query(comment: str, classes: str, method: str) -> str:
@@ -88,6 +106,7 @@ name: aster
 source: {{kind: dicom, path: data}}
 label: {{from: tag, tag: AdmittingDiagnosesDescription}}
 patient: {{from: tag, tag: PatientID}}
+held_back: held-back
 {SMEAR_GROUPS}{SMEAR_SPEC}""",
         queries={
             "basophil": _query(
@@ -130,6 +149,7 @@ name: cedar
 source: {{kind: nifti, path: data}}
 label: {{from: csv, file: labels.csv, key: file, column: diagnosis}}
 patient: {{from: csv, file: labels.csv, key: file, column: patient}}
+held_back: held-back
 {SMEAR_SPEC}""",
         queries={
             "platelet": _query(
@@ -153,6 +173,7 @@ name: dahlia
 source: {{kind: nifti, path: data}}
 label: {{from: csv, file: cells.csv, key: name, column: diagnosis}}
 patient: {{from: csv, file: cells.csv, key: name, column: patient}}
+held_back: held-back
 {SMEAR_SPEC}""",
         queries={
             "eosinophil": _query(
@@ -181,6 +202,7 @@ name: elm
 source: {{kind: images, path: data}}
 label: {{from: folder, level: 0}}
 patient: {{from: csv, file: patients.csv, key: file, column: patient}}
+held_back: held-back
 label_map: {{eosinophils: eosinophil, left-shift: ig, monocytes: monocyte, segmented: neutrophil}}
 {SMEAR_SPEC}""",
         queries={
@@ -203,7 +225,8 @@ name: fern
 source: {{kind: npz, path: data/images.npz}}
 label: {{from: npz}}
 patient: {{from: npz}}
-label_map: {{0: eosinophil, 1: erythroblast, 2: ig, 3: lymphocyte}}
+held_back: held-back
+label_map: {{0: eosinophil, 1: erythroblast, 2: ig, 3: lymphocyte, 4: basophil}}
 splits: given
 {SMEAR_SPEC}""",
         queries={
@@ -213,6 +236,7 @@ splits: given
                 "qkt-light",
             )
         },
+        strange={"basophil": "4"},
     ),
 }
 
@@ -230,6 +254,7 @@ name: north
 source: {{kind: nifti, path: data}}
 label: {{from: folder, level: 0}}
 patient: {{from: csv, file: patients.csv, key: file, column: patient}}
+held_back: held-back
 {CT_SPEC}""",
         queries={
             "calcified": _query(
@@ -252,6 +277,7 @@ name: south
 source: {{kind: dicom, path: data}}
 label: {{from: csv, file: series.csv, key: series, column: diagnosis}}
 patient: {{from: tag, tag: PatientID}}
+held_back: held-back
 label_map: {{calcification: calcified, cavitating: cavity}}
 {CT_SPEC}""",
         queries={
@@ -356,24 +382,79 @@ def render_images(
     hospital, classes, _ = _hospital(site)
     rng = np.random.default_rng(derive(seed, "phantom", site))
     labels, owners = _assign(hospital, classes, _count(hospital, images), rng)
-    patients = [f"PHANTOM-{hospital.letter}{p + 1:04d}" for p in owners]
+    return _drawn(hospital, labels, owners, rng), labels, [_patient(hospital, p) for p in owners.tolist()]
+
+
+def _patient(hospital: PhantomHospital, number: int) -> str:
+    return f"PHANTOM-{hospital.letter}{number + 1:04d}"
+
+
+def _drawn(
+    hospital: PhantomHospital,
+    labels: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> NDArray[np.uint8] | NDArray[np.int16]:
     if isinstance(hospital.look, smear.Stain):
-        return (
-            smear.render_cells(labels, owners, hospital.look, size=hospital.size, rng=rng),
-            labels,
-            patients,
-        )
-    return ct.render_chests(labels, hospital.look, rng=rng)[0], labels, patients
+        return smear.render_cells(labels, owners, hospital.look, size=hospital.size, rng=rng)
+    return ct.render_chests(labels, hospital.look, rng=rng)[0]
+
+
+def render_held_back(
+    site: str, *, seed: int = 0, images: int | None = None
+) -> tuple[NDArray[np.uint8] | NDArray[np.int16], NDArray[np.int64], list[str]]:
+    """Draw images of the classes that a phantom hospital asks for, as it would take them itself.
+
+    Each is of a patient of its own. They come from a seed of their own: no other image depends on them.
+
+    Args:
+        site, seed, images: as of :func:`render_images`; a smaller hospital holds fewer back.
+
+    Returns:
+        As of :func:`render_images`; no image at a hospital that asks for nothing.
+
+    Raises:
+        ConfigError: as of :func:`render_images`.
+    """
+    hospital, classes, _ = _hospital(site)
+    count = _count(hospital, images)
+    each = min(HELD_BACK_IMAGES, max(FEWEST_HELD_BACK, round(HELD_BACK_IMAGES * count / hospital.images)))
+    rng = np.random.default_rng(derive(seed, "phantom", site, HELD_BACK))
+    labels = rng.permutation(np.repeat([classes.index(c) for c in hospital.asked], each)).astype(np.int64)
+    owners = np.arange(len(labels), dtype=np.int64)
+    # Beyond the numbers of all other patients, of whom there are no more than images.
+    first = max(FIRST_HELD_BACK, count)
+    patients = [_patient(hospital, first + p) for p in owners.tolist()]
+    return _drawn(hospital, labels, owners, rng), labels, patients
 
 
 # --- delivery -----------------------------------------------------------------------------------
 
 
-def _deliver(site: str, folder: Path, *, seed: int, images: int | None) -> None:
-    hospital, classes, _ = _hospital(site)
-    pictures, labels, patients = render_images(site, seed=seed, images=images)
-    words = [hospital.words[classes[i]] for i in labels]
+def _deliver(site: str, folder: Path, *, seed: int, images: int | None, held_back: bool) -> None:
+    """Write a hospital's files, and below them those that it holds back, if it does."""
     rng = np.random.default_rng(derive(seed, "phantom", site, "delivery"))
+    _write_files(site, folder, render_images(site, seed=seed, images=images), seed=seed, rng=rng)
+    if not held_back:
+        return
+    rng = np.random.default_rng(derive(seed, "phantom", site, HELD_BACK, "delivery"))
+    held = render_held_back(site, seed=seed, images=images)
+    _write_files(site, folder / HELD_BACK, held, seed=seed, rng=rng, held_back=True)
+
+
+def _write_files(
+    site: str,
+    folder: Path,
+    drawn: tuple[NDArray[np.uint8] | NDArray[np.int16], NDArray[np.int64], list[str]],
+    *,
+    seed: int,
+    rng: np.random.Generator,
+    held_back: bool = False,
+) -> None:
+    hospital, classes, _ = _hospital(site)
+    pictures, labels, patients = drawn
+    own = hospital.words | hospital.strange
+    words = [own.get(classes[i], classes[i]) for i in labels]
     smear_nifti: dict[str, Any] = {"spacing": (1.0, delivery.PIXEL_UM, delivery.PIXEL_UM)}
     spacing = hospital.look.spacing if isinstance(hospital.look, ct.Scanner) else (1.0, 1.0, 1.0)
     if pictures.dtype == np.uint8:
@@ -396,7 +477,8 @@ def _deliver(site: str, folder: Path, *, seed: int, images: int | None) -> None:
             delivery.write_class_folders(folder, cells, words, patients)
         else:
             codes = np.array([int(w) for w in words], dtype=np.int64)
-            delivery.write_npz(folder, cells, codes, patients, rng=rng)
+            shares = (0.0, 0.0) if held_back else (0.7, 0.8)
+            delivery.write_npz(folder, cells, codes, patients, rng=rng, shares=shares)
         return
     chests = pictures.astype(np.int16, copy=False)
     if site == "south":
@@ -448,7 +530,9 @@ def _write_site(root: Path, site: str, *, seed: int, images: int | None) -> None
     # First the claim, last the proof: cut short in between, the next run knows that data/ is ours to replace.
     write_json(stamp, {**wanted, "complete": False})
     with new_folder(data) as temporary:
-        _deliver(site, temporary, seed=seed, images=images)
+        # A site.yaml that somebody edited may not name them: they would be taken for training images.
+        named = NAMES_HELD_BACK.search((folder / "site.yaml").read_text(encoding="utf-8"))
+        _deliver(site, temporary, seed=seed, images=images, held_back=named is not None)
     write_json(stamp, {**wanted, "complete": True})
 
 
