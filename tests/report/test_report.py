@@ -282,6 +282,29 @@ def test_teachers_that_are_excluded_are_named_and_count_for_nothing(tmp_path: Pa
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 
+def test_how_far_teachers_were_brought_to_the_images_is_told(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, sample_params())
+    path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
+    phases = json.loads(path.read_text())
+    phases["adaptation"] = [
+        {"site": "far", "shift": 0.31, "share": 0.5},
+        {"site": "near", "shift": 0.012, "share": 0.0},
+        {"site": "odd", "shift": None, "share": 0.0},
+    ]
+    phases["phase2"]["within_budget"] = False
+    write_json(path, phases)
+    change(tmp_path, "h0-q0", student=digest_folder(path.parent))
+    write_report(tmp_path, sample_params())
+    text = query_page(tmp_path, "h0-q0").text("asked")
+    assert "far: shift 0.31, 50 % taken up; its images look unlike the hospital’s." in text
+    assert "near: shift 0.01, left as it was sent." in text
+    assert "odd: shift not finite, left as it was sent." in text
+    assert "The budget is not kept:" in text
+    other = query_page(tmp_path, "h2-q2").text("asked")
+    assert "Brought to" not in other
+    assert "The budget is not kept" not in other
+
+
 def test_rejected_files_are_counted_by_reason(page: Page) -> None:
     assert "polarity<5unreadable<5" in page.text("site-h0").replace(" ", "")
     assert "Rejected files None." in page.text("site-h1")
