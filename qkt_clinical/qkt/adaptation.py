@@ -36,8 +36,10 @@ SHARES = (0.0, 0.5, 1.0)
 NEAR = 0.02
 """A smaller share is as good as the best one if its loss is higher by this part of it at most."""
 SAME_CENTRE = 0.02
-"""A shift below it is what hospitals of one centre show too, only because they hold different cases; then half
-of the measured statistics is the most that is taken up."""
+"""A shift below it is what hospitals of one centre show too, because they hold different cases.
+
+Then half of the measured statistics is the most that is taken up.
+"""
 UNTOLD = 0.5
 """The share where no teacher's answers on held-out images tell which is best."""
 MIN_SHARED = 10
