@@ -306,13 +306,20 @@ def ingest_site(
         gathered = _gather(work, source.listing, columns)
         held_back = None if apart is None else _gather(work, source.held_back, apart, _bar(work, gathered))
         store.tidy()
-        with new_folder(workspace.held_back(site)):
-            pass  # those of the last run may be of patients who are trained on now
+        if (place := workspace.held_back(site)).exists():
+            _empty(place)  # those of the last run may be of patients who are trained on now
         consent = Consent(pictures=config.pictures)
         manifest, subgroups = _write(workspace, work, gathered, files, columns, consent)
+        _empty(place)
         if held_back is not None:
             _write_held_back(workspace, work, held_back, source.held_back.files, columns, subgroups)
     return manifest
+
+
+def _empty(folder: Path) -> None:
+    """Leave an empty folder there."""
+    with new_folder(folder):
+        pass
 
 
 def _request(config: SiteConfig, params: Params, salt: bytes) -> Request:

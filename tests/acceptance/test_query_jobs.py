@@ -183,6 +183,9 @@ def test_a_walk_by_commands_alone(root: Path, tmp_path: Path) -> None:
         for folder in (root / "hospitals" / site, Workspace(root).prepared(site)):
             (elsewhere / folder.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(elsewhere / folder.relative_to(root))
+    held_back = Workspace(root).held_back(hospital)  # nor what the hospital itself could measure by
+    (elsewhere / held_back.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+    held_back.rename(elsewhere / held_back.relative_to(root))
     for site in params.sites[1:]:
         Workspace(root).teacher(site).rename(elsewhere / site)
     job = json.loads(program(root, "query", "run", hospital, "first", "--json"))

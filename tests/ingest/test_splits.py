@@ -18,7 +18,7 @@ from qkt_clinical.config.params import SplitFractions
 from qkt_clinical.errors import SourceError
 from qkt_clinical.ingest import warnings_of
 from qkt_clinical.ingest.splits import SEATS, assign, empty_splits, keep_given
-from qkt_clinical.stages.evaluate import NoTestImages, _test_images
+from qkt_clinical.stages.evaluate import NoTestImages, _judging_parts, _stacked
 from qkt_clinical.stages.train import train_site
 from tests.ingest_files import CLASSES, SITE, dicom, hospital, ingest, noise, params, save
 
@@ -240,7 +240,7 @@ def test_later_stages_name_an_empty_split(tmp_path: Path) -> None:
         train_site(tmp_path, SITE, params(), device="cpu")
     assert (raised.value.code, raised.value.where.site) == ("split-empty", SITE)
     with pytest.raises(NoTestImages):
-        _test_images({SITE: site}, SITE, (0,), (1,))
+        _stacked(_judging_parts({SITE: site}, SITE, (0,), (1,)), (), SITE)
 
 
 def test_files_are_found_by_keys_in_another_form_of_unicode(tmp_path: Path) -> None:
