@@ -181,6 +181,8 @@ class _Measured:
     shift: float
     told: float | None
     """The share that its own answers speak for."""
+    most: float
+    """The largest share that its shift allows."""
 
 
 def _measure(
@@ -201,7 +203,7 @@ def _measure(
     statistics = measure_statistics(network, inputs, seed=seed, device=device)
     lies = shift(network, statistics)
     if not math.isfinite(lies):
-        return _Measured(statistics, lies, 0.0)
+        return _Measured(statistics, lies, 0.0, 0.0)
     shares = SHARES if lies >= SAME_CENTRE else SHARES[:2]
     logits = {0.0: as_sent.logits} | {
         share: predict(with_statistics(network, statistics, share), images, device) for share in shares[1:]
@@ -209,7 +211,7 @@ def _measure(
     shared = [c for c in local if c in teacher.claimed]
     losses = {share: shared_loss(z, labels, shared, task=task) for share, z in logits.items()}
     told = {share: loss for share, loss in losses.items() if loss is not None}
-    return _Measured(statistics, lies, best_share(told) if told else None)
+    return _Measured(statistics, lies, best_share(told) if told else None, shares[-1])
 
 
 def adapt_teachers(
@@ -249,7 +251,7 @@ def adapt_teachers(
         if (found := measured.get(teacher.site)) is None:
             adapted.append(teacher)
             continue
-        share = usual if found.told is None else found.told
+        share = min(usual, found.most) if found.told is None else found.told
         network = with_statistics(teacher.network, found.statistics, share) if share else teacher.network
         adapted.append(replace(teacher, network=network, share=share))
         results.append(AdaptationResult(teacher.site, found.shift, share))

@@ -169,6 +169,17 @@ def test_images_of_another_scanner_are_adapted_to(network: Classifier) -> None:
     assert found == adapt(sent, inputs)
 
 
+def test_within_a_centre_who_shares_no_class_takes_up_half_at_most(network: Classifier) -> None:
+    inputs = to_input(shapes((0, 1), 60, 3)[0])
+    at_home = with_statistics(network, measured(network, inputs), 1.0)
+    found = adapt(
+        [Teacher("birch", from_afar(network), (0, 1)), Teacher("cedar", at_home, (2,))],
+        inputs,
+    )
+    assert found["cedar"][0] < SAME_CENTRE
+    assert found["cedar"][1] == min(found["birch"][1], 0.5)
+
+
 @pytest.mark.slow
 def test_an_answer_says_who_was_adapted_and_off_changes_nothing(network: Classifier) -> None:
     train, calibration = shapes((0, 1), 40, 7), shapes((0, 1), 20, 8)

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from qkt_clinical.benchmark.distillation import feature_loss, logit_loss, ridge
 from qkt_clinical.qkt import consensus as objectives
 from qkt_clinical.qkt.consensus import (
+    GUARDING_WEIGHTS,
     LOCAL_WEIGHTS,
     calibrated_loss,
     consensus,
     consensus_rows,
+    forgotten,
     local_weight,
     margin,
     margin_row,
@@ -320,3 +322,42 @@ def test_the_answer_is_the_definitions(seed: int) -> None:
         elif max(speaks) < -1e-4:
             assert float(logits[i, int(answers[i])]) == most
             assert int(answers[i]) in local
+
+
+# --- the budget covers all that is forgotten ----------------------------------------------------------
+
+
+def test_forgotten_by_hand() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    right = F.one_hot(labels, 3).float()
+    worse = F.one_hot(torch.tensor([0, 1, 1, 0]), 3).float()
+    loud = right + torch.tensor([0.0, 0.0, 9.0])  # class 2 is none of the hospital's own
+    assert forgotten(right, worse, (0, 1), labels, task=MULTICLASS) == 2
+    assert forgotten(worse, right, (0, 1), labels, task=MULTICLASS) == 0, "what is gained is not owed"
+    assert forgotten(right, loud, (0, 1), labels, task=MULTICLASS) == 0
+
+
+def test_what_is_forgotten_is_taken_off_the_budget() -> None:
+    scores = torch.arange(99.0).reshape(-1, 1)
+    for lost, spent in ((0, 9), (4, 5), (9, 0), (50, 0)):
+        offset = torch.tensor([offset_for_budget(scores, 0.1, lost=lost)])
+        assert round(false_query_rate(scores, offset) * 99) == spent
+
+
+def test_where_a_teacher_confuses_own_classes_the_own_network_stands_alone() -> None:
+    labels = torch.arange(40) % 2
+    own = 0.1 * F.one_hot(labels, 3).float()
+    wrong = 20.0 * F.one_hot(1 - labels, 3).float()
+    known, weights = [(0, 1), (0, 1, 2)], (*LOCAL_WEIGHTS, *GUARDING_WEIGHTS)
+
+    def chosen(budget: float) -> float:
+        return local_weight(
+            [own, wrong], known, (0, 1), labels, task=MULTICLASS, budget=budget, weights=weights
+        )
+
+    assert chosen(0.05) == GUARDING_WEIGHTS[-1]
+    view = consensus([own, wrong], known, (0, 1), chosen(0.05))
+    assert forgotten(own, view, (0, 1), labels, task=MULTICLASS) == 0
+    hopeless = [own, 100 * wrong]
+    largest = local_weight(hopeless, known, (0, 1), labels, task=MULTICLASS, budget=0.0, weights=weights)
+    assert largest == GUARDING_WEIGHTS[-1], "every weight costs more: the largest counts"
