@@ -2,11 +2,11 @@
 
 A network's batch-norm layers hold the mean and the variance of what they saw at home. Where the asking
 hospital's scanner or stain differs, its images reach later layers off scale. The statistics are measured
-anew on the hospital's own training images, in one pass without labels or gradients (AdaBN, Li et al. 2017,
+anew on the hospital's own training images, without labels or gradients (AdaBN, Li et al. 2017,
 arXiv 1603.04779), and mixed with the teacher's own by a *share*: 0 leaves the teacher as it was sent, bit for
 bit. The share is the smallest with which the teacher tells the shared classes on the hospital's held-out
 images apart as well as with any other; where it shares too few, about the mean of the other teachers' shares;
-half at most where there is hardly a shift.
+half at most where there is hardly a shift. All that costs one pass over the hospital's images at most.
 
 How far the two lie apart is the *shift* between the hospitals, which can be told before anything is spent.
 """
@@ -79,7 +79,7 @@ def stored_statistics(network: nn.Module) -> dict[str, LayerStatistics]:
 
 @torch.no_grad()
 def measure_statistics(
-    network: Classifier, inputs: Tensor, *, seed: int, device: torch.device
+    network: Classifier, inputs: Tensor, *, seed: int, device: torch.device, images: int | None = None
 ) -> dict[str, LayerStatistics]:
     """The statistics of every layer on images, measured in one pass.
 
@@ -90,6 +90,7 @@ def measure_statistics(
         network: left as it is.
         inputs: (N, C, *spatial).
         seed: of the order in which images make up batches.
+        images: so many of them, drawn at random; all by default.
 
     Returns:
         By the name of the layer, on the CPU.
@@ -100,8 +101,8 @@ def measure_statistics(
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
-    order = torch.randperm(len(inputs), generator=generator(seed, "adaptation"))
-    for batch in order.tensor_split(max(1, round(len(inputs) / IMAGES_PER_BATCH))):
+    order = torch.randperm(len(inputs), generator=generator(seed, "adaptation"))[:images]
+    for batch in order.tensor_split(max(1, round(len(order) / IMAGES_PER_BATCH))):
         measured(inputs[batch].to(device))
     return stored_statistics(measured.cpu())
 
@@ -173,6 +174,16 @@ def shared_loss(logits: Tensor, labels: Tensor, shared: Sequence[int], *, task: 
     return calibrated_loss(logits[used], labels[used], shared, task=task)
 
 
+def images_to_measure(inputs: int, held_out: int) -> int:
+    """On how many training images statistics are measured: one pass over all images pays for everything.
+
+    The held-out images are seen once for every share, so measuring gets what is left of the ``inputs`` and
+    the ``held_out`` images, and :data:`MIN_IMAGES` at least.
+    """
+    left = inputs + held_out - len(SHARES) * held_out
+    return min(inputs, max(MIN_IMAGES, left))
+
+
 @dataclass(frozen=True)
 class _Measured:
     """What was measured for one teacher."""
@@ -200,7 +211,8 @@ def _measure(
     as_sent = observe(network, images, False, device)
     if defect(network, as_sent, varied=bool((images != images[:1]).any())):
         return None
-    statistics = measure_statistics(network, inputs, seed=seed, device=device)
+    enough = images_to_measure(len(inputs), len(images))
+    statistics = measure_statistics(network, inputs, seed=seed, device=device, images=enough)
     lies = shift(network, statistics)
     if not math.isfinite(lies):
         return _Measured(statistics, lies, 0.0, 0.0)

@@ -18,6 +18,7 @@ from qkt_clinical.qkt.adaptation import (
     LayerStatistics,
     adapt_teachers,
     best_share,
+    images_to_measure,
     measure_statistics,
     normalisation_layers,
     shared_loss,
@@ -71,6 +72,15 @@ def test_one_pass_and_the_network_stays_as_it_is(network: Classifier) -> None:
     first = next(reversed(one))
     assert torch.equal(one[first].mean, again[first].mean)
     assert not torch.equal(one[first].mean, other[first].mean)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "held_out", "expected"), [(550, 150, 250), (550, 0, 550), (60, 30, 20), (15, 3, 15)]
+)
+def test_one_pass_over_all_images_pays_for_measuring_and_choosing(
+    inputs: int, held_out: int, expected: int
+) -> None:
+    assert images_to_measure(inputs, held_out) == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -167,6 +177,14 @@ def test_images_of_another_scanner_are_adapted_to(network: Classifier) -> None:
     assert found["cedar"][1] == found["birch"][1], "who shares no class follows the others"
     assert "dahlia" not in found, "a network without statistics stays as it is"
     assert found == adapt(sent, inputs)
+
+
+def test_measuring_and_choosing_cost_one_pass_over_all_images(network: Classifier) -> None:
+    sent = from_afar(network)
+    with counted(sent) as sizes:
+        found = adapt([Teacher("birch", sent, (0, 1, 2))], to_input(shapes((0, 1), 60, 3)[0]))
+    assert found["birch"][0] > SAME_CENTRE, "every share is tried"
+    assert sum(sizes) == 2 * 60 + 2 * 20
 
 
 def test_within_a_centre_who_shares_no_class_takes_up_half_at_most(network: Classifier) -> None:
