@@ -35,6 +35,7 @@ from pydantic import ValidationError
 from qkt_clinical.catalog import HELD_BACK, SPLITS
 from qkt_clinical.common.files import digest_file, new_folder, write_json, write_json_list, write_text
 from qkt_clinical.config.base import Strict
+from qkt_clinical.data.integrity import FileOutcome, rejected_by_code, write_integrity
 from qkt_clinical.errors import PreparedError
 
 Images = NDArray[np.uint8] | NDArray[np.float32]
@@ -158,7 +159,7 @@ def write_prepared(
     spacing_mm: tuple[float, ...] | None,
     normalisation: Literal["unit", "zscore"],
     transforms: tuple[str, ...],
-    integrity: list[dict[str, Any]],
+    outcomes: Sequence[FileOutcome],
     headers: Iterable[Mapping[str, Any] | None] | None = None,
     risks: Mapping[str, int] = MappingProxyType({}),
     hashes: NDArray[np.uint64] | None = None,
@@ -166,7 +167,7 @@ def write_prepared(
     page: Callable[[Manifest], str] | None = None,
     parts: Sequence[str] = SPLITS,
 ) -> Manifest:
-    """Write a prepared site in one step; ``integrity`` rows hold file, accepted and code at the least.
+    """Write a prepared site in one step; ``outcomes`` are those of its input files.
 
     Images are taken and written one by one. ``headers`` (one per image), ``hashes``, ``subgroups`` (column to
     one group per image) and what ``page`` says of the manifest are written if given.
@@ -196,10 +197,6 @@ def write_prepared(
         named = (*ARRAYS, "splits.json", *((SUBGROUPS,) if subgroups else ()))
         if subgroups:
             write_json(temporary / SUBGROUPS, {c: _as_places(values) for c, values in subgroups.items()})
-        rejected: dict[str, int] = {}
-        for row in integrity:
-            if not row["accepted"]:
-                rejected[row["code"]] = rejected.get(row["code"], 0) + 1
         manifest = Manifest(
             format="qkt-prepared/1",
             site=site,
@@ -219,12 +216,12 @@ def write_prepared(
                 for s in parts
             },
             patients={s: len(owners[i]) for i, s in enumerate(parts)},
-            rejected=rejected,
+            rejected=rejected_by_code(outcomes),
             risks=dict(risks),
             digests={name: digest_file(temporary / name) for name in named},
         )
         write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
-        write_json(temporary / "integrity.json", integrity)
+        write_integrity(temporary, outcomes)
         if headers is not None:
             write_json_list(temporary / "headers.json", headers)
         if hashes is not None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qkt_clinical.catalog import HELD_BACK, SPLITS
 from qkt_clinical.common.disclosure import shown_count
+from qkt_clinical.data.integrity import FileOutcome, rejected_by_code
 from qkt_clinical.data.prepared import ImageStack, Labels, Manifest
 from qkt_clinical.ingest.codes import REASONS
 from qkt_clinical.ingest.leakage import Hashes, flat, look_alike
@@ -68,7 +69,7 @@ def render_integrity(
     groups: NDArray[np.str_],
     splits: Mapping[str, NDArray[np.int64]],
     hashes: Hashes,
-    integrity: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[FileOutcome],
     spacings: Sequence[tuple[float, ...] | None],
 ) -> str:
     """The whole page. Same prepared site, same text.
@@ -76,7 +77,7 @@ def render_integrity(
     Args:
         manifest, images, labels, groups, splits: of the prepared site.
         hashes: (N, 2) of the images, see :func:`qkt_clinical.ingest.leakage.hashes_of`.
-        integrity: rows of ``integrity.json``.
+        outcomes: rows of ``integrity.json``.
         spacings: of the images as stored.
     """
     from qkt_clinical.common.html import page_environment
@@ -100,8 +101,8 @@ def render_integrity(
         }
         for p in pairs[:PAIRS]
     ]
-    rejected = [row for row in integrity if not row["accepted"]]
-    codes = Counter(row["code"] for row in rejected)
+    rejected = [o for o in outcomes if not o.accepted]
+    codes = rejected_by_code(rejected)
     return environment.get_template("integrity.html").render(
         m=manifest,
         splits=parts,

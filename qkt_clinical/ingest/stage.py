@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,13 @@ from qkt_clinical.config.loading import load_site
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.site import SiteConfig
 from qkt_clinical.config.workspace import Workspace, site_folder
+from qkt_clinical.data.integrity import (
+    INTEGRITY,
+    FileOutcome,
+    read_integrity,
+    rejected_by_code,
+    write_integrity,
+)
 from qkt_clinical.data.prepared import (
     Consent,
     Manifest,
@@ -385,9 +390,9 @@ def _write(
         SourceError: there is none, or two splits hold the same prepared pixels.
     """
     config, site, salt, kept = work.config, work.config.name, work.request.salt, gathered.kept
-    integrity = _integrity(work.reader, files, gathered, kept, salt)
+    outcomes = _outcomes(work.reader, files, gathered, kept, salt)
     if not kept:
-        raise _nothing(site, integrity)
+        raise _nothing(site, outcomes)
     labels = np.array([gathered.labels[i] for i in kept], dtype=np.int64)
     patients = [gathered.patients[i] for i in kept]
     prints = [gathered.prints[i] for i in kept]
@@ -411,7 +416,7 @@ def _write(
         for place, column in enumerate(columns.groups)
     }
     write_json(workspace.consent(site), consent.model_dump(mode="json"))
-    manifest = _store(workspace.prepared(site), work, gathered, groups, splits, integrity, subgroups, unknown)
+    manifest = _store(workspace.prepared(site), work, gathered, groups, splits, outcomes, subgroups, unknown)
     return manifest, subgroups
 
 
@@ -429,10 +434,10 @@ def _write_held_back(
         known: groups of the site's other images.
     """
     folder, salt, kept = workspace.held_back(work.config.name), work.request.salt, gathered.kept
-    integrity = _integrity(work.reader, files, gathered, kept, salt)
+    outcomes = _outcomes(work.reader, files, gathered, kept, salt)
     if not kept:
         with new_folder(folder) as temporary:
-            write_json(temporary / "integrity.json", integrity)
+            write_integrity(temporary, outcomes)
         return
     groups = np.array([salted(salt, gathered.patients[i]) for i in kept], dtype=np.str_)
     subgroups = {
@@ -444,7 +449,7 @@ def _write_held_back(
         for place, column in enumerate(columns.groups)
     }
     splits = {HELD_BACK: np.arange(len(kept))}
-    _store(folder, work, gathered, groups, splits, integrity, subgroups, 0)
+    _store(folder, work, gathered, groups, splits, outcomes, subgroups, 0)
 
 
 def _store(
@@ -453,7 +458,7 @@ def _store(
     gathered: _Gathered,
     groups: NDArray[np.str_],
     splits: dict[str, NDArray[np.int64]],
-    integrity: list[dict[str, Any]],
+    outcomes: list[FileOutcome],
     subgroups: Mapping[str, NDArray[np.str_]],
     unknown: int,
 ) -> Manifest:
@@ -476,7 +481,7 @@ def _store(
         spacing_mm=config.image.spacing_mm,
         normalisation=config.image.normalisation,
         transforms=in_words(config.image),
-        integrity=integrity,
+        outcomes=outcomes,
         headers=map(work.store.header, numbers) if work.reader.keeps_headers else None,
         risks={k: n for k, n in ((FACE, faces), (UNKNOWN_PATIENTS, unknown)) if n},
         hashes=hashes,
@@ -488,7 +493,7 @@ def _store(
             groups,
             splits,
             hashes,
-            integrity,
+            outcomes,
             [gathered.spacings[i] for i in kept],
         ),
         parts=tuple(splits),
@@ -500,13 +505,13 @@ def held_back_counts(root: Path, site: str) -> tuple[int, int] | None:
 
     None where site.yaml names no such images.
     """
-    path = Workspace(root).held_back(site) / "integrity.json"
-    if not path.is_file():
+    folder = Workspace(root).held_back(site)
+    if not (folder / INTEGRITY).is_file():
         return None
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    written = (path.parent / "manifest.json").is_file()
-    images = read_manifest(path.parent).count if written else 0
-    return images, sum(not row["accepted"] for row in rows)
+    outcomes = read_integrity(folder)
+    written = (folder / "manifest.json").is_file()
+    images = read_manifest(folder).count if written else 0
+    return images, sum(not o.accepted for o in outcomes)
 
 
 def held_back_warnings(counts: tuple[int, int] | None) -> list[tuple[str, str]]:
@@ -673,10 +678,10 @@ def _split(
     return assign(patients, labels, fractions, seed)
 
 
-def _integrity(
+def _outcomes(
     reader: Reader, files: list[SourceFile], gathered: _Gathered, kept: list[int], salt: bytes
-) -> list[dict[str, Any]]:
-    """One row per file, sorted by id, and one per rejected image of a file that holds many."""
+) -> list[FileOutcome]:
+    """One of every file, sorted by id, and one of every rejected image of a file that holds many."""
     codes: dict[SourceFile, str | None] = {file: None for i in kept for file in gathered.files[i]}
     items: list[tuple[SourceFile | None, str, str]] = []
     for refusal in gathered.refusals:
@@ -688,19 +693,19 @@ def _integrity(
     for unit in reader.units(files):
         first = next((codes[file] for file in unit.files if file in codes), None)
         codes |= {file: first for file in unit.files if file not in codes}
-    rows = [_row(reader.kind, file_id(salt, file.name), code) for file, code in codes.items()]
-    for owner, item, code in items:
-        name = "" if owner is None else file_id(salt, owner.name)
-        rows.append({**_row(reader.kind, name, code), "item": item})
-    return sorted(rows, key=lambda row: (row["file"], row.get("item", "")))
+
+    def outcome(file: str, code: str | None, item: str | None = None) -> FileOutcome:
+        return FileOutcome(file=file, accepted=code is None, code=code, kind=reader.kind, item=item)
+
+    found = [outcome(file_id(salt, file.name), code) for file, code in codes.items()]
+    found += [
+        outcome("" if owner is None else file_id(salt, owner.name), code, item) for owner, item, code in items
+    ]
+    return sorted(found, key=lambda o: (o.file, o.item or ""))
 
 
-def _row(kind: str, file: str, code: str | None) -> dict[str, Any]:
-    return {"file": file, "accepted": code is None, "code": code, "kind": kind}
-
-
-def _nothing(site: str, integrity: list[dict[str, Any]]) -> SourceError:
-    counts = Counter(row["code"] for row in integrity if not row["accepted"])
+def _nothing(site: str, outcomes: list[FileOutcome]) -> SourceError:
+    counts = rejected_by_code(outcomes)
     if not counts:
         return SourceError(
             "the source holds no file of its kind",

@@ -136,7 +136,7 @@ def prepare(root: Path, site: str, classes: tuple[int, int]) -> None:
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
     )
 
 

@@ -101,7 +101,7 @@ def test_a_watched_teacher_has_the_same_bytes(monkeypatch: pytest.MonkeyPatch, t
             spacing_mm=None,
             normalisation="unit",
             transforms=(),
-            integrity=[],
+            outcomes=[],
         )
         train_site(root, "aster", params)
         folder = Workspace(root).teacher("aster")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qkt_clinical.common.files import digest_file
+from qkt_clinical.data.integrity import FileOutcome
 from qkt_clinical.data.prepared import load_prepared, read_manifest, write_prepared
 from qkt_clinical.errors import PreparedError
 
@@ -23,11 +24,9 @@ SPLITS = {
     "test": np.array([], dtype=np.int64),
 }
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 5, 4)).astype(np.uint8)
-INTEGRITY = [
-    {"file": "a", "accepted": True, "code": None},
-    {"file": "b", "accepted": False, "code": "unreadable"},
-    {"file": "c", "accepted": False, "code": "unreadable"},
-    {"file": "d", "accepted": False, "code": "no-label"},
+OUTCOMES = [
+    FileOutcome(file=file, accepted=code is None, code=code, kind="images")
+    for file, code in (("a", None), ("b", "unreadable"), ("c", "unreadable"), ("d", "no-label"))
 ]
 
 
@@ -43,7 +42,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "spacing_mm": None,
         "normalisation": "unit",
         "transforms": ("resized",),
-        "integrity": INTEGRITY,
+        "outcomes": OUTCOMES,
         **changes,
     }
     write_prepared(folder, **data)

@@ -101,7 +101,7 @@ def write_hospital(root: Path, site: str, *, params: dict[str, Any] = PARAMS) ->
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
     )
 
 

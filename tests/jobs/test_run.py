@@ -69,7 +69,7 @@ def prepare(root: Path, params: Params) -> None:
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
     )
 
 

@@ -60,7 +60,7 @@ def prepare(root: Path, params: Params, index: int, groups: dict[str, Any], seed
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
         subgroups={
             name: np.array([value[i % len(value)] for i in range(count)]) for name, value in groups.items()
         },
@@ -304,7 +304,7 @@ def hold_back(root: Path, params: Params, counts: dict[str, int], *, patient: st
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
         parts=(HELD_BACK,),
     )
 
