@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from qkt_clinical.cli import main
@@ -29,7 +30,10 @@ from qkt_clinical.errors import QktError, QueryError, typed
 from qkt_clinical.jobs import resume, run, work
 from qkt_clinical.jobs.run import _Worker
 from qkt_clinical.jobs.state import Board, Job
+from qkt_clinical.models.bundle import load_bundle, write_bundle
 from qkt_clinical.records.outputs import read_outputs
+from qkt_clinical.records.phases import Phases
+from qkt_clinical.records.reading import read_record
 from qkt_clinical.stages import gate
 from qkt_clinical.tracking.client import registry_client
 from qkt_clinical.tracking.mirror import track
@@ -222,6 +226,29 @@ def test_an_evaluation_of_another_student_counts_for_nothing(
     (space.reports / VERDICT).write_bytes(first[VERDICT.as_posix()])
     (query,) = read_outputs(root, known).queries
     assert query.verdict is None
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_a_teacher_of_finite_nonsense_is_set_aside_or_ends_the_query_by_name(
+    bare: Path, capsys: pytest.CaptureFixture[str], everybody: bool
+) -> None:
+    params, space = load_params(bare), Workspace(bare)
+    for site in ("h1", "h2") if everybody else ("h1",):
+        bundle = load_bundle(space.teacher(site))
+        with torch.no_grad():
+            bundle.network.head.weight.fill_(3e38)
+        card = bundle.card.model_dump(mode="json", exclude={"network", "weights"})
+        write_bundle(space.teacher(site), bundle.network, card)
+    track(bare, params)
+    code, said = command(bare, capsys, "query", "run", "h0", "rare")
+    assert code == int(everybody)
+    if everybody:
+        assert "error [untrusted]: " in said
+        assert "h1" in said
+        assert "h2" in said
+        return
+    phases = read_record(Phases, space.student("h0", "rare") / "phases.json")
+    assert [t.site for t in phases.screening if not t.included] == ["h1"]
 
 
 def test_where_there_is_no_registry_none_is_made(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
