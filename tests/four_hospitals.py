@@ -85,7 +85,7 @@ def write_hospitals(root: Path) -> None:
         spacing_mm=None,
         normalisation="unit",
         transforms=(),
-        integrity=[],
+        outcomes=[],
     )
     for site, known in KNOWN.items():
         write_teacher(root, site, known)

@@ -88,6 +88,7 @@ def query_plan(
     from qkt_clinical.common.wording import size, words
     from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import preview
+    from qkt_clinical.qkt.planning import images_apart
 
     seen = preview(root, hospital, query, load_params(root), device=device)
     plan = seen.plan
@@ -108,7 +109,7 @@ def query_plan(
         number = f" version {seen.versions[teacher.site]}," if teacher.relevant else ""
         say(
             f"  {'+' if teacher.relevant else '-'} {teacher.site}:{number} {teacher.reason}; mask {scores} "
-            f"(known from {teacher.threshold:.2f}), {size(teacher.bytes)}"
+            f"(known from {teacher.threshold:.2f}), {size(teacher.bytes)}{images_apart(teacher.image_shift)}"
         )
     say(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
     for asked, names in seen.risks:

@@ -77,6 +77,7 @@ def plan(
     """Choose the relevant teachers of a query and fetch their bundles."""
     from qkt_clinical.common.locks import hold_query
     from qkt_clinical.config.loading import load_params
+    from qkt_clinical.qkt.planning import images_apart
     from qkt_clinical.stages.plan import plan_query
 
     params = load_params(root)
@@ -88,7 +89,8 @@ def plan(
         if not as_json:
             say(f"{site}/{name}: {', '.join(made.relevant)}; {made.bytes_moved:,} bytes")
             for teacher in made.teachers:
-                say(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}")
+                apart = images_apart(teacher.image_shift)
+                say(f"  {'+' if teacher.relevant else '-'} {teacher.site}: {teacher.reason}{apart}")
     if as_json:
         print_json(done)
 

@@ -21,6 +21,7 @@ from qkt_clinical.errors import BundleError, OutputsError
 from qkt_clinical.federation.messages import Answered, Asked, Contributed, Offered, Refused, Said
 from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_student, unpack_teacher
 from qkt_clinical.federation.signing import check_signature
+from qkt_clinical.models.offers import read_image_statistics
 from qkt_clinical.qkt.planning import make_plan
 from qkt_clinical.records.card import CARD, MAX_JSON_BYTES, Sha256
 from qkt_clinical.records.plan import SHARED, Offer, Plan
@@ -158,7 +159,8 @@ class Server:
 
     def plan(self, hospital: str, query: str, asked: Asked, offers: Mapping[str, Offer]) -> Plan:
         """The plan of a query. See :func:`qkt_clinical.qkt.planning.make_plan`."""
-        return make_plan(hospital, query, asked.query, asked.asking, offers.values())
+        images = read_image_statistics(self.space.teacher(hospital))
+        return make_plan(hospital, query, asked.query, asked.asking, offers.values(), images)
 
     def bundles(self, plan: Plan, shown: Mapping[str, Offered]) -> dict[str, dict[str, bytes]]:
         """The relevant teachers' files, each with the mask that its site shows."""

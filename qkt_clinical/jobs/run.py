@@ -35,7 +35,7 @@ from qkt_clinical.jobs.state import (
     asked,
 )
 from qkt_clinical.qkt.planning import at_risk, make_plan
-from qkt_clinical.records.card import CARD, read_card
+from qkt_clinical.records.card import CARD, Card, read_card
 from qkt_clinical.records.plan import Asking, Plan
 from qkt_clinical.stages.plan import write_fetched
 from qkt_clinical.stages.recipe import transfer_recipe
@@ -71,10 +71,10 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
         )
 
 
-def _plan(
-    teachers: RegistryTeachers, hospital: str, name: str, query: QueryConfig, manifest: Manifest
-) -> Plan:
-    plan = make_plan(hospital, name, query, Asking.of(manifest), teachers.offers.values())
+def _plan(teachers: RegistryTeachers, name: str, query: QueryConfig, manifest: Manifest, own: Card) -> Plan:
+    plan = make_plan(
+        manifest.site, name, query, Asking.of(manifest), teachers.offers.values(), own.image_statistics
+    )
     _calibrated(manifest, query)
     return plan
 
@@ -94,7 +94,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).teacher(hospital))
     with open_teachers(root, params, hospital, query) as teachers:
-        plan = _plan(teachers, hospital, name, query, manifest)
+        plan = _plan(teachers, name, query, manifest, own)
         cards = [teachers.offers[site].card for site in plan.relevant]
         return Preview(
             plan,
@@ -211,9 +211,9 @@ class _Worker:
         hospital, name = self.job.hospital, self.job.query
         query = load_query(self.board.root, hospital, name)
         manifest = read_manifest(self.space.prepared(hospital))
-        read_card(self.space.teacher(hospital))  # needed later: missing, nothing need be fetched
+        own = read_card(self.space.teacher(hospital))  # missing, nothing need be fetched
         with open_teachers(self.board.root, self.params, hospital, query) as teachers:
-            plan = _plan(teachers, hospital, name, query, manifest)
+            plan = _plan(teachers, name, query, manifest, own)
             count = 0
 
             def provide(site: str, folder: Path) -> None:

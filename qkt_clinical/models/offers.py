@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from qkt_clinical.errors import BundleError
-from qkt_clinical.records.card import WEIGHTS, Card, read_card_file, read_mask_file
+from qkt_clinical.records.card import (
+    CARD,
+    WEIGHTS,
+    Card,
+    ImageStatistics,
+    read_card,
+    read_card_file,
+    read_mask_file,
+)
 from qkt_clinical.records.plan import Offer
 
 
@@ -45,3 +53,12 @@ def read_offer(folder: Path, site: str) -> Offer:
         )
     size = card_bytes + mask.bytes + weights.stat().st_size
     return Offer(card, mask.mask, size, digest)
+
+
+def read_image_statistics(folder: Path) -> ImageStatistics | None:
+    """What the training images of a bundle look like; None where it does not say, or is not there.
+
+    Raises:
+        BundleError: the card is not valid.
+    """
+    return read_card(folder).image_statistics if (folder / CARD).is_file() else None

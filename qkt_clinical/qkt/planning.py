@@ -9,14 +9,58 @@ from collections.abc import Iterable, Sequence
 
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.errors import QueryError
+from qkt_clinical.records.card import ImageStatistics
 from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 
+UNLIKE = 0.3
+"""An image shift beyond it is told as a warning: between hospitals of one centre it stays below 0.15."""
+LEAST_SPREAD = 0.01
+"""Added to every standard deviation: channels that are the same everywhere have none."""
 
-def assess_offer(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
+
+def image_shift(one: ImageStatistics, other: ImageStatistics) -> float | None:
+    """How far the training images of two hospitals lie apart; 0 is not at all, and both ways the same.
+
+    The symmetric Kullback-Leibler divergence between normal distributions of the pixels, and between those of
+    the differences of neighbouring pixels, averaged over both and over channels, as
+    :func:`qkt_clinical.qkt.adaptation.shift` does for the layers of a network.
+
+    Returns:
+        None where the channels differ in number.
+    """
+    if len(one.mean) != len(other.mean):
+        return None
+
+    def apart(spread: float, spread_there: float, moved: float) -> float:
+        here, there = ((s + LEAST_SPREAD) ** 2 for s in (spread, spread_there))
+        return (there / here + here / there - 2 + moved**2 * (1 / there + 1 / here)) / 4
+
+    pixels = [
+        apart(s, t, m - n) for m, s, n, t in zip(one.mean, one.spread, other.mean, other.spread, strict=True)
+    ]
+    gradients = [apart(g, h, 0.0) for g, h in zip(one.gradient, other.gradient, strict=True)]
+    return (sum(pixels) + sum(gradients)) / (2 * len(pixels))
+
+
+def images_apart(shift: float | None) -> str:
+    """An image shift in words, to follow others; nothing where it is not known."""
+    if shift is None:
+        return ""
+    return f"; image shift {shift:.2f}" + (
+        ", its images look unlike the hospital's" if shift > UNLIKE else ""
+    )
+
+
+def assess_offer(
+    offer: Offer, asking: Asking, query: QueryConfig, images: ImageStatistics | None = None
+) -> Candidate:
     """Decide from its card and mask whether a teacher is relevant to the query.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
-    ``qkt-light`` goes without those.
+    ``qkt-light`` goes without those. How far its images lie from the hospital's is told, and decides nothing.
+
+    Args:
+        images: of the asking hospital, where they are known.
     """
     card, mask = offer.card, offer.mask
     wanted = [c for c in query.classes if c in mask.classes]
@@ -37,6 +81,11 @@ def assess_offer(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
         reason += " or a class of the hospital's own" if query.method != "qkt-light" else ""
     else:
         reason = ""
+    shift = (
+        None
+        if images is None or card.image_statistics is None
+        else image_shift(images, card.image_statistics)
+    )
     return Candidate(
         site=card.site,
         relevant=not reason,
@@ -48,6 +97,7 @@ def assess_offer(offer: Offer, asking: Asking, query: QueryConfig) -> Candidate:
         threshold=mask.threshold,
         bytes=offer.bytes,
         digest=offer.digest,
+        image_shift=None if shift is None else round(shift, 3),
     )
 
 
@@ -75,13 +125,21 @@ def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candida
     ]
 
 
-def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offers: Iterable[Offer]) -> Plan:
+def make_plan(
+    hospital: str,
+    name: str,
+    query: QueryConfig,
+    asking: Asking,
+    offers: Iterable[Offer],
+    images: ImageStatistics | None = None,
+) -> Plan:
     """Plan a query.
 
     Args:
         hospital: the asking site; its own teacher is left out.
         asking: the asking site.
         offers: of all teachers there are, in any order.
+        images: what the asking site's training images look like, where its own teacher's card says so.
 
     Raises:
         QueryError: a class is unknown to the federation, or no teacher knows it, or the hospital has no class
@@ -96,7 +154,7 @@ def make_plan(hospital: str, name: str, query: QueryConfig, asking: Asking, offe
             stage="plan",
         )
     others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
-    candidates = _capped([assess_offer(offer, asking, query) for offer in others], query)
+    candidates = _capped([assess_offer(offer, asking, query, images) for offer in others], query)
     covered = {c for t in candidates if t.relevant for c in t.teaches}
     uncovered = tuple(c for c in query.classes if c not in covered)
     if uncovered:

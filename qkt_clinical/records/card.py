@@ -105,6 +105,29 @@ class InputSpec(Strict):
     spacing_mm: tuple[float, ...] | None
 
 
+Moment = Annotated[float, Field(ge=-1000.0, le=1000.0)]
+"""Of network inputs, which lie about [-1, 1]."""
+
+
+class ImageStatistics(Strict):
+    """What a site's training images look like, per channel of the network's input, over all of them.
+
+    It tells how far the images of two hospitals lie apart before any weights are fetched.
+    """
+
+    mean: tuple[Moment, ...] = Field(min_length=1, max_length=16)
+    spread: tuple[Annotated[Moment, Field(ge=0.0)], ...]
+    """Standard deviation of the pixels."""
+    gradient: tuple[Annotated[Moment, Field(ge=0.0)], ...]
+    """Root mean square of the difference between neighbouring pixels: sharpness and noise."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ImageStatistics:
+        if not len(self.mean) == len(self.spread) == len(self.gradient):
+            raise ValueError("mean, spread and gradient do not match")
+        return self
+
+
 class Weights(Strict):
     """The weights file that belongs to the card."""
 
@@ -157,7 +180,8 @@ class DecisionRule(Strict):
 class Card(Strict):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    format: Literal["qkt-bundle/1"] = "qkt-bundle/1"
+    format: Literal["qkt-bundle/1", "qkt-bundle/2"] = "qkt-bundle/2"
+    """The first has no ``image_statistics``."""
     kind: Literal["teacher", "student"]
     site: Name
     query: Name | None = None
@@ -167,6 +191,8 @@ class Card(Strict):
     training: dict[str, float | int | str | bool | None]
     weights: Weights
     decision: DecisionRule | None = None
+    image_statistics: ImageStatistics | None = None
+    """None where the bundle is older, of a student, or trained with differential privacy."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -179,6 +205,8 @@ class Card(Strict):
             or len(self.input.shape) != self.network.spatial_dims + 1
         ):
             raise ValueError("input shape does not fit the network")
+        if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
+            raise ValueError("statistics of images of other channels")
         if (self.kind == "student") != (self.decision is not None):
             raise ValueError("a student has a decision, a teacher has none")
         if self.kind == "teacher" and self.network.branches:

@@ -50,12 +50,15 @@ class Candidate(Strict):
     threshold: float
     bytes: Count
     digest: Sha256
+    image_shift: Annotated[float, Field(ge=0)] | None = None
+    """Between its training images and the hospital's; None where a card does not say what they look like."""
 
 
 class Plan(Strict):
     """``plan.json``."""
 
-    format: Literal["qkt-plan/1"] = "qkt-plan/1"
+    format: Literal["qkt-plan/1", "qkt-plan/2"] = "qkt-plan/2"
+    """The first has no ``image_shift``."""
     hospital: Name
     query: Name
     classes: Classes

@@ -8,6 +8,7 @@ from typing import Any
 
 from qkt_clinical import __version__
 from qkt_clinical.catalog import SPLITS
+from qkt_clinical.qkt.planning import UNLIKE, image_shift
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import Outputs, QueryOutputs, SiteOutputs
@@ -88,6 +89,23 @@ def gain_map(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[list[Gai
     return columns, rows
 
 
+def image_shifts(outputs: Outputs) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """How far the images of every two hospitals lie apart, by their teachers' cards.
+
+    Returns:
+        Hospitals whose cards tell, and for each of them its shift to each, None to itself and where channels
+        differ; both empty where fewer than two tell.
+    """
+    told = {s.name: s.card.image_statistics for s in outputs.sites if s.card and s.card.image_statistics}
+    if len(told) < 2:
+        return [], []
+    rows = [
+        (name, [None if other == name else image_shift(here, there) for other, there in told.items()])
+        for name, here in told.items()
+    ]
+    return list(told), rows
+
+
 def _summary(outputs: Outputs) -> dict[str, Any]:
     evaluations = [q.evaluation for q in outputs.queries]
 
@@ -138,6 +156,7 @@ def render_index(outputs: Outputs, cards: Mapping[str, ModelCard]) -> str:
         cards: site to the model card of its teacher, where there is one.
     """
     columns, rows = gain_map(outputs)
+    shift_columns, shift_rows = image_shifts(outputs)
     return (
         environment()
         .get_template("index.html")
@@ -151,6 +170,9 @@ def render_index(outputs: Outputs, cards: Mapping[str, ModelCard]) -> str:
             gains=gain_bars(q.evaluation for q in outputs.queries),
             map_columns=columns,
             map_rows=rows,
+            shift_columns=shift_columns,
+            shift_rows=shift_rows,
+            unlike=UNLIKE,
             sites=[_site_view(site, cards.get(site.name)) for site in outputs.sites],
         )
     )

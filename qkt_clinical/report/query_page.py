@@ -9,7 +9,7 @@ from typing import Any
 
 from qkt_clinical import __version__
 from qkt_clinical.common import wording
-from qkt_clinical.qkt.planning import at_risk
+from qkt_clinical.qkt.planning import UNLIKE, at_risk
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.decisions import Decision, champions
 from qkt_clinical.records.model_card import ModelCard
@@ -175,6 +175,7 @@ def _common(outputs: Outputs, answer: AnswerOutputs) -> dict[str, Any]:
         "why_own_weight": why_own_weight(answer.plan.method),
         "at_risk": at_risk(answer.plan),
         "far": FAR,
+        "unlike": UNLIKE,
         "decisions": decisions,
         "standing": standing(decisions, answer.model, answer.folder_digest),
         "digest": answer.folder_digest,

@@ -11,7 +11,7 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import read_manifest
 from qkt_clinical.errors import BundleError, by_disk
-from qkt_clinical.models.offers import read_offer
+from qkt_clinical.models.offers import read_image_statistics, read_offer
 from qkt_clinical.qkt.planning import make_plan
 from qkt_clinical.records.card import MAX_JSON_BYTES, REMEDY, WEIGHTS, cannot_be_read, read_card
 from qkt_clinical.records.plan import SHARED, Asking, Plan
@@ -45,10 +45,9 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     space = Workspace(root)
     query = load_query(root, hospital, name)
     manifest = read_manifest(space.prepared(hospital))
-    sites = [s for s in params.sites if s != hospital]
-    plan = make_plan(
-        hospital, name, query, Asking.of(manifest), [read_offer(space.teacher(s), s) for s in sites]
-    )
+    offers = [read_offer(space.teacher(s), s) for s in params.sites if s != hospital]
+    images = read_image_statistics(space.teacher(hospital))
+    plan = make_plan(hospital, name, query, Asking.of(manifest), offers, images)
 
     def provide(site: str, folder: Path) -> None:
         copy_bundle(space.teacher(site), folder, site)

@@ -19,6 +19,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.models.bundle import write_bundle
+from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import check_size, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
@@ -155,6 +156,7 @@ def train_site(
                     normalisation=normalisation,
                     spacing_mm=prepared.manifest.spacing_mm,
                 ),
+                "image_statistics": None if history.privacy else image_statistics(images, normalisation),
                 "training": {
                     "epochs": len(history.curves),
                     "best_epoch": history.best_epoch,

@@ -14,8 +14,8 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Manifest, read_manifest
 from qkt_clinical.errors import BundleError, ConfigError, PreparedError, QktError, QueryError
 from qkt_clinical.models.offers import read_offer
-from qkt_clinical.qkt.planning import at_risk, make_plan
-from qkt_clinical.records.card import CARD, MASK, WEIGHTS
+from qkt_clinical.qkt.planning import at_risk, image_shift, images_apart, make_plan
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS, ImageStatistics
 from qkt_clinical.records.plan import SHARED, Asking, Offer, Plan, read_plan
 from qkt_clinical.stages.plan import plan_query
 from tests.four_hospitals import PARAMS, SHAPE, SITES, ask, write_hospitals, write_teacher
@@ -44,6 +44,63 @@ def plan(root: Path, **query: Any) -> Plan:
 
 def reasons(made: Plan) -> dict[str, str]:
     return {t.site: t.reason for t in made.teachers}
+
+
+# --- how far images lie apart ---------------------------------------------------------------------
+
+HOME = ImageStatistics(mean=(0.1, 0.1, 0.1), spread=(0.39, 0.39, 0.39), gradient=(0.19, 0.19, 0.19))
+
+
+def test_image_shift_by_hand() -> None:
+    assert image_shift(HOME, HOME) == 0.0
+    # With 0.01 added the spread is 0.4 here and 0.8 there in one of three channels: ratios 4 and 1/4.
+    wide = HOME.model_copy(update={"spread": (0.79, 0.39, 0.39)})
+    assert image_shift(HOME, wide) == pytest.approx((4 + 0.25 - 2) / 4 / 6)
+    # The mean moves by 0.2 in one channel: 0.04 * 2 / 0.16 / 4.
+    moved = HOME.model_copy(update={"mean": (0.3, 0.1, 0.1)})
+    assert image_shift(HOME, moved) == pytest.approx(0.04 * 2 / 0.16 / 4 / 6)
+    # Twice as sharp in every channel.
+    sharp = HOME.model_copy(update={"gradient": (0.39, 0.39, 0.39)})
+    assert image_shift(HOME, sharp) == pytest.approx((4 + 0.25 - 2) / 4 / 2)
+    for other in (wide, moved, sharp):
+        assert image_shift(HOME, other) == image_shift(other, HOME)
+    grey = ImageStatistics(mean=(0.1,), spread=(0.39,), gradient=(0.19,))
+    assert image_shift(HOME, grey) is None
+    flat = ImageStatistics(mean=(0.0,), spread=(0.0,), gradient=(0.0,))
+    assert image_shift(grey, flat) is not None
+
+
+def test_a_plan_tells_how_far_a_teachers_images_lie_from_the_hospitals(root: Path) -> None:
+    ask(root, "aster", "q", classes=["c"])
+    dark = HOME.model_copy(update={"mean": (-0.9, -0.9, -0.9)})
+
+    def shifts() -> dict[str, float | None]:
+        return {t.site: t.image_shift for t in plan_query(root, "aster", "q", PARAMS).teachers}
+
+    write_teacher(root, "birch", (1, 2), format="qkt-bundle/2", image_statistics=dark.model_dump(mode="json"))
+    assert shifts() == {"birch": None, "cedar": None, "dahlia": None}, "the hospital's own are not known"
+    write_teacher(root, "aster", (0, 1), format="qkt-bundle/2", image_statistics=HOME.model_dump(mode="json"))
+    found = shifts()
+    assert found["birch"] == pytest.approx(image_shift(HOME, dark), abs=0.001)
+    assert (found["cedar"], found["dahlia"]) == (None, None), "cards of the first format do not say"
+    assert "unlike the hospital's" in images_apart(found["birch"])
+    assert images_apart(0.01) == "; image shift 0.01"
+    assert images_apart(None) == ""
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"mean": [0.0], "spread": [1.0], "gradient": [1.0]},
+        {"mean": [0.0] * 3, "spread": [1.0] * 3, "gradient": [1.0] * 2},
+        {"mean": [0.0] * 3, "spread": [-1.0] * 3, "gradient": [1.0] * 3},
+        {"mean": [1e30] * 3, "spread": [1.0] * 3, "gradient": [1.0] * 3},
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(root: Path, images: dict[str, list[float]]) -> None:
+    write_teacher(root, "birch", (1, 2), format="qkt-bundle/2", image_statistics=images)
+    with pytest.raises(BundleError):
+        read_offer(Workspace(root).teacher("birch"), "birch")
 
 
 # --- which teachers -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from qkt_clinical.common.files import digest_file
 from qkt_clinical.data.integrity import FileOutcome
-from qkt_clinical.data.prepared import load_prepared, read_manifest, write_prepared
+from qkt_clinical.data.prepared import Manifest, load_prepared, read_manifest, write_prepared
 from qkt_clinical.errors import PreparedError
 
 # Ten images of five patients, two each; the last two images stand in no split.
@@ -125,15 +126,17 @@ def test_lengths_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_failure_half_way_leaves_nothing_or_what_was(tmp_path: Path) -> None:
-    # The integrity report is written last; what JSON cannot hold fails when the arrays are already there.
-    broken = [{"file": "a", "accepted": True, "code": object()}]
-    with pytest.raises(TypeError):
-        write(tmp_path / "aster", integrity=broken)
+    def fail(manifest: Manifest) -> str:
+        """The page is written last: the arrays are already there."""
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        write(tmp_path / "aster", page=fail)
     assert list(tmp_path.iterdir()) == []
     folder = write(tmp_path / "aster")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(TypeError):
-        write(tmp_path / "aster", integrity=broken, labels=LABELS[::-1].copy())
+    with pytest.raises(OSError, match="full"):
+        write(tmp_path / "aster", page=fail, labels=LABELS[::-1].copy())
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["aster"]
 

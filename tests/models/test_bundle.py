@@ -388,7 +388,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "card-a-list": (card_text("[]"), "bundle-card"),
     "card-oversize": (card_text(" " * (MAX_JSON_BYTES + 1)), "bundle"),
     "card-unknown-key": (lambda f: edit(f, code="import os"), "bundle-card"),
-    "card-of-another-format": (lambda f: edit(f, format="qkt-bundle/2"), "bundle-card"),
+    "card-of-another-format": (lambda f: edit(f, format="qkt-bundle/3"), "bundle-card"),
     "card-with-a-path-for-a-site": (lambda f: edit(f, site="../../etc"), "bundle-card"),
     "card-with-a-lone-surrogate": (lambda f: edit(f, classes=["\ud800", *CLASSES[1:]]), "bundle-card"),
     "card-with-nan": (lambda f: edit(f, training={"score": float("nan")}), "bundle-card"),
@@ -557,6 +557,7 @@ def test_a_card_is_read_without_touching_a_tensor(folder: Path) -> None:
 def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
     assert set(Card.model_fields) == {
         "format", "kind", "site", "query", "network", "classes", "input", "training", "weights", "decision",
+        "image_statistics",
     }  # fmt: skip
     text = (original / CARD).read_text()
     assert str(original.parent) not in text

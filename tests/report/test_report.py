@@ -25,7 +25,8 @@ from qkt_clinical.common.files import digest_folder, to_json, write_json, write_
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import OutputsError
-from qkt_clinical.qkt.planning import at_risk
+from qkt_clinical.qkt.planning import UNLIKE, at_risk, image_shift
+from qkt_clinical.records.card import CARD, ImageStatistics
 from qkt_clinical.records.decisions import Decision, keep_decision
 from qkt_clinical.records.evaluation import Evaluation, Flip
 from qkt_clinical.records.outputs import read_outputs, told
@@ -280,6 +281,40 @@ def test_teachers_that_are_excluded_are_named_and_count_for_nothing(tmp_path: Pa
     told = f"its claim to know {asked} is not verified: its network does not show it."
     assert f"{liar}: it agrees; {told}" in text
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
+
+
+def test_how_alike_images_are_is_a_matrix_of_hospitals(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, sample_params())
+    place = write_report(tmp_path, sample_params())
+    assert "How alike their images are" not in place.read_text(encoding="utf-8"), "older cards do not say"
+    space = Workspace(tmp_path)
+    for site, mean in (("h0", 0.0), ("h1", 0.1), ("h2", 0.9)):
+        path = space.teacher(site) / CARD
+        channels = json.loads(path.read_text())["network"]["in_channels"]
+        images = {"mean": [mean] * channels, "spread": [0.3] * channels, "gradient": [0.1] * channels}
+        write_json(path, json.loads(path.read_text()) | {"image_statistics": images})
+    student = space.student("h0", "q0") / "plan.json"
+    made = json.loads(student.read_text())
+    for teacher, shift in zip(made["teachers"], (0.05, 0.4), strict=False):
+        teacher["image_shift"] = shift
+    write_json(student, made)
+    change(tmp_path, "h0-q0", student=digest_folder(student.parent))
+    write_report(tmp_path, sample_params())
+    index = Page((tmp_path / "reports" / "index.html").read_text(encoding="utf-8"))
+    text = index.text("shifts")
+    near, far = (image_shift(_looks(0.0), _looks(m)) for m in (0.1, 0.9))
+    assert near is not None
+    assert far is not None
+    assert near < UNLIKE < far
+    assert f"h0 · {near:.2f} {far:.2f}unlike" in text
+    asked = query_page(tmp_path, "h0-q0").text("asked")
+    assert "0.05" in asked
+    assert "0.40 looks unlike the hospital’s" in asked
+    assert "not told" in query_page(tmp_path, "h1-q1").text("asked")
+
+
+def _looks(mean: float) -> ImageStatistics:
+    return ImageStatistics(mean=(mean,), spread=(0.3,), gradient=(0.1,))
 
 
 def test_how_far_teachers_were_brought_to_the_images_is_told(tmp_path: Path) -> None:
