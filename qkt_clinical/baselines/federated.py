@@ -101,7 +101,16 @@ def train_round(
     weights = task.weights(labels.numpy(), network.spec.classes).to(device)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
+        return augmented_batches(
+            inputs,
+            labels,
+            params.batch_size,
+            params.augment,
+            draw,
+            device,
+            appearance=params.appearance,
+            least=params.min_batches,
+        )
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         value = task.loss(local(batch[0]), batch[1], weights)
@@ -110,7 +119,7 @@ def train_round(
     fit(
         local,
         batches,
-        batches_per_epoch(len(labels), params.batch_size),
+        batches_per_epoch(len(labels), params.batch_size, params.min_batches),
         loss,
         Schedule(1, learning_rate, params.weight_decay),
         device=device,

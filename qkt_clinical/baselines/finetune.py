@@ -57,7 +57,9 @@ def finetune(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "finetune", name, str(epoch))
-        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
+        return augmented_batches(
+            inputs, labels, params.batch_size, params.augment, draw, device, least=params.min_batches
+        )
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return task.loss(restrict(tuned(batch[0]), relevant), batch[1], weights)
@@ -68,7 +70,7 @@ def finetune(
     fit(
         tuned,
         batches,
-        batches_per_epoch(len(labels), params.batch_size),
+        batches_per_epoch(len(labels), params.batch_size, params.min_batches),
         loss,
         Schedule(params.epochs, params.learning_rate, params.weight_decay),
         device=device,

@@ -21,6 +21,8 @@ class FinetuneParams(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 5e-2
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    min_batches: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Of an epoch, as in the training of a teacher."""
 
 
 class DistillParams(Strict):
@@ -42,6 +44,9 @@ class FederatedParams(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 5e-2
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    appearance: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    min_batches: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Of a round; this and the two above as in the training of a teacher."""
 
 
 class BaselineParams(Strict):

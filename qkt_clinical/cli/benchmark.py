@@ -72,6 +72,24 @@ def benchmark(
         str, typer.Option(help="Federations are trained for so many each; the best on val counts.")
     ] = "20,50",
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
+    appearance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=2.0,
+            help="Random stains and contrast in every training; 1 with --sites, 0 with --data.",
+            show_default=False,
+        ),
+    ] = None,
+    min_batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Of an epoch, at least, in every training; 20 with --sites, 1 with --data.",
+            show_default=False,
+        ),
+    ] = None,
     adapt: Annotated[
         OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
     ] = "on",
@@ -88,6 +106,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Compare all methods on simulated hospitals or real sites: every query of every seed, one table."""
+    from qkt_clinical.baselines.params import BaselineParams, FederatedParams, FinetuneParams
     from qkt_clinical.benchmark.runner import run
     from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
@@ -98,6 +117,9 @@ def benchmark(
             "exactly one of --data and --sites is needed",
             remedy="Give --data FILE.npz to simulate hospitals, or --sites DIR for real ones.",
         )
+    looks = float(bool(sites)) if appearance is None else appearance
+    least = (20 if sites else 1) if min_batches is None else min_batches
+    federated = FederatedParams(appearance=looks, min_batches=least)
     settings = BenchmarkSettings(
         sites=bool(sites),
         ask=parse_list(ask),
@@ -116,7 +138,10 @@ def benchmark(
         budget=budget,
         split=split,
         device=device,
-        train=TrainParams(network=network),
+        train=TrainParams(network=network, appearance=looks, min_batches=least),
+        baselines=BaselineParams(
+            finetune=FinetuneParams(min_batches=least), federated=federated, scaffold=federated
+        ),
         transfer=TransferParams(adaptation=adapt == "on"),
     )
     try:

@@ -62,6 +62,16 @@ class TrainParams(Strict):
     """Stop when balanced accuracy on validation images has not risen for so many epochs."""
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """Strength of augmentation; 0 turns it off."""
+    appearance: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    """Strength of random stains and contrast, so that a network reads other hospitals' images; 1 is usual.
+
+    Images normalised by ``zscore`` and training with differential privacy go without.
+    """
+    min_batches: Annotated[int, Field(ge=1, le=1000)] = 1
+    """An epoch of fewer batches goes over the images again: small sites learn in as many steps as large ones.
+
+    20 is usual. Not with differential privacy, which counts every pass.
+    """
     privacy: PrivacyParams | None = None
     """Differential privacy; null: none. With it, the last epoch counts."""
 

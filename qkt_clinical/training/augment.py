@@ -77,6 +77,39 @@ def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tens
     )
 
 
+SOMETIMES = 0.8
+"""Share of the images whose appearance is changed."""
+
+
+def change_appearance(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Images as other scanners and stains might give them.
+
+    In optical density, minus the logarithm of the light that comes through, stains add up (Beer and Lambert;
+    Ruifrok and Johnston, 2001): the density of a channel is scaled at random, takes some of the other
+    channels' and is shifted. Of one channel that is its contrast curve (gamma).
+
+    Args:
+        images: (N, C, *spatial) float in [-1, 1], about.
+        strength: 0 returns the images unchanged, 1 is usual for training.
+        generator: CPU generator; the draw does not depend on the device.
+
+    Returns:
+        Tensor like ``images``; one image in five is unchanged.
+    """
+    if strength == 0:
+        return images
+    count, channels = images.shape[:2]
+    ones = (1,) * (images.ndim - 2)
+    own = torch.exp(_uniform((count, channels, 1), -0.35, 0.35, generator) * strength)
+    others = _uniform((count, channels, channels), -0.2, 0.2, generator) * strength
+    mixing = torch.eye(channels) * own + (1 - torch.eye(channels)) * others
+    shift = _uniform((count, channels, *ones), -0.05, 0.05, generator) * strength
+    changed = torch.rand((count, 1, *ones), generator=generator) < SOMETIMES
+    density = -torch.log(((images + 1) / 2).clamp(0.01, 1.2))
+    density = torch.einsum("nij,nj...->ni...", mixing.to(images), density) + shift.to(images)
+    return torch.where(changed.to(images.device), torch.exp(-density).clamp(0, 1.2) * 2 - 1, images)
+
+
 VIEW_BATCH = 512
 
 

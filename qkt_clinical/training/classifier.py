@@ -17,7 +17,7 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build, fast_layout
 from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.task import Task
-from qkt_clinical.training.augment import augment
+from qkt_clinical.training.augment import augment, change_appearance
 from qkt_clinical.training.loop import Checkpoint, History, Schedule, batches_per_epoch, fit, shuffled
 
 
@@ -28,10 +28,20 @@ def augmented_batches(
     strength: float,
     draw: torch.Generator,
     device: torch.device,
+    *,
+    appearance: float = 0.0,
+    least: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order over inputs (N, C, *spatial) and labels (N,): a random view per image."""
-    for index in shuffled(len(labels), batch_size, draw):
-        yield augment(inputs[index].to(device), strength, draw), labels[index].to(device)
+    """One epoch in random order over inputs (N, C, *spatial) and labels (N,): a random view per image.
+
+    Args:
+        strength: of :func:`.augment.augment`.
+        appearance: strength of :func:`.augment.change_appearance`.
+        least: batches, at least; see :func:`.loop.shuffled`.
+    """
+    for index in shuffled(len(labels), batch_size, draw, least):
+        view = augment(inputs[index].to(device), strength, draw)
+        yield change_appearance(view, appearance, draw), labels[index].to(device)
 
 
 def train_network(
@@ -68,7 +78,16 @@ def train_network(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "train", site, str(epoch))
-        return augmented_batches(inputs, labels, params.batch_size, params.augment, draw, device)
+        return augmented_batches(
+            inputs,
+            labels,
+            params.batch_size,
+            params.augment,
+            draw,
+            device,
+            appearance=params.appearance if normalisation == "unit" else 0.0,
+            least=params.min_batches,
+        )
 
     def score() -> float:
         return task.validation_score(predict(network, val_inputs, device), val_labels)
@@ -76,7 +95,7 @@ def train_network(
     return fit(
         network,
         batches,
-        batches_per_epoch(len(labels), params.batch_size),
+        batches_per_epoch(len(labels), params.batch_size, params.min_batches),
         lambda batch: task.loss(network(batch[0]), batch[1], weights),
         Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
         device=device,

@@ -204,19 +204,29 @@ def fit(
     return history
 
 
-def shuffled(count: int, batch_size: int, draw: torch.Generator) -> Iterator[Tensor]:
+def shuffled(count: int, batch_size: int, draw: torch.Generator, least: int = 1) -> Iterator[Tensor]:
     """Index batches over ``count`` items in random order; a last batch of one joins the one before.
 
-    (A batch of one has no batch statistics.)
+    (A batch of one has no batch statistics.) Where that makes fewer than ``least`` batches, the items come
+    again in another order, as often as it takes.
     """
-    order = torch.randperm(count, generator=draw)
-    parts = list(order.split(batch_size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    yield from parts
+    for _ in range(_passes(count, batch_size, least)):
+        order = torch.randperm(count, generator=draw)
+        parts = list(order.split(batch_size))
+        if len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        yield from parts
 
 
-def batches_per_epoch(count: int, batch_size: int) -> int:
-    """Number of batches that :func:`shuffled` yields."""
+def _batches(count: int, batch_size: int) -> int:
     whole, rest = divmod(count, batch_size)
     return max(1, whole + (rest > 1 or (rest == 1 and whole == 0)))
+
+
+def _passes(count: int, batch_size: int, least: int) -> int:
+    return max(1, math.ceil(least / _batches(count, batch_size)))
+
+
+def batches_per_epoch(count: int, batch_size: int, least: int = 1) -> int:
+    """Number of batches that :func:`shuffled` yields."""
+    return _batches(count, batch_size) * _passes(count, batch_size, least)

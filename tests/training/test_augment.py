@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qkt_clinical.training.augment import augment, random_affine
+from qkt_clinical.training.augment import SOMETIMES, augment, change_appearance, random_affine
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -95,3 +95,53 @@ def test_intensities_change_in_proportion_to_the_strength() -> None:
     flat = torch.full((64, 3, 12, 12), 0.3)
     half, whole = ((augment(flat, s, draw()) - 0.3).mean(dim=(2, 3)) for s in (0.5, 1.0))
     assert torch.allclose(2 * half, whole, atol=1e-5)
+
+
+# --- appearance -----------------------------------------------------------------------------------
+
+
+def test_no_change_of_appearance_draws_nothing() -> None:
+    batch, generator = images(), draw()
+    before = generator.get_state()
+    assert change_appearance(batch, 0.0, generator) is batch
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(("channels", "dims"), [(3, 2), (1, 2), (1, 3)])
+def test_appearance_keeps_shape_range_and_comes_from_the_generator_alone(channels: int, dims: int) -> None:
+    batch = images(200, channels, dims, 6)
+    kept = batch.clone()
+    torch.manual_seed(1)
+    first = change_appearance(batch, 1.0, draw())
+    torch.manual_seed(2)
+    assert torch.equal(first, change_appearance(batch, 1.0, draw()))
+    assert torch.equal(batch, kept)
+    assert (first.shape, first.dtype) == (batch.shape, batch.dtype)
+    assert -1.0 <= float(first.min()) <= float(first.max()) <= 1.4 + 1e-6
+    changed = (first != batch).flatten(1).any(1).double().mean()
+    assert float(changed) == pytest.approx(SOMETIMES, abs=0.1)
+
+
+def test_a_change_of_appearance_is_linear_in_optical_density() -> None:
+    """Density after is a matrix times density before, and a shift, the same for every pixel of an image."""
+    batch = images(40, 3, 2, 8).clamp(-0.9, 0.9)
+    after = change_appearance(batch, 0.3, draw())
+    for x, y in zip(batch, after, strict=True):
+        if torch.equal(x, y) or float(y.max()) > 1.39:
+            continue
+        before, then = (-torch.log((v.double() + 1) / 2).flatten(1) for v in (x, y))
+        system = torch.cat([before, torch.ones(1, before.shape[1])]).T
+        solved = torch.linalg.lstsq(system, then.T).solution
+        assert torch.allclose(system @ solved, then.T, atol=1e-4)
+        mixing, shift = solved[:3].T, solved[3]
+        assert float((torch.diag(mixing).log()).abs().max()) <= 0.35 * 0.3 + 1e-4
+        assert float((mixing - torch.diag(torch.diag(mixing))).abs().max()) <= 0.2 * 0.3 + 1e-4
+        assert float(shift.abs().max()) <= 0.05 * 0.3 + 1e-4
+
+
+def test_of_one_channel_it_is_a_contrast_curve() -> None:
+    """Brighter pixels stay brighter."""
+    ramp = torch.linspace(-0.9, 0.9, 30).reshape(1, 1, 5, 6).repeat(20, 1, 1, 1)
+    after = change_appearance(ramp, 1.0, draw()).flatten(1)
+    assert bool((after.diff(dim=1) > 0).all())
+    assert len({round(float(v), 4) for v in after[:, 10]}) > 10, "each image its own"

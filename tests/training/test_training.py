@@ -355,3 +355,45 @@ def test_predict_in_parts_equals_predict_at_once(whole: tuple[Classifier, Histor
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(network.head(features).detach(), found, atol=1e-4)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "least"), [(10, 4, 7), (10, 4, 3), (10, 4, 1), (1, 8, 5), (33, 16, 4)]
+)
+def test_few_items_come_again_until_there_are_batches_enough(count: int, batch_size: int, least: int) -> None:
+    parts = list(shuffled(count, batch_size, generator(0, "again"), least))
+    once = batches_per_epoch(count, batch_size)
+    assert len(parts) == batches_per_epoch(count, batch_size, least)
+    assert least <= len(parts) < least + once or (least <= once and len(parts) == once)
+    passes = [torch.cat(parts[i : i + once]) for i in range(0, len(parts), once)]
+    assert all(sorted(order.tolist()) == list(range(count)) for order in passes)
+    if count > 2 and len(passes) > 1:
+        assert not torch.equal(passes[0], passes[1]), "in another order"
+
+
+@pytest.mark.parametrize(("normalisation", "changes"), [("unit", True), ("zscore", False)])
+def test_a_small_site_takes_as_many_steps_as_asked_and_sees_other_stains(
+    monkeypatch: pytest.MonkeyPatch, normalisation: str, changes: bool
+) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def noted(images: Tensor, strength: float, draw: torch.Generator) -> Tensor:
+        seen.append((len(images), strength))
+        return images
+
+    monkeypatch.setattr("qkt_clinical.training.classifier.change_appearance", noted)
+    images, labels = shapes((0, 1), 10, 3)
+    train_teacher(
+        spec(),
+        (images, labels),
+        (images, labels),
+        PARAMS.model_copy(update={"epochs": 2, "min_batches": 7, "appearance": 0.5}),
+        task=MULTICLASS,
+        seed=0,
+        site="aster",
+        normalisation=normalisation,
+        device=CPU,
+    )
+    assert len(seen) == 2 * batches_per_epoch(20, PARAMS.batch_size, 7) == 2 * 8
+    assert sum(count for count, _ in seen) == 2 * 4 * 20
+    assert {strength for _, strength in seen} == {0.5 if changes else 0.0}
