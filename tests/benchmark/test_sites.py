@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qkt_clinical.baselines.params import BaselineParams, DistillParams, FinetuneParams
+from qkt_clinical.baselines.params import BaselineParams, DistillParams, FederatedParams, FinetuneParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark import store as store_room
@@ -419,9 +419,23 @@ def test_the_command_passes_sites_on(
         main([*words.split(), "--rare-images", "7", "--json"])
     assert end.value.code == 0, capsys.readouterr().err
     assert called["data"] == [Path("a.npz"), Path("b.npz")]
-    assert called["settings"] == BenchmarkSettings(
-        sites=True, ask=("a", "b"), query_classes=("x",), regime="rare", samples_per_rare_class=7
+    federated = FederatedParams(appearance=1.0, min_batches=20)
+    expected = BenchmarkSettings(
+        sites=True,
+        ask=("a", "b"),
+        query_classes=("x",),
+        regime="rare",
+        samples_per_rare_class=7,
+        train=TrainParams(appearance=1.0, min_batches=20),
+        baselines=BaselineParams(
+            finetune=FinetuneParams(min_batches=20), federated=federated, scaffold=federated
+        ),
     )
+    assert called["settings"] == expected, "small sites that differ"
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--appearance", "0", "--min-batches", "1", "--json"])
+    assert called["settings"].train == TrainParams()
+    assert called["settings"].baselines == BaselineParams()
 
 
 @pytest.mark.parametrize("words", ["", "--data a.npz --sites b"])
