@@ -265,6 +265,7 @@ def adapt_teachers(
             continue
         share = min(usual, found.most) if found.told is None else found.told
         network = with_statistics(teacher.network, found.statistics, share) if share else teacher.network
-        adapted.append(replace(teacher, network=network, share=share))
+        unlike = math.isfinite(found.shift) and found.shift >= SAME_CENTRE
+        adapted.append(replace(teacher, network=network, share=share, unlike=unlike))
         results.append(AdaptationResult(teacher.site, found.shift, share))
     return tuple(adapted), tuple(results)

@@ -407,6 +407,7 @@ def _results(
             question.local,
             question.calibration_labels,
             task=settings.task,
+            unlike=[t.unlike for t, _ in sound],
         )
     else:
         screened = [ScreeningResult(t.site, included=True, reason="not screened") for t, _ in sound]
@@ -429,7 +430,7 @@ def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple
     wanted = {*question.query, *(question.local if question.method != "qkt-light" else ())}
     included, places = [], []
     for place, (teacher, result) in enumerate(zip(question.teachers, results, strict=True), start=1):
-        claimed = tuple(c for c in teacher.claimed if c not in result.unverified)
+        claimed = tuple(c for c in teacher.claimed if c not in {*result.unverified, *result.misnamed})
         if result.included and set(claimed) & wanted:
             included.append(replace(teacher, claimed=claimed))
             places.append(place)

@@ -32,6 +32,8 @@ class Teacher:
     """By its network, see :func:`qkt_clinical.qkt.masks.verified_classes`; None: it was not read again."""
     share: float = 0.0
     """Of the asking hospital's statistics in the network's, see :mod:`qkt_clinical.qkt.adaptation`."""
+    unlike: bool = False
+    """Whether its images look unlike the asking hospital's: the shift is larger than within one centre."""
 
     @classmethod
     def of(cls, bundle: Bundle, verified: tuple[int, ...] | None = None) -> Teacher:

@@ -10,7 +10,9 @@ query's, and asks three things, in this order:
    count; with its other classes the teacher is included.
 2. **Labels.** Does it name held-out images of classes that both hold as the hospital does? A teacher that
    names those of a class, or of all shared classes together, less often than by chance is excluded (Holm's
-   rule over these tests). Its labels are borne out if it names them all together more often than by chance,
+   rule over these tests). Where its images look unlike the hospital's, an honest teacher may misname a class:
+   then the classes that it names less often than by chance do not count, and it is excluded only if it names
+   all shared ones together so. Its labels are borne out if it names all together more often than by chance,
    and better than a network that gives every image one name.
 3. **Experts.** Where other experts for a class find an image of the hospital's own more like that class than
    others of the same kind, so should this one, more than it finds it like its other classes. A teacher that
@@ -54,6 +56,8 @@ class ScreeningResult:
     how many there are."""
     agreement: float | None = None
     """With the other experts, in [-2, 2], see :func:`agreement`; None: nothing to compare."""
+    misnamed: tuple[int, ...] = ()
+    """Classes that do not count: it names the hospital's images of them less often so than by chance."""
 
     @property
     def recalls(self) -> dict[int, float]:
@@ -129,8 +133,10 @@ class _LabelTest:
     """Result of testing a teacher against the hospital's own labels."""
 
     named: Mapping[int, tuple[int, int]]
+    misnamed: tuple[int, ...] = ()
+    """Classes with an accuracy below chance."""
     refuted: bool = False
-    """Accuracy below chance."""
+    """Accuracy below chance on all shared classes together."""
     borne_out: bool = False
     """More often right than by chance, and than with one name for every image."""
 
@@ -145,11 +151,12 @@ def _test_labels(
     named = {c: count_recalled(logits, labels, known, c, task=task) for c in shared}
     right, count = (sum(numbers) for numbers in zip(*named.values(), strict=True))
     each = [chance_level(r, n, len(known)) for r, n in named.values()]
-    tests = [*each, chance_level(right, count, len(known))] if len(shared) > 1 else each
+    level = FALSE_ALARM / (len(shared) + (len(shared) > 1))
     mean_recall = sum(r / n for r, n in named.values()) / len(shared)
     return _LabelTest(
         named,
-        refuted=min(tests) < FALSE_ALARM / len(tests),
+        misnamed=tuple(c for c, chance in zip(shared, each, strict=True) if chance < level),
+        refuted=chance_level(right, count, len(known)) < level,
         borne_out=1 - chance_level(right - 1, count, len(known)) < FALSE_ALARM
         and (len(shared) == 1 or mean_recall > 1 / len(shared)),
     )
@@ -182,6 +189,7 @@ def screen_teachers(
     labels: Tensor,
     *,
     task: Task,
+    unlike: Sequence[bool] | None = None,
 ) -> list[ScreeningResult]:
     """Screen teachers whose answers are usable.
 
@@ -192,14 +200,21 @@ def screen_teachers(
         verified: those that each network shows; None: nobody has read it again, and the mask counts.
         local: the hospital's own classes beside the query.
         labels: (N,), each in ``local``.
+        unlike: whether each teacher's images look unlike the hospital's; None: none do.
 
     Returns:
         One result per teacher, in their order.
     """
     known = [_verified(claims, seen, z) for claims, seen, z in zip(claimed, verified, logits, strict=True)]
     tests = [_test_labels(z, labels, k, local, task) for z, k in zip(logits, known, strict=True)]
-    reasons = [_why_excluded(k, test) for k, test in zip(known, tests, strict=True)]
-    borne_out = [test.borne_out for test in tests]
+    lenient = [False] * len(sites) if unlike is None else unlike
+    reasons = [_why_excluded(k, test, far) for k, test, far in zip(known, tests, lenient, strict=True)]
+    misnamed = [() if reason else test.misnamed for reason, test in zip(reasons, tests, strict=True)]
+    known = [tuple(c for c in k if c not in wrong) for k, wrong in zip(known, misnamed, strict=True)]
+    borne_out = [
+        (_test_labels(z, labels, k, local, task) if wrong else test).borne_out
+        for z, k, wrong, test in zip(logits, known, misnamed, tests, strict=True)
+    ]
     directions = [
         margin_directions(z, labels, k) if k else z[:, :0] for z, k in zip(logits, known, strict=True)
     ]
@@ -225,7 +240,8 @@ def screen_teachers(
             site=site,
             included=not reasons[i],
             reason=reasons[i] or _why_included(borne_out[i], found[i]),
-            unverified=tuple(c for c in sorted(claimed[i]) if c not in known[i]),
+            unverified=tuple(c for c in sorted(claimed[i]) if c not in {*known[i], *misnamed[i]}),
+            misnamed=misnamed[i],
             named=tests[i].named,
             agreement=found[i],
         )
@@ -240,11 +256,12 @@ def _verified(claimed: Sequence[int], verified: Sequence[int] | None, logits: Te
     return tuple(c for c in claims if c not in same)
 
 
-def _why_excluded(known: Sequence[int], test: _LabelTest) -> str:
+def _why_excluded(known: Sequence[int], test: _LabelTest, unlike: bool) -> str:
     """Reason to exclude a teacher regardless of the other experts; empty if there is none."""
     if not known:
         return "its network shows none of the classes that it claims"
-    return "names images of shared classes less often so than by chance" if test.refuted else ""
+    refuted = test.refuted or set(known) == set(test.misnamed) or (bool(test.misnamed) and not unlike)
+    return "names images of shared classes less often so than by chance" if refuted else ""
 
 
 def _why_included(borne_out: bool, agrees: float | None) -> str:

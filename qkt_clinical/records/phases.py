@@ -22,6 +22,8 @@ class ScreenedTeacher(Record):
     reason: str
     unverified: tuple[str, ...] = ()
     """Classes that it claims and its network does not support."""
+    misnamed: tuple[str, ...] = ()
+    """Classes that do not count: its images look unlike the hospital's, and it names these wrongly."""
     recalls: dict[str, Fraction | None] = Field(default_factory=dict)
     """Recall of a shared class on the hospital's own held-out images; None: suppressed."""
     agreement: Annotated[float, Field(ge=-2, le=2)] | None = None

@@ -42,10 +42,10 @@ def voices(answer: AnswerOutputs) -> list[Voice]:
     """Shares of the hospital's own network and the fetched teachers in the consensus, per relevant class."""
     plan, second = answer.plan, answer.phases.phase2
     excluded = {t.site for t in answer.phases.screening if not t.included}
-    unverified = {t.site: set(t.unverified) for t in answer.phases.screening}
+    struck_out = {t.site: {*t.unverified, *t.misnamed} for t in answer.phases.screening}
     networks = [(plan.hospital, second.local_model_weight, {*plan.local, *second.rare})]
     networks += [
-        (t.site, 1.0, set(t.known) - unverified.get(t.site, set()))
+        (t.site, 1.0, set(t.known) - struck_out.get(t.site, set()))
         for t in plan.teachers
         if t.relevant and t.site not in excluded
     ]

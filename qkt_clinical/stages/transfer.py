@@ -120,6 +120,7 @@ def _screened(result: ScreeningResult, classes: Sequence[str]) -> ScreenedTeache
         included=result.included,
         reason=result.reason,
         unverified=tuple(classes[c] for c in result.unverified),
+        misnamed=tuple(classes[c] for c in result.misnamed),
         recalls={classes[c]: shown_share(right, count) for c, (right, count) in result.named.items()},
         agreement=None if result.agreement is None else round(result.agreement, 2),
     )

@@ -229,3 +229,43 @@ def test_an_agreement_of_nothing_is_no_agreement() -> None:
     assert not found["elm"].included
     assert found["elm"].agreement is None
     assert all(r.included for site, r in found.items() if site != "elm")
+
+
+# --- teachers from elsewhere ----------------------------------------------------------------------
+
+
+def from_elsewhere(logits: Tensor, known: tuple[int, ...], unlike: bool) -> ScreeningResult:
+    (result,) = screen_teachers(
+        ["birch"], [logits], [known], [None], (0, 1), LABELS, task=MULTICLASS, unlike=[unlike]
+    )
+    return result
+
+
+def misnames(named: int) -> Tensor:
+    """An expert that gives every image of a class another one's name."""
+    logits = expert((0, 1, 3))
+    logits[named == LABELS, named] = -30.0
+    return logits
+
+
+def test_a_class_that_a_teacher_from_elsewhere_misnames_does_not_count() -> None:
+    known = (0, 1, 3)
+    at_home = from_elsewhere(misnames(1), known, unlike=False)
+    assert not at_home.included, "whose images look alike has no excuse"
+    assert at_home.misnamed == ()
+    far = from_elsewhere(misnames(1), known, unlike=True)
+    assert far.included
+    assert (far.misnamed, far.unverified) == ((1,), ())
+    assert far.named[1][0] == 0
+    assert far.recalls[0] > 0.9
+    sound = from_elsewhere(expert(known), known, unlike=True)
+    assert (sound.included, sound.misnamed) == (True, ())
+
+
+def test_wrong_labels_have_no_excuse_elsewhere_either() -> None:
+    known = (0, 1, 3)
+    far = from_elsewhere(renamed(known), known, unlike=True)
+    assert not far.included
+    assert far.reason == "names images of shared classes less often so than by chance"
+    single = from_elsewhere(misnames(1)[:, [0, 1, 3]], (1, 2), unlike=True)
+    assert not single.included, "nothing that it says of a shared class counts"

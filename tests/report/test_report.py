@@ -267,7 +267,7 @@ def test_teachers_that_are_excluded_are_named_and_count_for_nothing(tmp_path: Pa
     asked = read_outputs(tmp_path, sample_params()).queries[0].plan.classes[0]
     phases["screening"] = [
         {"site": bad, "included": False, "reason": "it errs", "unverified": []},
-        {"site": liar, "included": True, "reason": "it agrees", "unverified": [asked]},
+        {"site": liar, "included": True, "reason": "it agrees", "unverified": [asked], "misnamed": ["ig"]},
     ]
     write_json(path, phases)
     change(tmp_path, "h0-q0", student=digest_folder(path.parent))
@@ -279,7 +279,7 @@ def test_teachers_that_are_excluded_are_named_and_count_for_nothing(tmp_path: Pa
     text = query_page(tmp_path, "h0-q0").text("asked")
     assert f"{bad}: excluded, it errs." in text
     told = f"its claim to know {asked} is not verified: its network does not show it."
-    assert f"{liar}: it agrees; {told}" in text
+    assert f"{liar}: it agrees; {told[:-1]}; what it says of ig does not count: its images" in text
     assert "Held against" not in query_page(tmp_path, "h2-q2").text("asked")
 
 
