@@ -73,23 +73,12 @@ def benchmark(
     ] = "20,50",
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
     appearance: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=2.0,
-            help="Random stains and contrast in every training; 1 with --sites, 0 with --data.",
-            show_default=False,
-        ),
-    ] = None,
+        float,
+        typer.Option(min=0.0, max=2.0, help="Strength of random stains and contrast in training."),
+    ] = 0.0,
     min_batches: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            help="Of an epoch, at least, in every training; 20 with --sites, 1 with --data.",
-            show_default=False,
-        ),
-    ] = None,
+        int, typer.Option(min=1, max=1000, help="Of an epoch, at least, in every training.")
+    ] = 1,
     adapt: Annotated[
         OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
     ] = "on",
@@ -117,9 +106,7 @@ def benchmark(
             "exactly one of --data and --sites is needed",
             remedy="Give --data FILE.npz to simulate hospitals, or --sites DIR for real ones.",
         )
-    looks = float(bool(sites)) if appearance is None else appearance
-    least = (20 if sites else 1) if min_batches is None else min_batches
-    federated = FederatedParams(appearance=looks, min_batches=least)
+    federated = FederatedParams(appearance=appearance, min_batches=min_batches)
     settings = BenchmarkSettings(
         sites=bool(sites),
         ask=parse_list(ask),
@@ -138,9 +125,9 @@ def benchmark(
         budget=budget,
         split=split,
         device=device,
-        train=TrainParams(network=network, appearance=looks, min_batches=least),
+        train=TrainParams(network=network, appearance=appearance, min_batches=min_batches),
         baselines=BaselineParams(
-            finetune=FinetuneParams(min_batches=least), federated=federated, scaffold=federated
+            finetune=FinetuneParams(min_batches=min_batches), federated=federated, scaffold=federated
         ),
         transfer=TransferParams(adaptation=adapt == "on"),
     )
