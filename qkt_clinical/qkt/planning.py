@@ -13,7 +13,7 @@ from qkt_clinical.records.card import ImageStatistics
 from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 
 UNLIKE = 0.3
-"""An image shift beyond it is told as a warning: between hospitals of one centre it stays below 0.15."""
+"""An image shift beyond it is told as a warning; ``python -m benchmarks.shift`` prints those of sites."""
 LEAST_SPREAD = 0.01
 """Added to every standard deviation: channels that are the same everywhere have none."""
 
