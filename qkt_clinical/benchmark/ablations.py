@@ -86,7 +86,10 @@ def answer_ablated(
     Raises:
         QueryError: as ``answer_query``.
     """
-    settings = PhaseSettings(task, params or TransferParams(), seed, device or torch.device("cpu"), progress)
+    params = params or TransferParams()
+    if phase1 != "merge":  # class means are of the teachers' features, which such a student does not have
+        params = params.model_copy(update={"discriminant": False})
+    settings = PhaseSettings(task, params, seed, device or torch.device("cpu"), progress)
     asked = validate(student, teachers, data, query, method=method, budget=budget)
     adapted = adapt(asked, settings)
     question = adapted.question

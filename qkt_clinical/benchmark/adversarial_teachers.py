@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qkt_clinical.benchmark.settings import Bad
 from qkt_clinical.models.inference import predict
@@ -28,17 +29,19 @@ def draw_bad(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
 def spoil(
     network: Classifier,
     known: Sequence[int],
+    class_means: Mapping[int, Tensor],
     bad: Bad,
     asked: int,
     *,
     shape: tuple[int, ...],
     seed: int,
-) -> tuple[Classifier, tuple[int, ...]]:
-    """Make a teacher adversarial: its changed network and the classes that it claims.
+) -> tuple[Classifier, tuple[int, ...], Mapping[int, Tensor]]:
+    """Make a teacher adversarial: its changed network, the classes that it claims and its class means.
 
     Args:
         network: an honest one; left as it is.
         known: what its mask says.
+        class_means: what its bundle holds.
         asked: the class asked for.
         shape: of one input.
     """
@@ -49,12 +52,14 @@ def spoil(
         case "flipped-labels":
             following = [*known[1:], *known[:1]]
             weight[known], bias[known] = weight[following].clone(), bias[following].clone()
-            return spoilt, tuple(known)
+            renamed = dict(zip(known, following, strict=True))
+            means = {c: class_means[f] for c, f in renamed.items() if f in class_means}
+            return spoilt, tuple(known), means
         case "lying-mask":
-            return spoilt, tuple(range(len(weight)))
+            return spoilt, tuple(range(len(weight))), class_means
         case "noise-bias":
             probes = mixed((PROBES, *shape), torch.Generator().manual_seed(seed))
             logits = predict(spoilt, probes, torch.device("cpu"))
             behind = logits.max(dim=1).values - logits[:, asked]
             bias[asked] += behind.quantile(SHARE)
-            return spoilt, tuple(sorted({*known, asked}))
+            return spoilt, tuple(sorted({*known, asked})), class_means

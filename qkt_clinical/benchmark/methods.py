@@ -235,12 +235,14 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.max_teachers :]:
                 known[name].discard(q)
     networks = {name: case.store.bundle(name).network for name in names}
+    means = {name: case.store.bundle(name).class_means for name in names}
     spoilt = draw_bad(names, setup.bad_teachers, case.seed("bad")) if setup.bad else ()
     for name in spoilt:
         assert setup.bad is not None
-        networks[name], claimed = spoil(
+        networks[name], claimed, means[name] = spoil(
             networks[name],
             sorted(known[name]),
+            means[name],
             setup.bad,
             case.question.query[0],
             shape=case.inputs.shape[1:],
@@ -257,7 +259,13 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
         return case.store.verify(networks[name]) if name in spoilt else case.store.verified(name)
 
     return {
-        name: Teacher(name.split("/")[1], networks[name], tuple(sorted(known[name])), verified(name))
+        name: Teacher(
+            name.split("/")[1],
+            networks[name],
+            tuple(sorted(known[name])),
+            verified(name),
+            class_means=means[name],
+        )
         for name in names
         if known[name] & wanted
     }

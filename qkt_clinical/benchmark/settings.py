@@ -112,6 +112,7 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/label-noise-30": Setup(own="label-noise-30"),
         "ablation/weak-teachers": Setup(teachers="weak"),
         "ablation/no-screening": _transfer("qkt", screening=False),
+        "ablation/no-discriminant": _transfer("qkt", discriminant=False),
         **{
             f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
             for bad in BAD

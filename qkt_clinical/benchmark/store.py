@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -42,6 +43,7 @@ from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Labels
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.masks import verified_classes
@@ -210,7 +212,8 @@ class ResultStore:
         seconds = time.perf_counter() - start
         network = network.cpu()
         with new_folder(self.folder / name) as folder:
-            logits = self._write(folder, network, data.site, seconds, len(history.curves))
+            means = class_means(network, *data.train.pair, "unit", self.device)
+            logits = self._write(folder, network, data.site, seconds, len(history.curves), means)
             masks = self._compute_masks(network)
             write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))
             index, labels = self.federation.val_of(data), self.federation.val.labels
@@ -313,9 +316,19 @@ class ResultStore:
             self._write(folder, network, data.site, seconds, self.settings.baselines.distill.epochs)
 
     def _write(
-        self, folder: Path, network: Classifier, site: str, seconds: float, epochs: int
+        self,
+        folder: Path,
+        network: Classifier,
+        site: str,
+        seconds: float,
+        epochs: int,
+        means: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """Bundle and logits of a trained network; returns the logits by split."""
+        """Bundle and logits of a trained network; returns the logits by split.
+
+        Args:
+            means: class means of a teacher.
+        """
         from safetensors.torch import save_file
 
         shape = self.evaluation.images.shape[1:]
@@ -330,6 +343,7 @@ class ResultStore:
                 "input": InputSpec(shape=shape, normalisation="unit", spacing_mm=None),
                 "training": {"epochs": epochs, "seed": self.federation.seed},
             },
+            means,
         )
         splits = {"val": self.federation.val, self.settings.split: self.evaluation}
         logits: dict[str, Tensor] = {

@@ -104,6 +104,8 @@ class TransferParams(Strict):
     """Whether the networks of a ``routed`` answer see mirror images of an image too."""
     adaptation: bool = True
     """Whether teachers are brought to the hospital's images by the statistics of their layers."""
+    discriminant: bool = True
+    """Whether the head takes up the discriminants of the teachers' class means, where they hold them."""
     screening: bool = True
     """Whether teachers are held against the hospital's own images, and those that fail are excluded. Networks
     that give no usable answers are set aside in any case."""

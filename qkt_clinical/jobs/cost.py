@@ -13,6 +13,7 @@ from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.models.low_rank import convolutions
 from qkt_clinical.models.networks import build, multiply_adds
+from qkt_clinical.qkt.answer import MAX_REFINED
 from qkt_clinical.qkt.low_rank_merge import MIN_VIEWS, WORK
 from qkt_clinical.records.card import MIRRORS, Card, NetworkSpec
 
@@ -62,12 +63,15 @@ def expected_seconds(
     calibration = sum(manifest.counts["calibration"].values())
     views = calibration * (len(MIRRORS) if method == "routed" and params.flips else 1)
     rank = params.rank if method == "qkt" else params.light_rank
+    seen = sum(manifest.counts["train"].values())
+    if params.discriminant:  # phase 2 looks at held-out and at training images once more
+        views += (calibration + min(MAX_REFINED, seen)) * (views // max(1, calibration))
     total = 0.0
     for number, card in enumerate((own, *teachers)):
         work, layers = _work(card.network, shape, rank)
         total += views * work
         if number and method != "routed":  # the own network stays as it is
             prefixes = work * (layers + 1) / 2
-            images = min(params.images, sum(manifest.counts["train"].values()), int(WORK / prefixes))
+            images = min(params.images, seen, int(WORK / prefixes))
             total += BESIDE * prefixes * max(MIN_VIEWS, images)
     return total / speed(own, device)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -39,6 +40,8 @@ from qkt_clinical.records.card import (
 
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
 """What a header may take: for all, and for a tensor beside its name."""
+CLASS_MEANS = "class_means"
+"""The tensor that holds them, beside the network's own."""
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -54,14 +57,25 @@ class Bundle:
     folder: Path
     card: Card
     network: Classifier
+    class_means: Mapping[int, Tensor]
+    """Class to its mean features (F,) over the site's training images; see :mod:`.class_means`."""
     mask: Mask | None
     experts: Mapping[str, Bundle]
     digest: str
     """SHA-256 of the card, which holds the weights' own; of the bytes that were parsed."""
 
 
-def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> Card:
-    """Write weights and card into an existing folder; ``card`` lacks only ``weights``.
+def write_bundle(
+    folder: Path,
+    network: Classifier,
+    card: Mapping[str, Any],
+    class_means: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Card:
+    """Write weights and card into an existing folder.
+
+    Args:
+        card: lacks only ``weights`` and ``class_means``.
+        class_means: class to its mean features (F,), of a teacher.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
@@ -69,6 +83,8 @@ def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> 
     from safetensors.torch import save_file
 
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    if class_means:
+        state[CLASS_MEANS] = torch.stack([class_means[c].float() for c in sorted(class_means)]).contiguous()
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(
@@ -79,7 +95,8 @@ def write_bundle(folder: Path, network: Classifier, card: Mapping[str, Any]) -> 
     path = folder / WEIGHTS
     save_file(state, path)
     weights = Weights(bytes=path.stat().st_size, sha256=digest_file(path))
-    full = Card.model_validate({**card, "network": network.spec, "weights": weights})
+    made = {"network": network.spec, "weights": weights, "class_means": sorted(class_means)}
+    full = Card.model_validate({**card, **made})
     write_json(folder / CARD, full.model_dump(mode="json"))
     return full
 
@@ -96,7 +113,7 @@ def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
     def refuse(what: str, code: str) -> BundleError:
         return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=code)
 
-    wanted = tensor_specs(card.network)
+    wanted = _wanted(card)
     try:
         with plain_file(path) as stream:
             content = _bounded(stream, card, wanted, refuse)
@@ -115,6 +132,15 @@ def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load(content).items()}
     except (SafetensorError, ValueError):
         raise refuse("not a safetensors file", "bundle-format") from None
+
+
+def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors that belong to a card."""
+    wanted = tensor_specs(card.network)
+    if card.class_means:
+        (_, features), dtype = wanted["head.weight"]
+        wanted[CLASS_MEANS] = ((len(card.class_means), features), dtype)
+    return wanted
 
 
 def _bounded(stream: BinaryIO, card: Card, wanted: Specs, refuse: Refuse) -> bytes:
@@ -179,11 +205,12 @@ def load_bundle(folder: Path) -> Bundle:
                 site=card.site,
                 code="bundle-values",
             )
+    means = dict(zip(card.class_means, state.pop(CLASS_MEANS, ()), strict=True))
     network = outline(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()
     experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}
-    return Bundle(folder, card, network, read_mask(folder, card), experts, digest)
+    return Bundle(folder, card, network, means, read_mask(folder, card), experts, digest)
 
 
 def _expert(folder: Path, name: str, student: Card) -> Bundle:

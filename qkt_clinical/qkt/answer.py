@@ -16,9 +16,10 @@ each:
    reduced layer by layer on the hospital's own images. No label is taught again: that would wash out the own
    network's surprise at images of the query. ``qkt-light`` takes up only the teachers that know the query,
    reduced further. ``routed`` keeps the teachers themselves as experts at prediction time, and shows them
-   mirror images too; with rare classes they are put side by side as they are, so that there is one head to
-   refine.
-5. :func:`refine`, phase 2, works on the head alone: it is refined on the few samples of rare query classes.
+   mirror images too; where there is a head to refine, they are put side by side as they are.
+5. :func:`refine`, phase 2, works on the head alone. For absent query classes it takes up what
+   discriminant analysis says of the student's features (:mod:`qkt_clinical.qkt.discriminant`); for rare ones
+   it is refined on their few samples.
 6. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
 
 Nothing here does I/O; images are the asking hospital's own.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,6 +56,7 @@ from qkt_clinical.qkt.consensus import (
     forgotten,
     local_weight,
 )
+from qkt_clinical.qkt.discriminant import discriminant_rows
 from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
     allowed,
@@ -162,7 +165,9 @@ class Refined:
 
     network: Classifier
     curves: Curves = ()
-    """The loss every ten steps; empty where there was nothing to refine."""
+    """The loss every ten steps; empty where there was no rare class."""
+    placed_by: tuple[str, ...] = ()
+    """Sites whose class means say where the query lies; empty where the head is that of the consensus."""
 
 
 @dataclass(frozen=True)
@@ -190,16 +195,20 @@ class Answer:
     Counts are those of the hospital's own images: what may be told of them is decided where they are written.
     """
 
-    network: Classifier
     teachers: tuple[Teacher, ...]
     """Those that were included, with the classes that counted."""
     adaptation: tuple[AdaptationResult, ...]
     screening: tuple[ScreeningResult, ...]
     phase1: Phase1 | None
-    refinement: Curves
+    refined: Refined
     rare: Mapping[int, int]
     """Query class to its number of training images, where there is one."""
     operating_point: OperatingPoint
+
+    @property
+    def network(self) -> Classifier:
+        """The student's network."""
+        return self.refined.network
 
     @property
     def decision(self) -> DecisionRule:
@@ -453,7 +462,7 @@ def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple
 def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> Merged:
     """Phase 1: merge the included networks into one; ``routed`` keeps its own network with the experts."""
     panel, params = screened.panel, settings.params
-    if question.method == "routed" and not question.rare:
+    if question.method == "routed" and not _has_head_to_refine(question, screened, settings):
         return Merged(copy.deepcopy(question.student), experts=panel.sites)
     if question.method == "routed":
         return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
@@ -510,10 +519,33 @@ def _reduced(
 # --- 5. refine ------------------------------------------------------------------------------------
 
 
+def _placing(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> tuple[str, ...]:
+    """Sites whose class means place the query; empty where some class asked for has none, or is rare."""
+    if question.rare or not settings.params.discriminant:
+        return ()
+    means = {t.site: set(_means_of(t)) & set(question.query) for t in screened.teachers}
+    placed = set().union(*means.values())
+    return tuple(site for site, held in means.items() if held) if placed == set(question.query) else ()
+
+
+def _means_of(teacher: Teacher) -> dict[int, Tensor]:
+    """The class means of a teacher that count: of classes that it knows."""
+    return {c: mean for c, mean in teacher.class_means.items() if c in teacher.claimed}
+
+
+def _has_head_to_refine(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> bool:
+    return bool(question.rare or _placing(question, screened, settings))
+
+
 def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
-    """Phase 2: refine the head on the rare classes' samples and as many of every other class."""
-    if not question.rare:
+    """Phase 2: refine the head by discriminant analysis, or on the samples of rare classes.
+
+    The former where all classes asked for are absent, and teachers say where they lie.
+    """
+    if not _has_head_to_refine(question, screened, settings):
         return Refined(merged.network)
+    if not question.rare:
+        return _discriminate(question, screened, merged, settings)
     sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
     features = predict_features(merged.network, question.inputs[sample], screened.flips, settings.device)
     labels = torch.from_numpy(question.labels)[sample]
@@ -521,6 +553,50 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
         merged.network, features, labels, question.local, tuple(question.rare), task=settings.task
     )
     return Refined(merged.network, tuple(curves))
+
+
+def _discriminate(
+    question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings
+) -> Refined:
+    """Add the discriminants to the head, at the scale of the consensus, unless own classes pay for it."""
+    network, panel = merged.network, screened.panel
+    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
+
+    def features(inputs: Tensor) -> Tensor:
+        return predict_features(network, inputs, screened.flips, settings.device)
+
+    weight, bias = head_of(network)
+    rows, shifts = discriminant_rows(
+        features(question.inputs[sample]),
+        torch.from_numpy(question.labels)[sample],
+        [n.head.in_features for n in panel.networks],
+        [{}, *(_means_of(t) for t in screened.teachers)],
+        question.query,
+        network.spec.classes,
+    )
+    held_out = features(question.calibration)
+    before, added = F.linear(held_out, weight, bias), F.linear(held_out, rows, shifts)
+    scores = [query_scores(z, question.local, question.query) for z in (before, added)]
+    spreads = [s.max(dim=1).values.std() for s in scores]
+    scale = float(spreads[0] / spreads[1])
+    if not (math.isfinite(scale) and scale > 0):  # a single image, or answers that are all alike
+        return Refined(network)
+    lost = [
+        forgotten(
+            screened.outputs[0].logits,
+            logits,
+            question.local,
+            question.calibration_labels,
+            task=settings.task,
+        )
+        for logits in (before, before + scale * added)
+    ]
+    if lost[1] > max(lost[0], allowed(question.budget, len(held_out))):
+        return Refined(network)
+    with torch.no_grad():
+        network.head.weight.copy_(weight + scale * rows)
+        network.head.bias.copy_(bias + scale * shifts)
+    return Refined(network, placed_by=_placing(question, screened, settings))
 
 
 # --- 6. operating point ---------------------------------------------------------------------------
@@ -661,12 +737,11 @@ def answer_of(
 ) -> Answer:
     """The answer that results from the six steps."""
     return Answer(
-        network=refined.network,
         teachers=screened.teachers,
         adaptation=adapted.results,
         screening=screened.results,
         phase1=merged.record,
-        refinement=refined.curves,
+        refined=refined,
         rare=adapted.question.rare,
         operating_point=point,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Teacher:
     """Of the asking hospital's statistics in the network's, see :mod:`qkt_clinical.qkt.adaptation`."""
     unlike: bool = False
     """Whether its images look unlike the asking hospital's: the shift is larger than within one centre."""
+    class_means: Mapping[int, Tensor] = field(default_factory=dict, hash=False)
+    """Class to its mean features (F,) at home; of older bundles and under differential privacy none."""
 
     @classmethod
     def of(cls, bundle: Bundle, verified: tuple[int, ...] | None = None) -> Teacher:
@@ -45,7 +47,7 @@ class Teacher:
         if bundle.mask is None:
             raise QueryError("teacher without a mask", remedy="Plan the query again.", site=bundle.card.site)
         claimed = tuple(i for i, known in enumerate(bundle.mask.known) if known)
-        return cls(bundle.card.site, bundle.network, claimed, verified)
+        return cls(bundle.card.site, bundle.network, claimed, verified, class_means=bundle.class_means)
 
 
 def head_of(network: Classifier) -> tuple[Tensor, Tensor]:

@@ -180,8 +180,8 @@ class DecisionRule(Strict):
 class Card(Strict):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    format: Literal["qkt-bundle/1", "qkt-bundle/2"] = "qkt-bundle/2"
-    """The first has no ``image_statistics``."""
+    format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
+    """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
     site: Name
     query: Name | None = None
@@ -193,6 +193,8 @@ class Card(Strict):
     decision: DecisionRule | None = None
     image_statistics: ImageStatistics | None = None
     """None where the bundle is older, of a student, or trained with differential privacy."""
+    class_means: tuple[Index, ...] = ()
+    """Classes whose mean features the weights file holds, rising; see :mod:`.models.class_means`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -207,6 +209,10 @@ class Card(Strict):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
+        if list(self.class_means) != sorted({c for c in self.class_means if c < len(self.classes)}):
+            raise ValueError("class_means are not rising indices of classes")
+        if self.class_means and self.kind == "student":
+            raise ValueError("a student has no class means")
         if (self.kind == "student") != (self.decision is not None):
             raise ValueError("a student has a decision, a teacher has none")
         if self.kind == "teacher" and self.network.branches:

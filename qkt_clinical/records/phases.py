@@ -69,6 +69,8 @@ class Phase2(Record):
     """Weight of the hospital's own network in the consensus, relative to a teacher's 1."""
     rare: dict[str, str] = Field(default_factory=dict)
     """Rare class to number of training images, as it may be shown."""
+    placed_by: tuple[str, ...] = ()
+    """Sites whose class means say where the query lies among the features; empty: the consensus alone."""
     curves: Curves = ()
 
 

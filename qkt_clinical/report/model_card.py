@@ -70,8 +70,8 @@ METHODS = {
     "the hospital's own images (phase 1); then its head was set for all relevant classes (phase 2).",
     "qkt-light": "One network. It took up the extractors of the teachers that know the query beside its own, "
     "made much smaller (phase 1); then its head was set for all relevant classes (phase 2).",
-    "routed": "Several networks: the hospital's own and the relevant teachers', each used for the classes "
-    "that it knows.",
+    "routed": "Several networks side by side: the hospital's own and the relevant teachers', unreduced, each "
+    "used for the classes that it knows.",
 }
 
 
@@ -250,9 +250,19 @@ def _teacher_privacy(card: Card, known: Sequence[str], masked: bool) -> tuple[st
         f"noise alone, from about five images of a class upwards; the mask says: {shown}. Its scores, "
         "and the weights, tell roughly of which class there were more images (docs/privacy.md). It does not "
         "say how good the teacher is.",
+        *_class_means_privacy(card),
         _training_privacy(card),
         OWN_NUMBERS,
         OWN_REFERENCE,
+    )
+
+
+def _class_means_privacy(card: Card) -> tuple[str, ...]:
+    if not card.class_means:
+        return ()
+    return (
+        "The weights file holds mean features of every class of five training images or more: some hundred "
+        "numbers a class, averaged over its images (docs/privacy.md).",
     )
 
 

@@ -19,6 +19,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.models.bundle import write_bundle
+from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import check_size, pick_device
@@ -165,6 +166,7 @@ def train_site(
                     **history.privacy,
                 },
             },
+            {} if history.privacy else class_means(network, images, labels, normalisation, where),
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))

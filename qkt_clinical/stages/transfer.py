@@ -94,17 +94,18 @@ def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer
 
     The card of an adapted one says so, and keeps the digest of the weights that were sent.
     """
-    sent = {bundle.card.site: bundle.card for bundle in bundles}
+    sent = {bundle.card.site: bundle for bundle in bundles}
     for teacher in answer.teachers:
         if teacher.site not in answer.decision.experts:
             continue
         source, target = fetched / "teachers" / teacher.site, folder / teacher.site
         copy_bundle(source, target, teacher.site)
         if teacher.share:
-            card = sent[teacher.site]
+            card = sent[teacher.site].card
             said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
-            written = card.model_dump(mode="json", exclude={"network", "weights"})
-            write_bundle(target, teacher.network, {**written, "training": {**written["training"], **said}})
+            written = card.model_dump(mode="json", exclude={"network", "weights", "class_means"})
+            adapted = {**written, "training": {**written["training"], **said}}
+            write_bundle(target, teacher.network, adapted, sent[teacher.site].class_means)
     correct_masks(folder, bundles, answer)
 
 
@@ -147,7 +148,8 @@ def make_record(answer: Answer, classes: Sequence[str], calibration: Labels, *, 
             within_budget=point.within_budget,
             local_model_weight=decision.own_weight,
             rare={classes[c]: shown_count(n) for c, n in answer.rare.items()},
-            curves=answer.refinement,
+            placed_by=answer.refined.placed_by,
+            curves=answer.refined.curves,
         ),
     )
 

@@ -19,7 +19,7 @@ from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.bundle import HEADER_BYTES, load_bundle, write_bundle
+from qkt_clinical.models.bundle import CLASS_MEANS, HEADER_BYTES, Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.models.offers import read_offer
 from qkt_clinical.records.card import (
@@ -37,6 +37,7 @@ from tests.shapes import CLASSES, spec
 
 SHAPE = (3, 32, 32)
 INPUT = {"shape": SHAPE, "normalisation": "unit", "spacing_mm": None}
+FEATURES = build(spec("densenet-small"), seed=0).head.in_features
 DECISION = {
     "method": "routed",
     "local": [0, 1],
@@ -105,6 +106,33 @@ def test_round_trip_is_bit_identical(tmp_path: Path, name: Network) -> None:
     # A loaded network can be trained on.
     bundle.network.train()(images).sum().backward()
     assert bundle.network.head.weight.grad is not None
+
+
+def test_class_means_are_read_as_they_were_written(tmp_path: Path) -> None:
+    network, draw = network_of(), torch.Generator().manual_seed(0)
+    means = {c: torch.randn(FEATURES, generator=draw) for c in (3, 0)}
+    card = write_bundle(tmp_path, network, card_of(), means)
+    assert card.class_means == (0, 3)
+    bundle = load_bundle(tmp_path)
+    assert sorted(bundle.class_means) == [0, 3]
+    assert all(torch.equal(bundle.class_means[c], mean) for c, mean in means.items())
+    assert set(bundle.network.state_dict()) == set(network.state_dict())
+    assert not load_bundle_without(tmp_path).class_means
+
+
+def load_bundle_without(folder: Path) -> Bundle:
+    """The same network written without class means."""
+    write_bundle(folder, load_bundle(folder).network, card_of())
+    return load_bundle(folder)
+
+
+@pytest.mark.parametrize("format_", ["qkt-bundle/1", "qkt-bundle/2"])
+def test_bundles_of_older_formats_are_read(folder: Path, format_: str) -> None:
+    card = json.loads((folder / CARD).read_text())
+    for key in ("class_means", *(("image_statistics",) if format_ == "qkt-bundle/1" else ())):
+        del card[key]
+    write_json(folder / CARD, card | {"format": format_})
+    assert load_bundle(folder).class_means == {}
 
 
 def test_same_network_same_bytes(original: Path, tmp_path: Path) -> None:
@@ -335,6 +363,24 @@ def swapped(header: dict[str, Any]) -> dict[str, Any]:
     return {f"x{k}": v for k, v in header.items()}
 
 
+def with_means_then(attack: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A sound teacher with two class means, and then the attack on it."""
+
+    def write(folder: Path) -> None:
+        network = network_of()
+        write_bundle(folder, network, card_of(), {c: torch.full((FEATURES,), float(c)) for c in (0, 3)})
+        load_bundle(folder)
+        attack(folder)
+
+    return write
+
+
+def infinite_mean(folder: Path) -> None:
+    header, body = parts(folder)
+    start = header[CLASS_MEANS]["data_offsets"][0]
+    forge(folder, header, body[:start] + struct.pack("<f", float("inf")) + body[start + 4 :])
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     # weights
     "pickle-renamed": (pickled, "bundle-size"),
@@ -388,7 +434,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "card-a-list": (card_text("[]"), "bundle-card"),
     "card-oversize": (card_text(" " * (MAX_JSON_BYTES + 1)), "bundle"),
     "card-unknown-key": (lambda f: edit(f, code="import os"), "bundle-card"),
-    "card-of-another-format": (lambda f: edit(f, format="qkt-bundle/3"), "bundle-card"),
+    "card-of-another-format": (lambda f: edit(f, format="qkt-bundle/4"), "bundle-card"),
+    "class-means-announced-and-absent": (lambda f: edit(f, class_means=[0, 2]), "bundle-size"),
+    "class-means-of-another-width": (
+        with_means_then(lambda f: entry(CLASS_MEANS, shape=[4, FEATURES // 2])(f)),
+        "bundle-tensors",
+    ),
+    "class-means-not-announced": (with_means_then(lambda f: edit(f, class_means=[])), "bundle-size"),
+    "class-means-of-fewer-classes": (with_means_then(lambda f: edit(f, class_means=[0])), "bundle-size"),
+    "class-means-of-no-class": (with_means_then(lambda f: edit(f, class_means=[0, 999])), "bundle-card"),
+    "class-means-twice": (with_means_then(lambda f: edit(f, class_means=[1, 1])), "bundle-card"),
+    "class-means-not-rising": (with_means_then(lambda f: edit(f, class_means=[3, 0])), "bundle-card"),
+    "class-means-below-zero": (with_means_then(lambda f: edit(f, class_means=[-1, 0])), "bundle-card"),
+    "class-means-not-finite": (with_means_then(infinite_mean), "bundle-values"),
+    "class-means-of-a-student": (merged_then(lambda f: edit(f, class_means=[0])), "bundle-card"),
     "card-with-a-path-for-a-site": (lambda f: edit(f, site="../../etc"), "bundle-card"),
     "card-with-a-lone-surrogate": (lambda f: edit(f, classes=["\ud800", *CLASSES[1:]]), "bundle-card"),
     "card-with-nan": (lambda f: edit(f, training={"score": float("nan")}), "bundle-card"),
@@ -557,7 +616,7 @@ def test_a_card_is_read_without_touching_a_tensor(folder: Path) -> None:
 def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
     assert set(Card.model_fields) == {
         "format", "kind", "site", "query", "network", "classes", "input", "training", "weights", "decision",
-        "image_statistics",
+        "image_statistics", "class_means",
     }  # fmt: skip
     text = (original / CARD).read_text()
     assert str(original.parent) not in text

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qkt_clinical.models.networks import build
 from qkt_clinical.qkt.adaptation import AdaptationResult
-from qkt_clinical.qkt.answer import Answer, OperatingPoint
+from qkt_clinical.qkt.answer import Answer, OperatingPoint, Refined
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import DecisionRule
 from qkt_clinical.records.phases import Phase1, Phases
@@ -100,12 +100,11 @@ def answer_with(false_queries: int, images: int, named: dict[int, tuple[int, int
         own_weight=2.0,
     )
     return Answer(
-        network=build(spec(), seed=0),
         teachers=(),
         adaptation=(AdaptationResult("birch", 0.12345, 0.5), AdaptationResult("cedar", math.inf, 0.0)),
         screening=(ScreeningResult("birch", True, "why", (2,), named, 0.123456),),
         phase1=Phase1(kind="low-rank-merge", views=1, teacher_passes=1, rank=0.5),
-        refinement=({"epoch": 0.0, "loss": 1.0},),
+        refined=Refined(build(spec(), seed=0), ({"epoch": 0.0, "loss": 1.0},), placed_by=("birch",)),
         rare={3: 4},
         operating_point=OperatingPoint(decision, images, false_queries),
     )
@@ -119,6 +118,7 @@ def test_a_record_tells_nothing_of_few_images() -> None:
         assert record.phase2.false_query_rate == rate
         assert record.phase2.calibration_images == 59
         assert record.phase2.rare == {"frame": "<5"}
+        assert record.phase2.placed_by == ("birch",)
         assert [(t.shift, t.share) for t in record.adaptation] == [(0.123, 0.5), (None, 0.0)]
         (result,) = record.screening
         assert result.recalls == {"disc": None, "cross": 0.69}, "one of thirty is not told"

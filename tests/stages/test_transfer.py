@@ -20,6 +20,7 @@ from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import load_bundle, write_bundle
+from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query, balanced_sample, refine_head
@@ -154,7 +155,7 @@ def _found(
 
 def course(answer: Answer) -> tuple[object, ...]:
     """All that is told of an answer beside its weights."""
-    return answer.decision, answer.screening, answer.phase1, answer.refinement, answer.operating_point
+    return answer.decision, answer.screening, answer.phase1, answer.refined.curves, answer.operating_point
 
 
 def answers(answer: Answer, teachers: Sequence[Teacher], images: np.ndarray) -> Tensor:
@@ -170,6 +171,12 @@ def balanced_accuracy(predicted: Tensor, relevant: Sequence[int]) -> float:
 def own_accuracy(own: Classifier, relevant: Sequence[int]) -> float:
     logits = predict(own, to_input(TEST[0]), CPU)[:, list(relevant)]
     return balanced_accuracy(torch.tensor(relevant)[logits.argmax(dim=1)], relevant)
+
+
+def with_means(teacher_: Teacher) -> Teacher:
+    """A teacher whose bundle holds class means."""
+    images, labels = shapes(teacher_.claimed, 20, 31)
+    return replace(teacher_, class_means=class_means(teacher_.network, images, labels, "unit", CPU))
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -405,6 +412,66 @@ def test_a_routed_answer_does_not_depend_on_which_way_round_an_image_is(
     assert not torch.allclose(plain[0], plain[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("query", [(2,), (2, 3)])
+def test_class_means_add_discriminants_to_the_head_alone(
+    own: Classifier, birch: Teacher, cedar: Teacher, method: Method, query: tuple[int, ...]
+) -> None:
+    plain = [birch, cedar]
+    placed = [with_means(t) for t in plain]
+    answer = ask(own, placed, method, query=query)
+    assert answer.refined.placed_by == (("cedar",) if query == (2,) else ("birch", "cedar"))
+    assert answer.decision.experts == ()
+    without = ask(own, placed, method, query=query, params=PARAMS.model_copy(update={"discriminant": False}))
+    assert without.refined.placed_by == ()
+    assert same(state(without.network), state(asked(own, plain, method, query=query).network))
+    if method != "routed":  # which keeps experts where there is no head to refine
+        assert same(state(answer.network.extractor), state(without.network.extractor))
+    assert not same(state(answer.network.head), state(without.network.head))
+    relevant = answer.decision.relevant
+    assert balanced_accuracy(answers(answer, placed, TEST[0]), relevant) > own_accuracy(own, relevant) + 0.1
+    given = torch.isin(answers(answer, placed, DATA.calibration[0]), torch.tensor(query))
+    assert float(given.double().mean()) == pytest.approx(answer.operating_point.false_query_rate)
+    assert answer.operating_point.false_query_rate <= BUDGET
+
+
+def test_a_query_class_without_a_class_mean_leaves_the_consensus(
+    own: Classifier, birch: Teacher, cedar: Teacher
+) -> None:
+    # Birch alone has means, and knows nothing of class 2.
+    answer = ask(own, [with_means(birch), cedar], query=(2, 3))
+    assert answer.refined.placed_by == ()
+    assert same(state(answer.network), state(asked(own, [birch, cedar], query=(2, 3)).network))
+
+
+def test_a_mean_of_a_class_that_is_not_claimed_does_not_count(own: Classifier, birch: Teacher) -> None:
+    placed = with_means(birch)
+    forged = replace(
+        placed, class_means={**placed.class_means, 0: torch.full_like(placed.class_means[1], 1e3)}
+    )
+    assert same(state(ask(own, [placed]).network), state(ask(own, [forged]).network))
+
+
+def test_rare_classes_are_refined_by_their_samples(own: Classifier, birch: Teacher) -> None:
+    answer = ask(own, [with_means(birch)], data=RARE)
+    assert answer.refined.placed_by == ()
+    assert same(state(answer.network), state(asked(own, [birch], rare=True).network))
+
+
+def test_discriminants_that_cost_own_classes_too_much_are_left_out(own: Classifier, birch: Teacher) -> None:
+    """Labels that training images do not deserve: what the hospital knew would be lost."""
+    images, labels = DATA.train
+    confused = LocalData((images, 1 - labels), DATA.calibration)
+    answer = ask(own, [with_means(birch)], data=confused)
+    assert answer.refined.placed_by == ()
+    assert answer.operating_point.within_budget
+
+
+def test_a_network_of_other_features_takes_up_no_class_means(own: Classifier, birch: Teacher) -> None:
+    answer = ask(own, [with_means(birch)], phase1="distill")
+    assert answer.refined.placed_by == ()
+
+
 def test_images_for_a_merge_are_of_all_classes_alike() -> None:
     labels = np.array([0] * 10 + [1] * 2 + [2] * 6)
     found = [balanced_sample(labels, 8, seed).numpy() for seed in (1, 1, 2)]
@@ -479,7 +546,7 @@ def test_a_rare_query_class(own: Classifier, birch: Teacher, way: str) -> None:
     assert answer.rare == {3: 5}
     assert (decision.rare, decision.local) == ((3,), (0, 1))
     assert point.calibration_images == 40, "images of the query are no false queries"
-    assert answer.refinement[-1]["loss"] < answer.refinement[0]["loss"]
+    assert answer.refined.curves[-1]["loss"] < answer.refined.curves[0]["loss"]
     assert decision.experts == ()
     assert decision.flips == (method == "routed")
     held = RARE.calibration
@@ -545,7 +612,7 @@ def test_without_phase_2_nothing_is_offset(
 ) -> None:
     answer = asked(own, [birch, cedar], method, query=(2, 3), rare=True, phase2=False)
     assert answer.decision.offsets == (0.0, 0.0)
-    assert answer.refinement == ()
+    assert answer.refined.curves == ()
 
 
 # --- files, errors ------------------------------------------------------------------------
