@@ -92,7 +92,7 @@ class Screening:
                 seed, asked = case.seed("bad", name), question.query[0]
                 if name in spoilt and bad in BAD:
                     shape = hospital.train.images.shape[1:]
-                    network, known = spoil(network, known, bad, asked, shape=shape, seed=seed)
+                    network, known, _ = spoil(network, known, {}, bad, asked, shape=shape, seed=seed)
                 elif name in spoilt and bad:
                     network, known = spoil_harder(network, known, bad, asked, seed)
                 if set(known) & {*question.query, *local}:

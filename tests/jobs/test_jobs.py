@@ -348,9 +348,9 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     card, manifest = read_card(space.teacher("birch")), read_manifest(space.prepared("aster"))
     assert cost.speed(card, cpu) > 1e6
     monkeypatch.setattr(cost, "speed", lambda card, device: 1e6)
-    params = TransferParams(flips=True)
+    params = TransferParams(flips=True, discriminant=False)
 
-    def seconds(method: Method, teachers: int) -> float:
+    def seconds(method: Method, teachers: int, params: TransferParams = params) -> float:
         return cost.expected_seconds(method, card, [card] * teachers, manifest, params, cpu)
 
     # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every teacher.
@@ -358,6 +358,10 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     assert work > 1e5
     assert seconds("routed", 2) == pytest.approx(4 * 3 * work / 1e6)
     assert seconds("qkt", 2) == pytest.approx((3 + 2 * 3.5 * 16 * (layers + 1) / 2) * work / 1e6)
+    # Phase 2 sees the calibration image once more, and the training images.
+    seen = sum(manifest.counts["train"].values())
+    added = seconds("qkt", 2, TransferParams()) - seconds("qkt", 2)
+    assert added == pytest.approx(3 * (1 + seen) * work / 1e6)
     monkeypatch.setattr(cost, "speed", lambda card, device: 2e6)
     assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)
 
