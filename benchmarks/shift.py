@@ -73,7 +73,8 @@ def pairs(store: ResultStore) -> Iterator[Pair]:
     federation = store.federation
     for hospital, other in permutations(federation.hospitals, 2):
         shared = sorted({*hospital.held} & {*other.held})
-        own, sent = (store.bundle(f"full/{h.name}").network for h in (hospital, other))
+        own = store.bundle(f"full/{hospital.name}").network
+        sent = store.bundle(f"{store.settings.trained_as('sent')}/{other.name}").network
         mine = federation.val_of(hospital)
         judging = mine[np.isin(federation.val.labels[mine], shared)]
         if len(shared) < 2 or not len(judging):

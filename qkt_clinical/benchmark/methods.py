@@ -29,6 +29,7 @@ from qkt_clinical.benchmark.settings import (
     SETUPS,
     BenchmarkSettings,
     Setup,
+    Variant,
 )
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
 from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
@@ -77,9 +78,14 @@ class Case:
 
     @property
     def others(self) -> list[str]:
-        """The networks of all other hospitals."""
+        """The teachers of all other hospitals."""
+        return self.teachers("sent")
+
+    def teachers(self, variant: Variant) -> list[str]:
+        """The networks of all other hospitals that were trained so."""
+        kind = self.store.settings.trained_as(variant)
         names = [h.name for h in self.store.federation.hospitals]
-        return [f"full/{name}" for name in names if name != self.question.student]
+        return [f"{kind}/{name}" for name in names if name != self.question.student]
 
     @cached_property
     def relevant(self) -> tuple[int, ...]:
@@ -226,7 +232,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
 
     A teacher that an ablation leaves out of the query may still speak for local classes.
     """
-    names = [name.replace("full/", f"{setup.teachers}/") for name in case.others]
+    names = case.teachers(setup.teachers)
     known = {name: set(known_classes(case, name, setup.mask)) for name in names}
     for q in case.question.query:
         able = [name for name in names if q in known[name]]

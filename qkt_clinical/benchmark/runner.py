@@ -194,7 +194,8 @@ def _networks(
         yield f"full/{hospital.name}"
     for variant in sorted({s.own for s in setups} - {"full"}):
         yield from (f"{variant}/{student}" for student in sorted(students))
-    for variant in sorted({s.teachers for s in setups} - {"full"}):
+    sent = {settings.trained_as(v) for v in ("sent", *(s.teachers for s in setups))}
+    for variant in sorted(sent - {"full"}):
         yield from (f"{variant}/{hospital.name}" for hospital in federation.hospitals)
     for kind in ON_TEACHERS:
         if kind in chosen:
@@ -354,7 +355,8 @@ def run(
             done += 1
             tell(done, total)
     rows = _rows(work, questions, chosen)
-    teachers = [t for t in networks if t.name.startswith("full/")]
+    kind = settings.trained_as("sent")
+    teachers = [t for t in networks if t.name.startswith(f"{kind}/")]
     masks = [_read(work / f"seed-{t.seed}" / t.name / MASKS) for t in teachers]
     result = {
         "format": "qkt-benchmark/1",

@@ -35,9 +35,14 @@ from qkt_clinical.config.base import Strict
 from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
 from qkt_clinical.errors import ConfigError
 
-Variant = Literal["full", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"]
-"""What a network was trained on: all images of a hospital, a tenth of them, wrong labels among them, or at
-most so many of every class."""
+Variant = Literal[
+    "full", "sent", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"
+]
+"""What a network was trained on: all images of a hospital, the same in changing appearance, a tenth of those,
+wrong labels among them, or at most so many of every class."""
+
+TEACHERS: tuple[Variant, ...] = ("sent", "weak")
+"""Variants of networks that others get: trained on images of changing appearance, where that is asked for."""
 
 Bad = Literal["flipped-labels", "lying-mask", "noise-bias"]
 """What an adversarial teacher does.
@@ -72,7 +77,7 @@ class Setup:
     """Settings of the transfer that differ: name and value."""
     own: Variant = "full"
     """Of the student's own network and images."""
-    teachers: Variant = "full"
+    teachers: Variant = "sent"
     bad: Bad | None = None
     """Attack of some of the other hospitals' teachers, drawn at random for every query."""
     bad_teachers: int = 0
@@ -193,6 +198,10 @@ class BenchmarkSettings(Strict):
                 remedy="Partitions are of --data; whom and what to ask, and truly-absent, of --sites.",
             )
         return self
+
+    def trained_as(self, variant: Variant) -> Variant:
+        """The variant itself, or ``full`` for ``sent`` where one network of a hospital serves both."""
+        return "full" if variant == "sent" and not self.train.appearance else variant
 
     @property
     def references(self) -> tuple[str, ...]:

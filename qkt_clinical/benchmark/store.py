@@ -2,10 +2,11 @@
 
 Every network is a bundle in a folder of its own under the seed's, written in one step, beside its logits
 on the images that figures are computed on, so that most baselines cost no pass at all. A network is named by
-its folder: ``full/h1`` is the teacher of hospital h1, ``fedavg/20`` a global model after 20 rounds,
-``finetune/h1`` and ``distill-all/h1`` what h1 makes of its teacher, whatever it will ask. Of real hospitals,
-``full/h1~3`` is the network of h1 from which class 3 is hidden, ``fedavg/20-h1~3`` and ``pooled/h1~3`` what
-all hospitals train while it is, ``pooled/all`` while nothing is hidden.
+its folder: ``full/h1`` is hospital h1's own network, ``sent/h1`` its teacher where that is another one,
+``fedavg/20`` a global model after 20 rounds, ``finetune/h1`` and ``distill-all/h1`` what h1 makes of its own
+network, whatever it will ask. Of real hospitals, ``full/h1~3`` is the network of h1 from which class 3 is
+hidden, ``fedavg/20-h1~3`` and ``pooled/h1~3`` what all hospitals train while it is, ``pooled/all`` while
+nothing is hidden.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.benchmark.metrics import balanced_accuracy
-from qkt_clinical.benchmark.settings import DISTILLED, FEDERATED, FINETUNE, BenchmarkSettings, Variant
+from qkt_clinical.benchmark.settings import (
+    DISTILLED,
+    FEDERATED,
+    FINETUNE,
+    TEACHERS,
+    BenchmarkSettings,
+    Variant,
+)
 from qkt_clinical.benchmark.simulate import (
     LabelledImages,
     SimulatedFederation,
@@ -51,7 +59,7 @@ from qkt_clinical.qkt.prediction import predict_logits
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.plan import SHARED
 from qkt_clinical.task import task_of
-from qkt_clinical.training.classifier import train_teacher
+from qkt_clinical.training.classifier import at_home, train_teacher
 from qkt_clinical.training.loop import Checkpoint
 
 LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
@@ -198,11 +206,12 @@ class ResultStore:
 
     def _train_teacher(self, variant: Variant, hospital: str) -> None:
         name, data, start = f"{variant}/{hospital}", self.data(hospital, variant), time.perf_counter()
+        train = self.settings.train
         network, history = train_teacher(
             self.federation.spec,
             data.train.pair,
             data.val.pair,
-            self.settings.train,
+            train if variant in TEACHERS else at_home(train),
             task=self.task,
             seed=derive(self.federation.seed, "benchmark", "teacher"),
             site=data.site,
@@ -301,7 +310,10 @@ class ResultStore:
         start = time.perf_counter()
         data = self.data(hospital)
         names = [h.name for h in self.federation.members(hospital)]
-        networks = {name: self.bundle(f"full/{name}").network for name in names}
+        kind = self.settings.trained_as("sent")
+        networks = {
+            name: self.bundle(f"{'full' if name == hospital else kind}/{name}").network for name in names
+        }
         network = distill_all(
             networks[hospital],
             list(networks.values()),

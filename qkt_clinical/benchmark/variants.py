@@ -37,7 +37,7 @@ def vary(hospital: SimulatedHospital, variant: Variant, *, budget: float, seed: 
     """Apply a variant to a hospital. Wrong labels affect all its images, including calibration and val."""
     name = hospital.name
     match variant:
-        case "full":
+        case "full" | "sent":
             return hospital
         case "weak":
             present = {c: int((hospital.train.labels == c).sum()) for c in hospital.held}

@@ -81,6 +81,11 @@ class Workspace:
         """Teacher bundle of a site."""
         return self.root / "models" / "teachers" / check_name(site, "site")
 
+    def own(self, site: str) -> Path:
+        """Bundle of a site's own network, which stays there; the teacher's where one network is both."""
+        folder = self.root / "models" / "own" / check_name(site, "site")
+        return folder if folder.is_dir() else self.teacher(site)
+
     def fetched(self, site: str, query: str) -> Path:
         """Plan of a query and the teacher bundles fetched for it."""
         return self.root / "models" / "fetched" / check_name(site, "site") / check_name(query, "query")

@@ -209,7 +209,7 @@ class Site:
         """Train and mask the site's teacher unless it exists, and return its folder."""
         from qkt_clinical.models.networks import pick_device
         from qkt_clinical.stages.mask import mask_site
-        from qkt_clinical.stages.train import MADE, train_site
+        from qkt_clinical.stages.train import train_site, trained_digest
 
         self._prepare(params)
         folder, manifest = self.space.teacher(self.name), read_manifest(self.space.prepared(self.name))
@@ -217,7 +217,7 @@ class Site:
         self._made(
             "teacher",
             trained,
-            lambda: digest_folder(folder, MADE),
+            lambda: trained_digest(self.space, self.name),
             lambda: train_site(self.root, self.name, params),
         )
         self._made(
@@ -305,7 +305,7 @@ class Site:
             plan.query,
             load_query(self.root, self.name, plan.query),
             read_manifest(self.space.prepared(self.name)),
-            own=digest_file(self.space.teacher(self.name) / CARD),
+            own=digest_file(self.space.own(self.name) / CARD),
             fetched=digest_folder(fetched),
             device=pick_device(params.device).type,
         )

@@ -92,7 +92,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     query = load_query(root, hospital, name)
     where = pick_device(device or params.device)
     manifest = read_manifest(Workspace(root).prepared(hospital))
-    own = read_card(Workspace(root).teacher(hospital))
+    own = read_card(Workspace(root).own(hospital))
     with open_teachers(root, params, hospital, query) as teachers:
         plan = _plan(teachers, name, query, manifest, own)
         cards = [teachers.offers[site].card for site in plan.relevant]
@@ -234,7 +234,7 @@ class _Worker:
             name,
             load_query(self.board.root, hospital, name),
             read_manifest(space.prepared(hospital)),
-            own=digest_file(space.teacher(hospital) / CARD),
+            own=digest_file(space.own(hospital) / CARD),
             fetched=digest_folder(self._fetched),
             device=pick_device(self.device or self.params.device).type,
         )

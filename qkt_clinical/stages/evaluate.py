@@ -309,7 +309,7 @@ def evaluate_query(
     """
     task, folder = task_of(DEFAULT_TASK), space.student(ref.hospital, ref.query)
     student = load_bundle(folder)
-    own = load_bundle(space.teacher(ref.hospital))
+    own = load_bundle(space.own(ref.hospital))
     plan, phases = read_plan(folder), _phases(folder)
     decision = student.card.decision
     if decision is None:

@@ -1,4 +1,9 @@
-"""Stage ``train``: a hospital's teacher, from its own prepared images alone."""
+"""Stage ``train``: a hospital's networks, from its own prepared images alone.
+
+The *teacher* is what other hospitals get. It is trained on images of changing appearance, so that it reads
+theirs; that costs it some of the hospital's own. So the hospital's *own network*, with which its questions
+start, is trained without, and stays where it is. Where appearance is not changed, one network is both.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,17 @@ import torch
 from qkt_clinical import __version__
 from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.disclosure import suppress
-from qkt_clinical.common.files import digest_bytes, digest_file, passing_folder, sweep, write_json
+from qkt_clinical.common.files import (
+    digest_bytes,
+    digest_file,
+    digest_folder,
+    new_folder,
+    passing_folder,
+    sweep,
+    write_json,
+)
 from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
-from qkt_clinical.config.params import Params
+from qkt_clinical.config.params import Params, TrainParams
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
@@ -22,14 +35,14 @@ from qkt_clinical.models.bundle import write_bundle
 from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
-from qkt_clinical.models.networks import check_size, pick_device
+from qkt_clinical.models.networks import Classifier, check_size, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.task import Task, task_of
-from qkt_clinical.training.classifier import train_teacher
+from qkt_clinical.training.classifier import at_home, train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
 
@@ -60,6 +73,25 @@ def _metrics(
     )
 
 
+class _Halves:
+    """Progress of two trainings of equal length, one after the other, as of one."""
+
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
+        self.tell = tell
+        self.before = self.last = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < self.last:  # the second begins
+            self.before = total
+        self.last = done
+        self.tell(self.before + done, 2 * total)
+
+
+def trained_digest(space: Workspace, site: str) -> str:
+    """SHA-256 of what the stage wrote for a site."""
+    return digest_bytes((digest_folder(space.teacher(site), MADE) + digest_folder(space.own(site))).encode())
+
+
 def train_site(
     root: Path,
     site: str,
@@ -68,10 +100,10 @@ def train_site(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a site's teacher and write its bundle to ``models/teachers/<site>/``.
+    """Train a site's networks: ``models/teachers/<site>/`` and ``models/own/<site>/``.
 
     Returns:
-        The metrics on validation images, as in ``metrics.json``.
+        The teacher's metrics on validation images, as in ``metrics.json``.
 
     Raises:
         SourceError: fewer than two classes, or too few images, to train on, or none to validate with
@@ -110,6 +142,24 @@ def train_site(
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
     made_of = train_recipe(params, prepared.manifest, where.type)
+    travels = privacy is None and params.train.appearance > 0 and normalisation == "unit"
+    parts = _Halves(progress) if travels and progress else progress
+
+    def trained(train: TrainParams, kind: str) -> tuple[Classifier, History]:
+        return train_teacher(
+            spec,
+            (images, labels),
+            prepared.part("val"),
+            train,
+            task=task,
+            seed=params.seed,
+            site=site,
+            normalisation=normalisation,
+            device=where,
+            checkpoint=Checkpoint(space.scratch / "train", f"{site}-{kind}-{made_of.digest[:16]}"),
+            progress=parts,
+        )
+
     with sample_system_metrics() as samples:
         if privacy is not None:
             network, history = train_private(
@@ -126,46 +176,42 @@ def train_site(
                 progress=progress,
             )
         else:
-            network, history = train_teacher(
-                spec,
-                (images, labels),
-                prepared.part("val"),
-                params.train,
-                task=task,
-                seed=params.seed,
-                site=site,
-                normalisation=normalisation,
-                device=where,
-                checkpoint=Checkpoint(space.scratch / "train", f"{site}-{made_of.digest[:16]}"),
-                progress=progress,
-            )
+            network, history = trained(params.train, "teacher")
+        own = trained(at_home(params.train), "own") if travels else (network, history)
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history, task)
+
+    def described(history: History) -> dict[str, Any]:
+        statistics = None if history.privacy else image_statistics(images, normalisation)
+        return {
+            "kind": "teacher",
+            "site": site,
+            "classes": prepared.manifest.classes,
+            "input": InputSpec(
+                shape=prepared.manifest.shape,
+                normalisation=normalisation,
+                spacing_mm=prepared.manifest.spacing_mm,
+            ),
+            "image_statistics": statistics,
+            "training": {
+                "epochs": len(history.curves),
+                "best_epoch": history.best_epoch,
+                "seed": params.seed,
+                "version": __version__,
+                **history.privacy,
+            },
+        }
+
+    with new_folder(space.root / "models" / "own" / site) as part:
+        write_bundle(part, own[0], described(own[1]))
     folder = space.teacher(site)
     sweep(folder)
     with passing_folder(folder) as part:
         card = write_bundle(
             part,
             network,
-            {
-                "kind": "teacher",
-                "site": site,
-                "classes": prepared.manifest.classes,
-                "input": InputSpec(
-                    shape=prepared.manifest.shape,
-                    normalisation=normalisation,
-                    spacing_mm=prepared.manifest.spacing_mm,
-                ),
-                "image_statistics": None if history.privacy else image_statistics(images, normalisation),
-                "training": {
-                    "epochs": len(history.curves),
-                    "best_epoch": history.best_epoch,
-                    "seed": params.seed,
-                    "version": __version__,
-                    **history.privacy,
-                },
-            },
+            described(history),
             {} if history.privacy else class_means(network, images, labels, normalisation, where),
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)

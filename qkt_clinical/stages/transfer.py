@@ -178,7 +178,7 @@ def transfer_query(
     space, task = Workspace(root), task_of(DEFAULT_TASK)
     query = load_query(root, hospital, name)
     prepared = load_prepared(space.prepared(hospital))
-    own = load_bundle(space.teacher(hospital))
+    own = load_bundle(space.own(hospital))
     fetched = fetched or space.fetched(hospital, name)
     plan = read_plan(fetched)
     if (plan.classes, plan.method, plan.budget) != (query.classes, query.method, query.budget):

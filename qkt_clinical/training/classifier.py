@@ -105,6 +105,11 @@ def train_network(
     )
 
 
+def at_home(params: TrainParams) -> TrainParams:
+    """How a site's own network is trained: on images as they are."""
+    return params.model_copy(update={"appearance": 0.0})
+
+
 def train_teacher(
     spec: NetworkSpec,
     train: tuple[Images, Labels],
