@@ -558,7 +558,10 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
 def _discriminate(
     question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings
 ) -> Refined:
-    """Add the discriminants to the head, at the scale of the consensus, unless own classes pay for it."""
+    """Make the head the mean of consensus and discriminants, unless own classes pay for it.
+
+    Both at the scale of the consensus, where what it says is calibrated.
+    """
     network, panel = merged.network, screened.panel
     sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
 
@@ -589,13 +592,13 @@ def _discriminate(
             question.calibration_labels,
             task=settings.task,
         )
-        for logits in (before, before + scale * added)
+        for logits in (before, (before + scale * added) / 2)
     ]
     if lost[1] > max(lost[0], allowed(question.budget, len(held_out))):
         return Refined(network)
     with torch.no_grad():
-        network.head.weight.copy_(weight + scale * rows)
-        network.head.bias.copy_(bias + scale * shifts)
+        network.head.weight.copy_((weight + scale * rows) / 2)
+        network.head.bias.copy_((bias + scale * shifts) / 2)
     return Refined(network, placed_by=_placing(question, screened, settings))
 
 
