@@ -10,6 +10,7 @@ measured there, and with the share that adaptation chooses. Test images are not 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -20,12 +21,13 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.tables import Row, markdown
-from qkt_clinical.benchmark.runner import federations_of
+from qkt_clinical.benchmark.runner import RESULT, federations_of
 from qkt_clinical.benchmark.settings import BenchmarkSettings
 from qkt_clinical.benchmark.simulate import LabelledImages
 from qkt_clinical.benchmark.sites import site_files
 from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
@@ -58,6 +60,12 @@ class Pair:
     def chosen(self) -> float:
         """Accuracy with the share that adaptation chooses."""
         return self.accuracies[self.share]
+
+
+def how_trained(run: Path) -> TrainParams:
+    """How the networks of a finished benchmark were trained: one network a site, or two."""
+    found = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    return TrainParams.model_validate(found["settings"]["train"])
 
 
 def accuracy(network: Classifier, images: LabelledImages, shared: Sequence[int], task: Task) -> float:
@@ -168,7 +176,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = BenchmarkSettings(device="cpu", sites=options.sites is not None)
+    sites = options.sites is not None
+    settings = BenchmarkSettings(device="cpu", sites=sites, train=how_trained(options.run))
     files = [options.data] if options.sites is None else site_files([options.sites])
     federation = federations_of(files, settings)
     found = [

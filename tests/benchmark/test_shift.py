@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.shift import Pair, accuracy, correlations, pairs, table
-from qkt_clinical.benchmark.runner import federations_of
+from benchmarks.shift import Pair, accuracy, correlations, how_trained, pairs, table
+from qkt_clinical.benchmark.runner import RESULT, federations_of
 from qkt_clinical.benchmark.settings import BenchmarkSettings
 from qkt_clinical.benchmark.simulate import LabelledImages
 from qkt_clinical.benchmark.store import ResultStore
@@ -72,3 +73,8 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
         assert one.chosen == one.accuracies[one.share]
         (back,) = (p for p in found if (p.teacher, p.hospital) == (one.hospital, one.teacher))
         assert back.image_shift == one.image_shift
+
+
+def test_a_run_says_how_its_networks_were_trained(tmp_path: Path) -> None:
+    (tmp_path / RESULT).write_text(json.dumps({"settings": {"train": {"appearance": 0.5, "epochs": 2}}}))
+    assert how_trained(tmp_path) == TrainParams(appearance=0.5, epochs=2)
