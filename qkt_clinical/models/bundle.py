@@ -41,7 +41,7 @@ from qkt_clinical.records.card import (
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
 """What a header may take: for all, and for a tensor beside its name."""
 CLASS_MEANS = "class_means"
-"""The tensor that holds them, beside the network's own."""
+"""The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -84,7 +84,9 @@ def write_bundle(
 
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     if class_means:
-        state[CLASS_MEANS] = torch.stack([class_means[c].float() for c in sorted(class_means)]).contiguous()
+        state[CLASS_MEANS] = torch.zeros(network.head.weight.shape)
+        for label, mean in class_means.items():
+            state[CLASS_MEANS][label] = mean
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(
@@ -95,7 +97,7 @@ def write_bundle(
     path = folder / WEIGHTS
     save_file(state, path)
     weights = Weights(bytes=path.stat().st_size, sha256=digest_file(path))
-    made = {"network": network.spec, "weights": weights, "class_means": sorted(class_means)}
+    made = {"network": network.spec, "weights": weights, "class_means": bool(class_means)}
     full = Card.model_validate({**card, **made})
     write_json(folder / CARD, full.model_dump(mode="json"))
     return full
@@ -138,8 +140,7 @@ def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The tensors that belong to a card."""
     wanted = tensor_specs(card.network)
     if card.class_means:
-        (_, features), dtype = wanted["head.weight"]
-        wanted[CLASS_MEANS] = ((len(card.class_means), features), dtype)
+        wanted[CLASS_MEANS] = wanted["head.weight"]
     return wanted
 
 
@@ -205,7 +206,7 @@ def load_bundle(folder: Path) -> Bundle:
                 site=card.site,
                 code="bundle-values",
             )
-    means = dict(zip(card.class_means, state.pop(CLASS_MEANS, ()), strict=True))
+    means = {c: mean for c, mean in enumerate(state.pop(CLASS_MEANS, ())) if bool(mean.any())}
     network = outline(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()

@@ -193,8 +193,11 @@ class Card(Strict):
     decision: DecisionRule | None = None
     image_statistics: ImageStatistics | None = None
     """None where the bundle is older, of a student, or trained with differential privacy."""
-    class_means: tuple[Index, ...] = ()
-    """Classes whose mean features the weights file holds, rising; see :mod:`.models.class_means`."""
+    class_means: bool = False
+    """Whether the weights file holds mean features of classes; see :mod:`.models.class_means`.
+
+    Of which is not said here: who is shown a card need not be given the weights.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -209,8 +212,6 @@ class Card(Strict):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
-        if list(self.class_means) != sorted({c for c in self.class_means if c < len(self.classes)}):
-            raise ValueError("class_means are not rising indices of classes")
         if self.class_means and self.kind == "student":
             raise ValueError("a student has no class means")
         if (self.kind == "student") != (self.decision is not None):
