@@ -452,6 +452,21 @@ def test_a_mean_of_a_class_that_is_not_claimed_does_not_count(own: Classifier, b
     assert same(state(ask(own, [placed]).network), state(ask(own, [forged]).network))
 
 
+@pytest.mark.parametrize("size", [1e15, 3e38])
+def test_class_means_that_are_nonsense_cost_no_own_class(
+    own: Classifier, birch: Teacher, size: float
+) -> None:
+    means = {c: torch.full_like(mean, size) for c, mean in with_means(birch).class_means.items()}
+    answer = ask(own, [replace(birch, class_means=means)])
+    point, local = answer.operating_point, torch.tensor([0, 1])
+    assert bool(torch.isfinite(answer.network.head.weight).all())
+    assert point.false_query_rate <= BUDGET
+    images, labels = shapes((0, 1), 40, 99)
+    right = answers(answer, [birch], images) == torch.from_numpy(labels)
+    before = local[predict(own, to_input(images), CPU)[:, local].argmax(dim=1)] == torch.from_numpy(labels)
+    assert float(right.double().mean()) >= float(before.double().mean()) - 2 * BUDGET
+
+
 def test_rare_classes_are_refined_by_their_samples(own: Classifier, birch: Teacher) -> None:
     answer = ask(own, [with_means(birch)], data=RARE)
     assert answer.refined.placed_by == ()
