@@ -30,7 +30,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -468,17 +468,21 @@ def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> 
         return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
     rank = params.rank if question.method == "qkt" else params.light_rank
     sample = balanced_sample(question.labels, params.images, settings.seed)
-    return _merge_at_rank(panel, question.inputs[sample], rank, settings)
+    # What a teacher makes of images unlike its own is not seen on the hospital's: it is kept whole.
+    whole = {t.site for t in screened.teachers if t.unlike and question.method == "qkt"}
+    return _merge_at_rank(panel, question.inputs[sample], rank, whole, settings)
 
 
-def _merge_at_rank(panel: Panel, images: Tensor, rank: float, settings: PhaseSettings) -> Merged:
-    """A merged low-rank network, made on one view of each image."""
+def _merge_at_rank(
+    panel: Panel, images: Tensor, rank: float, whole: Container[str], settings: PhaseSettings
+) -> Merged:
+    """A merged low-rank network, made on one view of each image; some teachers are not reduced."""
     view = augment(images, settings.params.augment, generator(settings.seed, "view", "1"))
     parts: list[tuple[nn.Module, Branch]] = []
     lost: dict[str, list[float]] = {}
     for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
         # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
-        share = rank if number else 1.0
+        share = 1.0 if not number or site in whole else rank
         # "transplant" is the stream of the first version: answers keep their bytes.
         draw = derive(settings.seed, "transplant", site)
         extractor, branch, losses = _reduced(source, share, view, draw, site, settings)

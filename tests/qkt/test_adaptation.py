@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from qkt_clinical.catalog import Method
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
@@ -222,3 +223,26 @@ def test_an_answer_says_who_was_adapted_and_off_changes_nothing(network: Classif
     assert not as_sent
     few = train[0][::8], train[1][::8]
     assert ask(LocalData(few, calibration), on=True) == (True, ()), "so few images say too little"
+
+
+@pytest.mark.slow
+def test_a_teacher_of_other_images_is_not_reduced(network: Classifier) -> None:
+    train, calibration = shapes((0, 1), 40, 7), shapes((0, 1), 20, 8)
+    inputs = to_input(train[0])
+    at_home = with_statistics(network, measured(network, inputs), 1.0)
+    teachers = [Teacher("birch", from_afar(network), (0, 1, 2)), Teacher("cedar", at_home, (0, 1, 2))]
+
+    def ranks(method: Method) -> list[float]:
+        answer = answer_query(
+            teacher((0, 1), site="aster"),
+            teachers,
+            LocalData(train, calibration),
+            [2],
+            task=MULTICLASS,
+            method=method,
+            params=TransferParams(screening=False, rank=0.5, light_rank=0.25),
+        )
+        return [branch.rank for branch in answer.network.spec.branches]
+
+    assert ranks("qkt") == [1.0, 1.0, 0.5]
+    assert ranks("qkt-light") == [1.0, 0.25, 0.25]

@@ -245,6 +245,24 @@ def test_offset_by_hand() -> None:
     assert false_query_rate(scores, torch.tensor([offset])) == pytest.approx(3 / 19)
 
 
+def test_offset_between_two_images_by_hand() -> None:
+    # 29 images and a budget of 0.05: 1.5 of 30, half way between the highest two. One goes away.
+    scores = torch.arange(29.0)[:, None]
+    assert offset_for_budget(scores, 0.05) == pytest.approx(-27.5, abs=1e-3)
+    # One was given away already: half an image is left, for which none goes.
+    assert offset_for_budget(scores, 0.05, lost=1) == pytest.approx(-28.0, abs=1e-3)
+    # Of 18 images none can promise it.
+    assert offset_for_budget(scores[:18], 0.05) == pytest.approx(-17.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [20, 30, 50, 75])
+def test_few_images_spend_the_budget(count: int) -> None:
+    # Of uniform scores a share of 1 - bound exceeds the bound: on average the budget, of few images too.
+    draws = torch.rand(4000, count, generator=torch.Generator().manual_seed(count))
+    spent = [1 + offset_for_budget(scores[:, None], 0.05) for scores in draws]
+    assert sum(spent) / len(spent) == pytest.approx(0.05, abs=0.002)
+
+
 def test_two_query_classes_share_the_offset() -> None:
     # Of each image the louder class counts: the highest scores are 50, 40, 5 and 4.
     scores = torch.tensor([[0.0, 0.0]] * 26 + [[5.0, 1.0], [4.0, 3.0], [0.0, 50.0], [0.0, 40.0]])
