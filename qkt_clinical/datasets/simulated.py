@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
-from qkt_clinical.catalog import Method, Partition
+from qkt_clinical.catalog import DEFAULT_BUDGET, Method, Partition
 from qkt_clinical.common.files import new_folder, write_text
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.base import NAME, Name, Strict
@@ -110,7 +110,7 @@ def federate(
     prefix: str = "h",
     queries: int | None = None,
     method: str = "qkt",
-    budget: float = 0.05,
+    budget: float = DEFAULT_BUDGET,
 ) -> DividedDataSet:
     """Turn one labelled npz into simulated hospitals below ``out/hospitals``.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from qkt_clinical.catalog import DEFAULT_BUDGET
 from qkt_clinical.common.files import passing_file, write_text
 from qkt_clinical.common.locks import lock
 from qkt_clinical.config.loading import load_params, parse, read_yaml
@@ -26,7 +27,7 @@ def new_query(
     params: Params,
     *,
     method: str = "qkt",
-    budget: float = 0.05,
+    budget: float = DEFAULT_BUDGET,
     max_teachers: int | None = None,
     exclude_teachers: Sequence[str] = (),
 ) -> Path:

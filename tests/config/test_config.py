@@ -248,7 +248,7 @@ def test_wrong_queries(tmp_path: Path, text: str, word: str) -> None:
 
 def test_query_defaults() -> None:
     query = QueryConfig(classes=("a",))
-    assert (query.method, query.budget, query.max_teachers, query.exclude_teachers) == ("qkt", 0.05, None, ())
+    assert (query.method, query.budget, query.max_teachers, query.exclude_teachers) == ("qkt", 0.03, None, ())
 
 
 # --- YAML -----------------------------------------------------------------------------------------

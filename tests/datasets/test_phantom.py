@@ -230,7 +230,7 @@ def test_configuration_is_valid_and_every_query_has_two_teachers(
     for key, ref in params.queries.items():
         assert key == f"{ref.hospital}-{ref.query}"
         query = load_query(root, ref.hospital, ref.query)
-        assert query.budget == 0.05
+        assert query.budget == 0.03
         for name in query.classes:
             assert name not in known[ref.hospital]
             assert sum(name in k for k in known.values()) >= 2

@@ -262,7 +262,7 @@ def test_hospitals_can_be_read_by_the_pipeline(source: Path, tmp_path: Path) -> 
         assert key == f"{ref.hospital}-{ref.query}"
         assert len(query.classes) == 1
         assert query.classes[0] not in load_site(out, ref.hospital).label_map.values()
-        assert (query.method, query.budget) == ("qkt", 0.05)
+        assert (query.method, query.budget) == ("qkt", 0.03)
 
 
 def test_every_image_lies_in_one_hospital_with_its_label(source: Path, tmp_path: Path) -> None:

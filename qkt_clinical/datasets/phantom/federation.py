@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import BLOOD_CELLS, LESIONS
+from qkt_clinical.catalog import BLOOD_CELLS, DEFAULT_BUDGET, LESIONS
 from qkt_clinical.common.files import digest_bytes, new_folder, passing_file, write_json, write_text
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.policy import OPEN_POLICY, POLICY
@@ -71,7 +71,7 @@ class PhantomHospital:
 
 
 def _query(comment: str, classes: str, method: str) -> str:
-    return f"# {comment}\nclasses: [{classes}]\nmethod: {method}\nbudget: 0.05\n"
+    return f"# {comment}\nclasses: [{classes}]\nmethod: {method}\nbudget: {DEFAULT_BUDGET}\n"
 
 
 SMEAR_GROUPS = """subgroups:
