@@ -108,7 +108,7 @@ def train_round(
             params.augment,
             draw,
             device,
-            appearance=params.appearance,
+            appearance=params.appearance if len(labels) >= params.appearance_images else 0.0,
             least=params.min_batches,
         )
 

@@ -45,8 +45,9 @@ class FederatedParams(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-2
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     appearance: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    appearance_images: Annotated[int, Field(ge=1, le=1_000_000)] = 640
     min_batches: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Of a round; this and the two above as in the training of a teacher."""
+    """Of a round; this and the three above as in the training of a teacher."""
 
 
 class BaselineParams(Strict):

@@ -12,6 +12,7 @@ nothing is hidden.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -59,7 +60,7 @@ from qkt_clinical.qkt.prediction import predict_logits
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.plan import SHARED
 from qkt_clinical.task import task_of
-from qkt_clinical.training.classifier import at_home, train_teacher
+from qkt_clinical.training.classifier import appearance_of, at_home, train_teacher
 from qkt_clinical.training.loop import Checkpoint
 
 LOGITS, MASKS, SECONDS, TRAFFIC = "logits.safetensors", "masks.json", "seconds.json", "traffic.json"
@@ -206,7 +207,11 @@ class ResultStore:
 
     def _train_teacher(self, variant: Variant, hospital: str) -> None:
         name, data, start = f"{variant}/{hospital}", self.data(hospital, variant), time.perf_counter()
-        train = self.settings.train
+        train, own = self.settings.train, self.folder / "full" / hospital
+        if variant == "sent" and not appearance_of(train, "unit", len(data.train)) and own.exists():
+            with new_folder(self.folder / name) as folder:  # a site of few images has one network for both
+                shutil.copytree(own, folder, dirs_exist_ok=True)
+            return
         network, history = train_teacher(
             self.federation.spec,
             data.train.pair,

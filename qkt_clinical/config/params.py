@@ -67,6 +67,8 @@ class TrainParams(Strict):
 
     Images normalised by ``zscore`` and training with differential privacy go without.
     """
+    appearance_images: Annotated[int, Field(ge=1, le=1_000_000)] = 640
+    """Training images that a site needs for it: by fewer its network loses more than others gain."""
     min_batches: Annotated[int, Field(ge=1, le=1000)] = 1
     """An epoch of fewer batches goes over the images again: small sites learn in as many steps as large ones.
 

@@ -2,7 +2,8 @@
 
 The *teacher* is what other hospitals get. It is trained on images of changing appearance, so that it reads
 theirs; that costs it some of the hospital's own. So the hospital's *own network*, with which its questions
-start, is trained without, and stays where it is. Where appearance is not changed, one network is both.
+start, is trained without, and stays where it is. Where appearance is not changed, as at a site of few images,
+one network is both.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.task import Task, task_of
-from qkt_clinical.training.classifier import at_home, train_teacher
+from qkt_clinical.training.classifier import appearance_of, at_home, train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
 
@@ -142,7 +143,7 @@ def train_site(
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
     made_of = train_recipe(params, prepared.manifest, where.type)
-    travels = privacy is None and params.train.appearance > 0 and normalisation == "unit"
+    travels = appearance_of(params.train, normalisation, len(labels)) > 0
     parts = _Halves(progress) if travels and progress else progress
 
     def trained(train: TrainParams, kind: str) -> tuple[Classifier, History]:

@@ -44,6 +44,16 @@ def augmented_batches(
         yield change_appearance(view, appearance, draw), labels[index].to(device)
 
 
+def appearance_of(params: TrainParams, normalisation: str, count: int) -> float:
+    """Strength with which a site's training images change their appearance; 0 where they do not.
+
+    Args:
+        count: of the site's training images.
+    """
+    changes = params.privacy is None and normalisation == "unit" and count >= params.appearance_images
+    return params.appearance if changes else 0.0
+
+
 def train_network(
     network: Classifier,
     train: tuple[Images, Labels],
@@ -85,7 +95,7 @@ def train_network(
             params.augment,
             draw,
             device,
-            appearance=params.appearance if normalisation == "unit" else 0.0,
+            appearance=appearance_of(params, normalisation, len(labels)),
             least=params.min_batches,
         )
 

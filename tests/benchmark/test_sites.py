@@ -36,7 +36,7 @@ from qkt_clinical.errors import ConfigError, QktError, SourceError
 from qkt_clinical.federation import peers
 from qkt_clinical.task import MULTICLASS
 from tests.federated_reference import in_process
-from tests.shapes import CLASSES, shapes
+from tests.shapes import CLASSES, CPU, shapes
 
 pytestmark = pytest.mark.slow
 
@@ -584,3 +584,19 @@ def test_answers_on_a_truly_absent_class_are_judged_by_others(folder: Path, tmp_
     stored = json.loads(row_file(tmp_path / WORK, BenchmarkTask(0, "pooled", question)).read_text())
     # Six own val images of each local class, and the two other sites' of the query.
     assert len(stored["right"]) == 30
+
+
+@pytest.mark.parametrize(("least", "both"), [(1000, True), (1, False)])
+def test_a_site_of_few_images_has_one_network_for_itself_and_for_others(
+    tmp_path: Path, least: int, both: bool
+) -> None:
+    files = [write_site(tmp_path, name, held) for name, held in HELD.items()]
+    train = TrainParams(epochs=1, batch_size=32, appearance=1.0, appearance_images=least)
+    settings = BenchmarkSettings(sites=True, device="cpu", train=train, mask=MaskParams(probes=16))
+    store = store_room.ResultStore(
+        tmp_path / "work", runner.federations_of(files, settings)(0), settings, CPU
+    )
+    for variant in ("full", "sent"):
+        store.train(f"{variant}/alba")
+    own, sent = (store.bundle(f"{variant}/alba").card.weights.sha256 for variant in ("full", "sent"))
+    assert (own == sent) is both

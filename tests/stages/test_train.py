@@ -30,7 +30,7 @@ def params(**train: object) -> Params:
             "classes": CLASSES,
             "sites": [SITE],
             "queries": {},
-            "train": {"epochs": 3, **train},
+            "train": {"epochs": 3, "appearance_images": 28, **train},
         }
     )
 
@@ -70,10 +70,14 @@ def test_the_teacher_has_seen_changing_appearance_and_the_own_network_has_not(tm
     assert same(state(load_bundle(space.own(SITE)).network), state(own.network))
 
 
-def test_where_appearance_stays_one_network_is_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_where_appearance_stays_one_network_is_both(tmp_path: Path, few: bool) -> None:
     prepare(tmp_path)
     space = Workspace(tmp_path)
-    train_site(tmp_path, SITE, params(appearance=0.0))
+    told: list[tuple[int, int]] = []
+    train = {"appearance": 1.0, "appearance_images": 29} if few else {"appearance": 0.0}
+    train_site(tmp_path, SITE, params(**train, patience=9), progress=lambda *step: told.append(step))
+    assert told[-1] == (3, 3), "trained once"
     own, teacher = load_bundle(space.own(SITE)), load_bundle(space.teacher(SITE))
     assert own.folder != teacher.folder
     assert same(state(own.network), state(teacher.network))

@@ -371,9 +371,11 @@ def test_few_items_come_again_until_there_are_batches_enough(count: int, batch_s
         assert not torch.equal(passes[0], passes[1]), "in another order"
 
 
-@pytest.mark.parametrize(("normalisation", "changes"), [("unit", True), ("zscore", False)])
+@pytest.mark.parametrize(
+    ("normalisation", "least", "changes"), [("unit", 20, True), ("unit", 21, False), ("zscore", 20, False)]
+)
 def test_a_small_site_takes_as_many_steps_as_asked_and_sees_other_stains(
-    monkeypatch: pytest.MonkeyPatch, normalisation: str, changes: bool
+    monkeypatch: pytest.MonkeyPatch, normalisation: str, least: int, changes: bool
 ) -> None:
     seen: list[tuple[int, float]] = []
 
@@ -387,7 +389,9 @@ def test_a_small_site_takes_as_many_steps_as_asked_and_sees_other_stains(
         spec(),
         (images, labels),
         (images, labels),
-        PARAMS.model_copy(update={"epochs": 2, "min_batches": 7, "appearance": 0.5}),
+        PARAMS.model_copy(
+            update={"epochs": 2, "min_batches": 7, "appearance": 0.5, "appearance_images": least}
+        ),
         task=MULTICLASS,
         seed=0,
         site="aster",
