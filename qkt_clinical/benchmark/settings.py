@@ -174,7 +174,8 @@ class BenchmarkSettings(Strict):
     budget: Annotated[float, Field(gt=0, lt=1)] = 0.02
     split: EvaluationSplit = "test"
     device: Device = "auto"
-    train: TrainParams = TrainParams()
+    train: TrainParams = TrainParams(appearance=0.0)
+    """Images of one centre look alike: their appearance need not change. Those of real sites do not."""
     mask: MaskParams = MaskParams()
     transfer: TransferParams = TransferParams()
     distillation: DistillationParams = DistillationParams()

@@ -73,9 +73,14 @@ def benchmark(
     ] = "20,50",
     network: Annotated[Network, typer.Option(help="Of every hospital.")] = "resnet-small",
     appearance: Annotated[
-        float,
-        typer.Option(min=0.0, max=2.0, help="Strength of random stains and contrast in training."),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=2.0,
+            help="Strength of random stains and contrast in training; 1 with --sites, else 0.",
+            show_default=False,
+        ),
+    ] = None,
     min_batches: Annotated[
         int, typer.Option(min=1, max=1000, help="Of an epoch, at least, in every training.")
     ] = 1,
@@ -106,6 +111,8 @@ def benchmark(
             "exactly one of --data and --sites is needed",
             remedy="Give --data FILE.npz to simulate hospitals, or --sites DIR for real ones.",
         )
+    if appearance is None:
+        appearance = 1.0 if sites else 0.0
     federated = FederatedParams(appearance=appearance, min_batches=min_batches)
     settings = BenchmarkSettings(
         sites=bool(sites),

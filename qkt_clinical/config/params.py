@@ -62,7 +62,7 @@ class TrainParams(Strict):
     """Stop when balanced accuracy on validation images has not risen for so many epochs."""
     augment: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """Strength of augmentation; 0 turns it off."""
-    appearance: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    appearance: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """Strength of random stains and contrast, so that a network reads other hospitals' images; 1 is usual.
 
     Images normalised by ``zscore`` and training with differential privacy go without.

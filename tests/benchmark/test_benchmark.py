@@ -87,7 +87,7 @@ QUICK = BenchmarkSettings(
     budget=0.1,
     device="cpu",
     methods=("local", "routed", "qkt-light"),
-    train=TrainParams(epochs=6, batch_size=32),
+    train=TrainParams(epochs=6, batch_size=32, appearance=0.0),
     mask=MaskParams(probes=16),
     distillation=DistillationParams(epochs=1, views=2),
     baselines=BaselineParams(finetune=FinetuneParams(epochs=1), distill=DistillParams(epochs=1, views=2)),
@@ -379,7 +379,9 @@ def test_errors_of_workers_come_back_and_a_dead_worker_is_one() -> None:
 @pytest.mark.parametrize(("kind", "shape"), [("grey", (1, 16, 16)), ("volume", (1, 8, 16, 16))])
 def test_grey_images_and_volumes(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     source = write_npz(tmp_path / "some.npz", 20, kind=kind)
-    settings = QUICK.model_copy(update={"split": "val", "train": TrainParams(epochs=1, batch_size=32)})
+    settings = QUICK.model_copy(
+        update={"split": "val", "train": TrainParams(epochs=1, batch_size=32, appearance=0.0)}
+    )
     result = run(source, tmp_path / "out", settings, workers=1)
     assert sorted(r["method"] for r in result["rows"]) == sorted(QUICK.methods)
     store = ResultStore(tmp_path / "out" / WORK / "seed-0", federation_of(source), settings, CPU)
@@ -397,7 +399,7 @@ def test_rare_two_class_queries_of_a_dirichlet_partition(tmp_path: Path) -> None
             "samples_per_rare_class": 5,
             "max_queries": 2,
             "methods": ("local", "qkt"),
-            "train": TrainParams(epochs=1, batch_size=32),
+            "train": TrainParams(epochs=1, batch_size=32, appearance=0.0),
         }
     )
     result = run(source, tmp_path / "out", settings, workers=1)
@@ -946,7 +948,7 @@ def test_the_command_passes_everything_on(
         query_size=2,
         seeds=(1, 2),
         methods=("qkt", "local"),
-        train=TrainParams(network="resnet18"),
+        train=TrainParams(network="resnet18", appearance=0.0),
         max_queries=3,
         budget=0.05,
         split="val",

@@ -58,7 +58,10 @@ def test_only_shared_classes_can_be_answered() -> None:
 def test_pairs_of_a_run(tmp_path: Path) -> None:
     files = [write_site(tmp_path, name, held) for name, held in HELD.items()]
     settings = BenchmarkSettings(
-        sites=True, device="cpu", train=TrainParams(epochs=1, batch_size=32), mask=MaskParams(probes=16)
+        sites=True,
+        device="cpu",
+        train=TrainParams(epochs=1, batch_size=32, appearance=0.0),
+        mask=MaskParams(probes=16),
     )
     torch.set_num_threads(1)
     store = ResultStore(tmp_path / "work", federations_of(files, settings)(0), settings, CPU)

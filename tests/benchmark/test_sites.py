@@ -47,7 +47,7 @@ QUICK = BenchmarkSettings(
     budget=0.2,
     device="cpu",
     methods=("local", "own-with-query", "routed"),
-    train=TrainParams(epochs=1, batch_size=32),
+    train=TrainParams(epochs=1, batch_size=32, appearance=0.0),
     mask=MaskParams(probes=16),
     baselines=BaselineParams(finetune=FinetuneParams(epochs=1), distill=DistillParams(epochs=1, views=2)),
     rounds=(1,),
@@ -419,16 +419,23 @@ def test_the_command_passes_sites_on(
         main([*words.split(), "--rare-images", "7", "--json"])
     assert end.value.code == 0, capsys.readouterr().err
     assert called["data"] == [Path("a.npz"), Path("b.npz")]
+    federated = FederatedParams(appearance=1.0)
     expected = BenchmarkSettings(
-        sites=True, ask=("a", "b"), query_classes=("x",), regime="rare", samples_per_rare_class=7
+        sites=True,
+        ask=("a", "b"),
+        query_classes=("x",),
+        regime="rare",
+        samples_per_rare_class=7,
+        train=TrainParams(appearance=1.0),
+        baselines=BaselineParams(federated=federated, scaffold=federated),
     )
     assert called["settings"] == expected
     with pytest.raises(SystemExit):
-        main([*words.split(), "--rare-images", "7", "--appearance", "1", "--min-batches", "20", "--json"])
-    federated = FederatedParams(appearance=1.0, min_batches=20)
+        main([*words.split(), "--rare-images", "7", "--appearance", "2", "--min-batches", "20", "--json"])
+    federated = FederatedParams(appearance=2.0, min_batches=20)
     assert called["settings"] == expected.model_copy(
         update={
-            "train": TrainParams(appearance=1.0, min_batches=20),
+            "train": TrainParams(appearance=2.0, min_batches=20),
             "baselines": BaselineParams(
                 finetune=FinetuneParams(min_batches=20), federated=federated, scaffold=federated
             ),

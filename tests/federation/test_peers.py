@@ -50,7 +50,7 @@ SETTINGS = BenchmarkSettings(
     max_queries=1,
     device="cpu",
     methods=("local", *BENCHED),
-    train=TrainParams(epochs=1, batch_size=32),
+    train=TrainParams(epochs=1, batch_size=32, appearance=0.0),
     baselines=BaselineParams(federated=PARAMS, scaffold=PARAMS),
     rounds=(2,),
 )
