@@ -167,5 +167,5 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
     item = answer_item(answer, outputs)
     assert "given_away" not in item.metrics
     card = unmeasured_model_card(answer, outputs)
-    assert "False-query rate suppressed, budget 5.0%, on <5 calibration images." in to_markdown(card)
+    assert "False-query rate suppressed, budget 3.0%, on <5 calibration images." in to_markdown(card)
     assert "False-query rate suppressed" in to_summary(card)
