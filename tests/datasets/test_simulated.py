@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkt_clinical.catalog import BLOOD_CELLS
+from qkt_clinical.cli import main
 from qkt_clinical.common.files import digest_folder
 from qkt_clinical.config.loading import load_params, load_query, load_site, parse
 from qkt_clinical.config.params import Params
@@ -517,6 +518,15 @@ def test_too_large(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- presets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["--partition pathological --hospitals 4", "--preset pbc28"])
+def test_hospitals_of_one_file_are_not_trained_on_stains(tmp_path: Path, given: str) -> None:
+    path = save(tmp_path / "x.npz", make_arrays(8, (28, 28, 3)))
+    with pytest.raises(SystemExit) as end:
+        main(["federate", str(path), *given.split(), "--out", str(tmp_path / "out")])
+    assert end.value.code == 0
+    assert load_params(tmp_path / "out").train.appearance == 0
 
 
 @pytest.mark.parametrize("name", list_presets())
