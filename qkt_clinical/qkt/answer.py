@@ -13,10 +13,11 @@ each:
    image of the query is strange to them. The local model weight is chosen on the hospital's calibration
    images.
 4. :func:`merge`, phase 1, makes one network of them: the teachers' extractors are taken up side by side,
-   reduced layer by layer on the hospital's own images. No label is taught again: that would wash out the own
-   network's surprise at images of the query. ``qkt-light`` takes up only the teachers that know the query,
-   reduced further. ``routed`` keeps the teachers themselves as experts at prediction time, and shows them
-   mirror images too; where there is a head to refine, they are put side by side as they are.
+   reduced layer by layer on the hospital's own images (in ``qkt`` not those whose images look unlike them).
+   No label is taught again: that would wash out the own network's surprise at images of the query.
+   ``qkt-light`` takes up only the teachers that know the query, reduced further. ``routed`` keeps the
+   teachers themselves as experts at prediction time, and shows them mirror images too; where there is a
+   head to refine, they are put side by side as they are.
 5. :func:`refine`, phase 2, works on the head alone. For absent query classes it takes up what
    discriminant analysis says of the student's features (:mod:`qkt_clinical.qkt.discriminant`); for rare ones
    it is refined on their few samples.

@@ -67,7 +67,8 @@ NOT_INTENDED = (
 METHODS = {
     "teacher": "One network, trained on the hospital's own images alone.",
     "qkt": "One network. It took up the extractors of the relevant teachers beside its own, made smaller on "
-    "the hospital's own images (phase 1); then its head was set for all relevant classes (phase 2).",
+    "the hospital's own images unless theirs look unlike them (phase 1); then its head was set for all "
+    "relevant classes (phase 2).",
     "qkt-light": "One network. It took up the extractors of the teachers that know the query beside its own, "
     "made much smaller (phase 1); then its head was set for all relevant classes (phase 2).",
     "routed": "Several networks side by side: the hospital's own and the relevant teachers', unreduced, each "
