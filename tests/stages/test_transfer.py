@@ -23,7 +23,15 @@ from qkt_clinical.models.bundle import load_bundle, write_bundle
 from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
-from qkt_clinical.qkt.answer import Answer, LocalData, answer_query, balanced_sample, refine_head
+from qkt_clinical.qkt.answer import (
+    SHARE_ALIKE,
+    SHARE_UNLIKE,
+    Answer,
+    LocalData,
+    answer_query,
+    balanced_sample,
+    refine_head,
+)
 from qkt_clinical.qkt.consensus import consensus, consensus_rows, margin
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
@@ -435,6 +443,21 @@ def test_class_means_add_discriminants_to_the_head_alone(
     assert answer.operating_point.false_query_rate <= BUDGET
 
 
+def test_discriminants_have_a_larger_share_where_a_teachers_images_look_unlike(
+    own: Classifier, birch: Teacher
+) -> None:
+    placed, params = with_means(birch), PARAMS.model_copy(update={"adaptation": False})
+
+    def head(teacher: Teacher, **changed: bool) -> Tensor:
+        used = params.model_copy(update=changed)
+        return ask(own, [teacher], "qkt-light", params=used).network.head.weight.detach()
+
+    plain = head(placed, discriminant=False)
+    alike, unlike = (head(t) - plain for t in (placed, replace(placed, unlike=True)))
+    assert unlike.abs().max() > 0.01
+    assert torch.allclose(alike / SHARE_ALIKE, unlike / SHARE_UNLIKE, rtol=1e-3, atol=1e-5)
+
+
 def test_a_query_class_without_a_class_mean_leaves_the_consensus(
     own: Classifier, birch: Teacher, cedar: Teacher
 ) -> None:
@@ -477,7 +500,9 @@ def test_discriminants_that_cost_own_classes_too_much_are_left_out(own: Classifi
     """Labels that training images do not deserve: what the hospital knew would be lost."""
     images, labels = DATA.train
     confused = LocalData((images, 1 - labels), DATA.calibration)
-    answer = ask(own, [with_means(birch)], data=confused)
+    unlike = replace(with_means(birch), unlike=True)
+    params = PARAMS.model_copy(update={"adaptation": False})
+    answer = ask(own, [unlike], data=confused, params=params)
     assert answer.refined.placed_by == ()
     assert answer.operating_point.within_budget
 
