@@ -8,6 +8,18 @@ from typing import Literal, get_args
 Network = Literal[
     "resnet-small", "resnet-small-gn", "resnet18", "densenet-small", "densenet121", "efficientnet-b0"
 ]
+EncoderName = Literal[
+    "resnet18",
+    "resnet50",
+    "efficientnet-b0",
+    "efficientnet-lite0",
+    "convnext-tiny",
+    "vit-small",
+    "vit-base",
+    "dinov2-small",
+    "medicalnet-resnet10",
+]
+"""Pretrained networks whose features can be used, see ``models/encoders.py``."""
 WITHOUT_BATCH_NORM: tuple[Network, ...] = ("resnet-small-gn",)
 """Networks that train image by image, as differential privacy asks; the others mix images in batch norm."""
 Estimator = Literal[
@@ -48,20 +60,27 @@ DEVICES: tuple[str, ...] = get_args(Device)
 SPLITS: tuple[str, ...] = get_args(Split)
 HELD_BACK = "held_back"
 """Split of the images that a site keeps for ``evaluate`` alone; they lie apart from the others."""
+WITH_ENCODER: tuple[str, ...] = ("statistics", "statistics-centred")
+"""Baselines over the features of a frozen encoder that all hospitals have."""
 BASELINES: tuple[str, ...] = (
     "local",
     "finetune",
     "ensemble-prob",
     "ensemble-logit",
+    "ensemble-adapted",
     "one-shot-average",
     "distill-all",
     "fedavg",
     "fedprox",
     "scaffold",
+    *WITH_ENCODER,
 )
 """Baselines in the benchmark."""
-BENCHMARK_METHODS: tuple[str, ...] = (*BASELINES, *METHODS)
-"""What ``qkt benchmark --methods all`` stands for; ablations are named one by one or as ``ablations``."""
+BENCHMARK_METHODS: tuple[str, ...] = (*(b for b in BASELINES if b not in WITH_ENCODER), *METHODS)
+"""What ``qkt benchmark --methods all`` stands for, with ``--encoder`` those of ``WITH_ENCODER`` too.
+
+Ablations are named one by one or as ``ablations``.
+"""
 OWN_WITH_QUERY, POOLED = "own-with-query", "pooled"
 REFERENCES: tuple[str, ...] = (OWN_WITH_QUERY, POOLED)
 """What ``all`` stands for besides with ``--sites``: bounds that need the hidden images or everybody's."""

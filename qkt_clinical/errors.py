@@ -102,6 +102,12 @@ class BundleError(QktError):
     code = "bundle"
 
 
+class EncoderError(QktError):
+    """The weights of a pretrained encoder cannot be used, or it cannot take the images."""
+
+    code = "encoder"
+
+
 class PreparedError(QktError):
     """A prepared site is missing, incomplete or does not match its manifest."""
 

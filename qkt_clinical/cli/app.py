@@ -10,6 +10,7 @@ import typer
 from qkt_clinical import __version__
 from qkt_clinical.cli import data, stages
 from qkt_clinical.cli.benchmark import benchmark
+from qkt_clinical.cli.encoder import encoder_app
 from qkt_clinical.cli.federation import federation_app
 from qkt_clinical.cli.ingest import ingest_app
 from qkt_clinical.cli.options import EPILOG, group
@@ -36,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     ("query", query_app),
     ("federation", federation_app),
     ("registry", registry_app),
+    ("encoder", encoder_app),
     *((c.__name__, c) for c in (stages.summary, data.phantom, data.federate, benchmark, data.fetch)),
 )
 

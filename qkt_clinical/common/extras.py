@@ -18,14 +18,19 @@ _SAID = {
         "Install it with pip install 'qkt-clinical[privacy]', or leave train.privacy out.",
         "opacus-missing",
     ),
+    "timm": (
+        "timm is not installed, from which pretrained encoders come",
+        "Install it with pip install 'qkt-clinical[encoders]', or use no encoder.",
+        "timm-missing",
+    ),
 }
 
 
-def require_extra(library: Literal["nvflare", "opacus"]) -> None:
+def require_extra(library: Literal["nvflare", "opacus", "timm"]) -> None:
     """Do nothing where the library is installed.
 
     Raises:
-        QktError: it is not, code ``flare-missing`` or ``opacus-missing``.
+        QktError: it is not, code ``flare-missing``, ``opacus-missing`` or ``timm-missing``.
     """
     if find_spec(library) is None:
         message, remedy, code = _SAID[library]

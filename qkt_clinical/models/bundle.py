@@ -11,20 +11,19 @@ other hospitals do not fetch.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkt_clinical.common.files import digest_bytes, digest_file, plain_file, write_json
+from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
+from qkt_clinical.models.tensor_file import read_tensors
 from qkt_clinical.records.card import (
     CARD,
     REMEDY,
@@ -38,16 +37,8 @@ from qkt_clinical.records.card import (
     read_mask,
 )
 
-HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
-"""What a header may take: for all, and for a tensor beside its name."""
 CLASS_MEANS = "class_means"
 """The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
-DTYPES = {"F32": torch.float32, "I64": torch.int64}
-
-Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Tensor to shape and type."""
-Refuse = Callable[[str, str], BundleError]
-"""Of what is wrong and its code."""
 
 
 @dataclass(frozen=True)
@@ -109,31 +100,17 @@ def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
     Raises:
         BundleError: no plain file, or not of the card's size, names, shapes, types or digest.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
 
     def refuse(what: str, code: str) -> BundleError:
-        return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=code)
+        return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=f"bundle-{code}")
 
-    wanted = _wanted(card)
+    named, weights = f"{card.network.name} of the card", card.weights
     try:
-        with plain_file(path) as stream:
-            content = _bounded(stream, card, wanted, refuse)
+        return read_tensors(
+            path, _wanted(card), refuse, what=named, size=weights.bytes, digest=weights.sha256
+        )[0]
     except OSError as error:
         raise cannot_be_read(error, path, card.site) from None
-    length = int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8 : 8 + length])
-    except (ValueError, RecursionError):
-        raise refuse("not a safetensors file", "bundle-format") from None
-    _check_header(header, card, wanted, refuse)
-    if digest_bytes(content) != card.weights.sha256:
-        raise refuse("digest differs from the card's", "bundle-digest")
-    try:
-        # Copied into torch's own memory, which is aligned as that of a network that was trained here.
-        return {name: tensor.clone() for name, tensor in load(content).items()}
-    except (SafetensorError, ValueError):
-        raise refuse("not a safetensors file", "bundle-format") from None
 
 
 def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -142,44 +119,6 @@ def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if card.class_means:
         wanted[CLASS_MEANS] = wanted["head.weight"]
     return wanted
-
-
-def _bounded(stream: BinaryIO, card: Card, wanted: Specs, refuse: Refuse) -> bytes:
-    """The file's content, read only if it has the size that follows from network and card."""
-    longest = HEADER_BYTES + sum(len(name) + HEADER_BYTES_PER_TENSOR for name in wanted)
-    room = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in wanted.values())
-    size = os.fstat(stream.fileno()).st_size
-    first = stream.read(8)
-    length = int.from_bytes(first, "little")
-    if size != card.weights.bytes:
-        raise refuse(f"the file has {size} bytes, {card.weights.bytes} by the card", "bundle-size")
-    if not 2 <= length <= longest:
-        raise refuse(f"a header of {length} bytes, not of 2 to {longest}", "bundle-size")
-    if size != 8 + length + room:
-        raise refuse(
-            f"the file has {size} bytes; {card.network.name} of the card needs {8 + length + room}",
-            "bundle-size",
-        )
-    content = first + stream.read(size - 8)
-    if len(content) != size:
-        raise refuse("the file was cut while it was read", "bundle-size")
-    return content
-
-
-def _check_header(header: Any, card: Card, wanted: Specs, refuse: Refuse) -> None:
-    if not isinstance(header, dict):
-        raise refuse("not a safetensors file", "bundle-format")
-    header.pop("__metadata__", None)
-    if set(header) != set(wanted):
-        raise refuse(f"tensors are not those of {card.network.name}", "bundle-tensors")
-    for name, (shape, dtype) in wanted.items():
-        entry = header[name]
-        if (
-            not isinstance(entry, dict)
-            or entry.get("shape") != list(shape)
-            or DTYPES.get(str(entry.get("dtype"))) != dtype
-        ):
-            raise refuse(f"tensor {name}: {entry} against {list(shape)} {dtype}"[:200], "bundle-tensors")
 
 
 def load_bundle(folder: Path) -> Bundle:

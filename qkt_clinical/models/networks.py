@@ -53,6 +53,11 @@ def monai_layers() -> Any:
     return _monai("monai.networks.layers")
 
 
+def monai_networks() -> Any:
+    """``monai.networks.nets``, loaded likewise."""
+    return _monai("monai.networks.nets")
+
+
 class Classifier(nn.Module):
     """``head(extractor(x))``: images (N, C, *spatial) to features (N, F) to logits (N, classes)."""
 
@@ -86,7 +91,7 @@ class MergedExtractor(nn.Module):
 
 
 def _resnet(spec: NetworkSpec, inplanes: list[int], layers: list[int], stem: int) -> tuple[nn.Module, int]:
-    nets = _monai("monai.networks.nets")
+    nets = monai_networks()
     body = nets.ResNet(
         "basic",
         layers,
@@ -117,7 +122,7 @@ def _with_group_norm(module: nn.Module) -> None:
 
 
 def _densenet(spec: NetworkSpec, init: int, growth: int, blocks: tuple[int, ...]) -> tuple[nn.Module, int]:
-    nets = _monai("monai.networks.nets")
+    nets = monai_networks()
     body = nets.DenseNet(
         spec.spatial_dims,
         spec.in_channels,
@@ -132,7 +137,7 @@ def _densenet(spec: NetworkSpec, init: int, growth: int, blocks: tuple[int, ...]
 
 
 def _efficientnet(spec: NetworkSpec) -> tuple[nn.Module, int]:
-    nets = _monai("monai.networks.nets")
+    nets = monai_networks()
     body = nets.EfficientNetBN(
         "efficientnet-b0",
         pretrained=False,
@@ -206,7 +211,7 @@ def fast_layout(network: Classifier) -> Classifier:
     return network
 
 
-class _WithoutValues(TorchFunctionMode):
+class WithoutValues(TorchFunctionMode):
     """Leaves initial values undrawn: on the meta device PyTorch loads its compiler (2 s) to draw none."""
 
     DRAWN = (Tensor.normal_, Tensor.uniform_)
@@ -222,7 +227,7 @@ class _WithoutValues(TorchFunctionMode):
 
 def outline(spec: NetworkSpec) -> Classifier:
     """The network without a byte for its weights, on the meta device."""
-    with torch.device("meta"), _WithoutValues():
+    with torch.device("meta"), WithoutValues():
         return build(spec)
 
 

@@ -19,9 +19,10 @@ from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.bundle import CLASS_MEANS, HEADER_BYTES, Bundle, load_bundle, write_bundle
+from qkt_clinical.models.bundle import CLASS_MEANS, Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.models.offers import read_offer
+from qkt_clinical.models.tensor_file import HEADER_BYTES
 from qkt_clinical.records.card import (
     CARD,
     MASK,
