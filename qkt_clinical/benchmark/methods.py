@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkt_clinical.baselines import statistics
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.baselines.finetune import finetune
@@ -39,6 +40,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
+from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
@@ -155,6 +157,89 @@ def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> Metho
 def ensemble_of_probabilities(case: Case) -> MethodResult:
     """The mean of their probabilities."""
     return ensemble(case, partial(mean_probability_scores, task=case.store.task))
+
+
+def within_budget(case: Case, scores: Tensor, calibration: Tensor, hospital: SimulatedHospital) -> Tensor:
+    """A baseline's scores (N, C) with the operating point that QKT has: the same budget, images and rule.
+
+    Args:
+        calibration: scores (M, C) of the hospital's calibration images of local classes.
+    """
+    query = case.question.query
+    local = [c for c in hospital.held if c not in query]
+    offset = offset_for_budget(query_scores(calibration, local, query), case.store.settings.budget)
+    return decide(scores, local, query, torch.full((len(query),), offset))
+
+
+def calibration_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
+    """The hospital's calibration images of local classes."""
+    own = hospital.calibration
+    return own.take(np.flatnonzero(~np.isin(own.labels, case.question.query)))
+
+
+def ensemble_adapted(case: Case) -> MethodResult:
+    """The mean of their probabilities, other hospitals' networks adapted and the budget kept as in QKT."""
+    store, start = case.store, time.perf_counter()
+    hospital = store.data(case.question.asking)
+    held_out = calibration_of(case, hospital)
+    local = tuple(c for c in hospital.held if c not in case.question.query)
+    teachers = [
+        Teacher(name.split("/")[1], store.bundle(name).network, known_classes(case, name, "default"))
+        for name in case.others
+    ]
+    inputs = to_input(held_out.images)
+    if store.settings.transfer.adaptation and len(hospital.train) >= MIN_IMAGES:
+        adapted, _ = adapt_teachers(
+            teachers,
+            to_input(hospital.train.images),
+            (inputs, torch.from_numpy(held_out.labels)),
+            local,
+            task=store.task,
+            seed=case.seed("transfer"),
+            device=store.device,
+        )
+        teachers = list(adapted)
+    networks = [store.bundle(case.student).network, *(t.network for t in teachers)]
+
+    def scores(images: Tensor) -> Tensor:
+        each = [predict(network, images, store.device) for network in networks]
+        return mean_probability_scores(each, task=store.task)
+
+    calibration = scores(inputs)
+    seconds = time.perf_counter() - start
+    found = within_budget(case, scores(case.inputs), calibration, hospital)
+    moved = sum(map(store.bytes, case.others))
+    return MethodResult(found, moved, seconds=seconds, passes=len(networks))
+
+
+def class_statistics(case: Case, *, centred: bool) -> MethodResult:
+    """Linear discriminants of everybody's class statistics over a frozen encoder's features."""
+    store, bank = case.store, case.store.features
+    assert bank is not None
+    hospital, classes = store.data(case.question.asking), store.federation.spec.classes
+    members = [hospital, *(h for h in store.federation.hospitals if h.name != case.question.student)]
+    features = [bank.of(h.train.images) for h in members]
+    centres = [f.mean(dim=0) if centred else torch.zeros(f.shape[1]) for f in features]
+    start = time.perf_counter()
+    each = [
+        statistics.class_statistics(f - centre, torch.from_numpy(h.train.labels), classes)
+        for f, centre, h in zip(features, centres, members, strict=True)
+    ]
+    held_out = calibration_of(case, hospital)
+    seen, labels = bank.of(held_out.images) - centres[0], torch.from_numpy(held_out.labels)
+    local = [c for c in hospital.held if c not in case.question.query]
+    weight, bias = statistics.best_head(
+        statistics.pool(each), case.relevant, local, seen, labels, task=store.task
+    )
+    seconds = time.perf_counter() - start
+    scores = (bank.of(case.images.images) - centres[0]) @ weight.T + bias
+    own = multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:])
+    return MethodResult(
+        within_budget(case, scores, seen @ weight.T + bias, hospital),
+        sum(s.bytes for s in each[1:]),
+        seconds=seconds,
+        cost=bank.multiply_adds / own,
+    )
 
 
 def one_shot_average(case: Case) -> MethodResult:
@@ -402,7 +487,10 @@ def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodRes
         "local": local,
         "ensemble-prob": ensemble_of_probabilities,
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
+        "ensemble-adapted": ensemble_adapted,
         "one-shot-average": one_shot_average,
+        "statistics": partial(class_statistics, centred=False),
+        "statistics-centred": partial(class_statistics, centred=True),
         OWN_WITH_QUERY: own_with_query,
         POOLED: pooled,
         FINETUNED: global_model_finetuned,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkt_clinical.benchmark.summary import best_baseline, by_method
-from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS, REFERENCES
+from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS, REFERENCES, WITH_ENCODER
 from qkt_clinical.common.files import passing_file
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
-MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES), "osD^v<>PXooo*h", strict=True))
+MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd", strict=True))
 """Baselines are told apart by shape, QKT's methods by colour."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
 from qkt_clinical.benchmark.methods import Case, MethodResult, methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
@@ -31,23 +32,25 @@ from qkt_clinical.benchmark.settings import (
     SETUPS,
     SITES,
     BenchmarkSettings,
+    EncoderUse,
 )
 from qkt_clinical.benchmark.simulate import SimulatedFederation, SimulatedQuery, read, simulate
 from qkt_clinical.benchmark.site_intervals import judged, resample, right_digits
 from qkt_clinical.benchmark.sites import federation_of_sites, read_sites, site_files
 from qkt_clinical.benchmark.store import MASKS, ResultStore, global_name, pooled_name
 from qkt_clinical.benchmark.summary import NOTE, SITES_NOTE, budget_curves, markdown, mask_figures, summarise
-from qkt_clinical.catalog import POOLED
+from qkt_clinical.catalog import POOLED, WITH_ENCODER
 from qkt_clinical.common.console import Step
 from qkt_clinical.common.files import digest_bytes, digest_file, write_json, write_text
 from qkt_clinical.common.workers import cores
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
+from qkt_clinical.models.encoders import Encoder, load_encoder
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
-WORK, KEY = "work", "key.json"
+WORK, KEY, FEATURES = "work", "key.json", "features"
 KEPT = ("curve", "judged", "right")
 """Fields of a row that stay in the work folder: they are for the summary."""
 
@@ -56,9 +59,10 @@ KEPT = ("curve", "judged", "right")
 class BenchmarkTask:
     """One network to train, or one question to answer by one method."""
 
-    seed: int
+    seed: int | None
+    """None: the features of an encoder, which are the same for all seeds."""
     name: str
-    """Of the network, see :mod:`qkt_clinical.benchmark.store`, or of the method."""
+    """Of the network, see :mod:`qkt_clinical.benchmark.store`, of the method, or of a piece of features."""
     question: SimulatedQuery | None = None
 
 
@@ -96,27 +100,56 @@ def federations_of(
 class _Bench:
     """State of a worker process: the data, and the federation of one seed at a time."""
 
-    def __init__(self, files: Sequence[Path], work: Path, settings: BenchmarkSettings, device: str) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        work: Path,
+        settings: BenchmarkSettings,
+        device: str,
+        weights: Path | None = None,
+    ) -> None:
         self.federation = federations_of(files, settings)
+        self.files, self.weights = files, weights
         self.work, self.settings, self.device = work, settings, torch.device(device)
         self.store = lru_cache(1)(self._store)
+        self.encoder = lru_cache(1)(self._encoder)
         self.answers = methods(settings)
 
     def _store(self, seed: int) -> ResultStore:
-        return ResultStore(self.work / f"seed-{seed}", self.federation(seed), self.settings, self.device)
+        folder, features = self.work / f"seed-{seed}", None
+        if self.settings.encoder and (self.work / FEATURES).is_dir():
+            features = FeatureBank(self.work / FEATURES)
+        return ResultStore(folder, self.federation(seed), self.settings, self.device, features)
+
+    def _encoder(self) -> Encoder:
+        used = self.settings.encoder
+        assert used is not None
+        assert self.weights is not None
+        return load_encoder(used.name, self.weights, used.digest)
+
+    def encode(self, piece: str) -> None:
+        """Compute a piece of the encoder's features."""
+        assert self.settings.encoder is not None
+        side = self.settings.encoder.side
+        write_piece(self.work / FEATURES, piece, self.files, self.encoder(), side, self.device)
 
 
 _BENCH: _Bench | None = None
 
 
-def _prepare(files: Sequence[Path], work: Path, settings: BenchmarkSettings, device: str) -> None:
+def _prepare(
+    files: Sequence[Path], work: Path, settings: BenchmarkSettings, device: str, weights: Path | None
+) -> None:
     global _BENCH
-    _BENCH = _Bench(files, work, settings, device)
+    _BENCH = _Bench(files, work, settings, device, weights)
 
 
 def _perform(task: BenchmarkTask) -> None:
-    """Train or answer, and write the result."""
+    """Train, encode or answer, and write the result."""
     assert _BENCH is not None
+    if task.seed is None:
+        _BENCH.encode(task.name)
+        return
     store = _BENCH.store(task.seed)
     if task.question is None:
         store.train(task.name)
@@ -217,13 +250,13 @@ def _check_splits(
             )
 
 
-def _claim(out: Path, key: str, resume: bool) -> None:
-    """Claim the folder for this run.
+def _claim(out: Path, key: str, resume: bool, encoder: EncoderUse | None) -> None:
+    """Claim the folder for this run; a run without an encoder can go on with one.
 
     Raises:
         ConfigError: it holds a run already, and either that is not to be resumed or its settings differ.
     """
-    mark = out / WORK / KEY
+    mark, used = out / WORK / KEY, encoder and encoder.model_dump(mode="json")
     if mark.exists() or (out / RESULT).exists():
         if not resume:
             raise ConfigError(
@@ -236,21 +269,26 @@ def _claim(out: Path, key: str, resume: bool) -> None:
             found = json.loads(mark.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = None
-        if found != {"key": key}:
+        kept = found.get("encoder") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or found.get("key") != key or (kept and used and kept != used):
             raise ConfigError(
                 "the folder holds a benchmark of other data or settings",
                 remedy="Give the arguments of that run, or choose another folder with --out.",
                 file=out,
                 code="benchmark-differs",
             )
-    write_json(mark, {"key": key})
+        used = used or kept
+    write_json(mark, {"key": key, "encoder": used} if used else {"key": key})
 
 
-def environment(device: torch.device, workers: int, *, federated: bool) -> dict[str, Any]:
+def environment(
+    device: torch.device, workers: int, *, federated: bool, encoded: bool = False
+) -> dict[str, Any]:
     """Software versions behind the figures; nothing that identifies a machine or a date."""
     import platform
 
-    names = ("qkt-clinical", "torch", "monai", "numpy", *(("nvflare",) if federated else ()))
+    extra = (("nvflare", federated), ("timm", encoded))
+    names = ("qkt-clinical", "torch", "monai", "numpy", *(name for name, used in extra if used))
     packages = {name: version(name) for name in names}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -284,6 +322,7 @@ def run(
     out: Path,
     settings: BenchmarkSettings,
     *,
+    encoder_weights: Path | None = None,
     workers: int | None = None,
     resume: bool = False,
     progress: Step | None = None,
@@ -293,6 +332,7 @@ def run(
     Args:
         data: labelled npz in MedMNIST's layout; with ``settings.sites`` one for each site, or their folder.
         out: folder to write.
+        encoder_weights: safetensors file of ``settings.encoder``.
         workers: processes; by default one per core, or one on CUDA. Federations run one after another, each
             with a process for every hospital.
         resume: go on with the run in ``out``; more seeds and methods may be asked for than it had.
@@ -304,6 +344,7 @@ def run(
     Raises:
         SourceError: the file cannot be used.
         ConfigError: unknown method, impossible partition, or a folder that holds another run.
+        EncoderError: the weights of the encoder cannot be used, or it cannot take the images.
         DeviceError: no such device.
         QktError: a federation is to be run and NVIDIA FLARE is not installed, or failed.
     """
@@ -327,7 +368,12 @@ def run(
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
     answers = [BenchmarkTask(seed, name, question) for seed, question in questions for name in computed]
 
+    encoded = [m for m in chosen if m in WITH_ENCODER]
+    features = [BenchmarkTask(None, name) for name in pieces(files)] if encoded else []
+
     def missing(task: BenchmarkTask) -> bool:
+        if task.seed is None:
+            return not (work / FEATURES / task.name).is_dir()
         if task.question is None:
             return not (work / f"seed-{task.seed}" / task.name).is_dir()
         return not row_file(work, task).is_file()
@@ -337,20 +383,21 @@ def run(
         from qkt_clinical.common.extras import require_extra
 
         require_extra("nvflare")
-    _claim(out, settings.key(digest, device.type), resume)
+    _claim(out, settings.key(digest, device.type), resume, settings.encoder)
     tell = progress or (lambda done, total: None)
-    total = len(networks) + len(answers)
-    done = total - sum(map(missing, [*networks, *answers]))
+    total = len(features) + len(networks) + len(answers)
+    done = total - sum(map(missing, [*features, *networks, *answers]))
     tell(done, total)
     later = [task for task in networks if task.name.split("/")[0] in ON_TEACHERS]
     first = [task for task in networks if task not in later and task not in federations]
-    for stage, processes in ((federations, 1), (first, workers), (later, workers), (answers, workers)):
+    stages = ((federations, 1), *((s, workers) for s in (features, first, later, answers)))
+    for stage, processes in stages:
         for _ in run_tasks(
             _perform,
             [task for task in stage if missing(task)],
             workers=processes,
             prepare=_prepare,
-            arguments=(files, work, settings, device.type),
+            arguments=(files, work, settings, device.type, encoder_weights),
         ):
             done += 1
             tell(done, total)
@@ -365,7 +412,9 @@ def run(
         "intervals": SITES_NOTE if settings.sites else NOTE,
         "masks": mask_figures(masks, settings),
         "budget_curves": budget_curves(rows),
-        "environment": environment(device, workers, federated=bool(federations)),
+        "environment": environment(
+            device, workers, federated=bool(federations), encoded=settings.encoder is not None
+        ),
         "settings": {**_shown_settings(settings, files), "methods": list(chosen), "data_sha256": digest},
     }
     write_json(out / RESULT, result)

@@ -24,7 +24,9 @@ from qkt_clinical.catalog import (
     METHODS,
     OWN_WITH_QUERY,
     REFERENCES,
+    WITH_ENCODER,
     Device,
+    EncoderName,
     EvaluationSplit,
     Method,
     Partition,
@@ -34,6 +36,7 @@ from qkt_clinical.common.files import digest_bytes
 from qkt_clinical.config.base import Strict
 from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
 from qkt_clinical.errors import ConfigError
+from qkt_clinical.records.card import Sha256
 
 Variant = Literal[
     "full", "sent", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"
@@ -151,6 +154,16 @@ SITES = ("sites", "ask", "query_classes")
 """Settings of real hospitals alone."""
 
 
+class EncoderUse(Strict):
+    """The frozen encoder of the baselines that read its features."""
+
+    name: EncoderName
+    digest: Sha256
+    """Of its weights file."""
+    side: Annotated[int, Field(ge=16, le=1024)] = 112
+    """Pixels along an edge to which images are enlarged or reduced."""
+
+
 class BenchmarkSettings(Strict):
     """Everything on which a benchmark's figures depend beside the data."""
 
@@ -174,6 +187,7 @@ class BenchmarkSettings(Strict):
     budget: Annotated[float, Field(gt=0, lt=1)] = 0.02
     split: EvaluationSplit = "test"
     device: Device = "auto"
+    encoder: EncoderUse | None = None
     train: TrainParams = TrainParams(appearance=0.0)
     """Images of one centre look alike: their appearance need not change. Those of real sites do not."""
     mask: MaskParams = MaskParams()
@@ -224,11 +238,17 @@ class BenchmarkSettings(Strict):
         Raises:
             ConfigError: a name that is none.
         """
-        every = (*BENCHMARK_METHODS, *self.references)
+        every = (*BENCHMARK_METHODS, *self.references, *(WITH_ENCODER if self.encoder else ()))
         groups = {"all": every, "ablations": self.ablations}
         known = (*every, *self.ablations)
         wanted: set[str] = set()
         for name in self.methods:
+            if name in WITH_ENCODER and not self.encoder:
+                raise ConfigError(
+                    f"method {name!r} reads the features of an encoder, and none is given",
+                    remedy="Add --encoder and --encoder-weights; see 'qkt encoder list'.",
+                    code="encoder",
+                )
             if name not in groups and name not in known:
                 near = difflib.get_close_matches(name, (*groups, *known), n=1)
                 raise ConfigError(
@@ -242,14 +262,14 @@ class BenchmarkSettings(Strict):
     def key(self, data: str, device: str) -> str:
         """Digest of all that a finished row depends on.
 
-        Which seeds and methods were asked for, and of real hospitals whom and what to ask, is left out: a run
-        may be resumed with more of them.
+        Which seeds and methods were asked for, the encoder, and of real hospitals whom and what to ask, is
+        left out: a run may be resumed with more of them.
 
         Args:
             data: digest of the data file, or of all sites' files.
             device: what ``device`` stands for on this machine.
         """
-        parts = self.model_dump(mode="json", exclude={"seeds", "methods", *SITES})
+        parts = self.model_dump(mode="json", exclude={"seeds", "methods", "encoder", *SITES})
         whole: dict[str, Any] = {**parts, "device": device, "data": data, "version": __version__}
         return digest_bytes(json.dumps(whole, sort_keys=True).encode())
 

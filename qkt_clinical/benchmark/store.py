@@ -28,6 +28,7 @@ from torch import Tensor
 from qkt_clinical.baselines.distill import distill_all
 from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.benchmark.features import FeatureBank
 from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.benchmark.metrics import balanced_accuracy
 from qkt_clinical.benchmark.settings import (
@@ -87,15 +88,22 @@ class ResultStore:
         folder: of this seed; need not exist.
         federation: of the same seed.
         device: where networks are trained and evaluated.
+        features: of the encoder, where there is one.
     """
 
     def __init__(
-        self, folder: Path, federation: SimulatedFederation, settings: BenchmarkSettings, device: torch.device
+        self,
+        folder: Path,
+        federation: SimulatedFederation,
+        settings: BenchmarkSettings,
+        device: torch.device,
+        features: FeatureBank | None = None,
     ):
         self.folder = folder
         self.federation = federation
         self.settings = settings
         self.device = device
+        self.features = features
         self.task = task_of(DEFAULT_TASK)
         self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)

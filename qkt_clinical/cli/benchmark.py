@@ -10,7 +10,9 @@ import typer
 from qkt_clinical.catalog import (
     BENCHMARK_METHODS,
     REFERENCES,
+    WITH_ENCODER,
     Device,
+    EncoderName,
     EvaluationSplit,
     Network,
     OnOff,
@@ -64,8 +66,8 @@ def benchmark(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"all ({', '.join(BENCHMARK_METHODS)}; with --sites {' and '.join(REFERENCES)}), "
-            "ablations, or names with commas."
+            help=f"all ({', '.join(BENCHMARK_METHODS)}; with --sites {' and '.join(REFERENCES)}; with "
+            f"--encoder {' and '.join(WITH_ENCODER)}), ablations, or names with commas."
         ),
     ] = "all",
     rounds: Annotated[
@@ -87,6 +89,19 @@ def benchmark(
     adapt: Annotated[
         OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
     ] = "on",
+    encoder: Annotated[
+        EncoderName | None,
+        typer.Option(help="Frozen encoder for class statistics; 'qkt encoder list'.", show_default=False),
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its weights, from 'qkt encoder import'.", metavar="FILE.safetensors", show_default=False
+        ),
+    ] = None,
+    encoder_size: Annotated[
+        int, typer.Option(min=16, max=1024, help="Pixels to which its images are resized.")
+    ] = 112,
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
         float, typer.Option(min=0.0001, max=0.9999, help="Largest false-query rate on own images.")
@@ -102,15 +117,24 @@ def benchmark(
     """Compare all methods on simulated hospitals or real sites: every query of every seed, one table."""
     from qkt_clinical.baselines.params import BaselineParams, FederatedParams, FinetuneParams
     from qkt_clinical.benchmark.runner import run
-    from qkt_clinical.benchmark.settings import BenchmarkSettings, parse_list, parse_numbers
+    from qkt_clinical.benchmark.settings import BenchmarkSettings, EncoderUse, parse_list, parse_numbers
     from qkt_clinical.benchmark.summary import methods_table
     from qkt_clinical.config.params import TrainParams, TransferParams
+    from qkt_clinical.models.encoders import digest_weights
 
     if (data is None) == (not sites):
         raise ConfigError(
             "exactly one of --data and --sites is needed",
             remedy="Give --data FILE.npz to simulate hospitals, or --sites DIR for real ones.",
         )
+    if (encoder is None) != (encoder_weights is None):
+        raise ConfigError(
+            "--encoder and --encoder-weights belong together",
+            remedy="Give both, or none of them.",
+        )
+    used = None
+    if encoder and encoder_weights:
+        used = EncoderUse(name=encoder, digest=digest_weights(encoder_weights), side=encoder_size)
     if appearance is None:
         appearance = 1.0 if sites else 0.0
     federated = FederatedParams(appearance=appearance, min_batches=min_batches)
@@ -132,6 +156,7 @@ def benchmark(
         budget=budget,
         split=split,
         device=device,
+        encoder=used,
         train=TrainParams(network=network, appearance=appearance, min_batches=min_batches),
         baselines=BaselineParams(
             finetune=FinetuneParams(min_batches=min_batches), federated=federated, scaffold=federated
@@ -140,7 +165,15 @@ def benchmark(
     )
     try:
         with progress("benchmark", quiet=as_json) as step:
-            result = run(data or sites or [], out, settings, workers=workers, resume=resume, progress=step)
+            result = run(
+                data or sites or [],
+                out,
+                settings,
+                encoder_weights=encoder_weights,
+                workers=workers,
+                resume=resume,
+                progress=step,
+            )
     except KeyboardInterrupt:
         raise QktError(
             "stopped; what was finished is kept", remedy="Add --resume to go on.", code="stopped"
