@@ -60,7 +60,7 @@ DEVICES: tuple[str, ...] = get_args(Device)
 SPLITS: tuple[str, ...] = get_args(Split)
 HELD_BACK = "held_back"
 """Split of the images that a site keeps for ``evaluate`` alone; they lie apart from the others."""
-WITH_ENCODER: tuple[str, ...] = ("statistics", "statistics-centred")
+WITH_ENCODER: tuple[str, ...] = ("statistics", "statistics-centred", "statistics-dp", "gaussian-heads")
 """Baselines over the features of a frozen encoder that all hospitals have."""
 BASELINES: tuple[str, ...] = (
     "local",

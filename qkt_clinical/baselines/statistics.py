@@ -12,7 +12,7 @@ Pure functions of tensors. Equal priors, since recall of every class counts alik
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ def pool(each: Sequence[ClassStatistics]) -> ClassStatistics:
     )
 
 
+def without_small(statistics: ClassStatistics, least: float) -> ClassStatistics:
+    """Without the classes of fewer images: of noisy counts these may be noise alone."""
+    kept = (statistics.counts >= least).double()
+    return replace(statistics, counts=statistics.counts * kept, sums=statistics.sums * kept[:, None])
+
+
 def linear_head(
     statistics: ClassStatistics, relevant: Sequence[int], shrinkage: float
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +82,10 @@ def linear_head(
     weighted = means[present] * counts[present, None]
     covariance = (statistics.moment - weighted.T @ means[present]) / counts.sum()
     level = covariance.diagonal().mean().clamp(min=1e-12)
+    if bool(torch.linalg.cholesky_ex(covariance + 1e-9 * level * torch.eye(len(covariance))).info):
+        # Noise for privacy can make variances negative: the nearest covariance has none.
+        values, vectors = torch.linalg.eigh(covariance)
+        covariance = vectors * values.clamp(min=0) @ vectors.T
     system = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(len(covariance), dtype=torch.double)
     chosen = means[list(relevant)]
     directions = torch.linalg.solve(system, chosen.T).T

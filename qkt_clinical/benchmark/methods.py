@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkt_clinical.baselines import statistics
+from qkt_clinical.baselines import gaussian_heads, statistics, statistics_dp
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.baselines.finetune import finetune
@@ -35,7 +35,9 @@ from qkt_clinical.benchmark.settings import (
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
 from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR, OWN_WITH_QUERY, POOLED
+from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import PrivacyParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.inference import predict
@@ -46,6 +48,9 @@ from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budg
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
 from qkt_clinical.records.card import MIRRORS, DecisionRule
+
+PRIVACY = PrivacyParams()
+"""Of ``statistics-dp``."""
 
 
 @dataclass(frozen=True)
@@ -212,34 +217,120 @@ def ensemble_adapted(case: Case) -> MethodResult:
     return MethodResult(found, moved, seconds=seconds, passes=len(networks))
 
 
-def class_statistics(case: Case, *, centred: bool) -> MethodResult:
-    """Linear discriminants of everybody's class statistics over a frozen encoder's features."""
+LinearHead = tuple[Tensor, Tensor]
+"""Weight (C, F) and bias (C,)."""
+
+
+@dataclass(frozen=True)
+class EncodedHospital:
+    """A hospital's training images as features (N, F) of the frozen encoder, and labels (N,)."""
+
+    name: str
+    features: Tensor
+    labels: Tensor
+
+
+def encoded(case: Case) -> list[EncodedHospital]:
+    """The asking hospital, without what is hidden from it, and all others."""
+    bank = case.store.features
+    assert bank is not None
+    others = (h for h in case.store.federation.hospitals if h.name != case.question.student)
+    return [
+        EncodedHospital(h.site, bank.of(h.train.images), torch.from_numpy(h.train.labels))
+        for h in (case.store.data(case.question.asking), *others)
+    ]
+
+
+def answered_by_head(
+    case: Case,
+    learn: Callable[[Tensor, Tensor, Sequence[int]], LinearHead],
+    change: Callable[[Tensor], Tensor],
+    moved: int,
+) -> MethodResult:
+    """A linear head over the encoder's features, with the budget.
+
+    Args:
+        learn: makes it, given features and labels of calibration images and the local classes.
+        change: of every image's features before the head.
+        moved: bytes.
+    """
     store, bank = case.store, case.store.features
     assert bank is not None
-    hospital, classes = store.data(case.question.asking), store.federation.spec.classes
-    members = [hospital, *(h for h in store.federation.hospitals if h.name != case.question.student)]
-    features = [bank.of(h.train.images) for h in members]
-    centres = [f.mean(dim=0) if centred else torch.zeros(f.shape[1]) for f in features]
-    start = time.perf_counter()
-    each = [
-        statistics.class_statistics(f - centre, torch.from_numpy(h.train.labels), classes)
-        for f, centre, h in zip(features, centres, members, strict=True)
-    ]
+    hospital = store.data(case.question.asking)
     held_out = calibration_of(case, hospital)
-    seen, labels = bank.of(held_out.images) - centres[0], torch.from_numpy(held_out.labels)
     local = [c for c in hospital.held if c not in case.question.query]
-    weight, bias = statistics.best_head(
-        statistics.pool(each), case.relevant, local, seen, labels, task=store.task
-    )
+    seen = change(bank.of(held_out.images))
+    start = time.perf_counter()
+    weight, bias = learn(seen, torch.from_numpy(held_out.labels), local)
     seconds = time.perf_counter() - start
-    scores = (bank.of(case.images.images) - centres[0]) @ weight.T + bias
+    scores = change(bank.of(case.images.images)) @ weight.T + bias
     own = multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:])
     return MethodResult(
         within_budget(case, scores, seen @ weight.T + bias, hospital),
-        sum(s.bytes for s in each[1:]),
+        moved,
         seconds=seconds,
         cost=bank.multiply_adds / own,
     )
+
+
+def class_statistics(case: Case, *, centred: bool = False, private: bool = False) -> MethodResult:
+    """Linear discriminants of everybody's class statistics over a frozen encoder's features.
+
+    Args:
+        centred: every hospital takes its own mean off its features.
+        private: other hospitals' statistics have noise, as much as ``train.privacy`` has by default.
+    """
+    classes, members = case.store.federation.spec.classes, encoded(case)
+    centre = members[0].features.mean(dim=0)
+    shared = derive(case.store.federation.seed, "benchmark", "statistics-dp")
+
+    def change(features: Tensor) -> Tensor:
+        if private:
+            return statistics_dp.projected(features, seed=shared)
+        return features - centre if centred else features
+
+    each = []
+    for number, member in enumerate(members):
+        if private and number:
+            each.append(
+                statistics_dp.private_statistics(
+                    change(member.features),
+                    member.labels,
+                    classes,
+                    epsilon=PRIVACY.epsilon,
+                    delta=PRIVACY.delta,
+                    seed=derive(shared, member.name),
+                )
+            )
+            continue
+        own = member.features - member.features.mean(dim=0) if centred else change(member.features)
+        each.append(statistics.class_statistics(own, member.labels, classes))
+    pooled = statistics.without_small(statistics.pool(each), SMALLEST_COUNT if private else 1)
+
+    def learn(seen: Tensor, labels: Tensor, local: Sequence[int]) -> LinearHead:
+        return statistics.best_head(pooled, case.relevant, local, seen, labels, task=case.store.task)
+
+    return answered_by_head(case, learn, change, sum(s.bytes for s in each[1:]))
+
+
+def drawn_heads(case: Case) -> MethodResult:
+    """A head trained on features drawn from other hospitals' mixtures, and on the hospital's own."""
+    own, *others = encoded(case)
+    mixtures = [
+        gaussian_heads.class_mixtures(h.features, h.labels, seed=case.seed("gaussian-heads", h.name))
+        for h in others
+    ]
+    features, labels = gaussian_heads.drawn_features(
+        mixtures, case.relevant, seed=case.seed("gaussian-heads")
+    )
+    train = torch.cat([own.features, features]), torch.cat([own.labels, labels])
+
+    def learn(seen: Tensor, truth: Tensor, local: Sequence[int]) -> LinearHead:
+        classes = case.store.federation.spec.classes
+        return gaussian_heads.best_head(train, (seen, truth), local, classes, task=case.store.task)
+
+    moved = sum(m.bytes for held in mixtures for c, m in held.items() if c in case.relevant)
+    return answered_by_head(case, learn, lambda features: features, moved)
 
 
 def one_shot_average(case: Case) -> MethodResult:
@@ -489,8 +580,10 @@ def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodRes
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
         "ensemble-adapted": ensemble_adapted,
         "one-shot-average": one_shot_average,
-        "statistics": partial(class_statistics, centred=False),
+        "statistics": class_statistics,
         "statistics-centred": partial(class_statistics, centred=True),
+        "statistics-dp": partial(class_statistics, private=True),
+        "gaussian-heads": drawn_heads,
         OWN_WITH_QUERY: own_with_query,
         POOLED: pooled,
         FINETUNED: global_model_finetuned,

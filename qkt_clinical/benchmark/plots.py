@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c"}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
-MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd", strict=True))
+MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd84", strict=True))
 """Baselines are told apart by shape, QKT's methods by colour."""
 
 
