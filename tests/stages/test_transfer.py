@@ -24,8 +24,7 @@ from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.answer import (
-    SHARE_ALIKE,
-    SHARE_UNLIKE,
+    DISCRIMINANT_SHARE,
     Answer,
     LocalData,
     answer_query,
@@ -33,6 +32,7 @@ from qkt_clinical.qkt.answer import (
     refine_head,
 )
 from qkt_clinical.qkt.consensus import consensus, consensus_rows, margin
+from qkt_clinical.qkt.discriminant import discriminant_rows
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
 from qkt_clinical.records.card import MASK, InputSpec, Mask
@@ -443,19 +443,27 @@ def test_class_means_add_discriminants_to_the_head_alone(
     assert answer.operating_point.false_query_rate <= BUDGET
 
 
-def test_discriminants_have_a_larger_share_where_a_teachers_images_look_unlike(
-    own: Classifier, birch: Teacher
-) -> None:
-    placed, params = with_means(birch), PARAMS.model_copy(update={"adaptation": False})
-
-    def head(teacher: Teacher, **changed: bool) -> Tensor:
-        used = params.model_copy(update=changed)
-        return ask(own, [teacher], "qkt-light", params=used).network.head.weight.detach()
-
-    plain = head(placed, discriminant=False)
-    alike, unlike = (head(t) - plain for t in (placed, replace(placed, unlike=True)))
-    assert unlike.abs().max() > 0.01
-    assert torch.allclose(alike / SHARE_ALIKE, unlike / SHARE_UNLIKE, rtol=1e-3, atol=1e-5)
+def test_the_head_is_a_mean_of_consensus_and_discriminants(own: Classifier, birch: Teacher) -> None:
+    placed = with_means(birch)
+    network, plain = (
+        ask(own, [placed], params=PARAMS.model_copy(update={"discriminant": on})).network
+        for on in (True, False)
+    )
+    features = predict(network, to_input(DATA.train[0]), CPU, features=True)
+    means = {c: m for c, m in placed.class_means.items() if c in placed.claimed}
+    widths = [own.head.in_features, birch.network.head.in_features]
+    rows, shifts = discriminant_rows(
+        features, torch.from_numpy(DATA.train[1]), widths, [{}, means], [3], len(CLASSES)
+    )
+    added, moved = (
+        (getattr(network.head, part) - (1 - DISCRIMINANT_SHARE) * getattr(plain.head, part)).detach()
+        / DISCRIMINANT_SHARE
+        for part in ("weight", "bias")
+    )
+    scale = (added * rows).sum() / (rows * rows).sum()
+    assert float(scale) > 0
+    assert torch.allclose(added, scale * rows, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(moved, scale * shifts, rtol=1e-3, atol=1e-3)
 
 
 def test_a_query_class_without_a_class_mean_leaves_the_consensus(
@@ -500,9 +508,7 @@ def test_discriminants_that_cost_own_classes_too_much_are_left_out(own: Classifi
     """Labels that training images do not deserve: what the hospital knew would be lost."""
     images, labels = DATA.train
     confused = LocalData((images, 1 - labels), DATA.calibration)
-    unlike = replace(with_means(birch), unlike=True)
-    params = PARAMS.model_copy(update={"adaptation": False})
-    answer = ask(own, [unlike], data=confused, params=params)
+    answer = ask(own, [with_means(birch)], data=confused)
     assert answer.refined.placed_by == ()
     assert answer.operating_point.within_budget
 
