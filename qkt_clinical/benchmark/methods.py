@@ -164,7 +164,7 @@ def ensemble_of_probabilities(case: Case) -> MethodResult:
     return ensemble(case, partial(mean_probability_scores, task=case.store.task))
 
 
-def within_budget(case: Case, scores: Tensor, calibration: Tensor, hospital: SimulatedHospital) -> Tensor:
+def with_budget(case: Case, scores: Tensor, calibration: Tensor, hospital: SimulatedHospital) -> Tensor:
     """A baseline's scores (N, C) with the operating point that QKT has: the same budget, images and rule.
 
     Args:
@@ -212,7 +212,7 @@ def ensemble_adapted(case: Case) -> MethodResult:
 
     calibration = scores(inputs)
     seconds = time.perf_counter() - start
-    found = within_budget(case, scores(case.inputs), calibration, hospital)
+    found = with_budget(case, scores(case.inputs), calibration, hospital)
     moved = sum(map(store.bytes, case.others))
     return MethodResult(found, moved, seconds=seconds, passes=len(networks))
 
@@ -266,7 +266,7 @@ def answered_by_head(
     scores = change(bank.of(case.images.images)) @ weight.T + bias
     own = multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:])
     return MethodResult(
-        within_budget(case, scores, seen @ weight.T + bias, hospital),
+        with_budget(case, scores, seen @ weight.T + bias, hospital),
         moved,
         seconds=seconds,
         cost=bank.multiply_adds / own,
