@@ -46,7 +46,7 @@ from qkt_clinical.common.workers import cores
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
-from qkt_clinical.models.encoders import Encoder, load_encoder
+from qkt_clinical.models.encoders import ENCODERS, Encoder, load_encoder
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
@@ -282,12 +282,13 @@ def _claim(out: Path, key: str, resume: bool, encoder: EncoderUse | None) -> Non
 
 
 def environment(
-    device: torch.device, workers: int, *, federated: bool, encoded: bool = False
+    device: torch.device, workers: int, *, federated: bool, encoder: EncoderUse | None = None
 ) -> dict[str, Any]:
     """Software versions behind the figures; nothing that identifies a machine or a date."""
     import platform
 
-    extra = (("nvflare", federated), ("timm", encoded))
+    timm = encoder is not None and ENCODERS[encoder.name].library == "timm"
+    extra = (("nvflare", federated), ("timm", timm))
     names = ("qkt-clinical", "torch", "monai", "numpy", *(name for name, used in extra if used))
     packages = {name: version(name) for name in names}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -412,9 +413,7 @@ def run(
         "intervals": SITES_NOTE if settings.sites else NOTE,
         "masks": mask_figures(masks, settings),
         "budget_curves": budget_curves(rows),
-        "environment": environment(
-            device, workers, federated=bool(federations), encoded=settings.encoder is not None
-        ),
+        "environment": environment(device, workers, federated=bool(federations), encoder=settings.encoder),
         "settings": {**_shown_settings(settings, files), "methods": list(chosen), "data_sha256": digest},
     }
     write_json(out / RESULT, result)

@@ -188,6 +188,8 @@ def test_the_best_baseline_may_be_one_with_an_encoder(whole: tuple[Path, dict[st
     assert json.loads((out / RESULT).read_text()) == result
     assert result["settings"]["encoder"] == USED.model_dump()
     assert result["environment"]["timm"]
+    volumes = USED.model_copy(update={"name": "medicalnet-resnet10"})
+    assert "timm" not in runner.environment(CPU, 1, federated=False, encoder=volumes), "it is MONAI's"
     assert {*WITH_ENCODER} <= set(result["summary"])
     table = (out / "benchmark.md").read_text()
     assert all(f"`{m}`" in table for m in (*WITH_ENCODER, "ensemble-adapted"))
