@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkt_clinical.baselines.statistics import BYTES_PER_NUMBER
 from qkt_clinical.qkt.consensus import calibrated_loss
 from qkt_clinical.task import Task
 
@@ -29,7 +30,6 @@ INVERSE_PENALTIES = (0.001, 0.01, 0.1)
 """Of the logistic regression's ridge, to choose from."""
 VARIANCE_FLOOR = 1e-3
 """Added to variances of standardised features."""
-BYTES_PER_NUMBER = 4
 
 
 @dataclass(frozen=True)

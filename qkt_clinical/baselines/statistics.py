@@ -66,26 +66,34 @@ def without_small(statistics: ClassStatistics, least: float) -> ClassStatistics:
     return replace(statistics, counts=statistics.counts * kept, sums=statistics.sums * kept[:, None])
 
 
+def covariance_within(statistics: ClassStatistics) -> Tensor:
+    """The covariance (F, F) within classes, of all that are there: ``(moment - sum_c n_c m_c m_c') / N``."""
+    counts, present = statistics.counts, statistics.counts > 0
+    sums = statistics.sums[present]
+    covariance = (statistics.moment - (sums / counts[present, None]).T @ sums) / counts.sum()
+    jitter = 1e-9 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance))
+    if not bool(torch.linalg.cholesky_ex(covariance + jitter).info):
+        return covariance
+    # Noise for privacy can make variances negative: the nearest covariance has none.
+    values, vectors = torch.linalg.eigh(covariance)
+    nearest: Tensor = vectors * values.clamp(min=0) @ vectors.T
+    return nearest
+
+
 def linear_head(
-    statistics: ClassStatistics, relevant: Sequence[int], shrinkage: float
+    statistics: ClassStatistics, covariance: Tensor, relevant: Sequence[int], shrinkage: float
 ) -> tuple[Tensor, Tensor]:
     """Linear discriminants of the relevant classes: weight (C, F) and bias (C,), float32, 0 for the others.
 
-    The covariance is that within classes, of all that are there: ``(moment - sum_c n_c m_c m_c') / N``.
+    By hand, since scikit-learn's take features of images and not their sums.
 
     Args:
+        covariance: from :func:`covariance_within`.
         relevant: classes, of each of which there is an image.
         shrinkage: in [0, 1], share of a covariance that is the same for all features.
     """
-    counts, present = statistics.counts, statistics.counts > 0
-    means = statistics.sums / counts.clamp(min=1)[:, None]
-    weighted = means[present] * counts[present, None]
-    covariance = (statistics.moment - weighted.T @ means[present]) / counts.sum()
+    means = statistics.sums / statistics.counts.clamp(min=1)[:, None]
     level = covariance.diagonal().mean().clamp(min=1e-12)
-    if bool(torch.linalg.cholesky_ex(covariance + 1e-9 * level * torch.eye(len(covariance))).info):
-        # Noise for privacy can make variances negative: the nearest covariance has none.
-        values, vectors = torch.linalg.eigh(covariance)
-        covariance = vectors * values.clamp(min=0) @ vectors.T
     system = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(len(covariance), dtype=torch.double)
     chosen = means[list(relevant)]
     directions = torch.linalg.solve(system, chosen.T).T
@@ -110,6 +118,7 @@ def best_head(
         relevant: local classes and the query.
         features: (M, F) of calibration images; labels: (M,), each in ``local``.
     """
-    heads = [linear_head(statistics, relevant, s) for s in SHRINKAGES]
+    covariance = covariance_within(statistics)
+    heads = [linear_head(statistics, covariance, relevant, s) for s in SHRINKAGES]
     losses = [calibrated_loss(features @ w.T + b, labels, local, task=task) for w, b in heads]
     return heads[losses.index(min(losses))]

@@ -37,7 +37,8 @@ def noise_scale(epsilon: float, delta: float) -> float:
     """Standard deviation of Gaussian noise that gives (epsilon, delta) at sensitivity 1.
 
     The smallest sigma with ``Phi(1 / (2 sigma) - epsilon sigma) - e^epsilon Phi(-1 / (2 sigma) - epsilon
-    sigma) <= delta`` (Balle and Wang, theorem 8), by bisection.
+    sigma) <= delta`` (Balle and Wang, theorem 8), by bisection. By hand: Opacus bounds many steps on samples,
+    which for a single release is more noise than needed.
     """
     from scipy.stats import norm
 

@@ -176,17 +176,17 @@ def with_budget(case: Case, scores: Tensor, calibration: Tensor, hospital: Simul
     return decide(scores, local, query, torch.full((len(query),), offset))
 
 
-def calibration_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
+def calibration_of(hospital: SimulatedHospital, query: Sequence[int]) -> LabelledImages:
     """The hospital's calibration images of local classes."""
     own = hospital.calibration
-    return own.take(np.flatnonzero(~np.isin(own.labels, case.question.query)))
+    return own.take(np.flatnonzero(~np.isin(own.labels, query)))
 
 
 def ensemble_adapted(case: Case) -> MethodResult:
     """The mean of their probabilities, other hospitals' networks adapted and the budget kept as in QKT."""
     store, start = case.store, time.perf_counter()
     hospital = store.data(case.question.asking)
-    held_out = calibration_of(case, hospital)
+    held_out = calibration_of(hospital, case.question.query)
     local = tuple(c for c in hospital.held if c not in case.question.query)
     teachers = [
         Teacher(name.split("/")[1], store.bundle(name).network, known_classes(case, name, "default"))
@@ -257,7 +257,7 @@ def answered_by_head(
     store, bank = case.store, case.store.features
     assert bank is not None
     hospital = store.data(case.question.asking)
-    held_out = calibration_of(case, hospital)
+    held_out = calibration_of(hospital, case.question.query)
     local = [c for c in hospital.held if c not in case.question.query]
     seen = change(bank.of(held_out.images))
     start = time.perf_counter()
@@ -539,8 +539,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     else:
         found = scores(case.inputs)
     shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
-    own = hospital.calibration.take(np.flatnonzero(~np.isin(hospital.calibration.labels, taught)))
-    held_out, decision = to_input(own.images), answer.decision
+    held_out, decision = to_input(calibration_of(hospital, taught).images), answer.decision
     if decision.rare:
         today = predict(student, held_out, store.device)
         held_out = held_out[kept_today(today, decision.local, decision.query, task=store.task)]

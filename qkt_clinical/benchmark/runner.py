@@ -46,7 +46,8 @@ from qkt_clinical.common.workers import cores
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
-from qkt_clinical.models.encoders import ENCODERS, Encoder, load_encoder
+from qkt_clinical.models.encoder_specs import ENCODERS
+from qkt_clinical.models.encoders import Encoder, load_encoder
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from qkt_clinical.common.extras import require_extra
 from qkt_clinical.common.files import TooLarge, digest_bytes, digest_file, passing_file, read_plain
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import EncoderError
+from qkt_clinical.models.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.models.networks import WithoutValues, monai_networks
 from qkt_clinical.models.tensor_file import Refuse, Specs, read_tensors
 
@@ -43,43 +45,6 @@ DAMAGED = (
     *(EOFError, OverflowError, AssertionError, MemoryError, struct.error),
 )
 """What torch raises on damaged files beside its own error."""
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """An architecture on the allow-list, and what its usual weights expect of images."""
-
-    library: Literal["timm", "monai"]
-    architecture: str
-    features: int
-    """F."""
-    side: int
-    """Pixels along an edge of the images that it was trained on."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Per channel, of images in [0, 1]."""
-    spatial_dims: Literal[2, 3] = 2
-
-    @property
-    def channels(self) -> int:
-        """Of its input; grey images are repeated."""
-        return len(self.mean)
-
-
-ENCODERS: Mapping[EncoderName, EncoderSpec] = {
-    "resnet18": EncoderSpec("timm", "resnet18", 512, 224, *IMAGENET),
-    "resnet50": EncoderSpec("timm", "resnet50", 2048, 224, *IMAGENET),
-    "efficientnet-b0": EncoderSpec("timm", "efficientnet_b0", 1280, 224, *IMAGENET),
-    "efficientnet-lite0": EncoderSpec("timm", "tf_efficientnet_lite0", 1280, 224, *HALF),
-    "convnext-tiny": EncoderSpec("timm", "convnext_tiny", 768, 224, *IMAGENET),
-    "vit-small": EncoderSpec("timm", "vit_small_patch16_224", 384, 224, *HALF),
-    "vit-base": EncoderSpec("timm", "vit_base_patch16_224", 768, 224, *HALF),
-    "dinov2-small": EncoderSpec("timm", "vit_small_patch14_dinov2", 384, 518, *IMAGENET),
-    "medicalnet-resnet10": EncoderSpec("monai", "resnet10", 512, 64, (0.5,), (0.5,), spatial_dims=3),
-}
 
 
 @dataclass(frozen=True)
@@ -106,17 +71,15 @@ def _timm() -> Any:
     want of their declarations: they are declared here, and would fail if they were called.
     """
     require_extra("timm")
-    operators = torch.library.Library("torchvision", "FRAGMENT")
     if "torchvision" not in sys.modules and not _has_operators():
         for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _DECLARED.append(operators)
+            _DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
     return timm
 
 
-_DECLARED: list[Any] = []
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 """Kept, for a declaration ends with its library object."""
 
 
@@ -319,11 +282,11 @@ def _tensors_of(source: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
+        stored = read_plain(source, MAX_SOURCE_BYTES)
         if source.suffix == ".safetensors":
-            return dict(load(read_plain(source, MAX_SOURCE_BYTES)))
-        content = torch.load(
-            io.BytesIO(read_plain(source, MAX_SOURCE_BYTES)), map_location="cpu", weights_only=True
-        )
+            return dict(load(stored))
+        _check_archive(stored, source)
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except TooLarge:
         what = f"larger than {MAX_SOURCE_BYTES} bytes"
         raise _not_of("an encoder", source, what, "size") from None
@@ -332,10 +295,21 @@ def _tensors_of(source: Path) -> dict[str, Tensor]:
     except UnpicklingError:
         what = "holds more than tensors, or is no such file; nothing of it was run"
         raise _not_of("an encoder", source, what, "format") from None
-    except (SafetensorError, *DAMAGED) as error:
+    except (SafetensorError, BadZipFile, *DAMAGED) as error:
         what = f"cannot be parsed: {type(error).__name__}"
         raise _not_of("an encoder", source, what, "format") from None
     return _flattened(content, source)
+
+
+def _check_archive(stored: bytes, source: Path) -> None:
+    """Refuse an archive whose parts are larger than itself before one is read: torch compresses none."""
+    if not stored.startswith(b"PK"):
+        return  # torch's older format
+    with ZipFile(io.BytesIO(stored)) as archive:
+        parts = archive.infolist()
+    if any(p.compress_type != ZIP_STORED for p in parts) or sum(p.file_size for p in parts) > len(stored):
+        what = "is an archive that is compressed, or whose parts overlap"
+        raise _not_of("an encoder", source, what, "format")
 
 
 def _flattened(content: Any, source: Path) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from qkt_clinical.baselines.statistics import (
     SHRINKAGES,
+    ClassStatistics,
     best_head,
     class_statistics,
+    covariance_within,
     linear_head,
     pool,
 )
@@ -18,6 +22,10 @@ from qkt_clinical.task import MULTICLASS
 
 CLASSES, WIDTH = 5, 6
 LABELS = torch.tensor([0, 1, 3] * 20)
+
+
+def head_of(found: ClassStatistics, relevant: Sequence[int], shrinkage: float) -> tuple[Tensor, Tensor]:
+    return linear_head(found, covariance_within(found), relevant, shrinkage)
 
 
 def clouds(labels: Tensor, seed: int = 0) -> Tensor:
@@ -41,7 +49,7 @@ def test_one_feature_by_hand() -> None:
     # Two classes at -1 and 3, each with one image to either side by 0.5: the variance within is 0.25.
     features = torch.tensor([[-1.5], [-0.5], [2.5], [3.5]])
     found = class_statistics(features, torch.tensor([0, 0, 1, 1]), 3)
-    weight, bias = linear_head(found, [0, 1], 0.5)
+    weight, bias = head_of(found, [0, 1], 0.5)
     assert weight.flatten().tolist() == pytest.approx([-4.0, 12.0, 0.0])
     assert bias.tolist() == pytest.approx([-2.0, -18.0, 0.0])
     assert float((weight[1] - weight[0]) * 1.0 + bias[1] - bias[0]) == pytest.approx(0.0), "half way"
@@ -51,7 +59,7 @@ def test_the_head_is_scikit_learns_of_the_pooled_images() -> None:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     features = clouds(LABELS)
-    weight, bias = linear_head(class_statistics(features, LABELS, CLASSES), [0, 1, 3], 0.1)
+    weight, bias = head_of(class_statistics(features, LABELS, CLASSES), [0, 1, 3], 0.1)
     reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3, shrinkage=0.1)
     theirs = reference.fit(features.double().numpy(), LABELS.numpy()).decision_function(features.numpy())
     ours = (features @ weight.T + bias)[:, [0, 1, 3]].numpy()
@@ -63,7 +71,7 @@ def test_the_head_is_scikit_learns_of_the_pooled_images() -> None:
 
 def test_classes_that_are_not_asked_about_shape_the_covariance_alone() -> None:
     features = clouds(LABELS)
-    weight, bias = linear_head(class_statistics(features, LABELS, CLASSES), [0, 3], 0.1)
+    weight, bias = head_of(class_statistics(features, LABELS, CLASSES), [0, 3], 0.1)
     assert not weight[[1, 2, 4]].any()
     assert not bias[[1, 2, 4]].any()
 
@@ -82,7 +90,7 @@ def test_shrinkage_is_that_of_the_least_loss_on_held_out_images() -> None:
     def right(head: tuple[Tensor, Tensor]) -> float:
         return float(((held_out @ head[0].T + head[1]).argmax(dim=1) == many).double().mean())
 
-    every = [linear_head(statistics, [0, 1, 3], s) for s in SHRINKAGES]
+    every = [head_of(statistics, [0, 1, 3], s) for s in SHRINKAGES]
     assert any(torch.equal(chosen[0], h[0]) for h in every)
     assert right(chosen) >= max(map(right, every)) - 0.02
     assert right(chosen) > right(every[0]), "of 9 images in 6 dimensions the covariance alone says little"
@@ -90,4 +98,4 @@ def test_shrinkage_is_that_of_the_least_loss_on_held_out_images() -> None:
 
 def test_features_without_variance_give_finite_heads() -> None:
     found = class_statistics(torch.ones(len(LABELS), WIDTH), LABELS, CLASSES)
-    assert all(bool(torch.isfinite(t).all()) for t in linear_head(found, [0, 1, 3], 0.001))
+    assert all(bool(torch.isfinite(t).all()) for t in head_of(found, [0, 1, 3], 0.001))

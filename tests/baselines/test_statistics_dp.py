@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from qkt_clinical.baselines.statistics import class_statistics, linear_head, pool, without_small
+from qkt_clinical.baselines.statistics import class_statistics, pool, without_small
 from qkt_clinical.baselines.statistics_dp import (
     DIMENSIONS,
     SHARES,
@@ -17,6 +17,7 @@ from qkt_clinical.baselines.statistics_dp import (
     projected,
 )
 from qkt_clinical.common.seeding import derive
+from tests.baselines.test_statistics import head_of
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(8.0, 1e-5), (1.0, 1e-5), (0.1, 1e-6), (50.0, 1e-3)])
@@ -88,7 +89,7 @@ def test_with_enough_images_classes_are_still_told_apart() -> None:
             )
             for i in range(2)
         ]
-        weight, bias = linear_head(without_small(pool(each), 5), [0, 1, 2], 0.1)
+        weight, bias = head_of(without_small(pool(each), 5), [0, 1, 2], 0.1)
         answers = (features @ weight.T + bias)[:, :3].argmax(dim=1)
         return float((answers == labels).double().mean())
 

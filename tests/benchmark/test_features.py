@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.baselines.gaussian_heads import class_mixtures
-from qkt_clinical.baselines.statistics import class_statistics, linear_head, pool
+from qkt_clinical.baselines.statistics import class_statistics, pool
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
 from qkt_clinical.benchmark.metrics import figures
@@ -20,12 +20,12 @@ from qkt_clinical.benchmark.settings import BenchmarkSettings, EncoderUse
 from qkt_clinical.benchmark.simulate import SimulatedFederation, channels_first
 from qkt_clinical.catalog import WITH_ENCODER
 from qkt_clinical.cli import main
-from qkt_clinical.common.seeding import derive
 from qkt_clinical.datasets.medmnist_file import read_medmnist
 from qkt_clinical.errors import ConfigError, EncoderError
 from qkt_clinical.models.encoders import Encoder, encode
 from qkt_clinical.qkt.operating_point import decide, offset_for_budget, query_scores
 from qkt_clinical.task import MULTICLASS
+from tests.baselines.test_statistics import head_of
 from tests.benchmark.test_benchmark import QUICK, write_npz
 from tests.shapes import CPU
 
@@ -126,7 +126,7 @@ def test_statistics_answer_as_computed_step_by_step(
         own = asking.calibration.of_classes(local)
         found = []
         for shrinkage in (0.001, 0.01, 0.05, 0.1, 0.2, 0.5):
-            weight, bias = linear_head(pool(each), relevant, shrinkage)
+            weight, bias = head_of(pool(each), relevant, shrinkage)
             held_out = (bank.of(own.images) - means[0]) @ weight.T + bias
             offset = offset_for_budget(query_scores(held_out, local, query), QUICK.budget)
             index = simulated.judging(question, "test")
@@ -153,15 +153,10 @@ def test_other_heads_move_what_they_say(data: Path, whole: tuple[Path, dict[str,
         # Noisy numbers of all classes, for which are there is hidden too.
         assert private["bytes_moved"] <= len(others) * 4 * (4 * 65 + 64 * 65 // 2)
         relevant = simulated.relevant(question)
-        seed = [derive(0, "benchmark", "gaussian-heads", h.name, question.student, "x") for h in others]
-        sizes = [
-            m.bytes
-            for h, s in zip(others, seed, strict=True)
-            for c, m in class_mixtures(
-                bank.of(h.train.images), torch.from_numpy(h.train.labels), seed=s
-            ).items()
-            if c in relevant
+        mixtures = [  # of any seed, for all have one size
+            class_mixtures(bank.of(h.train.images), torch.from_numpy(h.train.labels), seed=0) for h in others
         ]
+        sizes = [m.bytes for held in mixtures for c, m in held.items() if c in relevant]
         assert rows["gaussian-heads"]["bytes_moved"] == sum(sizes), number
         assert rows["gaussian-heads"]["auroc"] > 0.5
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qkt_clinical.catalog import EncoderName
 from qkt_clinical.errors import EncoderError
+from qkt_clinical.models.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.models.encoders import (
-    ENCODERS,
     Encoder,
-    EncoderSpec,
     digest_weights,
     encode,
     import_weights,
@@ -28,6 +30,7 @@ from qkt_clinical.models.encoders import (
     outline_encoder,
     prepare,
 )
+from tests.places import ROOT
 
 CPU = torch.device("cpu")
 SPEC = EncoderSpec("timm", "any", 3, 4, (0.5, 0.25, 0.0), (0.5, 0.5, 2.0))
@@ -265,6 +268,33 @@ def test_nothing_of_an_imported_file_is_run(tmp_path: Path, protocol: str) -> No
     assert caught.value.code == "encoder-format"
     assert not marker.exists()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_archives_larger_than_their_file_are_refused_before_they_are_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plain = tmp_path / "weights.pth", tmp_path / "plain.pth"
+    torch.save({"a.weight": torch.zeros(100_000)}, plain)
+    with ZipFile(plain) as archive, ZipFile(source, "w", ZIP_DEFLATED) as packed:
+        for part in archive.infolist():
+            packed.writestr(part.filename, archive.read(part))
+    if kind == "overlapping":
+        content = bytearray(plain.read_bytes())
+        entry = content.find(b"PK\x01\x02")
+        for field in (20, 24):  # of the directory: stored and whole size of the first part
+            content[entry + field : entry + field + 4] = (1 << 30).to_bytes(4, "little")
+        source.write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(EncoderError, match="compressed, or whose parts overlap"):
+        import_weights(source, "medicalnet-resnet10", tmp_path / "out.safetensors")
+
+
+def test_torch_is_one_whose_unpickler_runs_nothing() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = next(r for r in map(Requirement, project["dependencies"]) if r.name == "torch")
+    assert "2.9.1" not in needed.specifier, "CVE-2026-24747"
+    assert torch.__version__.split("+")[0] in needed.specifier
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
