@@ -8,6 +8,7 @@ directions that matter, one layer after the other, so that later layers make up 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkt_clinical.models.generator import generator
+from qkt_clinical.models.inference import IMAGES_PER_BATCH
 from qkt_clinical.models.low_rank import Convolution, convolutions, factorised, replace_module
 from qkt_clinical.models.networks import Classifier, build, multiply_adds
 from qkt_clinical.records.card import MERGED, Branch, NetworkSpec
@@ -112,12 +114,12 @@ def _inputs_of(network: nn.Module, layer: nn.Module, views: Tensor) -> Tensor:
 
     handle = layer.register_forward_pre_hook(keep)
     try:
-        network(views)
-    except _Reached:
-        pass
+        for part in views.split(IMAGES_PER_BATCH[views.device.type]):
+            with contextlib.suppress(_Reached):
+                network(part)
     finally:
         handle.remove()
-    return given[0]
+    return torch.cat(given)
 
 
 def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
