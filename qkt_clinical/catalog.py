@@ -20,6 +20,8 @@ EncoderName = Literal[
     "medicalnet-resnet10",
 ]
 """Pretrained networks whose features can be used, see ``models/encoders.py``."""
+EncoderMode = Literal["frozen", "adapters", "finetune"]
+"""What of a pretrained network training changes: nothing, its normalisation layers, or all of it."""
 WITHOUT_BATCH_NORM: tuple[Network, ...] = ("resnet-small-gn",)
 """Networks that train image by image, as differential privacy asks; the others mix images in batch norm."""
 Estimator = Literal[

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkt_clinical.baselines.federated import Participant, first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.federated import Participant, global_network, round_draw, round_rate, train_round
 from qkt_clinical.baselines.params import FederatedParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peers import Algorithm, Federated
@@ -92,7 +92,7 @@ def reference(
     seed: int = 1,
 ) -> Classifier:
     """The global network after the last round."""
-    network = first_network(spec, seed)
+    network = global_network(spec, seed)
     sizes = [len(p.train[1]) for p in participants]
     scaffold, mu = algorithm == "scaffold", proximal if algorithm == "fedprox" else 0.0
     everyone = [torch.zeros_like(p) for p in network.parameters()]

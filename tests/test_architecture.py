@@ -209,7 +209,7 @@ WITHOUT_TORCH = (
     "common/files",
     "common/locks",
     "data/prepared",
-    "models/encoder_specs",
+    "config/encoder_specs",
     "records",
     "qkt/planning",
     "report",

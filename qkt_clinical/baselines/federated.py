@@ -16,11 +16,12 @@ from torch import Tensor
 from qkt_clinical.baselines.params import FederatedParams
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.prepared import Images, Labels
+from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.generator import generator
-from qkt_clinical.models.networks import Classifier, build, fast_layout
+from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.task import Task
-from qkt_clinical.training.classifier import augmented_batches
+from qkt_clinical.training.classifier import augmented_batches, first_network
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit, learning_rate_factor
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ class Participant:
     train: tuple[Images, Labels]
 
 
-def first_network(spec: NetworkSpec, seed: int) -> Classifier:
-    """The global network before the first round."""
-    return fast_layout(build(spec, seed=derive(seed, "federated")))
+def global_network(spec: NetworkSpec, seed: int, pretrained: Encoder | None = None) -> Classifier:
+    """The global network before the first round; see :func:`.training.classifier.first_network`."""
+    return first_network(spec, derive(seed, "federated"), pretrained)
 
 
 def round_rate(params: FederatedParams, number: int, rounds: int) -> float:

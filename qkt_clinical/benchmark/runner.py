@@ -43,10 +43,10 @@ from qkt_clinical.catalog import POOLED, WITH_ENCODER
 from qkt_clinical.common.console import Step
 from qkt_clinical.common.files import digest_bytes, digest_file, write_json, write_text
 from qkt_clinical.common.workers import cores
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
-from qkt_clinical.models.encoder_specs import ENCODERS
 from qkt_clinical.models.encoders import Encoder, load_encoder
 from qkt_clinical.models.networks import pick_device
 
@@ -93,7 +93,7 @@ def federations_of(
         samples_per_rare_class=s.samples_per_rare_class,
         query_size=s.query_size,
         seed=seed,
-        network=s.train.network,
+        training=s.train,
         max_queries=s.max_queries,
     )
 
@@ -120,7 +120,8 @@ class _Bench:
         folder, features = self.work / f"seed-{seed}", None
         if self.settings.encoder and (self.work / FEATURES).is_dir():
             features = FeatureBank(self.work / FEATURES)
-        return ResultStore(folder, self.federation(seed), self.settings, self.device, features)
+        pretrained = self.encoder() if self.settings.train.encoder else None
+        return ResultStore(folder, self.federation(seed), self.settings, self.device, features, pretrained)
 
     def _encoder(self) -> Encoder:
         used = self.settings.encoder

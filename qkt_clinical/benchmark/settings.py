@@ -26,6 +26,7 @@ from qkt_clinical.catalog import (
     REFERENCES,
     WITH_ENCODER,
     Device,
+    EncoderMode,
     EncoderName,
     EvaluationSplit,
     Method,
@@ -33,10 +34,9 @@ from qkt_clinical.catalog import (
     Regime,
 )
 from qkt_clinical.common.files import digest_bytes
-from qkt_clinical.config.base import Strict
-from qkt_clinical.config.params import MaskParams, TrainParams, TransferParams
+from qkt_clinical.config.base import Sha256, Strict
+from qkt_clinical.config.params import EncoderParams, MaskParams, TrainParams, TransferParams
 from qkt_clinical.errors import ConfigError
-from qkt_clinical.records.card import Sha256
 
 Variant = Literal[
     "full", "sent", "weak", "label-noise-10", "label-noise-30", "images-100", "images-30", "images-10"
@@ -155,13 +155,18 @@ SITES = ("sites", "ask", "query_classes")
 
 
 class EncoderUse(Strict):
-    """The frozen encoder of the baselines that read its features."""
+    """The encoder whose features baselines read, and with which networks may start."""
 
     name: EncoderName
     digest: Sha256
     """Of its weights file."""
-    side: Annotated[int, Field(ge=16, le=1024)] = 112
+    side: Annotated[int, Field(ge=16, le=518)] = 112
     """Pixels along an edge to which images are enlarged or reduced."""
+
+    def start(self, mode: EncoderMode) -> EncoderParams:
+        """The same for the training of a network; where the weights lie is told apart."""
+        weights = f"{self.name}.safetensors"
+        return EncoderParams(name=self.name, weights=weights, digest=self.digest, side=self.side, mode=mode)
 
 
 class BenchmarkSettings(Strict):
@@ -269,7 +274,9 @@ class BenchmarkSettings(Strict):
             data: digest of the data file, or of all sites' files.
             device: what ``device`` stands for on this machine.
         """
-        parts = self.model_dump(mode="json", exclude={"seeds", "methods", "encoder", *SITES})
+        left_out: dict[str, Any] = dict.fromkeys(("seeds", "methods", "encoder", *SITES), True)
+        left_out["train"] = {"encoder": {"weights", "licence"}}  # its digest counts
+        parts = self.model_dump(mode="json", exclude=left_out)
         whole: dict[str, Any] = {**parts, "device": device, "data": data, "version": __version__}
         return digest_bytes(json.dumps(whole, sort_keys=True).encode())
 

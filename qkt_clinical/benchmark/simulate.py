@@ -16,16 +16,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qkt_clinical.catalog import EvaluationSplit, Network, Partition, Regime
+from qkt_clinical.catalog import EvaluationSplit, Partition, Regime
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.datasets.medmnist import class_names
 from qkt_clinical.datasets.medmnist_file import SplitArrays, read_medmnist
 from qkt_clinical.datasets.partition import Indices, dirichlet_shares, divide, pathological_shares
 from qkt_clinical.errors import ConfigError
-from qkt_clinical.models.networks import check_size
 from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.training.classifier import network_spec
 
 CALIBRATION = 0.15
 """Share of a hospital's training images (whole patients) that is held out for the operating point."""
@@ -240,7 +241,7 @@ def simulate(
     samples_per_rare_class: int = 20,
     query_size: int = 1,
     seed: int = 0,
-    network: Network = "resnet-small",
+    training: TrainParams | None = None,
     max_queries: int | None = None,
 ) -> SimulatedFederation:
     """Divide a data set among simulated hospitals and choose the queries.
@@ -312,10 +313,7 @@ def simulate(
             remedy="Choose fewer classes per hospital, a smaller beta or another query size.",
         )
     sample = images["train"]
-    spec = NetworkSpec(
-        name=network, spatial_dims=3 if sample.ndim == 5 else 2, in_channels=sample.shape[1], classes=count
-    )
-    check_size(spec, sample.shape[2:])
+    spec = network_spec(training or TrainParams(), sample.shape[1:], count)
     return SimulatedFederation(
         seed,
         classes,

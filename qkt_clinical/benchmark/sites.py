@@ -37,8 +37,7 @@ from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.base import NAME
 from qkt_clinical.datasets.medmnist_file import SplitArrays, read_class_names, read_medmnist
 from qkt_clinical.errors import ConfigError, SourceError
-from qkt_clinical.models.networks import check_size
-from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.training.classifier import network_spec
 
 MIN_TRAINING_IMAGES = 10
 """A class of fewer training images is neither hidden from a hospital nor expected from its teacher."""
@@ -146,13 +145,7 @@ def federation_of_sites(
                 site=hospital.name,
             )
     shape = sites[0].images["train"].images.shape[1:]
-    spec = NetworkSpec(
-        name=settings.train.network,
-        spatial_dims=3 if len(shape) == 4 else 2,
-        in_channels=shape[0],
-        classes=len(classes),
-    )
-    check_size(spec, shape[1:])
+    spec = network_spec(settings.train, shape, len(classes))
     return SimulatedFederation(
         seed,
         classes,

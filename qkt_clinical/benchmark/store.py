@@ -54,6 +54,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Labels
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.class_means import class_means
+from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.masks import verified_classes
@@ -89,6 +90,7 @@ class ResultStore:
         federation: of the same seed.
         device: where networks are trained and evaluated.
         features: of the encoder, where there is one.
+        pretrained: with whose weights networks start, where ``settings.train`` has an encoder.
     """
 
     def __init__(
@@ -98,12 +100,14 @@ class ResultStore:
         settings: BenchmarkSettings,
         device: torch.device,
         features: FeatureBank | None = None,
+        pretrained: Encoder | None = None,
     ):
         self.folder = folder
         self.federation = federation
         self.settings = settings
         self.device = device
         self.features = features
+        self.pretrained = pretrained
         self.task = task_of(DEFAULT_TASK)
         self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)
@@ -230,6 +234,7 @@ class ResultStore:
             site=data.site,
             device=self.device,
             checkpoint=Checkpoint(self.folder / "checkpoints", f"{variant}-{hospital}"),
+            pretrained=self.pretrained,
         )
         seconds = time.perf_counter() - start
         network = network.cpu()
@@ -280,6 +285,7 @@ class ResultStore:
             seed=derive(self.federation.seed, "benchmark", "federated"),
             device=self.device,
             work=self.folder / FEDERATIONS / name.replace("/", "-"),
+            pretrained=self.pretrained,
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / name) as folder:
@@ -297,6 +303,7 @@ class ResultStore:
             seed=derive(self.federation.seed, "benchmark", POOLED),
             site=POOLED,
             device=self.device,
+            pretrained=self.pretrained,
         )
         seconds = time.perf_counter() - start
         with new_folder(self.folder / pooled_name(asks_as)) as folder:

@@ -12,6 +12,7 @@ from qkt_clinical.catalog import (
     REFERENCES,
     WITH_ENCODER,
     Device,
+    EncoderMode,
     EncoderName,
     EvaluationSplit,
     Network,
@@ -83,6 +84,7 @@ def benchmark(
             show_default=False,
         ),
     ] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Of a hospital's network, at most.")] = 30,
     min_batches: Annotated[
         int, typer.Option(min=1, max=1000, help="Of an epoch, at least, in every training.")
     ] = 1,
@@ -91,7 +93,7 @@ def benchmark(
     ] = "on",
     encoder: Annotated[
         EncoderName | None,
-        typer.Option(help="Frozen encoder for class statistics; 'qkt encoder list'.", show_default=False),
+        typer.Option(help="Pretrained; class statistics read its features.", show_default=False),
     ] = None,
     encoder_weights: Annotated[
         Path | None,
@@ -99,8 +101,15 @@ def benchmark(
             help="Its weights, from 'qkt encoder import'.", metavar="FILE.safetensors", show_default=False
         ),
     ] = None,
+    encoder_mode: Annotated[
+        EncoderMode | None,
+        typer.Option(
+            help="Every hospital's network starts with the encoder, and trains so much of it.",
+            show_default=False,
+        ),
+    ] = None,
     encoder_size: Annotated[
-        int, typer.Option(min=16, max=1024, help="Pixels to which its images are resized.")
+        int, typer.Option(min=16, max=518, help="Pixels to which its images are resized.")
     ] = 112,
     max_queries: Annotated[int | None, typer.Option(min=1, help="At most so many per seed.")] = None,
     budget: Annotated[
@@ -135,6 +144,8 @@ def benchmark(
     used = None
     if encoder and encoder_weights:
         used = EncoderUse(name=encoder, digest=digest_weights(encoder_weights), side=encoder_size)
+    if encoder_mode and used is None:
+        raise ConfigError("--encoder-mode without an encoder", remedy="Give --encoder and --encoder-weights.")
     if appearance is None:
         appearance = 1.0 if sites else 0.0
     federated = FederatedParams(appearance=appearance, min_batches=min_batches)
@@ -157,7 +168,13 @@ def benchmark(
         split=split,
         device=device,
         encoder=used,
-        train=TrainParams(network=network, appearance=appearance, min_batches=min_batches),
+        train=TrainParams(
+            network=network,
+            encoder=used.start(encoder_mode) if used and encoder_mode else None,
+            epochs=epochs,
+            appearance=appearance,
+            min_batches=min_batches,
+        ),
         baselines=BaselineParams(
             finetune=FinetuneParams(min_batches=min_batches), federated=federated, scaffold=federated
         ),

@@ -22,7 +22,7 @@ WeightsFile = Annotated[Path, typer.Argument(metavar="FILE", help="Weights of an
 @encoder_app.command("list", epilog=EPILOG)
 def encoder_list(as_json: Json = False) -> None:
     """Name all encoders on the allow-list, with their features and what they expect of images."""
-    from qkt_clinical.models.encoder_specs import ENCODERS
+    from qkt_clinical.config.encoder_specs import ENCODERS
 
     if as_json:
         print_json({name: asdict(spec) for name, spec in ENCODERS.items()})

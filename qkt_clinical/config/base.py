@@ -11,6 +11,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

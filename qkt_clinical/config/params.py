@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qkt_clinical.catalog import WITHOUT_BATCH_NORM, Network, Split
-from qkt_clinical.config.base import Classes, Fraction, Name, Names, Strict
+from qkt_clinical.catalog import WITHOUT_BATCH_NORM, EncoderMode, EncoderName, Network, Split
+from qkt_clinical.config.base import Classes, Fraction, Name, Names, Sha256, Strict
 from qkt_clinical.config.query import QueryRef
 
 
@@ -50,10 +50,27 @@ class PrivacyParams(Strict):
     """Norm to which every image's gradient is cut."""
 
 
+class EncoderParams(Strict):
+    """A pretrained network with which a site's networks start; see docs/encoders.md."""
+
+    name: EncoderName
+    weights: Annotated[str, Field(min_length=1)]
+    """Safetensors file from ``qkt encoder import``, from the workspace on."""
+    digest: Sha256
+    """Of that file."""
+    side: Annotated[int, Field(ge=16, le=518)] = 112
+    """Pixels along an edge to which images are enlarged or reduced."""
+    mode: EncoderMode = "finetune"
+    licence: str | None = None
+    """Of the weights: what is trained on may be bound by it."""
+
+
 class TrainParams(Strict):
     """Stage ``train``: one teacher per site."""
 
     network: Network = "resnet-small"
+    """Trained from nothing, where there is no ``encoder``."""
+    encoder: EncoderParams | None = None
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 30
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -79,6 +96,8 @@ class TrainParams(Strict):
 
     @model_validator(mode="after")
     def _image_by_image(self) -> TrainParams:
+        if self.privacy is not None and self.encoder is not None:
+            raise ValueError("privacy is not possible with an encoder")
         if self.privacy is not None and self.network not in WITHOUT_BATCH_NORM:
             raise ValueError(f"privacy needs a network without batch norm: {', '.join(WITHOUT_BATCH_NORM)}")
         return self

@@ -21,10 +21,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from qkt_clinical.common.files import digest_bytes, passing_file, read_plain, to_json
 from qkt_clinical.common.locks import lock
-from qkt_clinical.config.base import NAME, Name, Strict
+from qkt_clinical.config.base import NAME, Name, Sha256, Strict
 from qkt_clinical.errors import OutputsError
 from qkt_clinical.federation.messages import cut
-from qkt_clinical.records.card import Sha256
 
 RECORD = Path("federation", "audit.jsonl")
 """Path in the workspace of a site."""

@@ -28,7 +28,6 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from qkt_clinical.baselines.fedavg import FedAvg
 from qkt_clinical.baselines.federated import (
     FederatedMethod,
-    first_network,
     round_draw,
     round_rate,
     train_round,
@@ -40,7 +39,7 @@ from qkt_clinical.catalog import DEFAULT_TASK
 from qkt_clinical.common.files import passing_file
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.flare import workspace_of
-from qkt_clinical.models.networks import Classifier
+from qkt_clinical.models.networks import Classifier, build, fast_layout
 from qkt_clinical.records.card import NetworkSpec
 from qkt_clinical.task import task_of
 
@@ -50,6 +49,8 @@ METHODS: Mapping[str, type[FederatedMethod]] = {"fedavg": FedAvg, "fedprox": Fed
 
 IMAGES = "train.safetensors"
 """A site's images and labels, in its workspace."""
+FIRST_NETWORK = "first.safetensors"
+"""The global network's arrays before the first round, in the server's workspace."""
 NETWORK = "network.safetensors"
 """The global network's arrays after the last round, in the server's workspace."""
 
@@ -107,7 +108,8 @@ class Trainer(Executor):  # type: ignore[misc]
         self._labels = torch.from_numpy(held["labels"])
         self._settings = FederatedParams.model_validate(self.params)
         device = torch.device(self.device)
-        self._network = first_network(NetworkSpec.model_validate(self.spec), self.seed).to(device)
+        # Its weights come with the first round.
+        self._network = fast_layout(build(NetworkSpec.model_validate(self.spec), seed=self.seed)).to(device)
         self._method = METHODS[self.algorithm]()
         self._method.begin(self._network)
 
@@ -137,16 +139,13 @@ class Trainer(Executor):  # type: ignore[misc]
 
 
 class NetworkFile(ModelPersistor):  # type: ignore[misc]
-    """The global network on the server: begins by a seed, ends as safetensors (FLARE's file is pickled)."""
-
-    def __init__(self, spec: dict[str, Any], seed: int) -> None:
-        super().__init__()
-        self.spec, self.seed = spec, seed
+    """The global network on the server: begins and ends as safetensors (FLARE's file is pickled)."""
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         """Before the first round."""
-        network = first_network(NetworkSpec.model_validate(self.spec), self.seed)
-        return make_model_learnable(arrays_of(network), {})
+        from safetensors.numpy import load_file
+
+        return make_model_learnable(load_file(workspace_of(fl_ctx)[0] / FIRST_NETWORK), {})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """After every round."""

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from qkt_clinical.baselines.federated import Participant, first_network
+from qkt_clinical.baselines.federated import Participant, global_network
 from qkt_clinical.baselines.params import FederatedParams
 from qkt_clinical.common.extras import require_extra
 from qkt_clinical.common.files import write_json
@@ -31,6 +31,7 @@ from qkt_clinical.config.base import Names, Strict
 from qkt_clinical.errors import QktError
 from qkt_clinical.federation.run import PATIENT, kill
 from qkt_clinical.federation.settings import FILE
+from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import NetworkSpec
 
@@ -88,7 +89,7 @@ def make_job(plan: TrainingPlan) -> Any:
     common: dict[str, Any] = {
         "num_clients": count,
         "num_rounds": plan.rounds,
-        "persistor_id": job.to_server(NetworkFile(spec, plan.seed), id="persistor"),
+        "persistor_id": job.to_server(NetworkFile(), id="persistor"),
         "ignore_result_error": False,
         "task_check_period": POLL_S,
     }
@@ -119,6 +120,7 @@ def run_federation(
     device: torch.device,
     work: Path,
     normalisation: str = "unit",
+    pretrained: Encoder | None = None,
 ) -> Federated:
     """Run FedAvg (McMahan et al., 2017), FedProx (Li et al., 2020) or SCAFFOLD (Karimireddy et al., 2020).
 
@@ -129,6 +131,7 @@ def run_federation(
         participants: in any order; names are unique. Each trains in a process of its own, with as many
             threads as torch has here.
         proximal: ``mu`` of FedProx.
+        pretrained: with whose weights the global network begins, where its extractor is an encoder.
         work: folder for the run; emptied before and removed after it, but kept where FLARE fails.
 
     Raises:
@@ -137,7 +140,7 @@ def run_federation(
     from safetensors.numpy import save_file
 
     require_extra("nvflare")
-    from qkt_clinical.federation.peer_job import IMAGES
+    from qkt_clinical.federation.peer_job import FIRST_NETWORK, IMAGES, arrays_of
 
     participants = sorted(participants, key=lambda p: p.site)
     plan = TrainingPlan(
@@ -161,8 +164,10 @@ def run_federation(
             (work / SITES / one.site).mkdir()
             images, labels = one.train
             save_file({"images": images, "labels": labels}, work / SITES / one.site / IMAGES)
+        first = global_network(spec, seed, pretrained)
+        save_file(arrays_of(first), work / SITES / SERVER / FIRST_NETWORK)
         _run(work, plan)
-        return _result(work, plan)
+        return _result(work, plan, first)
     except QktError:
         keep = True  # its logs say what FLARE could not do
         raise
@@ -231,7 +236,7 @@ def _failed(work: Path, what: str) -> QktError:
     return QktError(what, remedy=f"See {LOG} in the folder.", file=work, code="flare")
 
 
-def _result(work: Path, plan: TrainingPlan) -> Federated:
+def _result(work: Path, plan: TrainingPlan, network: Classifier) -> Federated:
     from safetensors.numpy import load_file
 
     from qkt_clinical.federation.peer_job import NETWORK, set_arrays
@@ -239,7 +244,6 @@ def _result(work: Path, plan: TrainingPlan) -> Federated:
     rounds, bytes_moved = _counted(json.loads((work / STATISTICS).read_bytes()), len(plan.sites))
     if rounds != plan.rounds:
         raise _failed(work, f"NVIDIA FLARE ended after {rounds:g} of {plan.rounds} rounds")
-    network = first_network(plan.spec, plan.seed)
     set_arrays(network, load_file(work / SITES / SERVER / NETWORK))
     return Federated(network.eval(), plan.rounds, bytes_moved)
 

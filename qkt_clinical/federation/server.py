@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from qkt_clinical.common.files import digest_bytes, new_folder, read_plain, write_json
-from qkt_clinical.config.base import NAME, Name, Names, Strict
+from qkt_clinical.config.base import NAME, Name, Names, Sha256, Strict
 from qkt_clinical.config.loading import load_params
 from qkt_clinical.config.workspace import Workspace, check_name
 from qkt_clinical.errors import BundleError, OutputsError
@@ -23,7 +23,7 @@ from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_studen
 from qkt_clinical.federation.signing import check_signature
 from qkt_clinical.models.offers import read_image_statistics
 from qkt_clinical.qkt.planning import make_plan
-from qkt_clinical.records.card import CARD, MAX_JSON_BYTES, Sha256
+from qkt_clinical.records.card import CARD, MAX_JSON_BYTES
 from qkt_clinical.records.plan import SHARED, Offer, Plan
 
 SIGNATURE, SIGNATURE_BYTES = "signature", 64

@@ -22,7 +22,7 @@ from qkt_clinical.common.files import (
     write_json,
 )
 from qkt_clinical.common.locks import hold_query
-from qkt_clinical.config.base import NAME, Strict
+from qkt_clinical.config.base import NAME, Sha256, Strict
 from qkt_clinical.config.loading import load_params, load_policy, load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.policy import Policy
@@ -50,7 +50,7 @@ from qkt_clinical.federation.messages import (
 from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
 from qkt_clinical.federation.signing import check_signature, sign
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, Sha256, read_card, read_mask
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, read_card, read_mask
 from qkt_clinical.records.evaluation import Evaluation
 from qkt_clinical.records.plan import Asking, Plan
 from qkt_clinical.records.published import published

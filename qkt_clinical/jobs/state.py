@@ -16,12 +16,12 @@ from pydantic import BeforeValidator
 
 from qkt_clinical.common.files import digest_bytes, read_plain, to_json, write_json
 from qkt_clinical.common.locks import Busy, hold_query
-from qkt_clinical.config.base import NAME, Name, Strict
+from qkt_clinical.config.base import NAME, Name, Sha256, Strict
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.config.workspace import Workspace, query_file, site_folder
 from qkt_clinical.errors import OutputsError, QktError, QueryError, visible
-from qkt_clinical.records.card import MAX_JSON_BYTES, Sha256
+from qkt_clinical.records.card import MAX_JSON_BYTES
 from qkt_clinical.records.plan import Count
 from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import read_record

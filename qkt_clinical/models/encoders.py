@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -21,15 +19,14 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qkt_clinical.catalog import EncoderName
-from qkt_clinical.common.extras import require_extra
 from qkt_clinical.common.files import TooLarge, digest_bytes, digest_file, passing_file, read_plain
+from qkt_clinical.config.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import EncoderError
-from qkt_clinical.models.encoder_specs import ENCODERS, EncoderSpec
-from qkt_clinical.models.networks import WithoutValues, monai_networks
+from qkt_clinical.models.encoder_network import encoder_architecture, encoder_input
+from qkt_clinical.models.libraries import WithoutValues
 from qkt_clinical.models.tensor_file import Refuse, Specs, read_tensors
 
 IMAGES_PER_BATCH = 64
@@ -63,63 +60,10 @@ class Encoder:
         return ENCODERS[self.name]
 
 
-@lru_cache(1)
-def _timm() -> Any:
-    """timm, whose networks need none of torchvision's compiled operators.
-
-    A torchvision built for CUDA cannot load its own beside a CPU build of torch, and then fails at import for
-    want of their declarations: they are declared here, and would fail if they were called.
-    """
-    require_extra("timm")
-    if "torchvision" not in sys.modules and not _has_operators():
-        for name in ("nms", "qnms"):
-            _DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
-
-
-_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
-"""Kept, for a declaration ends with its library object."""
-
-
-def _has_operators() -> bool:
-    """Whether torchvision's compiled operators can be loaded."""
-    from importlib.util import find_spec
-
-    found = find_spec("torchvision")
-    if found is None or found.origin is None:
-        return True
-    for file in Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(file))
-        except OSError:
-            return False
-    return True
-
-
 def outline_encoder(name: EncoderName) -> nn.Module:
     """The architecture without a byte for its weights, on the meta device."""
-    spec = ENCODERS[name]
     with torch.device("meta"), WithoutValues():
-        if spec.library == "monai":
-            return _medicalnet()
-        varies = {"dynamic_img_size": True} if spec.architecture.startswith("vit") else {}
-        network: nn.Module = _timm().create_model(
-            spec.architecture, pretrained=False, num_classes=0, **varies
-        )
-        return network
-
-
-def _medicalnet() -> nn.Module:
-    """ResNet-10 for volumes as MedicalNet trained it (Chen et al., 2019, arXiv 1904.00625)."""
-    return monai_networks().resnet10(  # type: ignore[no-any-return]
-        spatial_dims=3,
-        n_input_channels=1,
-        feed_forward=False,
-        shortcut_type="B",
-        bias_downsample=False,
-    )
+        return encoder_architecture(name)
 
 
 def _specs_of(network: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -191,19 +135,7 @@ def prepare(images: Images, spec: EncoderSpec, side: int) -> Tensor:
         )
     inputs = torch.from_numpy(np.ascontiguousarray(images))
     inputs = inputs.float() / 255.0 if inputs.dtype == torch.uint8 else inputs.float()
-    size = (side,) * spec.spatial_dims
-    if tuple(inputs.shape[2:]) != size:
-        flat = spec.spatial_dims == 2
-        inputs = F.interpolate(
-            inputs,
-            size,
-            mode="bicubic" if flat else "trilinear",
-            align_corners=False,
-            antialias=flat and min(inputs.shape[2:]) > side,
-        ).clamp(0.0, 1.0)
-    broadcast = (1, spec.channels, *(1,) * spec.spatial_dims)
-    mean, std = (torch.tensor(v).view(broadcast) for v in (spec.mean, spec.std))
-    return (inputs - mean) / std
+    return encoder_input(inputs, spec, side)
 
 
 @torch.no_grad()

@@ -1,61 +1,19 @@
-"""MONAI networks by allow-listed name, split into a feature extractor and a classification head."""
+"""Networks by allow-listed name, split into a feature extractor and a classification head."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import ConfigError, DeviceError
+from qkt_clinical.models.encoder_network import EncoderExtractor
+from qkt_clinical.models.libraries import WithoutValues, monai_networks
 from qkt_clinical.models.low_rank import convolutions, factorised, replace_module
 from qkt_clinical.records.card import NetworkSpec
-
-# MONAI imports every optional package that it finds. None of these serves its networks, and together
-# they cost each stage process three seconds.
-_NOT_NEEDED = (
-    "mlflow",
-    "pandas",
-    "sklearn",
-    "matplotlib",
-    "nibabel",
-    "pydicom",
-    "tensorboard",
-    "scipy.signal",
-)
-
-
-@contextmanager
-def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    """Let optional imports of ``names`` fail within the block; packages already loaded stay visible."""
-    hidden = [n for n in names if n not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
-def _monai(module: str) -> Any:
-    with _hidden(_NOT_NEEDED):
-        return importlib.import_module(module)
-
-
-def monai_layers() -> Any:
-    """``monai.networks.layers``, loaded without the optional packages that it does not need."""
-    return _monai("monai.networks.layers")
-
-
-def monai_networks() -> Any:
-    """``monai.networks.nets``, loaded likewise."""
-    return _monai("monai.networks.nets")
 
 
 class Classifier(nn.Module):
@@ -153,7 +111,9 @@ def _efficientnet(spec: NetworkSpec) -> tuple[nn.Module, int]:
 def _merged(spec: NetworkSpec) -> tuple[nn.Module, int]:
     extractors, features = [], 0
     for branch in spec.branches:
-        source = build(spec.model_copy(update={"name": branch.name, "branches": ()}))
+        source = build(
+            spec.model_copy(update={"name": branch.name, "encoder": branch.encoder, "branches": ()})
+        )
         for name, (convolution, rank) in convolutions(source.extractor, branch.rank).items():
             replace_module(source.extractor, name, factorised(convolution, rank))
         extractors.append(source.extractor)
@@ -180,6 +140,9 @@ def build(spec: NetworkSpec, *, seed: int | None = None) -> Classifier:
                 body, features = _densenet(spec, 64, 32, (6, 12, 24, 16))
             case "efficientnet-b0":
                 body, features = _efficientnet(spec)
+            case "encoder":
+                assert spec.encoder is not None
+                body, features = EncoderExtractor(spec.encoder), ENCODERS[spec.encoder.name].features
             case "amalgam":  # the stored name, see records.card.MERGED
                 body, features = _merged(spec)
         return Classifier(spec, body, features)
@@ -209,20 +172,6 @@ def fast_layout(network: Classifier) -> Classifier:
     if network.spec.spatial_dims == 2:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-class WithoutValues(TorchFunctionMode):
-    """Leaves initial values undrawn: on the meta device PyTorch loads its compiler (2 s) to draw none."""
-
-    DRAWN = (Tensor.normal_, Tensor.uniform_)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.DRAWN or getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def outline(spec: NetworkSpec) -> Classifier:

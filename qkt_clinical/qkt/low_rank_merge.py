@@ -150,9 +150,13 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     return directions.to(weight.dtype), narrow.to(weight.dtype), float(lost)
 
 
+def _branch(spec: NetworkSpec, rank: float) -> Branch:
+    return Branch.model_validate({"name": spec.name, "encoder": spec.encoder, "rank": rank})
+
+
 def full_rank(source: Classifier) -> tuple[nn.Module, Branch]:
     """A network's own extractor unchanged, and its entry in the card."""
-    return source.extractor, Branch.model_validate({"name": source.spec.name, "rank": 1.0})
+    return source.extractor, _branch(source.spec, 1.0)
 
 
 @torch.no_grad()
@@ -170,7 +174,7 @@ def reduce_extractor(
         The extractor on the CPU in evaluation mode, what a card says of it, and the energy lost per layer.
     """
     extractor = copy.deepcopy(source.extractor).to(device).eval().requires_grad_(False)
-    branch = Branch.model_validate({"name": source.spec.name, "rank": share})
+    branch = _branch(source.spec, share)
     layers = convolutions(extractor, share)
     if not layers:
         return extractor.cpu(), branch, []
@@ -218,7 +222,9 @@ def merge_networks(
         rows: weight (C, F_i) and bias (C,) per part, see :func:`qkt_clinical.qkt.consensus.consensus_rows`.
     """
     branches = tuple(b for _, b in parts)
-    spec = NetworkSpec.model_validate({**dict(source.spec), "name": MERGED, "branches": branches})
+    spec = NetworkSpec.model_validate(
+        {**dict(source.spec), "name": MERGED, "encoder": None, "branches": branches}
+    )
     network = build(spec, seed=0)
     for number, (extractor, _) in enumerate(parts):
         network.get_submodule(f"extractor.branches.{number}").load_state_dict(extractor.state_dict())

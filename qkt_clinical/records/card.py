@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from qkt_clinical.catalog import Estimator, Method, Network
+from qkt_clinical.catalog import EncoderMode, EncoderName, Estimator, Method, Network
 from qkt_clinical.common.files import TooLarge, digest_bytes, read_plain, to_json
-from qkt_clinical.config.base import Classes, Name, Names, Strict
+from qkt_clinical.config.base import Classes, Name, Names, Sha256, Strict
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError, typed
 
 CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
@@ -21,25 +28,57 @@ REMEDY = "Ask the site that made it to send it again; nothing of it was used."
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 """Axes along which an image is mirrored at prediction: the flips that training has seen."""
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, lt=1000)]
 
 
 MERGED = "amalgam"
 """The name of a merged low-rank network in cards, as the first version wrote it."""
+ENCODER = "encoder"
+"""The name of a network whose extractor is a pretrained one."""
 
 
-class Branch(Strict):
+class EncoderPart(Strict):
+    """A pretrained network in the place of an extractor."""
+
+    name: EncoderName
+    side: Annotated[int, Field(ge=16, le=518)]
+    """Pixels along an edge to which images are enlarged or reduced."""
+    mode: EncoderMode
+    """What of it was trained."""
+
+
+class _Built(Strict):
+    """What is built by name; ``encoder`` is left out of JSON where it is None, as versions before it did."""
+
+    name: str
+    encoder: EncoderPart | None = None
+    """Of a network called ``encoder``."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = plainly(self)
+        if said.get("encoder") is None:
+            said.pop("encoder", None)
+        return said
+
+    @model_validator(mode="after")
+    def _one_extractor(self) -> Self:
+        if (self.name == ENCODER) != (self.encoder is not None):
+            raise ValueError("a network called encoder names the pretrained one, other networks none")
+        return self
+
+
+class Branch(_Built):
     """One extractor in a merged network: its architecture, and the share of its convolutions' rank kept."""
 
-    name: Network
+    name: Network | Literal["encoder"]
     rank: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class NetworkSpec(Strict):
+class NetworkSpec(_Built):
     """Specification to build a network; nothing in it can run code."""
 
-    name: Network | Literal["amalgam"]
+    name: Network | Literal["encoder", "amalgam"]
     spatial_dims: Literal[2, 3]
     in_channels: Annotated[int, Field(ge=1, le=16)]
     classes: Annotated[int, Field(ge=2, le=1000)]
@@ -50,6 +89,10 @@ class NetworkSpec(Strict):
     def _consistent(self) -> NetworkSpec:
         if (self.name == MERGED) != bool(self.branches):
             raise ValueError("a merged network has branches, other networks have none")
+        for encoder in filter(None, (self.encoder, *(b.encoder for b in self.branches))):
+            takes = ENCODERS[encoder.name]
+            if takes.spatial_dims != self.spatial_dims or self.in_channels not in (1, takes.channels):
+                raise ValueError(f"{encoder.name} takes images of other dimensions or channels")
         return self
 
 

@@ -10,11 +10,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from qkt_clinical.catalog import Method
 from qkt_clinical.common.files import read_plain
-from qkt_clinical.config.base import Classes, ClassName, Name, Strict
+from qkt_clinical.config.base import Classes, ClassName, Name, Sha256, Strict
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.errors import QueryError
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask, Sha256
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qkt_clinical.config.base import Sha256
 from qkt_clinical.records.base import Record
-from qkt_clinical.records.card import Sha256
 
 
 class Tracked(Record):

@@ -34,16 +34,17 @@ from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.models.bundle import write_bundle
 from qkt_clinical.models.class_means import class_means
+from qkt_clinical.models.encoders import load_encoder
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
-from qkt_clinical.models.networks import Classifier, check_size, pick_device
+from qkt_clinical.models.networks import Classifier, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
-from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, NetworkSpec
+from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.task import Task, task_of
-from qkt_clinical.training.classifier import appearance_of, at_home, train_teacher
+from qkt_clinical.training.classifier import appearance_of, at_home, network_spec, train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
 
@@ -107,6 +108,8 @@ def train_site(
         The teacher's metrics on validation images, as in ``metrics.json``.
 
     Raises:
+        ConfigError: images that the network cannot take.
+        EncoderError: the encoder's weights cannot be used, see :func:`.encoders.load_encoder`.
         SourceError: fewer than two classes, or too few images, to train on, or none to validate with
             (``split-empty``).
         QktError: differential privacy is asked for and cannot be had, see :func:`~.private.train_private`.
@@ -131,14 +134,9 @@ def train_site(
             site=site,
             stage="train",
         )
-    channels, *spatial = prepared.manifest.shape
-    spec = NetworkSpec(
-        name=params.train.network,
-        spatial_dims=3 if len(spatial) == 3 else 2,
-        in_channels=channels,
-        classes=len(prepared.manifest.classes),
-    )
-    check_size(spec, tuple(spatial))
+    spec = network_spec(params.train, prepared.manifest.shape, len(prepared.manifest.classes))
+    encoder = params.train.encoder
+    pretrained = load_encoder(encoder.name, root / encoder.weights, encoder.digest) if encoder else None
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
@@ -159,6 +157,7 @@ def train_site(
             device=where,
             checkpoint=Checkpoint(space.scratch / "train", f"{site}-{kind}-{made_of.digest[:16]}"),
             progress=parts,
+            pretrained=pretrained,
         )
 
     with sample_system_metrics() as samples:
@@ -200,6 +199,7 @@ def train_site(
                 "best_epoch": history.best_epoch,
                 "seed": params.seed,
                 "version": __version__,
+                **({"encoder": encoder.digest, "encoder_licence": encoder.licence} if encoder else {}),
                 **history.privacy,
             },
         }

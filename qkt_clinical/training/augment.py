@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qkt_clinical.models.generator import generator
-from qkt_clinical.models.networks import monai_layers
+from qkt_clinical.models.libraries import monai_layers
 from qkt_clinical.training.loop import shuffled
 
 

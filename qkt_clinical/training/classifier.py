@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qkt_clinical.common.seeding import derive
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.errors import ConfigError
+from qkt_clinical.models.encoder_network import EncoderExtractor
+from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
-from qkt_clinical.models.networks import Classifier, build, fast_layout
-from qkt_clinical.records.card import NetworkSpec
+from qkt_clinical.models.networks import Classifier, build, check_size, fast_layout
+from qkt_clinical.records.card import EncoderPart, NetworkSpec
 from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment, change_appearance
 from qkt_clinical.training.loop import Checkpoint, History, Schedule, batches_per_epoch, fit, shuffled
@@ -82,6 +86,12 @@ def train_network(
             remedy="Leave train.privacy out; 'qkt train' trains teachers with it.",
             code="privacy-unavailable",
         )
+    if network.spec.encoder is not None and normalisation != "unit":
+        raise ConfigError(
+            "an encoder takes images in [0, 1], these are standardised one by one",
+            remedy="Set normalisation: unit in site.yaml, or leave train.encoder out.",
+            code="encoder-input",
+        )
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
     weights = task.weights(train[1], network.spec.classes).to(device)
     val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])
@@ -120,6 +130,47 @@ def at_home(params: TrainParams) -> TrainParams:
     return params.model_copy(update={"appearance": 0.0})
 
 
+def network_spec(params: TrainParams, shape: Sequence[int], classes: int) -> NetworkSpec:
+    """The network that a site trains on images (C, *spatial).
+
+    Raises:
+        ConfigError: they are too small for it, or no images for the encoder (code ``encoder-input``).
+    """
+    channels, *spatial = shape
+    dims: Literal[2, 3] = 3 if len(spatial) == 3 else 2
+    encoder = params.encoder
+    takes = ENCODERS[encoder.name] if encoder else None
+    if encoder and takes and (takes.spatial_dims != dims or channels not in (1, takes.channels)):
+        raise ConfigError(
+            f"images of {channels} channels and {dims} dimensions, which {encoder.name} does not take",
+            remedy="Choose another encoder, see 'qkt encoder list'.",
+            code="encoder-input",
+        )
+    part = EncoderPart(name=encoder.name, side=encoder.side, mode=encoder.mode) if encoder else None
+    spec = NetworkSpec(
+        name="encoder" if encoder else params.network,
+        encoder=part,
+        spatial_dims=dims,
+        in_channels=channels,
+        classes=classes,
+    )
+    check_size(spec, tuple(spatial))
+    return spec
+
+
+def first_network(spec: NetworkSpec, seed: int, pretrained: Encoder | None = None) -> Classifier:
+    """A network before its training: drawn by the seed, but for what was trained elsewhere.
+
+    Args:
+        pretrained: of a network whose extractor is an encoder.
+    """
+    network = build(spec, seed=seed)
+    if isinstance(network.extractor, EncoderExtractor):
+        assert pretrained is not None
+        network.extractor.network.load_state_dict(pretrained.network.state_dict())
+    return fast_layout(network)
+
+
 def train_teacher(
     spec: NetworkSpec,
     train: tuple[Images, Labels],
@@ -133,9 +184,10 @@ def train_teacher(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pretrained: Encoder | None = None,
 ) -> tuple[Classifier, History]:
-    """Build a site's network and train it; see :func:`train_network`."""
-    network = fast_layout(build(spec, seed=derive(seed, "train", site)).to(device))
+    """Build a site's network and train it; see :func:`first_network` and :func:`train_network`."""
+    network = first_network(spec, derive(seed, "train", site), pretrained).to(device)
     history = train_network(
         network,
         train,

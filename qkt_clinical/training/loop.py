@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.common.files import digest_bytes, passing_file
+from qkt_clinical.models.encoder_network import EncoderExtractor
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,22 @@ def _unpack(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+PRETRAINED_SHARE = 0.1
+"""Of the learning rate, for what was trained elsewhere: at the whole of it that would be forgotten."""
+
+
+def _parameter_groups(modules: nn.Module) -> list[dict[str, Any]]:
+    """What the optimiser changes, each group with its share of the learning rate."""
+    encoders = [m for m in modules.modules() if isinstance(m, EncoderExtractor)]
+    pretrained = {id(p): p for e in encoders for p in e.parameters()}
+    learnt = {id(p): p for e in encoders for p in e.learnt()}
+    for number, parameter in pretrained.items():
+        parameter.requires_grad_(number in learnt)
+    new = [p for p in modules.parameters() if p.requires_grad and id(p) not in pretrained]
+    groups = [{"params": new, "share": 1.0}]
+    return groups + ([{"params": list(learnt.values()), "share": PRETRAINED_SHARE}] if learnt else [])
+
+
 def fit(
     modules: nn.Module,
     batches: Callable[[int], Iterator[Any]],
@@ -134,8 +151,9 @@ def fit(
         checkpoint: saved after every epoch and removed at the end.
         progress: called with (epochs done, epochs in all).
     """
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(modules), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+    )
     steps = schedule.epochs * steps_per_epoch
     amp = device.type == "cuda"
     half = torch.bfloat16 if amp and torch.cuda.is_bf16_supported() else torch.float16
@@ -162,7 +180,8 @@ def fit(
         for number, batch in enumerate(batches(epoch)):
             step = (epoch - 1) * steps_per_epoch + number
             for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * learning_rate_factor(step, steps, schedule.warmup)
+                factor = learning_rate_factor(step, steps, schedule.warmup)
+                group["lr"] = schedule.learning_rate * factor * group["share"]
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cuda", dtype=half, enabled=amp):
                 value = loss(batch)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.distill import distill_all, softened_divergence
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
-from qkt_clinical.baselines.federated import Participant, first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.federated import Participant, global_network, round_draw, round_rate, train_round
 from qkt_clinical.baselines.finetune import finetune
 from qkt_clinical.baselines.params import DistillParams, FederatedParams, FinetuneParams
 from qkt_clinical.common.seeding import derive
@@ -351,7 +351,7 @@ def plain_epoch(network: Classifier, site: str, number: int, rate: float) -> Non
 
 def alone(rounds: int) -> Classifier:
     """One hospital's rounds, one upon the other."""
-    network = first_network(spec(), 1)
+    network = global_network(spec(), 1)
     for number in range(1, rounds + 1):
         network, _ = one_round(network, HOSPITALS[0], FEDERATED, number, rounds)
     return network
@@ -377,7 +377,7 @@ def test_a_huge_proximal_weight_holds_the_global_network() -> None:
 
 
 def test_a_round_leaves_the_global_network_and_the_images_alone() -> None:
-    start, images = first_network(spec(), 1), HOSPITALS[0].train[0].copy()
+    start, images = global_network(spec(), 1), HOSPITALS[0].train[0].copy()
     before = state(start)
     torch.manual_seed(1)
     one, _ = one_round(start, HOSPITALS[0], FEDERATED, 1, 2)
@@ -399,7 +399,7 @@ def test_after_every_step_its_rate_is_told() -> None:
         rates.append(rate)
 
     train_round(
-        first_network(spec(), 1),
+        global_network(spec(), 1),
         to_input(LOCAL[0]),
         torch.from_numpy(LOCAL[1]),
         small,

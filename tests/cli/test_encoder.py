@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qkt_clinical.cli import main
-from qkt_clinical.models.encoder_specs import ENCODERS
+from qkt_clinical.config.encoder_specs import ENCODERS
 
 
 def qkt(*arguments: str) -> None:

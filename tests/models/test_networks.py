@@ -143,7 +143,8 @@ def test_optional_packages_are_not_loaded_but_can_be_afterwards() -> None:
 import sys
 from importlib.util import find_spec
 from qkt_clinical.records.card import NetworkSpec
-from qkt_clinical.models.networks import _NOT_NEEDED, build
+from qkt_clinical.models.libraries import _NOT_NEEDED
+from qkt_clinical.models.networks import build
 build(NetworkSpec(name="resnet-small", spatial_dims=2, in_channels=3, classes=4))
 print(sorted(n for n in _NOT_NEEDED if n in sys.modules))
 print([n for n in ("mlflow", "pandas", "sklearn", "matplotlib", "nibabel", "pydicom") if not find_spec(n)])
