@@ -36,7 +36,7 @@ Estimator = Literal[
 ]
 DEFAULT_ESTIMATOR: Estimator = "combined"
 """The estimator of masks; the benchmark compares it with the others."""
-Method = Literal["qkt", "qkt-light", "routed"]
+Method = Literal["qkt", "qkt-light", "routed", "qkt-statistics"]
 DEFAULT_METHOD: Method = "qkt"
 TaskName = Literal["multiclass"]
 """What labels can mean, see ``task.py``."""
@@ -62,8 +62,12 @@ DEVICES: tuple[str, ...] = get_args(Device)
 SPLITS: tuple[str, ...] = get_args(Split)
 HELD_BACK = "held_back"
 """Split of the images that a site keeps for ``evaluate`` alone; they lie apart from the others."""
-WITH_ENCODER: tuple[str, ...] = ("statistics", "statistics-centred", "statistics-dp", "gaussian-heads")
+ON_STATISTICS: Method = "qkt-statistics"
+"""The method whose student has a frozen encoder beside the networks that ``qkt`` merges."""
+ENCODER_BASELINES: tuple[str, ...] = ("statistics", "statistics-centred", "statistics-dp", "gaussian-heads")
 """Baselines over the features of a frozen encoder that all hospitals have."""
+WITH_ENCODER: tuple[str, ...] = (*ENCODER_BASELINES, ON_STATISTICS)
+"""All of the benchmark that takes one."""
 BASELINES: tuple[str, ...] = (
     "local",
     "finetune",
@@ -75,10 +79,10 @@ BASELINES: tuple[str, ...] = (
     "fedavg",
     "fedprox",
     "scaffold",
-    *WITH_ENCODER,
+    *ENCODER_BASELINES,
 )
 """Baselines in the benchmark."""
-BENCHMARK_METHODS: tuple[str, ...] = (*(b for b in BASELINES if b not in WITH_ENCODER), *METHODS)
+BENCHMARK_METHODS: tuple[str, ...] = tuple(m for m in (*BASELINES, *METHODS) if m not in WITH_ENCODER)
 """What ``qkt benchmark --methods all`` stands for, with ``--encoder`` those of ``WITH_ENCODER`` too.
 
 Ablations are named one by one or as ``ablations``.

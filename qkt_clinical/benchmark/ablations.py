@@ -97,10 +97,10 @@ def answer_ablated(
     merged = _merge(phase1, question, screened, settings, distillation or DistillationParams())
     if phase2:
         refined = refine(question, screened, merged, settings)
-        point = set_operating_point(question, screened, merged, refined.network, settings)
+        point = set_operating_point(question, screened, merged, refined, settings)
     else:
         refined = Refined(merged.network)
-        logits = calibration_logits(question, screened, merged, merged.network, settings)
+        logits = calibration_logits(question, screened, merged, refined, settings)
         scores = calibration_scores(question, screened, logits, settings)
         point = operating_point_at(question, screened, merged, scores, 0.0)
     return answer_of(adapted, screened, merged, refined, point)

@@ -19,6 +19,7 @@ from qkt_clinical.baselines import gaussian_heads, statistics, statistics_dp
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.baselines.statistics import BYTES_PER_NUMBER
 from qkt_clinical.benchmark.ablations import answer_ablated
 from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
 from qkt_clinical.benchmark.settings import (
@@ -34,16 +35,18 @@ from qkt_clinical.benchmark.settings import (
 )
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
 from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR, OWN_WITH_QUERY, POOLED
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ON_STATISTICS, OWN_WITH_QUERY, POOLED
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import PrivacyParams
 from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import QueryError
+from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
-from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
+from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
@@ -447,10 +450,27 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             tuple(sorted(known[name])),
             verified(name),
             class_means=means[name],
+            encoder_means=encoder_means(case, name) if setup.method == ON_STATISTICS else {},
         )
         for name in names
         if known[name] & wanted
     }
+
+
+def encoded_images(case: Case, hospital: SimulatedHospital) -> EncodedImages:
+    """The asking hospital's images as features of the run's encoder."""
+    bank, encoder = case.store.features, case.store.encoder
+    assert bank is not None
+    assert encoder is not None
+    return EncodedImages(encoder, bank.of(hospital.train.images), bank.of(hospital.calibration.images))
+
+
+def encoder_means(case: Case, name: str) -> dict[int, Tensor]:
+    """What a teacher's bundle would hold beside the network: class means of the encoder's features."""
+    bank, hospital = case.store.features, case.store.data(name.split("/")[1])
+    assert bank is not None
+    train = hospital.train
+    return mean_features(bank.of(train.images), torch.from_numpy(train.labels), SMALLEST_COUNT)
 
 
 def _answer(
@@ -463,7 +483,8 @@ def _answer(
 ) -> Answer:
     """The answer by the method itself, or by an ablation of its phases."""
     store, settings = case.store, case.store.settings
-    data = LocalData(hospital.train.pair, hospital.calibration.pair)
+    encoded = encoded_images(case, hospital) if setup.method == ON_STATISTICS else None
+    data = LocalData(hospital.train.pair, hospital.calibration.pair, encoded=encoded)
     params = settings.transfer.model_copy(update=dict(setup.transfer))
     if (setup.phase1, setup.phase2) == ("merge", True):
         return answer_query(
@@ -520,8 +541,15 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     asked = {name: included[t.site] for name, t in teachers.items() if t.site in included}
     experts = list(asked.values())
 
-    def scores(inputs: Tensor) -> Tensor:
-        return scores_of(answer.network, answer.decision, experts, inputs, store.device)
+    def scores(inputs: Tensor, images: Images) -> Tensor:
+        beside = answer.refined.encoded
+        if beside is None:
+            return scores_of(answer.network, answer.decision, experts, inputs, store.device)
+        assert store.features is not None  # of every image, so that the encoder need not see them again
+        logits = predict(answer.refined.network, inputs, store.device)
+        logits = logits + beside.logits(store.features.of(images))
+        offsets = torch.tensor(answer.decision.offsets)
+        return decide(logits, answer.decision.local, answer.decision.query, offsets)
 
     if experts and not setup.bad:
         flips = answer.decision.flips
@@ -537,21 +565,23 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
         offsets = torch.tensor(answer.decision.offsets)
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)
     else:
-        found = scores(case.inputs)
+        found = scores(case.inputs, case.images.images)
+    sent = sum(m.numel() for t in teachers.values() for m in t.encoder_means.values())
     shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
-    held_out, decision = to_input(calibration_of(hospital, taught).images), answer.decision
+    held_out, decision = calibration_of(hospital, taught), answer.decision
     if decision.rare:
-        today = predict(student, held_out, store.device)
-        held_out = held_out[kept_today(today, decision.local, decision.query, task=store.task)]
+        today = predict(student, to_input(held_out.images), store.device)
+        kept = kept_today(today, decision.local, decision.query, task=store.task)
+        held_out = held_out.take(np.flatnonzero(kept.numpy()))
     return MethodResult(
         found,
-        sum(map(store.bytes, teachers)),
+        sum(map(store.bytes, teachers)) + BYTES_PER_NUMBER * sent,
         seconds=seconds,
         passes=(1 + len(experts)) * views,
         cost=None
         if experts
         else views * multiply_adds(answer.network, shape) / multiply_adds(student, shape),
-        curve=at_budgets(found, scores(held_out), decision),
+        curve=at_budgets(found, scores(to_input(held_out.images), held_out.images), decision),
     )
 
 

@@ -47,7 +47,7 @@ from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
-from qkt_clinical.models.encoders import Encoder, load_encoder
+from qkt_clinical.models.encoders import Encoder, frozen_extractor, load_encoder
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
@@ -120,8 +120,16 @@ class _Bench:
         folder, features = self.work / f"seed-{seed}", None
         if self.settings.encoder and (self.work / FEATURES).is_dir():
             features = FeatureBank(self.work / FEATURES)
-        pretrained = self.encoder() if self.settings.train.encoder else None
-        return ResultStore(folder, self.federation(seed), self.settings, self.device, features, pretrained)
+        used = self.settings.encoder
+        return ResultStore(
+            folder,
+            self.federation(seed),
+            self.settings,
+            self.device,
+            features,
+            pretrained=self.encoder() if self.settings.train.encoder else None,
+            encoder=frozen_extractor(self.encoder(), used.side) if used and features else None,
+        )
 
     def _encoder(self) -> Encoder:
         used = self.settings.encoder

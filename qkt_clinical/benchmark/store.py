@@ -54,6 +54,7 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Labels
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.class_means import class_means
+from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
@@ -90,6 +91,7 @@ class ResultStore:
         federation: of the same seed.
         device: where networks are trained and evaluated.
         features: of the encoder, where there is one.
+        encoder: that the features are of.
         pretrained: with whose weights networks start, where ``settings.train`` has an encoder.
     """
 
@@ -101,6 +103,7 @@ class ResultStore:
         device: torch.device,
         features: FeatureBank | None = None,
         pretrained: Encoder | None = None,
+        encoder: EncoderExtractor | None = None,
     ):
         self.folder = folder
         self.federation = federation
@@ -108,6 +111,7 @@ class ResultStore:
         self.device = device
         self.features = features
         self.pretrained = pretrained
+        self.encoder = encoder
         self.task = task_of(DEFAULT_TASK)
         self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)

@@ -25,9 +25,10 @@ from qkt_clinical.common.files import TooLarge, digest_bytes, digest_file, passi
 from qkt_clinical.config.encoder_specs import ENCODERS, EncoderSpec
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import EncoderError
-from qkt_clinical.models.encoder_network import encoder_architecture, encoder_input
+from qkt_clinical.models.encoder_network import EncoderExtractor, encoder_architecture, encoder_input
 from qkt_clinical.models.libraries import WithoutValues
 from qkt_clinical.models.tensor_file import Refuse, Specs, read_tensors
+from qkt_clinical.records.card import EncoderPart
 
 IMAGES_PER_BATCH = 64
 MAX_SOURCE_BYTES = 4 << 30
@@ -112,6 +113,15 @@ def load_encoder(name: EncoderName, weights: Path, digest: str | None = None) ->
     _check_finite(state, refuse)
     network.load_state_dict(state, assign=True)
     return Encoder(name, network.requires_grad_(False).eval(), found)
+
+
+def frozen_extractor(encoder: Encoder, side: int) -> EncoderExtractor:
+    """The encoder as a network's extractor, of images of ``side`` pixels along an edge."""
+    part = EncoderPart(name=encoder.name, side=side, mode="frozen")
+    with torch.device("meta"), WithoutValues():
+        extractor = EncoderExtractor(part)
+    extractor.network.load_state_dict(encoder.network.state_dict(), assign=True)
+    return extractor.requires_grad_(False).eval()
 
 
 def _check_finite(state: Mapping[str, Tensor], refuse: Refuse) -> None:

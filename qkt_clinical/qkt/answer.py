@@ -1,4 +1,4 @@
-"""The core of Query-based Knowledge Transfer: the methods ``qkt``, ``qkt-light`` and ``routed``.
+"""The core of Query-based Knowledge Transfer: ``qkt``, ``qkt-light``, ``routed`` and ``qkt-statistics``.
 
 A reconstruction (the paper's equations are not all known to us). An answer takes six steps, one function
 each:
@@ -21,6 +21,8 @@ each:
 5. :func:`refine`, phase 2, works on the head alone. For absent query classes it takes up what
    discriminant analysis says of the student's features (:mod:`qkt_clinical.qkt.discriminant`); for rare ones
    it is refined on their few samples.
+   ``qkt-statistics`` puts a frozen encoder that all hospitals have beside the merged network, with the
+   discriminants of the teachers' class means over its features.
 6. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
 
 Nothing here does I/O; images are the asking hospital's own.
@@ -40,12 +42,13 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import ON_STATISTICS, Method
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.errors import QueryError
+from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
@@ -57,8 +60,8 @@ from qkt_clinical.qkt.consensus import (
     forgotten,
     local_weight,
 )
-from qkt_clinical.qkt.discriminant import discriminant_rows
-from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
+from qkt_clinical.qkt.discriminant import discriminant_rows, shared_rows
+from qkt_clinical.qkt.low_rank_merge import beside_encoder, full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
     allowed,
     decide,
@@ -91,12 +94,25 @@ LEAVE_OUT = "Ask those hospitals, or leave them out by exclude_teachers in the q
 
 
 @dataclass(frozen=True)
+class EncodedImages:
+    """The asking hospital's own images as features of a frozen encoder that teachers have too."""
+
+    encoder: EncoderExtractor
+    train: Tensor
+    """(N, F) of the training images, in their order."""
+    calibration: Tensor
+    """(M, F) likewise."""
+
+
+@dataclass(frozen=True)
 class LocalData:
     """The asking hospital's own images: for learning, and held out for the operating point."""
 
     train: tuple[Images, Labels]
     calibration: tuple[Images, Labels]
     normalisation: str = "unit"
+    encoded: EncodedImages | None = None
+    """For ``qkt-statistics``."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,8 @@ class ValidQuery:
     """(M,)."""
     method: Method
     budget: float
+    encoded: EncodedImages | None = None
+    """Of the same images; for ``qkt-statistics`` alone."""
 
     @property
     def relevant(self) -> tuple[int, ...]:
@@ -164,6 +182,25 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class EncodedHead:
+    """Rows of the head over the features of a frozen encoder."""
+
+    encoder: EncoderExtractor
+    weight: Tensor
+    """(C, F)."""
+    bias: Tensor
+    """(C,)."""
+    calibration: Tensor
+    """(M, F) features of the calibration images of local classes."""
+    placed_by: tuple[str, ...]
+    """Sites whose class means over these features say where the query lies."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, C), to add to the network's."""
+        return F.linear(features, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
 class Refined:
     """The student after the refinement of its head, from :func:`refine`."""
 
@@ -172,6 +209,8 @@ class Refined:
     """The loss every ten steps; empty where there was no rare class."""
     placed_by: tuple[str, ...] = ()
     """Sites whose class means say where the query lies; empty where the head is that of the consensus."""
+    encoded: EncodedHead | None = None
+    """What a frozen encoder beside the network adds to its logits."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +250,11 @@ class Answer:
 
     @property
     def network(self) -> Classifier:
-        """The student's network."""
-        return self.refined.network
+        """The student's network, the encoder beside it included."""
+        head = self.refined.encoded
+        if head is None:
+            return self.refined.network
+        return beside_encoder(self.refined.network, head.encoder, (head.weight, head.bias))
 
     @property
     def decision(self) -> DecisionRule:
@@ -320,6 +362,9 @@ def validate(
             remedy="Raise ingest.splits.calibration in params.yaml or add patients.",
             code="no-calibration",
         )
+    encoded = data.encoded if method == ON_STATISTICS else None
+    if encoded is not None:
+        encoded = replace(encoded, calibration=encoded.calibration[kept])
     if method == "qkt-light":
         teachers = [t for t in teachers if set(t.claimed) & set(query)]
     return ValidQuery(
@@ -334,6 +379,7 @@ def validate(
         calibration_labels=torch.from_numpy(data.calibration[1])[kept],
         method=method,
         budget=budget,
+        encoded=encoded,
     )
 
 
@@ -470,10 +516,10 @@ def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> 
         return Merged(copy.deepcopy(question.student), experts=panel.sites)
     if question.method == "routed":
         return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
-    rank = params.rank if question.method == "qkt" else params.light_rank
+    rank = params.light_rank if question.method == "qkt-light" else params.rank
     sample = balanced_sample(question.labels, params.images, settings.seed)
     # What a teacher makes of images unlike its own is not seen on the hospital's: it is kept whole.
-    whole = {t.site for t in screened.teachers if t.unlike and question.method == "qkt"}
+    whole = {t.site for t in screened.teachers if t.unlike and question.method != "qkt-light"}
     return _merge_at_rank(panel, question.inputs[sample], rank, whole, settings)
 
 
@@ -536,9 +582,14 @@ def _placing(question: ValidQuery, screened: Screened, settings: PhaseSettings) 
     return tuple(site for site, held in means.items() if held) if placed == set(question.query) else ()
 
 
-def _means_of(teacher: Teacher) -> dict[int, Tensor]:
-    """The class means of a teacher that count: of classes that it knows."""
-    return {c: mean for c, mean in teacher.class_means.items() if c in teacher.claimed}
+def _means_of(teacher: Teacher, means: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
+    """The class means of a teacher that count: of classes that it knows.
+
+    Args:
+        means: over the features of an encoder; those over its own network's by default.
+    """
+    held = teacher.class_means if means is None else means
+    return {c: mean for c, mean in held.items() if c in teacher.claimed}
 
 
 def _has_head_to_refine(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> bool:
@@ -550,6 +601,12 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
 
     The former where all classes asked for are absent, and teachers say where they lie.
     """
+    refined = _refined(question, screened, merged, settings)
+    return refined if question.encoded is None else _beside(question, screened, refined, settings)
+
+
+def _refined(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
+    """The merged network with its head refined."""
     if not _has_head_to_refine(question, screened, settings):
         return Refined(merged.network)
     if not question.rare:
@@ -566,10 +623,7 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
 def _discriminate(
     question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings
 ) -> Refined:
-    """Let discriminants have their share in the head beside the consensus, unless own classes pay for it.
-
-    Both at the scale of the consensus, where what it says is calibrated.
-    """
+    """Let discriminants have their share in the head beside the consensus, unless own classes pay for it."""
     network, panel = merged.network, screened.panel
     sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
 
@@ -587,44 +641,89 @@ def _discriminate(
     )
     held_out = features(question.calibration)
     before, added = F.linear(held_out, weight, bias), F.linear(held_out, rows, shifts)
+    scale = _scale_of(added, before, question, screened, settings)
+    if scale is None:
+        return Refined(network)
+    _weigh_head(network, 1 - DISCRIMINANT_SHARE)
+    with torch.no_grad():
+        network.head.weight.add_(DISCRIMINANT_SHARE * scale * rows)
+        network.head.bias.add_(DISCRIMINANT_SHARE * scale * shifts)
+    return Refined(network, placed_by=_placing(question, screened, settings))
+
+
+def _weigh_head(network: Classifier, share: float) -> None:
+    """Leave a share of a head's rows, in place."""
+    with torch.no_grad():
+        network.head.weight.mul_(share)
+        network.head.bias.mul_(share)
+
+
+def _scale_of(
+    added: Tensor, before: Tensor, question: ValidQuery, screened: Screened, settings: PhaseSettings
+) -> float | None:
+    """What brings the discriminants' logits to the scale of those before, where these are calibrated.
+
+    Args:
+        added, before: (M, C) on the calibration images.
+
+    Returns:
+        None where they are not to be added: they have no scale, or own classes would pay for them more than
+        the budget.
+    """
     scores = [query_scores(z, question.local, question.query) for z in (before, added)]
     spreads = [s.max(dim=1).values.std() for s in scores]
     scale = float(spreads[0] / spreads[1])
     if not (math.isfinite(scale) and scale > 0):  # a single image, or answers that are all alike
-        return Refined(network)
-    lost = [
-        forgotten(
-            screened.outputs[0].logits,
-            logits,
-            question.local,
-            question.calibration_labels,
-            task=settings.task,
-        )
-        for logits in (before, (1 - DISCRIMINANT_SHARE) * before + DISCRIMINANT_SHARE * scale * added)
-    ]
-    if lost[1] > max(lost[0], allowed(question.budget, len(held_out))):
-        return Refined(network)
-    with torch.no_grad():
-        network.head.weight.copy_((1 - DISCRIMINANT_SHARE) * weight + DISCRIMINANT_SHARE * scale * rows)
-        network.head.bias.copy_((1 - DISCRIMINANT_SHARE) * bias + DISCRIMINANT_SHARE * scale * shifts)
-    return Refined(network, placed_by=_placing(question, screened, settings))
+        return None
+    mixed = (1 - DISCRIMINANT_SHARE) * before + DISCRIMINANT_SHARE * scale * added
+    own, labels = screened.outputs[0].logits, question.calibration_labels
+    lost = [forgotten(own, z, question.local, labels, task=settings.task) for z in (before, mixed)]
+    return None if lost[1] > max(lost[0], allowed(question.budget, len(before))) else scale
+
+
+def _beside(question: ValidQuery, screened: Screened, refined: Refined, settings: PhaseSettings) -> Refined:
+    """Put a frozen encoder beside the network, with the discriminants of class means over its features."""
+    encoded, network = question.encoded, refined.network
+    assert encoded is not None
+    means = [_means_of(t, t.encoder_means) for t in screened.teachers]
+    held = set(question.rare).union(*means)
+    if not set(question.query) <= held:
+        return refined
+    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
+    rows, shifts = shared_rows(
+        encoded.train[sample],
+        torch.from_numpy(question.labels)[sample],
+        means,
+        question.query,
+        network.spec.classes,
+    )
+    before = predict(network, question.calibration, settings.device)
+    scale = _scale_of(F.linear(encoded.calibration, rows, shifts), before, question, screened, settings)
+    if scale is None:
+        return refined
+    _weigh_head(network, 1 - DISCRIMINANT_SHARE)
+    head = EncodedHead(
+        encoded.encoder,
+        DISCRIMINANT_SHARE * scale * rows,
+        DISCRIMINANT_SHARE * scale * shifts,
+        encoded.calibration,
+        tuple(t.site for t, m in zip(screened.teachers, means, strict=True) if set(m) & set(question.query)),
+    )
+    return replace(refined, encoded=head)
 
 
 # --- 6. operating point ---------------------------------------------------------------------------
 
 
 def set_operating_point(
-    question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
+    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, settings: PhaseSettings
 ) -> OperatingPoint:
     """Set the offset that keeps the budget on the hospital's own calibration images.
-
-    Args:
-        network: the student, refined or not.
 
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
     """
-    logits = calibration_logits(question, screened, merged, network, settings)
+    logits = calibration_logits(question, screened, merged, refined, settings)
     scores = calibration_scores(question, screened, logits, settings)
     lost = forgotten(
         screened.outputs[0].logits, logits, question.local, question.calibration_labels, task=settings.task
@@ -635,7 +734,7 @@ def set_operating_point(
 
 
 def calibration_logits(
-    question: ValidQuery, screened: Screened, merged: Merged, network: Classifier, settings: PhaseSettings
+    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, settings: PhaseSettings
 ) -> Tensor:
     """The student's logits (N, C) on the calibration images of local classes.
 
@@ -647,9 +746,11 @@ def calibration_logits(
         each = [o.logits for o in screened.outputs]
         logits = consensus(each, panel.known, panel.relevant, panel.local_weight)
     elif question.method == "routed":
-        logits = F.linear(torch.cat([o.features for o in screened.outputs], dim=1), *head_of(network))
+        logits = F.linear(torch.cat([o.features for o in screened.outputs], dim=1), *head_of(refined.network))
     else:
-        logits = predict(network, question.calibration, device)
+        logits = predict(refined.network, question.calibration, device)
+    if refined.encoded is not None:
+        logits = logits + refined.encoded.logits(refined.encoded.calibration)
     if not bool(torch.isfinite(logits).all()):
         raise QueryError(
             f"the student of the networks of {', '.join(panel.sites)} gives answers that are not finite",
@@ -739,7 +840,7 @@ def answer_query(
     screened = screen(question, settings)
     merged = merge(question, screened, settings)
     refined = refine(question, screened, merged, settings)
-    point = set_operating_point(question, screened, merged, refined.network, settings)
+    point = set_operating_point(question, screened, merged, refined, settings)
     return answer_of(adapted, screened, merged, refined, point)
 
 

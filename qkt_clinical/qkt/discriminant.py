@@ -86,6 +86,50 @@ def discriminant_rows(
             moved = {c: m[i] for c, m in here.items()}
             parts.append(aligned_mean(q, known, moved) if q in known else amid[i])
         means[q] = torch.cat(parts)
+    return _rows_of(seen, labels, means, local, widths, classes)
+
+
+def shared_rows(
+    features: Tensor,
+    labels: Tensor,
+    class_means: Sequence[Mapping[int, Tensor]],
+    query: Sequence[int],
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """The same over features of an encoder that all hospitals have: every teacher may say where a query lies.
+
+    Args:
+        features: (N, F) of the hospital's own images; labels: (N,).
+        class_means: of each teacher, class to its mean (F,).
+        query: class indices; each has a teacher's mean or, where it is rare, own images, which count like a
+            teacher.
+        classes: C.
+
+    Returns:
+        weight (C, F) and bias (C,), 0 for classes that are neither local nor asked for.
+    """
+    seen = features.double()
+    here = mean_features(seen, labels)
+    local = sorted(set(here) - set(query))
+    own = {c: here[c] for c in local}
+    there = [{c: m.double() for c, m in held.items()} for held in class_means]
+    asked = {}
+    for q in query:
+        places = [aligned_mean(q, held, own) for held in there if q in held]
+        asked[q] = torch.stack(places + ([here[q]] if q in here else [])).mean(dim=0)
+    return _rows_of(seen, labels, own | asked, local, [seen.shape[1]], classes)
+
+
+def _rows_of(
+    seen: Tensor,
+    labels: Tensor,
+    means: Mapping[int, Tensor],
+    local: Sequence[int],
+    widths: Sequence[int],
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Linear discriminants of the classes that have a mean, with the covariance of the images seen."""
+    centre = torch.stack([means[c] for c in local]).mean(dim=0)
     residuals = seen - torch.stack([means[c] for c in labels.tolist()])
     level = SHRINKAGE * _part_variances(residuals, seen, widths)
     relevant = sorted(means)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import IMAGES_PER_BATCH
 from qkt_clinical.models.low_rank import Convolution, convolutions, factorised, replace_module
-from qkt_clinical.models.networks import Classifier, build, multiply_adds
-from qkt_clinical.records.card import MERGED, Branch, NetworkSpec
+from qkt_clinical.models.networks import Classifier, MergedExtractor, build, multiply_adds, outline
+from qkt_clinical.records.card import ENCODER, MERGED, Branch, NetworkSpec
 
 SAMPLES = 4096
 """Patches at most on which a layer is reproduced."""
@@ -206,6 +207,25 @@ def reduce_extractor(
         replace_module(extractor, name, smaller)
         losses.append(lost)
     return extractor.cpu(), branch, losses
+
+
+@torch.no_grad()
+def beside_encoder(network: Classifier, encoder: EncoderExtractor, rows: tuple[Tensor, Tensor]) -> Classifier:
+    """A merged network with one more extractor, and the rows of the head over its features.
+
+    Args:
+        network: left as it is; the new one shares its extractors.
+        rows: weight (C, F of the encoder) and bias (C,), added to what the network says.
+    """
+    branch = Branch.model_validate({"name": ENCODER, "encoder": encoder.part, "rank": 1.0})
+    spec = network.spec.model_copy(update={"branches": (*network.spec.branches, branch)})
+    merged = outline(NetworkSpec.model_validate(dict(spec)))
+    branches = network.get_submodule("extractor.branches")
+    merged.extractor = MergedExtractor([*branches.children(), encoder])
+    merged.head = nn.Linear(merged.head.in_features, spec.classes)
+    merged.head.weight.copy_(torch.cat([network.head.weight, rows[0].to(network.head.weight)], dim=1))
+    merged.head.bias.copy_(network.head.bias + rows[1].to(network.head.bias))
+    return merged.eval()
 
 
 @torch.no_grad()

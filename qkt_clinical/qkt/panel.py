@@ -37,6 +37,9 @@ class Teacher:
     class_means: Mapping[int, Tensor] = field(default_factory=dict, hash=False)
     """Class to its mean features (F,) at home; of older bundles and under differential privacy none."""
 
+    encoder_means: Mapping[int, Tensor] = field(default_factory=dict, hash=False)
+    """Class to its mean features at home by the encoder that the asking hospital has too; else none."""
+
     @classmethod
     def of(cls, bundle: Bundle, verified: tuple[int, ...] | None = None) -> Teacher:
         """From a validated bundle.

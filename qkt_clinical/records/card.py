@@ -82,8 +82,11 @@ class NetworkSpec(_Built):
     spatial_dims: Literal[2, 3]
     in_channels: Annotated[int, Field(ge=1, le=16)]
     classes: Annotated[int, Field(ge=2, le=1000)]
-    branches: tuple[Branch, ...] = Field(default=(), max_length=65)
-    """Of a merged network: extractors side by side under one head, the own one and 64 teachers' at most."""
+    branches: tuple[Branch, ...] = Field(default=(), max_length=66)
+    """Of a merged network: extractors side by side under one head.
+
+    The own one, 64 teachers' at most, and an encoder.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> NetworkSpec:
