@@ -132,6 +132,7 @@ def in_process(
     seed: int,
     device: torch.device,
     work: Path,
+    pretrained: None = None,
 ) -> Federated:
     """In the place of ``run_federation``, which takes half a minute to start.
 

@@ -50,8 +50,8 @@ class PrivacyParams(Strict):
     """Norm to which every image's gradient is cut."""
 
 
-class EncoderParams(Strict):
-    """A pretrained network with which a site's networks start; see docs/encoders.md."""
+class EncoderFile(Strict):
+    """A pretrained network and the local file of its weights; see docs/encoders.md."""
 
     name: EncoderName
     weights: Annotated[str, Field(min_length=1)]
@@ -60,9 +60,14 @@ class EncoderParams(Strict):
     """Of that file."""
     side: Annotated[int, Field(ge=16, le=518)] = 112
     """Pixels along an edge to which images are enlarged or reduced."""
-    mode: EncoderMode = "finetune"
     licence: str | None = None
-    """Of the weights: what is trained on may be bound by it."""
+    """Of the weights: what is made with them may be bound by it."""
+
+
+class EncoderParams(EncoderFile):
+    """The one with which a site's networks start."""
+
+    mode: EncoderMode = "finetune"
 
 
 class TrainParams(Strict):
@@ -172,6 +177,8 @@ class Params(Strict):
     sites: Names = Field(min_length=1)
     queries: dict[Name, QueryRef]
     ingest: IngestParams = IngestParams()
+    shared_encoder: EncoderFile | None = None
+    """Frozen, and the same at all hospitals that share class means of its features: ``qkt-statistics``."""
     train: TrainParams = TrainParams()
     mask: MaskParams = MaskParams()
     transfer: TransferParams = TransferParams()

@@ -256,9 +256,11 @@ class Site:
     # --- queries ----------------------------------------------------------------------------------
 
     def _ask(self, query: str) -> Reply:
-        self._prepare(load_params(self.root))
-        config = load_query(self.root, self.name, query)
-        return Asked(query=config, asking=Asking.of(read_manifest(self.space.prepared(self.name))))
+        params = load_params(self.root)
+        self._prepare(params)
+        manifest = read_manifest(self.space.prepared(self.name))
+        asking = Asking.of(manifest, params.shared_encoder)
+        return Asked(query=load_query(self.root, self.name, query), asking=asking)
 
     def _answer(self, plan: Plan, teachers: Any, signatures: Any, policy: Policy) -> Reply:
         """Answer with the bundles that came; the plan must be one for this site's own query as it is now."""

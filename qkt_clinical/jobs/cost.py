@@ -62,7 +62,7 @@ def expected_seconds(
     shape = manifest.shape
     calibration = sum(manifest.counts["calibration"].values())
     views = calibration * (len(MIRRORS) if method == "routed" and params.flips else 1)
-    rank = params.rank if method == "qkt" else params.light_rank
+    rank = params.light_rank if method == "qkt-light" else params.rank
     seen = sum(manifest.counts["train"].values())
     if params.discriminant:  # phase 2 looks at held-out and at training images once more
         views += (calibration + min(MAX_REFINED, seen)) * (views // max(1, calibration))

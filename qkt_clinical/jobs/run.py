@@ -71,10 +71,11 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
         )
 
 
-def _plan(teachers: RegistryTeachers, name: str, query: QueryConfig, manifest: Manifest, own: Card) -> Plan:
-    plan = make_plan(
-        manifest.site, name, query, Asking.of(manifest), teachers.offers.values(), own.image_statistics
-    )
+def _plan(
+    teachers: RegistryTeachers, name: str, query: QueryConfig, manifest: Manifest, own: Card, params: Params
+) -> Plan:
+    asking, offers = Asking.of(manifest, params.shared_encoder), teachers.offers.values()
+    plan = make_plan(manifest.site, name, query, asking, offers, own.image_statistics)
     _calibrated(manifest, query)
     return plan
 
@@ -94,7 +95,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).own(hospital))
     with open_teachers(root, params, hospital, query) as teachers:
-        plan = _plan(teachers, name, query, manifest, own)
+        plan = _plan(teachers, name, query, manifest, own, params)
         cards = [teachers.offers[site].card for site in plan.relevant]
         return Preview(
             plan,
@@ -213,7 +214,7 @@ class _Worker:
         manifest = read_manifest(self.space.prepared(hospital))
         own = read_card(self.space.teacher(hospital))  # missing, nothing need be fetched
         with open_teachers(self.board.root, self.params, hospital, query) as teachers:
-            plan = _plan(teachers, name, query, manifest, own)
+            plan = _plan(teachers, name, query, manifest, own, self.params)
             count = 0
 
             def provide(site: str, folder: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
 from qkt_clinical.models.tensor_file import read_tensors
@@ -30,6 +31,7 @@ from qkt_clinical.records.card import (
     WEIGHTS,
     Card,
     Mask,
+    SharedEncoder,
     Weights,
     cannot_be_read,
     read_card,
@@ -39,6 +41,8 @@ from qkt_clinical.records.card import (
 
 CLASS_MEANS = "class_means"
 """The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
+ENCODER_MEANS = "encoder_means"
+"""The same over the features of the card's shared encoder."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Bundle:
     network: Classifier
     class_means: Mapping[int, Tensor]
     """Class to its mean features (F,) over the site's training images; see :mod:`.class_means`."""
+    encoder_means: Mapping[int, Tensor]
+    """The same over the features of the card's shared encoder."""
     mask: Mask | None
     experts: Mapping[str, Bundle]
     digest: str
@@ -61,12 +67,14 @@ def write_bundle(
     network: Classifier,
     card: Mapping[str, Any],
     class_means: Mapping[int, Tensor] = MappingProxyType({}),
+    encoder_means: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Card:
     """Write weights and card into an existing folder.
 
     Args:
         card: lacks only ``weights`` and ``class_means``.
         class_means: class to its mean features (F,), of a teacher.
+        encoder_means: the same over the features of the shared encoder that the card names.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
@@ -78,6 +86,11 @@ def write_bundle(
         state[CLASS_MEANS] = torch.zeros(network.head.weight.shape)
         for label, mean in class_means.items():
             state[CLASS_MEANS][label] = mean
+    shared = SharedEncoder.model_validate(card["shared_encoder"]) if card.get("shared_encoder") else None
+    if shared is not None:
+        state[ENCODER_MEANS] = torch.zeros(network.spec.classes, ENCODERS[shared.name].features)
+        for label, mean in encoder_means.items():
+            state[ENCODER_MEANS][label] = mean
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(
@@ -118,6 +131,9 @@ def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     wanted = tensor_specs(card.network)
     if card.class_means:
         wanted[CLASS_MEANS] = wanted["head.weight"]
+    if card.shared_encoder is not None:
+        shape = (card.network.classes, ENCODERS[card.shared_encoder.name].features)
+        wanted[ENCODER_MEANS] = (shape, torch.float32)
     return wanted
 
 
@@ -145,12 +161,15 @@ def load_bundle(folder: Path) -> Bundle:
                 site=card.site,
                 code="bundle-values",
             )
-    means = {c: mean for c, mean in enumerate(state.pop(CLASS_MEANS, ())) if bool(mean.any())}
+    means, encoder_means = (
+        {c: mean for c, mean in enumerate(state.pop(name, ())) if bool(mean.any())}
+        for name in (CLASS_MEANS, ENCODER_MEANS)
+    )
     network = outline(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()
     experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}
-    return Bundle(folder, card, network, means, read_mask(folder, card), experts, digest)
+    return Bundle(folder, card, network, means, encoder_means, read_mask(folder, card), experts, digest)
 
 
 def _expert(folder: Path, name: str, student: Card) -> Bundle:

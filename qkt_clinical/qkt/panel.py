@@ -13,6 +13,7 @@ from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.consensus import consensus_rows
+from qkt_clinical.records.card import SharedEncoder
 from qkt_clinical.records.phases import Curves, Phase1
 from qkt_clinical.task import Task
 
@@ -41,8 +42,17 @@ class Teacher:
     """Class to its mean features at home by the encoder that the asking hospital has too; else none."""
 
     @classmethod
-    def of(cls, bundle: Bundle, verified: tuple[int, ...] | None = None) -> Teacher:
+    def of(
+        cls,
+        bundle: Bundle,
+        verified: tuple[int, ...] | None = None,
+        *,
+        encoder: SharedEncoder | None = None,
+    ) -> Teacher:
         """From a validated bundle.
+
+        Args:
+            encoder: the asking hospital's; class means by another say nothing to it.
 
         Raises:
             QueryError: the bundle has no mask.
@@ -50,7 +60,15 @@ class Teacher:
         if bundle.mask is None:
             raise QueryError("teacher without a mask", remedy="Plan the query again.", site=bundle.card.site)
         claimed = tuple(i for i, known in enumerate(bundle.mask.known) if known)
-        return cls(bundle.card.site, bundle.network, claimed, verified, class_means=bundle.class_means)
+        alike = encoder is not None and bundle.card.shared_encoder == encoder
+        return cls(
+            bundle.card.site,
+            bundle.network,
+            claimed,
+            verified,
+            class_means=bundle.class_means,
+            encoder_means=bundle.encoder_means if alike else {},
+        )
 
 
 def head_of(network: Classifier) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qkt_clinical.catalog import ON_STATISTICS
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.errors import QueryError
 from qkt_clinical.records.card import ImageStatistics
@@ -125,6 +126,35 @@ def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candida
     ]
 
 
+def _check_encoder(
+    hospital: str, asking: Asking, offers: Sequence[Offer], candidates: Sequence[Candidate]
+) -> None:
+    """Refuse ``qkt-statistics`` where a query class has no class means by the hospital's own encoder."""
+    encoder = asking.shared_encoder
+    if encoder is None:
+        raise QueryError(
+            f"method {ON_STATISTICS} takes an encoder that hospitals have in common, and none is set here",
+            remedy="Set shared_encoder in params.yaml (docs/encoders.md), or method: qkt in the query file.",
+            code="no-encoder",
+            site=hospital,
+            stage="plan",
+        )
+    have = {o.card.site for o in offers if o.card.shared_encoder == encoder}
+    asked = {c for t in candidates if t.relevant for c in t.teaches}
+    held = {c for t in candidates if t.relevant and t.site in have for c in t.teaches}
+    if without := sorted(asked - held):
+        others = {o.card.site: o.card.shared_encoder for o in offers if o.card.shared_encoder}
+        said = ", ".join(f"{s} {e.name} of {e.side} pixels, {e.digest[:8]}" for s, e in others.items())
+        raise QueryError(
+            f"no teacher of {', '.join(without)} shares class means by {encoder.name} of {encoder.side} "
+            f"pixels, {encoder.digest[:8]}; others': {said or 'none'}",
+            remedy="Agree on one encoder, or set method: qkt in the query file.",
+            code="no-encoder",
+            site=hospital,
+            stage="plan",
+        )
+
+
 def make_plan(
     hospital: str,
     name: str,
@@ -171,6 +201,8 @@ def make_plan(
             site=hospital,
             stage="plan",
         )
+    if query.method == ON_STATISTICS:
+        _check_encoder(hospital, asking, others, candidates)
     local = asking.local(query)
     if not local:
         raise QueryError(

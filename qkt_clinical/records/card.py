@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -19,6 +19,7 @@ from qkt_clinical.catalog import EncoderMode, EncoderName, Estimator, Method, Ne
 from qkt_clinical.common.files import TooLarge, digest_bytes, read_plain, to_json
 from qkt_clinical.config.base import Classes, Name, Names, Sha256, Strict
 from qkt_clinical.config.encoder_specs import ENCODERS
+from qkt_clinical.config.params import EncoderFile
 from qkt_clinical.errors import BundleError, typed
 
 CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
@@ -47,19 +48,24 @@ class EncoderPart(Strict):
     """What of it was trained."""
 
 
-class _Built(Strict):
-    """What is built by name; ``encoder`` is left out of JSON where it is None, as versions before it did."""
+class _Later(Strict):
+    """A record whose later fields are left out of JSON where they are None: older files keep their bytes."""
 
-    name: str
-    encoder: EncoderPart | None = None
-    """Of a network called ``encoder``."""
+    LATER: ClassVar[tuple[str, ...]]
 
     @model_serializer(mode="wrap")
     def _plain(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
         said: dict[str, Any] = plainly(self)
-        if said.get("encoder") is None:
-            said.pop("encoder", None)
-        return said
+        return {key: value for key, value in said.items() if key not in self.LATER or value is not None}
+
+
+class _Built(_Later):
+    """What is built by name."""
+
+    LATER = ("encoder",)
+    name: str
+    encoder: EncoderPart | None = None
+    """Of a network called ``encoder``."""
 
     @model_validator(mode="after")
     def _one_extractor(self) -> Self:
@@ -174,6 +180,21 @@ class ImageStatistics(Strict):
         return self
 
 
+class SharedEncoder(Strict):
+    """A frozen encoder that hospitals have in common."""
+
+    name: EncoderName
+    digest: Sha256
+    """Of its weights file."""
+    side: Annotated[int, Field(ge=16, le=518)]
+    """Pixels along an edge to which images are enlarged or reduced."""
+
+    @classmethod
+    def of(cls, file: EncoderFile | None) -> SharedEncoder | None:
+        """That of ``params.yaml``, where there is one."""
+        return None if file is None else cls(name=file.name, digest=file.digest, side=file.side)
+
+
 class Weights(Strict):
     """The weights file that belongs to the card."""
 
@@ -223,9 +244,10 @@ class DecisionRule(Strict):
         return tuple(sorted({*self.local, *self.query}))
 
 
-class Card(Strict):
+class Card(_Later):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
+    LATER = ("shared_encoder",)
     format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
     """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
@@ -244,6 +266,8 @@ class Card(Strict):
 
     Of which is not said here: who is shown a card need not be given the weights.
     """
+    shared_encoder: SharedEncoder | None = None
+    """Over whose features the weights file holds class means too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -258,7 +282,7 @@ class Card(Strict):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
-        if self.class_means and self.kind == "student":
+        if (self.class_means or self.shared_encoder) and self.kind == "student":
             raise ValueError("a student has no class means")
         if (self.kind == "student") != (self.decision is not None):
             raise ValueError("a student has a decision, a teacher has none")

@@ -71,6 +71,8 @@ class Phase2(Record):
     """Rare class to number of training images, as it may be shown."""
     placed_by: tuple[str, ...] = ()
     """Sites whose class means say where the query lies among the features; empty: the consensus alone."""
+    encoder_placed_by: tuple[str, ...] = ()
+    """The same among the features of a shared encoder; empty: there is none in the student."""
     curves: Curves = ()
 
 

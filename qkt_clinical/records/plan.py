@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError, model_validator
 from qkt_clinical.catalog import Method
 from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import Classes, ClassName, Name, Sha256, Strict
+from qkt_clinical.config.params import EncoderFile
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.errors import QueryError
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask, SharedEncoder
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -90,15 +91,22 @@ class Asking(Strict):
     """Classes of which it has training images."""
     shape: Annotated[tuple[int, ...], Field(max_length=4)]
     normalisation: Literal["unit", "zscore"]
+    shared_encoder: SharedEncoder | None = None
+    """That it has, for ``qkt-statistics``."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Asking:
-        """The hospital whose prepared data these are."""
+    def of(cls, manifest: Manifest, encoder: EncoderFile | None = None) -> Asking:
+        """The hospital whose prepared data these are.
+
+        Args:
+            encoder: its shared one, by ``params.yaml``.
+        """
         return cls(
             classes=manifest.classes,
             held=tuple(manifest.counts["train"]),
             shape=manifest.shape,
             normalisation=manifest.normalisation,
+            shared_encoder=SharedEncoder.of(encoder),
         )
 
     def local(self, query: QueryConfig) -> tuple[str, ...]:

@@ -71,6 +71,9 @@ METHODS = {
     "relevant classes (phase 2).",
     "qkt-light": "One network. It took up the extractors of the teachers that know the query beside its own, "
     "made much smaller (phase 1); then its head was set for all relevant classes (phase 2).",
+    "qkt-statistics": "One network. As with qkt, it took up the relevant teachers' extractors beside its "
+    "own; a pretrained encoder that the hospitals have in common stands beside them, with what class means "
+    "of its features say.",
     "routed": "Several networks side by side: the hospital's own and the relevant teachers', unreduced, each "
     "used for the classes that it knows.",
 }
@@ -261,9 +264,11 @@ def _teacher_privacy(card: Card, known: Sequence[str], masked: bool) -> tuple[st
 def _class_means_privacy(card: Card) -> tuple[str, ...]:
     if not card.class_means:
         return ()
+    encoder = card.shared_encoder
+    also = f" and over those of {encoder.name}" if encoder else ""
     return (
         "The weights file holds mean features of every class of five training images or more: some hundred "
-        "numbers a class, averaged over its images (docs/privacy.md).",
+        f"numbers a class, averaged over its images, of the network's features{also} (docs/privacy.md).",
     )
 
 

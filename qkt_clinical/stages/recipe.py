@@ -16,10 +16,10 @@ from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 
 SECTIONS = {
-    "train": ("seed", "device", "train"),
+    "train": ("seed", "device", "shared_encoder", "train"),
     "mask": ("seed", "mask"),
-    "plan": ("sites",),
-    "transfer": ("seed", "device", "mask", "transfer"),
+    "plan": ("sites", "shared_encoder"),
+    "transfer": ("seed", "device", "shared_encoder", "mask", "transfer"),
 }
 """Stage to the sections of ``params.yaml`` that it reads."""
 

@@ -16,7 +16,7 @@ import torch
 
 from qkt_clinical import __version__
 from qkt_clinical.catalog import DEFAULT_TASK
-from qkt_clinical.common.disclosure import suppress
+from qkt_clinical.common.disclosure import SMALLEST_COUNT, suppress
 from qkt_clinical.common.files import (
     digest_bytes,
     digest_file,
@@ -33,15 +33,16 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
 from qkt_clinical.models.bundle import write_bundle
-from qkt_clinical.models.class_means import class_means
+from qkt_clinical.models.class_means import class_means, mean_features
 from qkt_clinical.models.encoders import load_encoder
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
-from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec
+from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, SharedEncoder
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
+from qkt_clinical.stages.encoding import SiteEncoder
 from qkt_clinical.stages.recipe import train_recipe
 from qkt_clinical.task import Task, task_of
 from qkt_clinical.training.classifier import appearance_of, at_home, network_spec, train_teacher
@@ -87,6 +88,12 @@ class _Halves:
             self.before = total
         self.last = done
         self.tell(self.before + done, 2 * total)
+
+
+def _encoder_means(encoder: SiteEncoder) -> dict[int, torch.Tensor]:
+    """Class to its mean features by the shared encoder, of every class of enough images."""
+    labels = torch.from_numpy(encoder.prepared.part("train")[1])
+    return mean_features(encoder.features("train"), labels, SMALLEST_COUNT)
 
 
 def trained_digest(space: Workspace, site: str) -> str:
@@ -137,6 +144,7 @@ def train_site(
     spec = network_spec(params.train, prepared.manifest.shape, len(prepared.manifest.classes))
     encoder = params.train.encoder
     pretrained = load_encoder(encoder.name, root / encoder.weights, encoder.digest) if encoder else None
+    shared = params.shared_encoder if params.train.privacy is None else None
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
     privacy = params.train.privacy
@@ -182,7 +190,7 @@ def train_site(
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history, task)
 
-    def described(history: History) -> dict[str, Any]:
+    def described(history: History, kind: str) -> dict[str, Any]:
         statistics = None if history.privacy else image_statistics(images, normalisation)
         return {
             "kind": "teacher",
@@ -194,6 +202,7 @@ def train_site(
                 spacing_mm=prepared.manifest.spacing_mm,
             ),
             "image_statistics": statistics,
+            "shared_encoder": SharedEncoder.of(shared) if kind == "teacher" else None,
             "training": {
                 "epochs": len(history.curves),
                 "best_epoch": history.best_epoch,
@@ -205,15 +214,16 @@ def train_site(
         }
 
     with new_folder(space.root / "models" / "own" / site) as part:
-        write_bundle(part, own[0], described(own[1]))
+        write_bundle(part, own[0], described(own[1], "own"))
     folder = space.teacher(site)
     sweep(folder)
     with passing_folder(folder) as part:
         card = write_bundle(
             part,
             network,
-            described(history),
+            described(history, "teacher"),
             {} if history.privacy else class_means(network, images, labels, normalisation, where),
+            _encoder_means(SiteEncoder(root, shared, prepared, where)) if shared else {},
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))

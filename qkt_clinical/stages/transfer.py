@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from qkt_clinical import __version__
-from qkt_clinical.catalog import DEFAULT_TASK
+from qkt_clinical.catalog import DEFAULT_TASK, ON_STATISTICS
 from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
 from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
@@ -15,21 +17,22 @@ from qkt_clinical.common.system_metrics import sample_system_metrics, write_syst
 from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
-from qkt_clinical.data.prepared import Labels, load_prepared
+from qkt_clinical.data.prepared import Labels, PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.adaptation import AdaptationResult
-from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
+from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
 from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
-from qkt_clinical.records.card import CARD, MASK, REFERENCE
+from qkt_clinical.records.card import CARD, MASK, REFERENCE, SharedEncoder
 from qkt_clinical.records.phases import AdaptedTeacher, Phase2, Phases, ScreenedTeacher
 from qkt_clinical.records.plan import Plan, read_plan
 from qkt_clinical.records.query import AskedQuery
 from qkt_clinical.records.reading import write_record
+from qkt_clinical.stages.encoding import SiteEncoder
 from qkt_clinical.stages.plan import copy_bundle
 from qkt_clinical.task import Task, task_of
 
@@ -60,6 +63,18 @@ def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
             )
         bundles.append(bundle)
     return bundles
+
+
+def _encoded(root: Path, prepared: PreparedSite, params: Params, device: torch.device) -> EncodedImages:
+    """The hospital's images as features of the shared encoder."""
+    if params.shared_encoder is None:
+        raise QueryError(
+            f"method {ON_STATISTICS} takes an encoder that hospitals have in common, and none is set here",
+            remedy="Set shared_encoder in params.yaml and plan the query again.",
+            code="no-encoder",
+        )
+    site = SiteEncoder(root, params.shared_encoder, prepared, device)
+    return EncodedImages(site.extractor, site.features("train"), site.features("calibration"))
 
 
 def _verified(bundle: Bundle, params: Params) -> tuple[int, ...]:
@@ -105,7 +120,8 @@ def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer
             said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
             written = card.model_dump(mode="json", exclude={"network", "weights", "class_means"})
             adapted = {**written, "training": {**written["training"], **said}}
-            write_bundle(target, teacher.network, adapted, sent[teacher.site].class_means)
+            bundle = sent[teacher.site]
+            write_bundle(target, teacher.network, adapted, bundle.class_means, bundle.encoder_means)
     correct_masks(folder, bundles, answer)
 
 
@@ -149,6 +165,7 @@ def make_record(answer: Answer, classes: Sequence[str], calibration: Labels, *, 
             local_model_weight=decision.own_weight,
             rare={classes[c]: shown_count(n) for c, n in answer.rare.items()},
             placed_by=answer.refined.placed_by,
+            encoder_placed_by=answer.refined.encoded.placed_by if answer.refined.encoded else (),
             curves=answer.refined.curves,
         ),
     )
@@ -190,8 +207,16 @@ def transfer_query(
     bundles = _fetched(fetched, plan, own)
     where = pick_device(device or params.device)
     classes = own.card.classes
-    data = LocalData(prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation)
-    teachers = [Teacher.of(b, _verified(b, params) if params.transfer.screening else None) for b in bundles]
+    encoded, shared = None, SharedEncoder.of(params.shared_encoder)
+    if query.method == ON_STATISTICS:
+        encoded = _encoded(root, prepared, params, where)
+    data = LocalData(
+        prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation, encoded
+    )
+    teachers = [
+        Teacher.of(b, _verified(b, params) if params.transfer.screening else None, encoder=shared)
+        for b in bundles
+    ]
     try:
         with sample_system_metrics() as samples:
             answer = answer_query(

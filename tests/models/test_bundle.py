@@ -470,7 +470,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"rank-of-{rank}": (merged_then(network_with(branches=[branch(rank)])), "bundle-card")
         for rank in (0, -0.5, 2, float("nan"), float("inf"), "half", None)
     },
-    "66-branches": (merged_then(network_with(branches=[branch(1.0, "resnet-small")] * 66)), "bundle-card"),
+    "67-branches": (merged_then(network_with(branches=[branch(1.0, "resnet-small")] * 67)), "bundle-card"),
     "64-branches": (merged_then(network_with(branches=[branch(1.0, "resnet-small")] * 64)), "bundle-size"),
     "tensors-of-another-rank": (
         merged_then(network_with(branches=[branch(1.0, "resnet-small"), branch(0.25)])),

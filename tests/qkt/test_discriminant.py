@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkt_clinical.qkt.discriminant import SHRINKAGE, aligned_mean, discriminant_rows
+from qkt_clinical.qkt.discriminant import SHRINKAGE, aligned_mean, discriminant_rows, shared_rows
 
 WIDTHS = (4, 3)
 LABELS = torch.tensor([0] * 12 + [1] * 12 + [3] * 12)
@@ -128,3 +128,38 @@ def test_order_of_images_does_not_matter() -> None:
     second = discriminant_rows(features[order], LABELS[order], WIDTHS, [{}, {2: torch.ones(3)}], [2], 5)
     assert torch.allclose(first[0], second[0], atol=1e-4)
     assert torch.allclose(first[1], second[1], atol=1e-4)
+
+
+# --- features that all hospitals have alike -----------------------------------------------------------
+
+
+def test_one_teacher_says_the_same_of_shared_features_as_of_its_own() -> None:
+    features = clouds()
+    there = {c: m + 0.5 for c, m in means_of(features, slice(0, 7)).items()} | {2: torch.ones(7)}
+    found = shared_rows(features, LABELS, [there], [2], 5)
+    expected = discriminant_rows(features, LABELS, (7,), [there], [2], 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_places_that_teachers_give_are_averaged() -> None:
+    features = clouds()
+    here = means_of(features, slice(0, 7))
+    first, second = here | {2: torch.zeros(7)}, here | {2: torch.full((7,), 4.0)}
+    both = shared_rows(features, LABELS, [first, {0: here[0]}, second], [2], 5)
+    between = shared_rows(features, LABELS, [here | {2: torch.full((7,), 2.0)}], [2], 5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(both, between, strict=True))
+
+
+def test_of_a_rare_class_the_own_images_count_like_a_teacher() -> None:
+    features = clouds()
+    labels = LABELS.clone()
+    labels[labels == 3] = 2
+    own = {c: features[labels == c].mean(dim=0) for c in (0, 1, 2)}
+    there = {c: own[c] for c in (0, 1)} | {2: own[2] + 2.0}
+    weight, bias = shared_rows(features, labels, [there], [2], 5)
+    assert weight[[3, 4]].abs().max() == 0
+    # Halfway between the own mean and the teacher's lies the query; the local means do not.
+    points = torch.stack([own[0], own[1], own[2] + 1.0])
+    assert (points @ weight.T + bias)[:, :3].argmax(dim=1).tolist() == [0, 1, 2]
+    alone = shared_rows(features, labels, [], [2], 5)
+    assert not torch.allclose(alone[0], weight)

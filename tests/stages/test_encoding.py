@@ -1,0 +1,219 @@
+"""A shared encoder from end to end: class means leave with the bundle, a student has it beside its networks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qkt_clinical.catalog import Method
+from qkt_clinical.config.params import EncoderFile, Params
+from qkt_clinical.config.workspace import Workspace
+from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import load_prepared, write_prepared
+from qkt_clinical.errors import ConfigError, QueryError
+from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.encoders import digest_weights, encode, load_encoder
+from qkt_clinical.models.inference import predict
+from qkt_clinical.qkt.prediction import predict_scores
+from qkt_clinical.records.card import CARD
+from qkt_clinical.stages import encoding
+from qkt_clinical.stages.encoding import SiteEncoder
+from qkt_clinical.stages.mask import mask_site
+from qkt_clinical.stages.plan import plan_query
+from qkt_clinical.stages.train import train_site
+from qkt_clinical.stages.transfer import transfer_query
+from tests.shapes import CLASSES, CPU, shapes
+
+pytestmark = pytest.mark.slow
+
+SIDE = 32
+QUERY, ASKED = "frames", 3
+
+
+def params(weights: Path | None, **changed: Any) -> Params:
+    file = None
+    if weights is not None:
+        file = {
+            "name": "efficientnet-lite0",
+            "weights": str(weights),
+            "digest": digest_weights(weights),
+            "side": SIDE,
+        }
+    return Params.model_validate(
+        {
+            "seed": 3,
+            "device": "cpu",
+            "classes": CLASSES,
+            "sites": ["aster", "birch"],
+            "queries": {},
+            "train": {"epochs": 8, "appearance": 0.0, "batch_size": 16},
+            "shared_encoder": file,
+            **changed,
+        }
+    )
+
+
+def prepare(root: Path, site: str, classes: tuple[int, ...], normalisation: str = "unit") -> None:
+    images, labels = shapes(classes, 24, sum(map(ord, site)))
+    count = len(labels)
+    ends = [0, count // 2, 3 * count // 4, 7 * count // 8, count]
+    names = ("train", "calibration", "val", "test")
+    write_prepared(
+        Workspace(root).prepared(site),
+        site=site,
+        source_kind="images",
+        classes=CLASSES,
+        images=images if normalisation == "unit" else images.astype(np.float32) / 255,
+        labels=labels,
+        groups=np.array([f"p{i}" for i in range(count)]),
+        splits={n: np.arange(a, b, dtype=np.int64) for n, a, b in zip(names, ends, ends[1:], strict=False)},
+        spacing_mm=None,
+        normalisation=normalisation,  # type: ignore[arg-type]
+        transforms=(),
+        outcomes=[],
+    )
+
+
+def ask(root: Path, method: Method) -> None:
+    path = root / "hospitals" / "aster" / "queries" / f"{QUERY}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"classes": [CLASSES[ASKED]], "method": method, "budget": 0.1}))
+
+
+@pytest.fixture(scope="module")
+def federation(lite_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sites with teachers: aster knows three kinds of shapes, birch knows frames and two of these."""
+    root = tmp_path_factory.mktemp("federation")
+    prepare(root, "aster", (0, 1, 2))
+    prepare(root, "birch", (0, 1, 3))
+    for site in ("aster", "birch"):
+        train_site(root, site, params(lite_weights))
+        mask_site(root, site, params(lite_weights))
+    return root
+
+
+def copy_of(federation: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(federation, tmp_path / "root"))
+
+
+def test_a_bundle_holds_class_means_by_the_encoder_it_names(federation: Path, lite_weights: Path) -> None:
+    bundle = load_bundle(Workspace(federation).teacher("birch"))
+    shared = bundle.card.shared_encoder
+    assert shared is not None
+    assert (shared.name, shared.side, shared.digest) == (
+        "efficientnet-lite0",
+        SIDE,
+        digest_weights(lite_weights),
+    )
+    images, labels = load_prepared(Workspace(federation).prepared("birch")).part("train")
+    features = encode(load_encoder("efficientnet-lite0", lite_weights), images, SIDE, CPU)
+    assert sorted(bundle.encoder_means) == [0, 1, 3]
+    for label, mean in bundle.encoder_means.items():
+        assert torch.allclose(mean, features[torch.from_numpy(labels) == label].mean(dim=0), atol=1e-5)
+    own = load_bundle(Workspace(federation).root / "models" / "own" / "birch")
+    assert own.card.shared_encoder is None, "it stays, and nobody reads its means"
+
+
+def test_a_student_has_the_encoder_beside_it_and_needs_no_file_of_it(
+    federation: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    root = copy_of(federation, tmp_path)
+    used = params(lite_weights)
+    images, labels = shapes((0, 1, 2, 3), 20, 77)
+    recalls = {}
+    for method in ("qkt", "qkt-statistics"):
+        ask(root, method)
+        plan_query(root, "aster", QUERY, used)
+        phases = transfer_query(root, "aster", QUERY, used)
+        student = load_bundle(Workspace(root).student("aster", QUERY))
+        scores = predict_scores(student, to_input(images))
+        recalls[method] = float((scores.argmax(dim=1).numpy() == labels).mean())
+        branches = [b.name for b in student.card.network.branches]
+        assert ("encoder" in branches) == (method == "qkt-statistics")
+        assert phases.phase2.encoder_placed_by == (("birch",) if method == "qkt-statistics" else ())
+    assert recalls["qkt-statistics"] >= recalls["qkt"] - 0.05
+    assert recalls["qkt-statistics"] > 0.7
+    # The budget was set on what the student says with the encoder: on its own held-out images it holds.
+    held, known = load_prepared(Workspace(root).prepared("aster")).part("calibration")
+    answered = predict_scores(student, to_input(held)).argmax(dim=1).numpy()
+    assert (answered == ASKED).sum() <= max(1, round(0.1 * len(known)))
+    assert predict(student.network, to_input(images[:2]), CPU).shape == (2, len(CLASSES))
+
+
+def test_features_are_computed_once(
+    federation: Path, lite_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_of(federation, tmp_path)
+    prepared = load_prepared(Workspace(root).prepared("aster"))
+    file = params(lite_weights).shared_encoder
+    assert isinstance(file, EncoderFile)
+    site = SiteEncoder(root, file, prepared, CPU)
+    first = site.features("calibration")
+    cached = next((root / ".qkt" / "encoded").glob("aster-calibration-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(SiteEncoder(root, file, prepared, CPU).features("calibration"), first)
+    cached.write_bytes(cached.read_bytes()[:-50])
+    assert torch.equal(SiteEncoder(root, file, prepared, CPU).features("calibration"), first)
+    assert torch.equal(load_file(cached)["features"], first), "mended"
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_plan_says_what_is_missing(
+    federation: Path, lite_weights: Path, tmp_path: Path, here: bool
+) -> None:
+    """The encoder here, or a teacher that shares class means by the same one."""
+    root = copy_of(federation, tmp_path)
+    ask(root, "qkt-statistics")
+    used = params(lite_weights)
+    if here:
+        card = Workspace(root).teacher("birch") / CARD
+        said = json.loads(card.read_text(encoding="utf-8"))
+        said["shared_encoder"]["side"] = 64
+        card.write_text(json.dumps(said))
+    else:
+        used = params(None)
+    with pytest.raises(QueryError) as caught:
+        plan_query(root, "aster", QUERY, used)
+    assert caught.value.code == "no-encoder"
+    assert "method: qkt" in caught.value.remedy
+    assert ("64 pixels" in str(caught.value)) == here
+    ask(root, "qkt")
+    assert plan_query(root, "aster", QUERY, used).relevant == ("birch",)
+
+
+def test_standardised_images_are_refused(lite_weights: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, "aster", (0, 1, 2), "zscore")
+    with pytest.raises(ConfigError, match="standardised one by one"):
+        train_site(tmp_path, "aster", params(lite_weights))
+
+
+def test_networks_start_with_the_encoder_of_params(lite_weights: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, "aster", (0, 1, 2))
+    encoder = {
+        "name": "efficientnet-lite0",
+        "weights": str(lite_weights),
+        "digest": digest_weights(lite_weights),
+        "side": SIDE,
+        "licence": "Apache-2.0",
+    }
+    train = {"epochs": 1, "appearance": 0.0, "encoder": {**encoder, "mode": "frozen"}}
+    train_site(tmp_path, "aster", params(None, train=train))
+    bundle = load_bundle(Workspace(tmp_path).teacher("aster"))
+    assert bundle.card.network.encoder is not None
+    assert bundle.card.training["encoder"] == encoder["digest"]
+    assert bundle.card.training["encoder_licence"] == "Apache-2.0"
+    state = load_encoder("efficientnet-lite0", lite_weights).network.state_dict()
+    held = bundle.network.get_submodule("extractor.network").state_dict()
+    assert all(torch.equal(held[k], t) for k, t in state.items())
+    wrong = {"epochs": 1, "encoder": {**encoder, "digest": "0" * 64}}
+    with pytest.raises(Exception, match="digest differs"):
+        train_site(tmp_path, "aster", params(None, train=wrong))
