@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qkt_clinical.baselines.statistics import ClassStatistics, class_statistics
 from qkt_clinical.models.generator import generator
+from qkt_clinical.models.private_means import noise_scale
 
 DIMENSIONS = 64
 """Of the projection: noise on the second moment grows with their number, what it says hardly."""
@@ -31,26 +32,6 @@ def projected(features: Tensor, *, seed: int) -> Tensor:
     found: Tensor = features @ (random / math.sqrt(DIMENSIONS))
     length: Tensor = found.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return found / length
-
-
-def noise_scale(epsilon: float, delta: float) -> float:
-    """Standard deviation of Gaussian noise that gives (epsilon, delta) at sensitivity 1.
-
-    The smallest sigma with ``Phi(1 / (2 sigma) - epsilon sigma) - e^epsilon Phi(-1 / (2 sigma) - epsilon
-    sigma) <= delta`` (Balle and Wang, theorem 8), by bisection. By hand: Opacus bounds many steps on samples,
-    which for a single release is more noise than needed.
-    """
-    from scipy.stats import norm
-
-    def spent(sigma: float) -> float:
-        first = norm.cdf(0.5 / sigma - epsilon * sigma)
-        return float(first - math.exp(epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma)))
-
-    low, high = 1e-4, 1e4
-    while high / low > 1 + 1e-9:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle) <= delta else (middle, high)
-    return high
 
 
 def private_statistics(

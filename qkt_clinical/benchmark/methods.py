@@ -43,8 +43,11 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.class_means import mean_features
+from qkt_clinical.models.encoders import shared_features
+from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
+from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
@@ -53,7 +56,7 @@ from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores
 from qkt_clinical.records.card import MIRRORS, DecisionRule
 
 PRIVACY = PrivacyParams()
-"""Of ``statistics-dp``."""
+"""Of ``statistics-dp``, and of the means of ``qkt-statistics``: the defaults of ``shared_encoder``."""
 
 
 @dataclass(frozen=True)
@@ -450,7 +453,9 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             tuple(sorted(known[name])),
             verified(name),
             class_means=means[name],
-            encoder_means=encoder_means(case, name) if setup.method == ON_STATISTICS else {},
+            encoder_means=encoder_means(case, name, exact=setup.exact_means)
+            if setup.method == ON_STATISTICS
+            else {},
         )
         for name in names
         if known[name] & wanted
@@ -462,15 +467,31 @@ def encoded_images(case: Case, hospital: SimulatedHospital) -> EncodedImages:
     bank, encoder = case.store.features, case.store.encoder
     assert bank is not None
     assert encoder is not None
-    return EncodedImages(encoder, bank.of(hospital.train.images), bank.of(hospital.calibration.images))
+    train, held_out = (
+        shared_features(bank.of(part.images)) for part in (hospital.train, hospital.calibration)
+    )
+    return EncodedImages(encoder, train, held_out)
 
 
-def encoder_means(case: Case, name: str) -> dict[int, Tensor]:
-    """What a teacher's bundle would hold beside the network: class means of the encoder's features."""
-    bank, hospital = case.store.features, case.store.data(name.split("/")[1])
+def encoder_means(case: Case, name: str, *, exact: bool) -> dict[int, Tensor]:
+    """What a teacher's bundle would hold beside the network: class means of the encoder's features.
+
+    Args:
+        exact: without the noise that ``shared_encoder`` has by default.
+    """
+    bank, train = case.store.features, case.store.data(name.split("/")[1]).train
     assert bank is not None
-    train = hospital.train
-    return mean_features(bank.of(train.images), torch.from_numpy(train.labels), SMALLEST_COUNT)
+    features, labels = shared_features(bank.of(train.images)), torch.from_numpy(train.labels)
+    if exact:
+        return mean_features(features, labels, SMALLEST_COUNT)
+    return private_means(
+        features,
+        labels,
+        epsilon=PRIVACY.epsilon,
+        delta=PRIVACY.delta,
+        least=SMALLEST_COUNT,
+        draw=generator(case.store.federation.seed, "benchmark", "encoder-means", name),
+    )
 
 
 def _answer(
@@ -547,7 +568,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
             return scores_of(answer.network, answer.decision, experts, inputs, store.device)
         assert store.features is not None  # of every image, so that the encoder need not see them again
         logits = predict(answer.refined.network, inputs, store.device)
-        logits = logits + beside.logits(store.features.of(images))
+        logits = logits + beside.logits(shared_features(store.features.of(images)))
         offsets = torch.tensor(answer.decision.offsets)
         return decide(logits, answer.decision.local, answer.decision.query, offsets)
 

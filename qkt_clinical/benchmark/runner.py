@@ -31,6 +31,7 @@ from qkt_clinical.benchmark.settings import (
     RECALIBRATED,
     SETUPS,
     SITES,
+    STATISTICS_EXACT,
     BenchmarkSettings,
     EncoderUse,
 )
@@ -47,7 +48,7 @@ from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.datasets.medmnist_file import SplitArrays
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.evaluation.metrics import DIGITS
-from qkt_clinical.models.encoders import Encoder, frozen_extractor, load_encoder
+from qkt_clinical.models.encoders import Encoder, load_encoder, shared_extractor
 from qkt_clinical.models.networks import pick_device
 
 RESULT, TABLE, PLOTS = "benchmark.json", "benchmark.md", "plots"
@@ -128,7 +129,7 @@ class _Bench:
             self.device,
             features,
             pretrained=self.encoder() if self.settings.train.encoder else None,
-            encoder=frozen_extractor(self.encoder(), used.side) if used and features else None,
+            encoder=shared_extractor(self.encoder(), used.side) if used and features else None,
         )
 
     def _encoder(self) -> Encoder:
@@ -379,7 +380,7 @@ def run(
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
     answers = [BenchmarkTask(seed, name, question) for seed, question in questions for name in computed]
 
-    encoded = [m for m in chosen if m in WITH_ENCODER]
+    encoded = [m for m in chosen if m in (*WITH_ENCODER, STATISTICS_EXACT)]
     features = [BenchmarkTask(None, name) for name in pieces(files)] if encoded else []
 
     def missing(task: BenchmarkTask) -> bool:

@@ -22,6 +22,7 @@ from qkt_clinical.catalog import (
     DEFAULT_ESTIMATOR,
     ESTIMATORS,
     METHODS,
+    ON_STATISTICS,
     OWN_WITH_QUERY,
     REFERENCES,
     WITH_ENCODER,
@@ -84,6 +85,8 @@ class Setup:
     bad: Bad | None = None
     """Attack of some of the other hospitals' teachers, drawn at random for every query."""
     bad_teachers: int = 0
+    exact_means: bool = False
+    """Of ``qkt-statistics``: class means without noise."""
 
 
 def _transfer(method: Method, **changed: Any) -> Setup:
@@ -95,10 +98,12 @@ def _mask(mask: str) -> Setup:
     return Setup(mask=mask, transfer=(("screening", False),))
 
 
+STATISTICS_EXACT = "ablation/qkt-statistics-exact"
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
     {
         **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
         **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != DEFAULT_ESTIMATOR},
+        STATISTICS_EXACT: Setup(method=ON_STATISTICS, exact_means=True),
         "ablation/mask-oracle": _mask("oracle"),
         "ablation/mask-none": _mask("none"),
         "ablation/query-teachers-only": Setup(rivals=False),
@@ -234,7 +239,8 @@ class BenchmarkSettings(Strict):
     def ablations(self) -> tuple[str, ...]:
         """Names of all ablations."""
         rounds = tuple(f"ablation/{name}-{count}" for name in FEDERATED for count in self.rounds)
-        return (*(s for s in SETUPS if s.startswith("ablation/")), *RECALIBRATED, *rounds, FINETUNED)
+        every = (*(s for s in SETUPS if s.startswith("ablation/")), *RECALIBRATED, *rounds, FINETUNED)
+        return tuple(name for name in every if self.encoder or name != STATISTICS_EXACT)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -248,7 +254,7 @@ class BenchmarkSettings(Strict):
         known = (*every, *self.ablations)
         wanted: set[str] = set()
         for name in self.methods:
-            if name in WITH_ENCODER and not self.encoder:
+            if name in (*WITH_ENCODER, STATISTICS_EXACT) and not self.encoder:
                 raise ConfigError(
                     f"method {name!r} reads the features of an encoder, and none is given",
                     remedy="Add --encoder and --encoder-weights; see 'qkt encoder list'.",

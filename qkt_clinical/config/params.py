@@ -64,6 +64,14 @@ class EncoderFile(Strict):
     """Of the weights: what is made with them may be bound by it."""
 
 
+class SharedEncoderParams(EncoderFile):
+    """The one that hospitals have in common, frozen: class means of its features leave with a teacher."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] | None = 8.0
+    """Differential privacy of the means, for single images; null: exact means, see docs/privacy.md."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+
+
 class EncoderParams(EncoderFile):
     """The one with which a site's networks start."""
 
@@ -177,8 +185,8 @@ class Params(Strict):
     sites: Names = Field(min_length=1)
     queries: dict[Name, QueryRef]
     ingest: IngestParams = IngestParams()
-    shared_encoder: EncoderFile | None = None
-    """Frozen, and the same at all hospitals that share class means of its features: ``qkt-statistics``."""
+    shared_encoder: SharedEncoderParams | None = None
+    """For ``qkt-statistics``; null: nothing of the kind leaves."""
     train: TrainParams = TrainParams()
     mask: MaskParams = MaskParams()
     transfer: TransferParams = TransferParams()

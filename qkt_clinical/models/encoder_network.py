@@ -89,4 +89,4 @@ class EncoderExtractor(nn.Module):
         spec = ENCODERS[self.part.name]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.part.mode != "frozen"):
             out: Tensor = self.network(encoder_input(images * STD + MEAN, spec, self.part.side))
-        return out
+        return F.normalize(out, dim=1) if self.part.unit_length else out

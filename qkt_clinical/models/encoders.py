@@ -19,6 +19,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qkt_clinical.catalog import EncoderName
 from qkt_clinical.common.files import TooLarge, digest_bytes, digest_file, passing_file, read_plain
@@ -115,13 +116,22 @@ def load_encoder(name: EncoderName, weights: Path, digest: str | None = None) ->
     return Encoder(name, network.requires_grad_(False).eval(), found)
 
 
-def frozen_extractor(encoder: Encoder, side: int) -> EncoderExtractor:
-    """The encoder as a network's extractor, of images of ``side`` pixels along an edge."""
-    part = EncoderPart(name=encoder.name, side=side, mode="frozen")
+def shared_extractor(encoder: Encoder, side: int) -> EncoderExtractor:
+    """The encoder as part of a student, with features of length 1; see :func:`shared_features`.
+
+    Args:
+        side: pixels along an edge to which images are enlarged or reduced.
+    """
+    part = EncoderPart(name=encoder.name, side=side, mode="frozen", unit_length=True)
     with torch.device("meta"), WithoutValues():
         extractor = EncoderExtractor(part)
     extractor.network.load_state_dict(encoder.network.state_dict(), assign=True)
     return extractor.requires_grad_(False).eval()
+
+
+def shared_features(features: Tensor) -> Tensor:
+    """Features (N, F) of a shared encoder brought to length 1: what one image adds to a mean is bounded."""
+    return F.normalize(features, dim=1)
 
 
 def _check_finite(state: Mapping[str, Tensor], refuse: Refuse) -> None:

@@ -24,6 +24,8 @@ from qkt_clinical.models.class_means import mean_features
 
 SHRINKAGE = 0.2
 """Share of the covariance that is the same for all features of a part (Friedman, 1989)."""
+SHARED_SHRINKAGE = 0.5
+"""The same for a shared encoder, whose features are more than images, and whose class means may be noisy."""
 FLOOR = 1e-6
 """Of a part's variance, as a share of its mean square: features that hardly vary say nothing."""
 
@@ -86,7 +88,7 @@ def discriminant_rows(
             moved = {c: m[i] for c, m in here.items()}
             parts.append(aligned_mean(q, known, moved) if q in known else amid[i])
         means[q] = torch.cat(parts)
-    return _rows_of(seen, labels, means, local, widths, classes)
+    return _rows_of(seen, labels, means, local, widths, classes, SHRINKAGE)
 
 
 def shared_rows(
@@ -117,7 +119,7 @@ def shared_rows(
     for q in query:
         places = [aligned_mean(q, held, own) for held in there if q in held]
         asked[q] = torch.stack(places + ([here[q]] if q in here else [])).mean(dim=0)
-    return _rows_of(seen, labels, own | asked, local, [seen.shape[1]], classes)
+    return _rows_of(seen, labels, own | asked, local, [seen.shape[1]], classes, SHARED_SHRINKAGE)
 
 
 def _rows_of(
@@ -127,15 +129,16 @@ def _rows_of(
     local: Sequence[int],
     widths: Sequence[int],
     classes: int,
+    shrinkage: float,
 ) -> tuple[Tensor, Tensor]:
     """Linear discriminants of the classes that have a mean, with the covariance of the images seen."""
     centre = torch.stack([means[c] for c in local]).mean(dim=0)
     residuals = seen - torch.stack([means[c] for c in labels.tolist()])
-    level = SHRINKAGE * _part_variances(residuals, seen, widths)
+    level = shrinkage * _part_variances(residuals, seen, widths)
     relevant = sorted(means)
     away = torch.stack([means[c] - centre for c in relevant], dim=1)
     # (level + k R'R)^-1 by the identity of Woodbury: as large as there are images, not as features.
-    k = (1 - SHRINKAGE) / max(1, len(seen) - len(local))
+    k = (1 - shrinkage) / max(1, len(seen) - len(local))
     scaled = residuals / level
     system = torch.eye(len(seen), dtype=seen.dtype) / k + scaled @ residuals.T
     directions = away / level[:, None] - scaled.T @ torch.linalg.solve(system, scaled @ away)

@@ -46,6 +46,8 @@ class EncoderPart(Strict):
     """Pixels along an edge to which images are enlarged or reduced."""
     mode: EncoderMode
     """What of it was trained."""
+    unit_length: bool = False
+    """Whether its features are brought to length 1, as a shared encoder's are."""
 
 
 class _Later(Strict):

@@ -15,7 +15,7 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import PreparedSite
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.models.encoder_network import EncoderExtractor
-from qkt_clinical.models.encoders import Encoder, encode, frozen_extractor, load_encoder
+from qkt_clinical.models.encoders import Encoder, encode, load_encoder, shared_extractor, shared_features
 from qkt_clinical.models.tensor_file import read_tensors
 from qkt_clinical.stages.recipe import prepared_digest
 
@@ -57,10 +57,10 @@ class SiteEncoder:
     @property
     def extractor(self) -> EncoderExtractor:
         """As part of a student."""
-        return frozen_extractor(self.encoder, self.file.side)
+        return shared_extractor(self.encoder, self.file.side)
 
     def features(self, split: Split) -> Tensor:
-        """Features (N, F) of a split's images, kept below ``.qkt`` for the next time."""
+        """Features (N, F) of length 1 of a split's images, kept below ``.qkt`` for the next time."""
         from safetensors.torch import save_file
 
         images, _ = self.prepared.part(split)
@@ -74,7 +74,7 @@ class SiteEncoder:
             return read_tensors(path, wanted, _unusable, what="the cache")[0][FEATURES]
         except (OSError, _Unusable):
             pass  # not there, or torn: computed once more
-        found = encode(self.encoder, images, self.file.side, self.device)
+        found = shared_features(encode(self.encoder, images, self.file.side, self.device))
         path.parent.mkdir(parents=True, exist_ok=True)
         with passing_file(path) as passing:
             save_file({FEATURES: found.contiguous()}, passing)

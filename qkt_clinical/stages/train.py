@@ -27,7 +27,7 @@ from qkt_clinical.common.files import (
     write_json,
 )
 from qkt_clinical.common.system_metrics import sample_system_metrics, write_system_metrics
-from qkt_clinical.config.params import Params, TrainParams
+from qkt_clinical.config.params import Params, SharedEncoderParams, TrainParams
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
@@ -35,10 +35,12 @@ from qkt_clinical.errors import SourceError
 from qkt_clinical.models.bundle import write_bundle
 from qkt_clinical.models.class_means import class_means, mean_features
 from qkt_clinical.models.encoders import load_encoder
+from qkt_clinical.models.generator import generator
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
+from qkt_clinical.models.private_means import private_means
 from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, SharedEncoder
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
@@ -90,10 +92,15 @@ class _Halves:
         self.tell(self.before + done, 2 * total)
 
 
-def _encoder_means(encoder: SiteEncoder) -> dict[int, torch.Tensor]:
+def _encoder_means(encoder: SiteEncoder, shared: SharedEncoderParams, seed: int) -> dict[int, torch.Tensor]:
     """Class to its mean features by the shared encoder, of every class of enough images."""
-    labels = torch.from_numpy(encoder.prepared.part("train")[1])
-    return mean_features(encoder.features("train"), labels, SMALLEST_COUNT)
+    features, labels = encoder.features("train"), torch.from_numpy(encoder.prepared.part("train")[1])
+    if shared.epsilon is None:
+        return mean_features(features, labels, SMALLEST_COUNT)
+    draw = generator(seed, "encoder-means", encoder.prepared.manifest.site, _secret(encoder.prepared))
+    return private_means(
+        features, labels, epsilon=shared.epsilon, delta=shared.delta, least=SMALLEST_COUNT, draw=draw
+    )
 
 
 def trained_digest(space: Workspace, site: str) -> str:
@@ -208,6 +215,7 @@ def train_site(
                 "best_epoch": history.best_epoch,
                 "seed": params.seed,
                 "version": __version__,
+                **({"shared_epsilon": shared.epsilon, "shared_delta": shared.delta} if shared else {}),
                 **({"encoder": encoder.digest, "encoder_licence": encoder.licence} if encoder else {}),
                 **history.privacy,
             },
@@ -223,7 +231,7 @@ def train_site(
             network,
             described(history, "teacher"),
             {} if history.privacy else class_means(network, images, labels, normalisation, where),
-            _encoder_means(SiteEncoder(root, shared, prepared, where)) if shared else {},
+            _encoder_means(SiteEncoder(root, shared, prepared, where), shared, params.seed) if shared else {},
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))

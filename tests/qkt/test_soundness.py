@@ -152,7 +152,8 @@ def test_nonsense_is_set_aside_by_name(own: Classifier, birch: Teacher, elm: Tea
 
 @pytest.mark.parametrize("data", [DATA, RARE], ids=["absent", "rare"])
 @pytest.mark.parametrize(
-    ("method", "kind"), list(zip(METHODS, ["head of 3e38", "all zeros", "infinite bias"], strict=True))
+    ("method", "kind"),
+    list(zip(METHODS, ["head of 3e38", "all zeros", "infinite bias", "all zeros"], strict=True)),
 )
 def test_the_answer_is_the_one_as_if_it_were_not_there(
     own: Classifier, birch: Teacher, elm: Teacher, kind: str, method: Method, data: LocalData

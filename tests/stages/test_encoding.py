@@ -1,4 +1,4 @@
-"""A shared encoder from end to end: class means leave with the bundle, a student has it beside its networks."""
+"""A shared encoder from end to end: class means leave with the bundle, a student has it beside it."""
 
 from __future__ import annotations
 
