@@ -100,11 +100,16 @@ class NetworkSpec(_Built):
     def _consistent(self) -> NetworkSpec:
         if (self.name == MERGED) != bool(self.branches):
             raise ValueError("a merged network has branches, other networks have none")
-        for encoder in filter(None, (self.encoder, *(b.encoder for b in self.branches))):
+        for encoder in self.encoders:
             takes = ENCODERS[encoder.name]
             if takes.spatial_dims != self.spatial_dims or self.in_channels not in (1, takes.channels):
                 raise ValueError(f"{encoder.name} takes images of other dimensions or channels")
         return self
+
+    @property
+    def encoders(self) -> tuple[EncoderPart, ...]:
+        """The pretrained networks in it."""
+        return tuple(e for e in (self.encoder, *(b.encoder for b in self.branches)) if e is not None)
 
 
 class Mask(Strict):

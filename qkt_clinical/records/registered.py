@@ -17,13 +17,16 @@ import yaml
 
 from qkt_clinical.common.files import digest_bytes
 from qkt_clinical.config.base import NAME
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REFERENCE, WEIGHTS
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REFERENCE, WEIGHTS, Card
 from qkt_clinical.records.decisions import RegistryError, site_of
 
 LOADER = "qkt_clinical.serving"
 MLMODEL, CONDA, PYTHON, NEEDED = "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"
 REQUIREMENTS = ("monai", "numpy", "pandas", "pydantic", "safetensors", "torch")
+ENCODER_LIBRARY = "timm"
+"""What a version needs besides, whose network has an encoder from there."""
 """What serving imports. This package itself is not listed: where it is not published, a package index may
 hold another project of its name."""
 
@@ -66,7 +69,7 @@ FLAVOR: Mapping[str, set[Any]] = {
 """What the only flavour says where it says it; beside these it names data, environment and Python."""
 SHA256 = re.compile("[0-9a-f]{64}")
 VERSION = r"[0-9A-Za-z.!+_-]{1,64}"
-REQUIREMENT = re.compile(rf"(?:{'|'.join(('mlflow', *REQUIREMENTS))})==(?:{VERSION})")
+REQUIREMENT = re.compile(rf"(?:{'|'.join(('mlflow', *REQUIREMENTS, ENCODER_LIBRARY))})==(?:{VERSION})")
 BUILDER = re.compile(rf"(?:pip|setuptools|wheel)(?:(?:==|<=|=){VERSION})?")
 INTERPRETER = re.compile(rf"python={VERSION}")
 
@@ -321,3 +324,9 @@ CHECKS: Mapping[str, Callable[[bytes, str], bool]] = {
     PYTHON: _python,
     NEEDED: _requirements,
 }
+
+
+def requirements_of(card: Card) -> tuple[str, ...]:
+    """Names of the packages that a version needs."""
+    libraries = {ENCODERS[encoder.name].library for encoder in card.network.encoders}
+    return (*REQUIREMENTS, *((ENCODER_LIBRARY,) if ENCODER_LIBRARY in libraries else ()))

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkt_clinical.records.registered import LOADER, REQUIREMENTS
+from qkt_clinical.records.registered import LOADER, requirements_of
 from qkt_clinical.tracking.runs import DIGEST, Model
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _save_model(model: Model, run: str, model_id: str, folder: Path) -> None:
         mlflow_model=mlflow.models.Model(run_id=run, model_id=model_id, model_uuid=model_id),
         signature=signature,
         input_example=example if example.size <= MAX_EXAMPLE else None,
-        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
+        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in requirements_of(model.card)],
         metadata={"digest": model.digest, "model_card": model.model_card.model_dump(mode="json")},
     )
 

@@ -22,6 +22,7 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.low_rank_merge import merge_networks, reduce_extractor
 from qkt_clinical.records.card import CARD, InputSpec, NetworkSpec
+from qkt_clinical.records.registered import REQUIREMENT, requirements_of
 from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import first_network, network_spec, train_network
 from qkt_clinical.training.loop import PRETRAINED_SHARE, Schedule, fit
@@ -123,7 +124,12 @@ def test_a_bundle_names_the_encoder_and_is_read_without_its_file(
     write_bundle(tmp_path, network, card())
     said = json.loads((tmp_path / CARD).read_text(encoding="utf-8"))["network"]
     assert said["name"] == "encoder"
-    assert said["encoder"] == {"name": "efficientnet-lite0", "side": SIDE, "mode": "finetune"}
+    assert said["encoder"] == {
+        "name": "efficientnet-lite0",
+        "side": SIDE,
+        "mode": "finetune",
+        "unit_length": False,
+    }
     assert same(state(load_bundle(tmp_path).network), state(network))
 
 
@@ -203,3 +209,15 @@ def test_grey_images_are_repeated(lite_weights: Path, lite: Encoder) -> None:
     grey = to_input(shapes((0, 1), 2, 1)[0])[:, :1]
     coloured = network_of(lite_weights, lite).eval().features(grey.expand(-1, 3, -1, -1))
     assert torch.allclose(network.features(grey), coloured, atol=1e-5)
+
+
+def test_a_registered_version_needs_timm_where_its_encoder_is_from_there(
+    lite_weights: Path, lite: Encoder, tmp_path: Path
+) -> None:
+    with_encoder, without = tmp_path / "with", tmp_path / "without"
+    with_encoder.mkdir()
+    without.mkdir()
+    one = write_bundle(with_encoder, network_of(lite_weights, lite), card())
+    other = write_bundle(without, build(spec(), seed=1), card())
+    assert set(requirements_of(one)) - set(requirements_of(other)) == {"timm"}
+    assert all(REQUIREMENT.fullmatch(f"{name}==1.2.3") for name in requirements_of(one))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qkt_clinical.qkt import discriminant
 from qkt_clinical.qkt.discriminant import SHRINKAGE, aligned_mean, discriminant_rows, shared_rows
 
 WIDTHS = (4, 3)
@@ -133,7 +134,8 @@ def test_order_of_images_does_not_matter() -> None:
 # --- features that all hospitals have alike -----------------------------------------------------------
 
 
-def test_one_teacher_says_the_same_of_shared_features_as_of_its_own() -> None:
+def test_one_teacher_says_the_same_of_shared_features_as_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discriminant, "SHARED_SHRINKAGE", SHRINKAGE)
     features = clouds()
     there = {c: m + 0.5 for c, m in means_of(features, slice(0, 7)).items()} | {2: torch.ones(7)}
     found = shared_rows(features, LABELS, [there], [2], 5)

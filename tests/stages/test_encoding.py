@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qkt_clinical.catalog import Method
-from qkt_clinical.config.params import EncoderFile, Params
+from qkt_clinical.config.params import EncoderFile, Params, SharedEncoderParams
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import load_prepared, write_prepared
@@ -46,6 +46,7 @@ def params(weights: Path | None, **changed: Any) -> Params:
             "weights": str(weights),
             "digest": digest_weights(weights),
             "side": SIDE,
+            "epsilon": None,
         }
     return Params.model_validate(
         {
@@ -115,11 +116,33 @@ def test_a_bundle_holds_class_means_by_the_encoder_it_names(federation: Path, li
     )
     images, labels = load_prepared(Workspace(federation).prepared("birch")).part("train")
     features = encode(load_encoder("efficientnet-lite0", lite_weights), images, SIDE, CPU)
+    features = features / features.norm(dim=1, keepdim=True)
     assert sorted(bundle.encoder_means) == [0, 1, 3]
     for label, mean in bundle.encoder_means.items():
         assert torch.allclose(mean, features[torch.from_numpy(labels) == label].mean(dim=0), atol=1e-5)
     own = load_bundle(Workspace(federation).root / "models" / "own" / "birch")
     assert own.card.shared_encoder is None, "it stays, and nobody reads its means"
+
+
+def test_means_have_noise_unless_it_is_taken_off(
+    federation: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    root = copy_of(federation, tmp_path)
+    exact = load_bundle(Workspace(root).teacher("birch"))
+    assert exact.card.training["shared_epsilon"] is None
+    assert SharedEncoderParams.model_fields["epsilon"].default == 8.0
+    file = params(lite_weights).shared_encoder
+    assert file is not None
+    noisy = params(lite_weights, shared_encoder={**file.model_dump(), "epsilon": 20.0})
+    train_site(root, "birch", noisy)
+    bundle = load_bundle(Workspace(root).teacher("birch"))
+    assert bundle.card.training["shared_epsilon"] == 20.0
+    assert bundle.card.training["shared_delta"] == 1e-5
+    away = [(m - exact.encoder_means[c]).norm() for c, m in bundle.encoder_means.items()]
+    assert min(away) > 0.1
+    train_site(root, "birch", noisy)
+    again = load_bundle(Workspace(root).teacher("birch"))
+    assert all(torch.equal(m, bundle.encoder_means[c]) for c, m in again.encoder_means.items())
 
 
 def test_a_student_has_the_encoder_beside_it_and_needs_no_file_of_it(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qkt_clinical.config.loading import parse
-from qkt_clinical.config.params import EncoderFile, Params
+from qkt_clinical.config.params import Params, SharedEncoderParams
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.stages.recipe import (
@@ -87,7 +87,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "transfer": {"transfer": PARAMS.transfer.model_copy(update={"screening": not PARAMS.transfer.screening})},
     "sites": {"sites": PARAMS.sites[::-1]},
     "shared_encoder": {
-        "shared_encoder": EncoderFile(name="resnet18", weights="w.safetensors", digest="0" * 64)
+        "shared_encoder": SharedEncoderParams(name="resnet18", weights="w.safetensors", digest="0" * 64)
     },
     "evaluate": {"evaluate": PARAMS.evaluate.model_copy(update={"bootstrap": 7})},
     "gate": {"gate": PARAMS.gate.model_copy(update={"query_images": 7})},
