@@ -23,7 +23,7 @@ from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import IMAGES_PER_BATCH
 from qkt_clinical.models.low_rank import Convolution, convolutions, factorised, replace_module
-from qkt_clinical.models.networks import Classifier, MergedExtractor, build, multiply_adds, outline
+from qkt_clinical.models.networks import Classifier, MergedExtractor, build, multiply_adds
 from qkt_clinical.records.card import ENCODER, MERGED, Branch, NetworkSpec
 
 SAMPLES = 4096
@@ -218,12 +218,12 @@ def beside_encoder(network: Classifier, encoder: EncoderExtractor, rows: tuple[T
         rows: weight (C, F of the encoder) and bias (C,), added to what the network says.
     """
     branch = Branch.model_validate({"name": ENCODER, "encoder": encoder.part, "rank": 1.0})
-    spec = network.spec.model_copy(update={"branches": (*network.spec.branches, branch)})
-    merged = outline(NetworkSpec.model_validate(dict(spec)))
-    branches = network.get_submodule("extractor.branches")
-    merged.extractor = MergedExtractor([*branches.children(), encoder])
-    merged.head = nn.Linear(merged.head.in_features, spec.classes)
-    merged.head.weight.copy_(torch.cat([network.head.weight, rows[0].to(network.head.weight)], dim=1))
+    spec = NetworkSpec.model_validate({**dict(network.spec), "branches": (*network.spec.branches, branch)})
+    branches = network.get_submodule("extractor.branches").children()
+    weight = torch.cat([network.head.weight, rows[0].to(network.head.weight)], dim=1)
+    with torch.random.fork_rng(devices=[]):  # a new layer draws values, which are overwritten
+        merged = Classifier(spec, MergedExtractor([*branches, encoder]), weight.shape[1])
+    merged.head.weight.copy_(weight)
     merged.head.bias.copy_(network.head.bias + rows[1].to(network.head.bias))
     return merged.eval()
 

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 
 from qkt_clinical.baselines.gaussian_heads import class_mixtures
 from qkt_clinical.baselines.statistics import class_statistics, pool
+from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
+from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.runner import FEATURES, KEY, RESULT, WORK, federations_of, run
-from qkt_clinical.benchmark.settings import BenchmarkSettings, EncoderUse
+from qkt_clinical.benchmark.settings import SETUPS, STATISTICS_EXACT, BenchmarkSettings, EncoderUse
 from qkt_clinical.benchmark.simulate import SimulatedFederation, channels_first
+from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import WITH_ENCODER
 from qkt_clinical.cli import main
 from qkt_clinical.datasets.medmnist_file import read_medmnist
 from qkt_clinical.errors import ConfigError, EncoderError
-from qkt_clinical.models.encoders import Encoder, encode
+from qkt_clinical.models import encoder_network
+from qkt_clinical.models.encoder_network import EncoderExtractor
+from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
+from qkt_clinical.qkt.answer import Answer
 from qkt_clinical.qkt.operating_point import decide, offset_for_budget, query_scores
+from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.task import MULTICLASS
 from tests.baselines.test_statistics import head_of
 from tests.benchmark.test_benchmark import QUICK, write_npz
@@ -66,6 +73,7 @@ def answered(data: Path, out: Path, methods: tuple[str, ...], **more: Any) -> di
     settings = QUICK.model_copy(update={"methods": methods, "encoder": USED, "max_queries": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "load_encoder", loaded)
+        patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
         return run(data, out, settings, encoder_weights=Path("weights.safetensors"), workers=1, **more)
 
 
@@ -242,3 +250,47 @@ def test_images_that_the_encoder_cannot_take_end_as_one_error(tmp_path: Path) ->
     data = write_npz(tmp_path / "volumes.npz", each=8, kind="volume")
     with pytest.raises(EncoderError, match="expected 2 dimensions"):
         answered(data, tmp_path / "run", ("statistics",))
+
+
+def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str, Any]], data: Path) -> None:
+    """Its features need not be computed again; the student that would be written says the same."""
+    store = ResultStore(
+        whole[0] / "work" / "seed-0",
+        federation(data),
+        QUICK.model_copy(update={"max_queries": 2, "encoder": USED}),
+        CPU,
+        FeatureBank(whole[0] / "work" / "features"),
+        encoder=extractor(),
+    )
+    case = Case(store, store.federation.questions[0])
+    answers: list[Answer] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = methods_room.answer_query
+
+        def keep(*args: Any, **named: Any) -> Answer:
+            answers.append(original(*args, **named))
+            return answers[-1]
+
+        patch.setattr(methods_room, "answer_query", keep)
+        patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
+        exact = methods_room.qkt(case, SETUPS[STATISTICS_EXACT])
+        plain = methods_room.qkt(case, SETUPS["qkt"])
+    beside = answers[0].refined.encoded
+    assert beside is not None
+    assert answers[1].refined.encoded is None
+    student = answers[0].network
+    assert [b.name for b in student.spec.branches][-1] == "encoder"
+    written = scores_of(student, answers[0].decision, [], case.inputs, CPU)
+    assert torch.allclose(written, exact.scores, atol=1e-4)
+    assert not torch.allclose(plain.scores, exact.scores, atol=1e-2)
+    # What leaves beside the bundles: a mean of 64 numbers for every class of each teacher.
+    teachers = methods_room.relevant_teachers(case, SETUPS[STATISTICS_EXACT]).values()
+    sent = sum(len(t.encoder_means) for t in teachers)
+    assert sent > 0
+    assert exact.bytes_moved - plain.bytes_moved == 4 * 64 * sent
+
+
+def extractor() -> EncoderExtractor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
+        return shared_extractor(ENCODER, SIDE)
