@@ -16,6 +16,7 @@ from qkt_clinical.catalog import (
     ESTIMATORS,
     METHODS,
     OWN_WITH_QUERY,
+    WITH_ENCODER,
 )
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.evaluation.metrics import DIGITS, Floats
@@ -125,7 +126,7 @@ def best_baseline(rows: Sequence[Row]) -> str | None:
 def base_of(ablation: str) -> str:
     """The method that an ablation changes: the one that its name begins with, or ``qkt``."""
     name = ablation.removeprefix("ablation/")
-    named = [m for m in BENCHMARK_METHODS if name.startswith(f"{m}-")]
+    named = [m for m in (*BENCHMARK_METHODS, *WITH_ENCODER) if name.startswith(f"{m}-")]
     return max(named, key=len, default="qkt")
 
 
