@@ -84,9 +84,12 @@ class EncoderExtractor(nn.Module):
         """Training mode, in which a frozen one stays as it is: its statistics too."""
         return super().train(mode and self.part.mode != "frozen")
 
+    def prepared(self, images: Tensor) -> Tensor:
+        """Network input as the encoder's first layer sees it: of its size, channels and scale."""
+        return encoder_input(images * STD + MEAN, ENCODERS[self.part.name], self.part.side)
+
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, F)."""
-        spec = ENCODERS[self.part.name]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.part.mode != "frozen"):
-            out: Tensor = self.network(encoder_input(images * STD + MEAN, spec, self.part.side))
+            out: Tensor = self.network(self.prepared(images))
         return F.normalize(out, dim=1) if self.part.unit_length else out

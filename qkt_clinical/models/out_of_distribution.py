@@ -21,7 +21,8 @@ from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import Bundle
-from qkt_clinical.models.networks import Classifier
+from qkt_clinical.models.encoder_network import EncoderExtractor
+from qkt_clinical.models.networks import Classifier, MergedExtractor
 from qkt_clinical.records.card import REFERENCE, Card, Reference, read_reference
 
 KNOWN_SHARE = 0.99
@@ -64,8 +65,11 @@ def responses(network: Classifier, inputs: Tensor) -> NDArray[np.float64]:
         inputs: (N, C, *spatial) from :func:`qkt_clinical.data.inputs.to_input`.
     """
     layer, found = copy.deepcopy(first_convolution(network)).cpu(), []
+    own: nn.Module = network.extractor
+    if isinstance(own, MergedExtractor):
+        own = own.branches[0]
     for part in inputs.split(BATCH):
-        out = layer(part).flatten(2).double()
+        out = layer(own.prepared(part) if isinstance(own, EncoderExtractor) else part).flatten(2).double()
         found.append(torch.cat([out.mean(dim=2), out.std(dim=2, correction=0)], dim=1))
     return np.asarray(torch.cat(found).numpy())
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkt_clinical.catalog import Split
 from qkt_clinical.common.files import digest_bytes, passing_file
+from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.config.params import EncoderFile
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import PreparedSite
@@ -64,7 +65,7 @@ class SiteEncoder:
         from safetensors.torch import save_file
 
         images, _ = self.prepared.part(split)
-        site, width = self.prepared.manifest.site, self.encoder.spec.features
+        site, width = self.prepared.manifest.site, ENCODERS[self.file.name].features
         data = prepared_digest(self.prepared.manifest)
         made_of = [data, self.file.name, self.file.digest, self.file.side, self.device.type]
         key = digest_bytes(json.dumps(made_of).encode())[:16]

@@ -45,7 +45,7 @@ from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, Share
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.encoding import SiteEncoder
-from qkt_clinical.stages.recipe import train_recipe
+from qkt_clinical.stages.recipe import prepared_digest, train_recipe
 from qkt_clinical.task import Task, task_of
 from qkt_clinical.training.classifier import appearance_of, at_home, network_spec, train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
@@ -97,7 +97,12 @@ def _encoder_means(encoder: SiteEncoder, shared: SharedEncoderParams, seed: int)
     features, labels = encoder.features("train"), torch.from_numpy(encoder.prepared.part("train")[1])
     if shared.epsilon is None:
         return mean_features(features, labels, SMALLEST_COUNT)
-    draw = generator(seed, "encoder-means", encoder.prepared.manifest.site, _secret(encoder.prepared))
+    # Other noise for whatever is another release: the same twice, at two epsilons or of two versions of the
+    # data, would cancel.
+    chosen = shared.model_dump_json(exclude={"weights", "licence"})
+    release = prepared_digest(encoder.prepared.manifest) + chosen
+    site = encoder.prepared.manifest.site
+    draw = generator(seed, "encoder-means", site, _secret(encoder.prepared), release)
     return private_means(
         features, labels, epsilon=shared.epsilon, delta=shared.delta, least=SMALLEST_COUNT, draw=draw
     )

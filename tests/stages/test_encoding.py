@@ -22,6 +22,7 @@ from qkt_clinical.errors import ConfigError, QueryError
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.encoders import digest_weights, encode, load_encoder
 from qkt_clinical.models.inference import predict
+from qkt_clinical.models.out_of_distribution import responses
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.card import CARD
 from qkt_clinical.stages import encoding
@@ -30,6 +31,7 @@ from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
+from qkt_clinical.training.classifier import first_network, network_spec
 from tests.shapes import CLASSES, CPU, shapes
 
 pytestmark = pytest.mark.slow
@@ -140,6 +142,13 @@ def test_means_have_noise_unless_it_is_taken_off(
     assert bundle.card.training["shared_delta"] == 1e-5
     away = [(m - exact.encoder_means[c]).norm() for c, m in bundle.encoder_means.items()]
     assert min(away) > 0.1
+    other = params(lite_weights, shared_encoder={**file.model_dump(), "epsilon": 10.0})
+    train_site(root, "birch", other)
+    less = load_bundle(Workspace(root).teacher("birch")).encoder_means
+    # The same noise at another scale would lie on one line with the exact mean, and give it away.
+    for label, mean in bundle.encoder_means.items():
+        one, two = (m - exact.encoder_means[label] for m in (mean, less[label]))
+        assert abs(float(torch.cosine_similarity(one, two, dim=0))) < 0.5
     train_site(root, "birch", noisy)
     again = load_bundle(Workspace(root).teacher("birch"))
     assert all(torch.equal(m, bundle.encoder_means[c]) for c, m in again.encoder_means.items())
@@ -240,3 +249,21 @@ def test_networks_start_with_the_encoder_of_params(lite_weights: Path, tmp_path:
     wrong = {"epochs": 1, "encoder": {**encoder, "digest": "0" * 64}}
     with pytest.raises(Exception, match="digest differs"):
         train_site(tmp_path, "aster", params(None, train=wrong))
+
+
+def test_a_grey_image_is_described_as_the_encoder_sees_it(lite_weights: Path) -> None:
+    """Its first layer takes three channels; the reference that serving reads is made of what comes there."""
+    encoder = {
+        "name": "efficientnet-lite0",
+        "weights": str(lite_weights),
+        "digest": digest_weights(lite_weights),
+        "side": SIDE,
+    }
+    spec = network_spec(params(None, train={"encoder": encoder}).train, (1, 16, 16), 4)
+    network = first_network(spec, 1, load_encoder("efficientnet-lite0", lite_weights))
+    inputs = to_input(shapes((0, 1), 2, 1)[0])[:, :1]
+    found = responses(network, inputs)
+    coloured = network_spec(params(None, train={"encoder": encoder}).train, (3, 16, 16), 4)
+    other = first_network(coloured, 1, load_encoder("efficientnet-lite0", lite_weights))
+    assert found.shape == (4, 64)
+    assert np.allclose(found, responses(other, inputs.expand(-1, 3, -1, -1)), atol=1e-5)
