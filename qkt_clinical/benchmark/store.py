@@ -56,6 +56,7 @@ from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder
+from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.masks import verified_classes
@@ -243,7 +244,8 @@ class ResultStore:
         seconds = time.perf_counter() - start
         network = network.cpu()
         with new_folder(self.folder / name) as folder:
-            means = class_means(network, *data.train.pair, "unit", self.device)
+            draw = generator(self.federation.seed, "benchmark", "class-means", name)
+            means = class_means(network, *data.train.pair, "unit", self.device, train.class_means, draw)
             logits = self._write(folder, network, data.site, seconds, len(history.curves), means)
             masks = self._compute_masks(network)
             write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))

@@ -64,12 +64,16 @@ class EncoderFile(Strict):
     """Of the weights: what is made with them may be bound by it."""
 
 
-class SharedEncoderParams(EncoderFile):
-    """The one that hospitals have in common, frozen: class means of its features leave with a teacher."""
+class MeansPrivacy(Strict):
+    """Noise on class means that leave with a teacher, for single images."""
 
     epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] | None = 8.0
-    """Differential privacy of the means, for single images; null: exact means, see docs/privacy.md."""
+    """Differential privacy of the means; null: exact means, see docs/privacy.md."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+
+
+class SharedEncoderParams(EncoderFile, MeansPrivacy):
+    """The one that hospitals have in common, frozen: class means of its features leave with a teacher."""
 
 
 class EncoderParams(EncoderFile):
@@ -104,8 +108,10 @@ class TrainParams(Strict):
 
     20 is usual. Not with differential privacy, which counts every pass.
     """
+    class_means: MeansPrivacy = MeansPrivacy()
+    """Of the features that the teacher learned; they say where its classes lie among them."""
     privacy: PrivacyParams | None = None
-    """Differential privacy; null: none. With it, the last epoch counts."""
+    """Differential privacy of the weights; null: none. With it, the last epoch counts, and no means leave."""
 
     @model_validator(mode="after")
     def _image_by_image(self) -> TrainParams:

@@ -7,14 +7,22 @@ to tell it from its own (:mod:`qkt_clinical.qkt.discriminant`). What they tell o
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
+from qkt_clinical.config.params import MeansPrivacy
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
+from qkt_clinical.models.private_means import private_means
+
+NOISE_IMAGES = 256
+BOUND = 2.0
+"""Times the mean length of features of noise: those of a network's own classes are up to twice as long."""
+MIN_LENGTH = 1e-12
 
 
 def mean_features(features: Tensor, labels: Tensor, least: int = 1) -> dict[int, Tensor]:
@@ -32,14 +40,55 @@ def mean_features(features: Tensor, labels: Tensor, least: int = 1) -> dict[int,
     return means
 
 
+def feature_bound(network: Classifier, images: Images, normalisation: str, device: torch.device) -> float:
+    """A length that few features exceed, told by the network alone: images of noise say how long they are.
+
+    Args:
+        images: (N, C, *spatial), of which only the shape is used.
+    """
+    noise = np.random.default_rng(0).random((NOISE_IMAGES, *images.shape[1:]), dtype=np.float32)
+    features = predict(network, to_input(noise, normalisation), device, features=True)
+    return BOUND * float(features.norm(dim=1).mean())
+
+
 def class_means(
-    network: Classifier, images: Images, labels: Labels, normalisation: str, device: torch.device
+    network: Classifier,
+    images: Images,
+    labels: Labels,
+    normalisation: str,
+    device: torch.device,
+    privacy: MeansPrivacy,
+    draw: torch.Generator,
 ) -> dict[int, Tensor]:
     """Class to its mean features (F,), float32, of every class of ``SMALLEST_COUNT`` images or more.
 
     Args:
         network: trained, left as it is.
         images: (N, C, *spatial) as prepared; labels: (N,).
+        privacy: how much noise is on them; with noise, features are cut to :func:`feature_bound`.
+        draw: of the noise.
     """
     features = predict(network, to_input(images, normalisation), device, features=True)
-    return mean_features(features, torch.from_numpy(labels), SMALLEST_COUNT)
+    truth = torch.from_numpy(labels)
+    if privacy.epsilon is None:
+        return mean_features(features, truth, SMALLEST_COUNT)
+    bound = feature_bound(network, images, normalisation, device)
+    return noisy_means(features, truth, bound, privacy, SMALLEST_COUNT, draw)
+
+
+def noisy_means(
+    features: Tensor, labels: Tensor, bound: float, privacy: MeansPrivacy, least: int, draw: torch.Generator
+) -> dict[int, Tensor]:
+    """Class to the mean (F,) of its features, cut to a length that no image sets, with noise.
+
+    Args:
+        features: (N, F); labels: (N,).
+        bound: the length.
+        privacy: with an epsilon.
+        least: images of a class, at least, by their noisy number.
+    """
+    assert privacy.epsilon is not None
+    cut = features / max(bound, MIN_LENGTH)
+    cut = cut / cut.norm(dim=1, keepdim=True).clamp(min=1)
+    means = private_means(cut, labels, epsilon=privacy.epsilon, delta=privacy.delta, least=least, draw=draw)
+    return {label: bound * mean for label, mean in means.items()}

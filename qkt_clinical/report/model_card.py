@@ -264,11 +264,16 @@ def _teacher_privacy(card: Card, known: Sequence[str], masked: bool) -> tuple[st
 def _class_means_privacy(card: Card) -> tuple[str, ...]:
     if not card.class_means:
         return ()
-    encoder = card.shared_encoder
-    also = f" and over those of {encoder.name}" if encoder else ""
+    means = [("its own", card.training.get("means_epsilon"))]
+    if card.shared_encoder:
+        means.append((card.shared_encoder.name, card.training.get("shared_epsilon")))
+    told = " and ".join(
+        f"of {whose} {f'with noise of epsilon {epsilon:g}' if epsilon else 'exactly'}"
+        for whose, epsilon in means
+    )
     return (
-        "The weights file holds mean features of every class of five training images or more: some hundred "
-        f"numbers a class, averaged over its images, of the network's features{also} (docs/privacy.md).",
+        "The weights file holds mean features of every class of five training images or more, some hundred "
+        f"numbers a class: {told} (docs/privacy.md).",
     )
 
 

@@ -159,7 +159,7 @@ def train_site(
     shared = params.shared_encoder if params.train.privacy is None else None
     where = pick_device(device or params.device)
     normalisation = prepared.manifest.normalisation
-    privacy = params.train.privacy
+    privacy, means = params.train.privacy, params.train.class_means
     made_of = train_recipe(params, prepared.manifest, where.type)
     travels = appearance_of(params.train, normalisation, len(labels)) > 0
     parts = _Halves(progress) if travels and progress else progress
@@ -202,8 +202,13 @@ def train_site(
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history, task)
 
+    def noise_of_means() -> torch.Generator:
+        # Other noise for whatever is another release: of the same, differences would tell what it hides.
+        return generator(params.seed, "class-means", site, _secret(prepared), made_of.digest)
+
     def described(history: History, kind: str) -> dict[str, Any]:
         statistics = None if history.privacy else image_statistics(images, normalisation)
+        leaves = kind == "teacher" and not history.privacy
         return {
             "kind": "teacher",
             "site": site,
@@ -220,6 +225,7 @@ def train_site(
                 "best_epoch": history.best_epoch,
                 "seed": params.seed,
                 "version": __version__,
+                **({"means_epsilon": means.epsilon, "means_delta": means.delta} if leaves else {}),
                 **({"shared_epsilon": shared.epsilon, "shared_delta": shared.delta} if shared else {}),
                 **({"encoder": encoder.digest, "encoder_licence": encoder.licence} if encoder else {}),
                 **history.privacy,
@@ -235,7 +241,9 @@ def train_site(
             part,
             network,
             described(history, "teacher"),
-            {} if history.privacy else class_means(network, images, labels, normalisation, where),
+            {}
+            if history.privacy
+            else class_means(network, images, labels, normalisation, where, means, noise_of_means()),
             _encoder_means(SiteEncoder(root, shared, prepared, where), shared, params.seed) if shared else {},
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
