@@ -20,6 +20,8 @@ class Share(Strict):
 
     teacher: bool = False
     """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
+    statistics: bool = False
+    """Class means with the teacher, which say where its classes lie; without them answers are poorer."""
     metrics: bool = False
     """Figures of its own students, with intervals and without counts."""
     student: bool = False
@@ -48,6 +50,7 @@ OPEN_POLICY = """\
 # What may leave this hospital for a federation, and whose queries it answers; what is not said is refused.
 share:
   teacher: true # its network and what it knows, for other hospitals' queries
+  statistics: true # class means with it, with noise; see docs/privacy.md
   metrics: true # figures of its own students, with intervals, without counts
   student: false # its own students
 mask: all # all | query: others see only whether we know the classes asked for and the asking hospital's own

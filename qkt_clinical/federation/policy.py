@@ -13,7 +13,7 @@ from qkt_clinical.config.policy import POLICY, Policy
 from qkt_clinical.errors import BundleError, PolicyError, QueryError
 from qkt_clinical.federation.messages import Answered, Contributed, Offered, TeacherRequest, cut, read_reply
 from qkt_clinical.federation.parcel import read_offer_files, unpack_student, unpack_teacher
-from qkt_clinical.records.card import Mask
+from qkt_clinical.records.card import Card, Mask
 
 
 def refusal(policy: Policy, question: TeacherRequest, helped: int) -> str | None:
@@ -52,6 +52,11 @@ def shown_mask(mask: Mask, policy: Policy, question: TeacherRequest) -> Mask:
     )
 
 
+def holds_means(card: Card) -> bool:
+    """Whether class means are in the teacher's weights file."""
+    return card.class_means or card.shared_encoder is not None
+
+
 def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
     """Check that a reply contains only what the policy allows.
 
@@ -73,13 +78,14 @@ def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
         reply = read_reply(said, task, site)
         if isinstance(reply, Contributed | Offered) and not policy.share.teacher:
             raise stop("the teacher")
-        if isinstance(reply, Offered):
-            read_offer_files(reply.files, site)
+        cards = [read_offer_files(reply.files, site)[0]] if isinstance(reply, Offered) else []
         with tempfile.TemporaryDirectory(prefix="qkt-") as temporary:
             folder = Path(temporary) / site
             folder.mkdir()
             if isinstance(reply, Contributed):
-                unpack_teacher(reply.files, site, folder)
+                cards.append(unpack_teacher(reply.files, site, folder).card)
+            if any(map(holds_means, cards)) and not policy.share.statistics:
+                raise stop("class means")
             if isinstance(reply, Answered) and reply.student is not None:
                 if not policy.share.student:
                     raise stop("the student")

@@ -6,6 +6,7 @@ it has made is not made again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from qkt_clinical.common.files import (
     digest_bytes,
     digest_file,
     digest_folder,
+    new_folder,
     read_plain,
     to_json,
     write_json,
@@ -228,6 +230,22 @@ class Site:
         )
         return folder
 
+    def _shared_teacher(self, policy: Policy) -> Path:
+        """Folder of the teacher as it may leave: without class means where the policy keeps them."""
+        folder = self.space.teacher(self.name)
+        if policy.share.statistics:
+            return folder
+        from qkt_clinical.models.bundle import write_without_means
+
+        made_of = digest_folder(folder, (CARD, MASK))
+        kept = self.space.scratch / "federation" / "without-means" / made_of[:16]
+        if not kept.is_dir():
+            with new_folder(kept) as part:
+                write_without_means(folder, part)
+                if (folder / MASK).is_file():
+                    shutil.copyfile(folder / MASK, part / MASK)
+        return kept
+
     def _contribute(self, policy: Policy) -> Reply:
         if not policy.share.teacher:
             return Refused(
@@ -236,7 +254,8 @@ class Site:
                 remedy="Its policy says so.",
                 site=self.name,
             )
-        files = pack(self.teach(load_params(self.root)))
+        self.teach(load_params(self.root))
+        files = pack(self._shared_teacher(policy))
         signature = None if self.signing_key is None else sign(self.signing_key, files[CARD])
         return Contributed(files=files, signature=signature)
 
@@ -244,7 +263,7 @@ class Site:
         start = time.time() - DAY_S
         if reason := refusal(policy, question, count_since(self.audit, "offered", start)):
             return Declined(reason=reason)
-        folder = self.space.teacher(self.name)
+        folder = self._shared_teacher(policy)
         card = read_card(folder)
         mask = read_mask(folder, card)
         if mask is None:

@@ -40,6 +40,8 @@ from qkt_clinical.records.card import (
 )
 
 CLASS_MEANS = "class_means"
+MEANS_PRIVACY = ("means_epsilon", "means_delta", "shared_epsilon", "shared_delta")
+"""What a card's ``training`` says of the noise on class means."""
 """The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
 ENCODER_MEANS = "encoder_means"
 """The same over the features of the card's shared encoder."""
@@ -105,6 +107,20 @@ def write_bundle(
     full = Card.model_validate({**card, **made})
     write_json(folder / CARD, full.model_dump(mode="json"))
     return full
+
+
+def write_without_means(source: Path, folder: Path) -> Card:
+    """Write a teacher's bundle into an existing folder without the class means that it holds.
+
+    Raises:
+        BundleError: see :func:`load_bundle`.
+    """
+    bundle = load_bundle(source)
+    card = bundle.card.model_dump(
+        mode="json", exclude={"network", "weights", "class_means", "shared_encoder"}
+    )
+    training = {k: v for k, v in card["training"].items() if k not in MEANS_PRIVACY}
+    return write_bundle(folder, bundle.network, {**card, "training": training})
 
 
 def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:

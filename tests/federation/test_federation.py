@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load, save
 
@@ -372,6 +373,32 @@ def test_what_is_not_on_the_list_may_not_leave(copy: Site, task: str, spoil: Spo
         check_outbound(OPEN, task, spoil(said), "birch")
 
 
+def test_class_means_leave_only_where_the_policy_says_so(copy: Site, tmp_path: Path) -> None:
+    allowed = copy.reply(CONTRIBUTE, {})
+    policy(copy.root, "birch", share={"teacher": True})
+    kept = copy.reply(CONTRIBUTE, {})
+    bundles = {}
+    for name, said in (("allowed", allowed), ("kept", kept)):
+        (folder := tmp_path / name / "birch").mkdir(parents=True)
+        bundles[name] = unpack_teacher(said["files"], "birch", folder)
+    assert sorted(bundles["allowed"].class_means), "there are some"
+    card = bundles["kept"].card
+    assert not card.class_means
+    assert not bundles["kept"].class_means
+    assert "means_epsilon" in bundles["allowed"].card.training
+    assert "means_epsilon" not in card.training, "there is no noise on what is not there"
+    state, same = (bundles[name].network.state_dict() for name in ("allowed", "kept"))
+    assert all(torch.equal(state[k], same[k]) for k in state)
+    assert copy.reply(CONTRIBUTE, {}) == kept, "asked twice it says the same"
+    assert copy.reply(OFFER, QUESTION)["files"][CARD] == kept["files"][CARD]
+    # Whatever made it: what the policy keeps does not leave.
+    with pytest.raises(PolicyError, match="class means may not leave"):
+        check_outbound(load_policy(copy.root, "birch"), CONTRIBUTE, allowed, "birch")
+    offered = {"kind": "offered", "files": {n: allowed["files"][n] for n in (CARD, MASK)}}
+    with pytest.raises(PolicyError, match="class means may not leave"):
+        check_outbound(load_policy(copy.root, "birch"), OFFER, offered, "birch")
+
+
 def test_a_student_leaves_only_where_the_policy_says_so(federation: Federation) -> None:
     from qkt_clinical.federation.parcel import pack_student
 
@@ -629,7 +656,8 @@ def test_a_task_that_cannot_be_understood_is_refused(federation: Federation, dat
 
 
 def test_policy_of_the_phantom_is_the_open_one() -> None:
-    assert OPEN.share.model_dump() == {"teacher": True, "metrics": True, "student": False}
+    shared = {"teacher": True, "statistics": True, "metrics": True, "student": False}
+    assert OPEN.share.model_dump() == shared
 
 
 def test_load_policy_names_the_file(tmp_path: Path) -> None:
