@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,21 +106,93 @@ class _Reached(Exception):
     """A layer was reached; what follows need not be computed."""
 
 
-def _inputs_of(network: nn.Module, layer: nn.Module, views: Tensor) -> Tensor:
-    """The inputs of a layer when the network processes the views."""
+def _settled(network: nn.Module, layers: Mapping[str, nn.Module], view: Tensor) -> dict[str, tuple[str, ...]]:
+    """For every layer the modules that have given their output for good when it is reached.
+
+    Those that are called once in a pass; of modules within one another the outermost.
+
+    Args:
+        view: (1, C, *spatial).
+    """
+    done: list[str] = []
+    at_start: dict[str, tuple[str, ...]] = {}
+
+    def ended(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, _output: done.append(name)
+
+    def started(name: str) -> Callable[[nn.Module, Any], None]:
+        def note(_module: nn.Module, _inputs: Any) -> None:
+            at_start.setdefault(name, tuple(done))
+
+        return note
+
+    handles = [m.register_forward_hook(ended(name)) for name, m in network.named_modules() if name]
+    handles += [layer.register_forward_pre_hook(started(name)) for name, layer in layers.items()]
+    try:
+        network(view)
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {name for name, calls in Counter(done).items() if calls == 1}
+    found = {}
+    for layer, before in at_start.items():
+        alone = [name for name in before if name in once]
+        parents = {f"{name}." for name in alone}
+        found[layer] = tuple(n for n in alone if not any(n.startswith(p) for p in parents))
+    return found
+
+
+@contextlib.contextmanager
+def _answering(network: nn.Module, kept: Mapping[str, list[Tensor]], turn: list[int]) -> Iterator[None]:
+    """Let modules say again what they said, batch number ``turn[0]``, whatever they are given."""
+
+    def again(name: str) -> Callable[..., Tensor]:
+        return lambda *_: kept[name][turn[0]].clone()  # what follows may work in place
+
+    modules = {name: network.get_submodule(name) for name in kept}
+    for name, module in modules.items():
+        module.forward = again(name)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _inputs_of(
+    network: nn.Module, layer: nn.Module, views: Tensor, kept: dict[str, list[Tensor]], settled: Sequence[str]
+) -> Tensor:
+    """The inputs of a layer when the network processes the views.
+
+    Args:
+        kept: outputs, by batch, of modules that had settled when the layer before was reached; afterwards
+            of those ``settled``, so that nothing is computed twice.
+    """
     given: list[Tensor] = []
+    new: dict[str, list[Tensor]] = {name: [] for name in settled if name not in kept}
+    turn = [0]
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         given.append(inputs[0])
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(keep)
+    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: new[name].append(output.clone())
+
+    handles = [network.get_submodule(name).register_forward_hook(note(name)) for name in new]
+    handles.append(layer.register_forward_pre_hook(keep))
     try:
-        for part in views.split(IMAGES_PER_BATCH[views.device.type]):
-            with contextlib.suppress(_Reached):
-                network(part)
+        with _answering(network, kept, turn):
+            for number, part in enumerate(views.split(IMAGES_PER_BATCH[views.device.type])):
+                turn[0] = number
+                with contextlib.suppress(_Reached):
+                    network(part)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    kept.update(new)
+    for name in set(kept) - set(settled):
+        del kept[name]
     return torch.cat(given)
 
 
@@ -187,13 +260,15 @@ def reduce_extractor(
     plain = {name: layer for name, (layer, _) in layers.items()}
     shares = [math.ceil(SAMPLES * len(part) / len(views)) for part in parts]
     seen = [_observe(extractor, plain, part, n, draw) for part, n in zip(parts, shares, strict=True)]
+    settled = _settled(extractor, plain, views[:1])
+    kept: list[dict[str, list[Tensor]]] = [{} for _ in parts]
     losses = []
     for name in seen[0]:
         layer, rank = layers[name]
-        given = [
-            patches(layer, _inputs_of(extractor, layer, part), looked[name].index).cpu()
-            for part, looked in zip(parts, seen, strict=True)
-        ]
+        given = []
+        for part, outputs, looked in zip(parts, kept, seen, strict=True):
+            inputs = _inputs_of(extractor, layer, part, outputs, settled[name])
+            given.append(patches(layer, inputs, looked[name].index).cpu())
         said = [looked[name].output.cpu() for looked in seen]
         wide, narrow, lost = reduce_layer(
             layer.weight.flatten(1).cpu(), torch.cat(given), torch.cat(said), rank

@@ -62,6 +62,30 @@ def lost_share(given: Tensor, wanted: Tensor) -> float:
 # --- what a layer sees ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "dims"), EVERY)
+def test_what_is_not_computed_twice_changes_no_input_of_a_layer(name: Network, dims: Dims) -> None:
+    """Layers are reduced one after the other; what lies before the last one is computed once."""
+    extractor = network_of(name, dims).extractor
+    layers = convolutions(extractor, 0.5)
+    views = views_of(dims, 3)
+    settled = low_rank_merge._settled(extractor, {n: layer for n, (layer, _) in layers.items()}, views[:1])
+    passed: list[str] = []
+    for n, module in extractor.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.register_forward_hook(lambda _m, _i, _o, n=n: passed.append(n))
+    kept: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for n in settled:
+            layer, rank = layers[n]
+            plain = low_rank_merge._inputs_of(extractor, layer, views, {}, ())
+            passed.clear()
+            found = low_rank_merge._inputs_of(extractor, layer, views, kept, settled[n])
+            assert torch.equal(found, plain), n
+            assert len(passed) <= len(layers) / 2 or len(layers) < 6, "not all of what lies before"
+            low_rank_merge.replace_module(extractor, n, factorised(layer, rank))
+    assert not any("forward" in vars(module) for module in extractor.modules()), "left as they were"
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dims", [2, 3])
@@ -142,7 +166,7 @@ def test_a_part_sees_the_views_once_and_leaves_the_source_alone(name: Network) -
     before, views = state(network), views_of(count=5)
     with counted(network) as sizes:
         extractor, branch, losses = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
-    assert sizes == [5]
+    assert sizes == [5, 1], "and one of them alone, for the order of layers"
     assert same(state(network), before)
     assert network.training
     assert not extractor.training
