@@ -88,6 +88,7 @@ def query_plan(
     from qkt_clinical.common.wording import size, words
     from qkt_clinical.config.loading import load_params
     from qkt_clinical.jobs import preview
+    from qkt_clinical.jobs.routes import route_json, route_line
     from qkt_clinical.qkt.planning import images_apart
 
     seen = preview(root, hospital, query, load_params(root), device=device)
@@ -100,6 +101,7 @@ def query_plan(
                 "risks": {asked: list(names) for asked, names in seen.risks},
                 "fetched_bytes": seen.fetched_bytes,
                 "expected_seconds": round(seen.seconds, 1),
+                "routes": [route_json(route) for route in seen.routes],
             }
         )
         return
@@ -114,6 +116,9 @@ def query_plan(
     say(f"to fetch: {size(seen.fetched_bytes)} of {size(plan.bytes_moved)}; about {seen.seconds:.0f} s")
     for asked, names in seen.risks:
         say(f"may be confused with {asked}: {words(names)} (no teacher fetched knows both)")
+    say("ways to answer it (* is the query's; 'method' in its file chooses another):")
+    for route in seen.routes:
+        say(route_line(route, plan.method))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qkt_clinical.models.low_rank import convolutions
 from qkt_clinical.models.networks import build, multiply_adds
 from qkt_clinical.qkt.answer import MAX_REFINED
 from qkt_clinical.qkt.low_rank_merge import MIN_VIEWS, WORK
-from qkt_clinical.records.card import MIRRORS, Card, NetworkSpec
+from qkt_clinical.records.card import MERGED, MIRRORS, Branch, Card, NetworkSpec
 
 PROBED = 64
 """Images of the probe."""
@@ -75,3 +75,25 @@ def expected_seconds(
             images = min(params.images, seen, int(WORK / prefixes))
             total += BESIDE * prefixes * max(MIN_VIEWS, images)
     return total / speed(own, device)
+
+
+def prediction_cost(method: Method, own: Card, teachers: Sequence[Card], params: TransferParams) -> float:
+    """Multiply-adds of a prediction by the answer, in units of the own network's; without an encoder's.
+
+    Args:
+        own: of the hospital's own network.
+        teachers: that will be fetched.
+    """
+    shape = own.input.shape
+    alone = _work(own.network, shape, 1.0)[0]
+    if method == "routed":
+        views = len(MIRRORS) if params.flips else 1
+        return views * (alone + sum(_work(card.network, shape, 1.0)[0] for card in teachers)) / alone
+    rank = params.light_rank if method == "qkt-light" else params.rank
+    parts = [(own.network, 1.0), *((card.network, rank) for card in teachers)]
+    branches = tuple(
+        Branch.model_validate({"name": network.name, "encoder": network.encoder, "rank": share})
+        for network, share in parts
+    )
+    merged = {**dict(own.network), "name": MERGED, "encoder": None, "branches": branches}
+    return _work(NetworkSpec.model_validate(merged), shape, 1.0)[0] / alone

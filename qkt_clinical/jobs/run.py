@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qkt_clinical.common.files import digest_file, digest_folder, new_folder, sweep
 from qkt_clinical.common.locks import Busy
@@ -40,6 +40,9 @@ from qkt_clinical.records.plan import Asking, Plan
 from qkt_clinical.stages.plan import write_fetched
 from qkt_clinical.stages.recipe import transfer_recipe
 
+if TYPE_CHECKING:
+    from qkt_clinical.jobs.routes import Route
+
 Report = Callable[[Job], None]
 """Called whenever a job's record changes."""
 
@@ -56,6 +59,8 @@ class Preview(NamedTuple):
     """Approximate duration of the transfer on this machine."""
     fetched_bytes: int
     """Bytes of the bundles that are not cached."""
+    routes: list[Route]
+    """By every method, the query's own among them."""
 
 
 def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
@@ -88,6 +93,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
         QktError: the registry cannot be reached.
     """
     from qkt_clinical.jobs.cost import expected_seconds
+    from qkt_clinical.jobs.routes import routes
     from qkt_clinical.models.networks import pick_device
 
     query = load_query(root, hospital, name)
@@ -103,6 +109,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
             at_risk(plan),
             expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
             sum(teachers.offers[s].bytes for s in plan.relevant if not teachers.holds(s)),
+            routes(name, query, teachers.offers, own, manifest, params, where),
         )
 
 

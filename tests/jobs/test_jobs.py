@@ -8,19 +8,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import METHODS, Method
 from qkt_clinical.cli import main
 from qkt_clinical.common.files import to_json, write_json
 from qkt_clinical.common.locks import Busy, hold_query
 from qkt_clinical.config.loading import load_params, load_query
+from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryRef
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.jobs.new import new_query, tell_pipeline
+from qkt_clinical.jobs.routes import Route, route_json, route_line, routes
 from qkt_clinical.jobs.state import Board, Job, asked
 from tests.four_hospitals import PARAMS, SITES, ask, write_hospitals, write_teacher
 
@@ -364,6 +368,76 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     assert added == pytest.approx(3 * (1 + seen) * work / 1e6)
     monkeypatch.setattr(cost, "speed", lambda card, device: 2e6)
     assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)
+
+
+def test_what_a_prediction_costs_is_counted_on_the_merged_network(root: Path) -> None:
+    from qkt_clinical.config.params import TransferParams
+    from qkt_clinical.jobs.cost import prediction_cost
+    from qkt_clinical.models.networks import build, multiply_adds
+    from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
+    from qkt_clinical.records.card import read_card
+
+    write_hospitals(root)
+    card, params = read_card(Workspace(root).teacher("birch")), TransferParams()
+    network, cpu = build(card.network, seed=0).eval(), torch.device("cpu")
+    views = torch.rand(4, *card.input.shape)
+    taken = reduce_extractor(network, params.rank, views, seed=0, device=cpu)[:2]
+    rows = [(torch.zeros_like(network.head.weight), torch.zeros_like(network.head.bias))] * 2
+    merged = merge_networks(network, [full_rank(network), taken], rows)
+    counted = multiply_adds(merged, card.input.shape) / multiply_adds(network, card.input.shape)
+    assert prediction_cost("qkt", card, [card], params) == pytest.approx(counted)
+    assert 1 < prediction_cost("qkt-light", card, [card], params) < counted < 2
+    assert prediction_cost("routed", card, [card, card], params) == pytest.approx(4 * 3)
+    assert prediction_cost("routed", card, [card], TransferParams(flips=False)) == pytest.approx(2)
+
+
+def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) -> None:
+    from qkt_clinical.data.prepared import read_manifest
+    from qkt_clinical.models.offers import read_offer
+    from qkt_clinical.records.card import SharedEncoder, read_card
+
+    write_hospitals(root)
+    params, space = load_params(root), Workspace(root)
+    own, manifest = read_card(space.teacher("aster")), read_manifest(space.prepared("aster"))
+    sent = read_offer(space.teacher("birch"), "birch")
+    shared = SharedEncoder(name="efficientnet-lite0", digest="0" * 64, side=32)
+    file = {**shared.model_dump(), "weights": "lite0.safetensors"}
+    query = load_query(root, "aster", "q")
+    card = sent.card.model_copy(
+        update={
+            "class_means": True,
+            "shared_encoder": shared,
+            "training": {**sent.card.training, "means_epsilon": 8.0, "shared_epsilon": None},
+        }
+    )
+
+    def told(params: Params) -> dict[str, Route]:
+        offers = {"birch": replace(sent, card=card)}
+        found = routes("q", query, offers, own, manifest, params, torch.device("cpu"))
+        assert [r.method for r in found] == list(METHODS)
+        return {r.method: r for r in found}
+
+    without = told(params)
+    for method in ("qkt", "qkt-light", "routed"):
+        route = without[method]
+        assert (route.impossible, route.teachers, route.bytes) == (None, ("birch",), sent.bytes)
+        assert route.means == {"birch": 8.0}
+        assert route.seconds > 0
+    assert without["routed"].prediction > without["qkt"].prediction > without["qkt-light"].prediction > 1
+    line = route_line(without["qkt"], "qkt")
+    assert line.startswith("  * qkt: reveals the networks of birch, and class means of birch (epsilon 8);")
+    assert route_line(without["qkt-light"], "qkt").startswith("    qkt-light")
+    why = without["qkt-statistics"].impossible
+    assert why is not None
+    assert "shared_encoder" in why
+    assert route_json(without["qkt-statistics"]) == {"method": "qkt-statistics", "impossible": why}
+    assert "not possible" in route_line(without["qkt-statistics"], "qkt")
+    common = Params.model_validate({**params.model_dump(), "shared_encoder": file})
+    both = told(common)["qkt-statistics"]
+    assert both.impossible is None
+    assert both.means == {"birch": None}
+    assert "class means of birch (exact)" in route_line(both, "qkt")
+    assert route_json(both)["class_means"] == {"birch": None}
 
 
 # --- damaged records --------------------------------------------------------------------------------
