@@ -50,6 +50,7 @@ from qkt_clinical.models.networks import Classifier, multiply_adds
 from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
+from qkt_clinical.qkt.by_means import answer_by_means
 from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
@@ -494,6 +495,11 @@ def encoder_means(case: Case, name: str, *, exact: bool) -> dict[int, Tensor]:
     )
 
 
+def means_of_known(teacher: Teacher) -> dict[int, Tensor]:
+    """The encoder's class means of classes that a teacher's mask says it knows."""
+    return {c: mean for c, mean in teacher.encoder_means.items() if c in teacher.claimed}
+
+
 def _answer(
     case: Case,
     setup: Setup,
@@ -506,6 +512,17 @@ def _answer(
     store, settings = case.store, case.store.settings
     encoded = encoded_images(case, hospital) if setup.method == ON_STATISTICS else None
     data = LocalData(hospital.train.pair, hospital.calibration.pair, encoded=encoded)
+    if not setup.networks:
+        return answer_by_means(
+            student,
+            {t.site: means_of_known(t) for t in teachers},
+            data,
+            taught,
+            task=store.task,
+            budget=settings.budget,
+            seed=case.seed("transfer"),
+            device=store.device,
+        )
     params = settings.transfer.model_copy(update=dict(setup.transfer))
     if (setup.phase1, setup.phase2) == ("merge", True):
         return answer_query(
@@ -588,6 +605,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     else:
         found = scores(case.inputs, case.images.images)
     sent = sum(m.numel() for t in teachers.values() for m in t.encoder_means.values())
+    fetched = sum(map(store.bytes, teachers)) if setup.networks else 0
     shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
     held_out, decision = calibration_of(hospital, taught), answer.decision
     if decision.rare:
@@ -596,7 +614,7 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
         held_out = held_out.take(np.flatnonzero(kept.numpy()))
     return MethodResult(
         found,
-        sum(map(store.bytes, teachers)) + BYTES_PER_NUMBER * sent,
+        fetched + BYTES_PER_NUMBER * sent,
         seconds=seconds,
         passes=(1 + len(experts)) * views,
         cost=None

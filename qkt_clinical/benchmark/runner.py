@@ -26,12 +26,12 @@ from qkt_clinical.benchmark.pool import run_tasks
 from qkt_clinical.benchmark.settings import (
     FEDERATED,
     FINETUNED,
+    OF_STATISTICS,
     ON_TEACHERS,
     PARTITION,
     RECALIBRATED,
     SETUPS,
     SITES,
-    STATISTICS_EXACT,
     BenchmarkSettings,
     EncoderUse,
 )
@@ -380,7 +380,7 @@ def run(
     computed = tuple(dict.fromkeys(RECALIBRATED[m][0] if m in RECALIBRATED else m for m in chosen))
     answers = [BenchmarkTask(seed, name, question) for seed, question in questions for name in computed]
 
-    encoded = [m for m in chosen if m in (*WITH_ENCODER, STATISTICS_EXACT)]
+    encoded = [m for m in chosen if m in (*WITH_ENCODER, *OF_STATISTICS)]
     features = [BenchmarkTask(None, name) for name in pieces(files)] if encoded else []
 
     def missing(task: BenchmarkTask) -> bool:

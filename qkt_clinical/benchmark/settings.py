@@ -87,6 +87,8 @@ class Setup:
     bad_teachers: int = 0
     exact_means: bool = False
     """Of ``qkt-statistics``: class means without noise."""
+    networks: bool = True
+    """Of ``qkt-statistics``: whether others' networks take part, or their class means alone."""
 
 
 def _transfer(method: Method, **changed: Any) -> Setup:
@@ -99,11 +101,14 @@ def _mask(mask: str) -> Setup:
 
 
 STATISTICS_EXACT = "ablation/qkt-statistics-exact"
+MEANS_ALONE = "ablation/qkt-statistics-means-alone"
+OF_STATISTICS = (STATISTICS_EXACT, MEANS_ALONE)
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
     {
         **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
         **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != DEFAULT_ESTIMATOR},
         STATISTICS_EXACT: Setup(method=ON_STATISTICS, exact_means=True),
+        MEANS_ALONE: Setup(method=ON_STATISTICS, networks=False),
         "ablation/mask-oracle": _mask("oracle"),
         "ablation/mask-none": _mask("none"),
         "ablation/query-teachers-only": Setup(rivals=False),
@@ -240,7 +245,7 @@ class BenchmarkSettings(Strict):
         """Names of all ablations."""
         rounds = tuple(f"ablation/{name}-{count}" for name in FEDERATED for count in self.rounds)
         every = (*(s for s in SETUPS if s.startswith("ablation/")), *RECALIBRATED, *rounds, FINETUNED)
-        return tuple(name for name in every if self.encoder or name != STATISTICS_EXACT)
+        return tuple(name for name in every if self.encoder or name not in OF_STATISTICS)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -254,7 +259,7 @@ class BenchmarkSettings(Strict):
         known = (*every, *self.ablations)
         wanted: set[str] = set()
         for name in self.methods:
-            if name in (*WITH_ENCODER, STATISTICS_EXACT) and not self.encoder:
+            if name in (*WITH_ENCODER, *OF_STATISTICS) and not self.encoder:
                 raise ConfigError(
                     f"method {name!r} reads the features of an encoder, and none is given",
                     remedy="Add --encoder and --encoder-weights; see 'qkt encoder list'.",

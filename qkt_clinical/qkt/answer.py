@@ -420,12 +420,7 @@ def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
     outputs = [observe(n, question.calibration, flips, settings.device) for n in networks]
     varied = bool((question.calibration != question.calibration[:1]).any())
     own, *defects = [defect(n, o, varied=varied) for n, o in zip(networks, outputs, strict=True)]
-    if own:
-        raise QueryError(
-            f"the hospital's own network gives no usable answers: {own}",
-            remedy="Run 'qkt train' and 'qkt mask' for the hospital again.",
-            code="unsound-network",
-        )
+    _refuse_unsound(own)
     results = _results(question, outputs[1:], defects, settings)
     teachers, places = _included(question, results)
     outputs = [outputs[i] for i in (0, *places)]
@@ -449,6 +444,29 @@ def screen(question: ValidQuery, settings: PhaseSettings) -> Screened:
         panel = replace(panel, local_weight=weight)
     told = tuple(results) if settings.params.screening or any(defects) else ()
     return Screened(panel, tuple(teachers), told, tuple(outputs), flips)
+
+
+def _refuse_unsound(own: str) -> None:
+    """Refuse an own network with a defect."""
+    if own:
+        raise QueryError(
+            f"the hospital's own network gives no usable answers: {own}",
+            remedy="Run 'qkt train' and 'qkt mask' for the hospital again.",
+            code="unsound-network",
+        )
+
+
+def own_alone(question: ValidQuery, settings: PhaseSettings) -> Screened:
+    """No network but the hospital's own takes part; teachers count by what else they say.
+
+    Raises:
+        QueryError: the own network gives no usable answers (``unsound-network``).
+    """
+    outputs = observe(question.student, question.calibration, False, settings.device)
+    varied = bool((question.calibration != question.calibration[:1]).any())
+    _refuse_unsound(defect(question.student, outputs, varied=varied))
+    panel = Panel((question.student,), ((*question.local, *question.rare),), question.relevant, ())
+    return Screened(panel, question.teachers, (), (outputs,), False)
 
 
 def _results(
@@ -602,7 +620,7 @@ def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: P
     The former where all classes asked for are absent, and teachers say where they lie.
     """
     refined = _refined(question, screened, merged, settings)
-    return refined if question.encoded is None else _beside(question, screened, refined, settings)
+    return refined if question.encoded is None else beside(question, screened, refined, settings)
 
 
 def _refined(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
@@ -659,7 +677,12 @@ def _weigh_head(network: Classifier, share: float) -> None:
 
 
 def _scale_of(
-    added: Tensor, before: Tensor, question: ValidQuery, screened: Screened, settings: PhaseSettings
+    added: Tensor,
+    before: Tensor,
+    question: ValidQuery,
+    screened: Screened,
+    settings: PhaseSettings,
+    share: float = DISCRIMINANT_SHARE,
 ) -> float | None:
     """What brings the discriminants' logits to the scale of those before, where these are calibrated.
 
@@ -675,14 +698,25 @@ def _scale_of(
     scale = float(spreads[0] / spreads[1])
     if not (math.isfinite(scale) and scale > 0):  # a single image, or answers that are all alike
         return None
-    mixed = (1 - DISCRIMINANT_SHARE) * before + DISCRIMINANT_SHARE * scale * added
+    mixed = (1 - share) * before + share * scale * added
     own, labels = screened.outputs[0].logits, question.calibration_labels
     lost = [forgotten(own, z, question.local, labels, task=settings.task) for z in (before, mixed)]
     return None if lost[1] > max(lost[0], allowed(question.budget, len(before))) else scale
 
 
-def _beside(question: ValidQuery, screened: Screened, refined: Refined, settings: PhaseSettings) -> Refined:
-    """Put a frozen encoder beside the network, with the discriminants of class means over its features."""
+def beside(
+    question: ValidQuery,
+    screened: Screened,
+    refined: Refined,
+    settings: PhaseSettings,
+    *,
+    share: float = DISCRIMINANT_SHARE,
+) -> Refined:
+    """Put a frozen encoder beside the network, with the discriminants of class means over its features.
+
+    Args:
+        share: of the discriminants in the head, the network having the rest.
+    """
     encoded, network = question.encoded, refined.network
     assert encoded is not None
     means = [_means_of(t, t.encoder_means) for t in screened.teachers]
@@ -698,14 +732,15 @@ def _beside(question: ValidQuery, screened: Screened, refined: Refined, settings
         network.spec.classes,
     )
     before = predict(network, question.calibration, settings.device)
-    scale = _scale_of(F.linear(encoded.calibration, rows, shifts), before, question, screened, settings)
+    added = F.linear(encoded.calibration, rows, shifts)
+    scale = _scale_of(added, before, question, screened, settings, share)
     if scale is None:
         return refined
-    _weigh_head(network, 1 - DISCRIMINANT_SHARE)
+    _weigh_head(network, 1 - share)
     head = EncodedHead(
         encoded.encoder,
-        DISCRIMINANT_SHARE * scale * rows,
-        DISCRIMINANT_SHARE * scale * shifts,
+        share * scale * rows,
+        share * scale * shifts,
         encoded.calibration,
         tuple(t.site for t, m in zip(screened.teachers, means, strict=True) if set(m) & set(question.query)),
     )

@@ -18,7 +18,13 @@ from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
 from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.runner import FEATURES, KEY, RESULT, WORK, federations_of, run
-from qkt_clinical.benchmark.settings import SETUPS, STATISTICS_EXACT, BenchmarkSettings, EncoderUse
+from qkt_clinical.benchmark.settings import (
+    MEANS_ALONE,
+    SETUPS,
+    STATISTICS_EXACT,
+    BenchmarkSettings,
+    EncoderUse,
+)
 from qkt_clinical.benchmark.simulate import SimulatedFederation, channels_first
 from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import WITH_ENCODER
@@ -288,6 +294,13 @@ def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str
     sent = sum(len(t.encoder_means) for t in teachers)
     assert sent > 0
     assert exact.bytes_moved - plain.bytes_moved == 4 * 64 * sent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
+        alone = methods_room.qkt(case, SETUPS[MEANS_ALONE])
+    assert alone.bytes_moved == 4 * 64 * sent, "nobody's network"
+    assert alone.cost is not None
+    assert plain.cost is not None
+    assert 1 < alone.cost < plain.cost
 
 
 def extractor() -> EncoderExtractor:
