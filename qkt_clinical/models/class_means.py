@@ -7,6 +7,8 @@ to tell it from its own (:mod:`qkt_clinical.qkt.discriminant`). What they tell o
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from qkt_clinical.models.networks import Classifier
 from qkt_clinical.models.private_means import private_means
 
 NOISE_IMAGES = 256
-BOUND = 2.0
-"""Times the mean length of features of noise: those of a network's own classes are up to twice as long."""
+BOUND = 4.0
+"""Times the mean length of features of noise: those of a network's own classes are about twice as long."""
+LENGTH_SHARE = 0.25
+"""Of the squared sensitivity that a feature's length has, its direction having the rest."""
 MIN_LENGTH = 1e-12
 
 
@@ -65,7 +69,7 @@ def class_means(
     Args:
         network: trained, left as it is.
         images: (N, C, *spatial) as prepared; labels: (N,).
-        privacy: how much noise is on them; with noise, features are cut to :func:`feature_bound`.
+        privacy: how much noise is on them; with noise, lengths are cut to :func:`feature_bound`.
         draw: of the noise.
     """
     features = predict(network, to_input(images, normalisation), device, features=True)
@@ -79,16 +83,25 @@ def class_means(
 def noisy_means(
     features: Tensor, labels: Tensor, bound: float, privacy: MeansPrivacy, least: int, draw: torch.Generator
 ) -> dict[int, Tensor]:
-    """Class to the mean (F,) of its features, cut to a length that no image sets, with noise.
+    """Class to the mean (F,) of its features, with noise: mean direction times mean length.
+
+    Apart, so that the noise on directions does not depend on how far the bound lies above the lengths.
 
     Args:
         features: (N, F); labels: (N,).
-        bound: the length.
+        bound: lengths are cut to it; told by no image.
         privacy: with an epsilon.
         least: images of a class, at least, by their noisy number.
     """
     assert privacy.epsilon is not None
-    cut = features / max(bound, MIN_LENGTH)
-    cut = cut / cut.norm(dim=1, keepdim=True).clamp(min=1)
-    means = private_means(cut, labels, epsilon=privacy.epsilon, delta=privacy.delta, least=least, draw=draw)
-    return {label: bound * mean for label, mean in means.items()}
+    lengths = features.norm(dim=1, keepdim=True)
+    parts = math.sqrt(1 - LENGTH_SHARE), math.sqrt(LENGTH_SHARE)
+    directions = features / lengths.clamp(min=MIN_LENGTH)
+    told = torch.cat(
+        [parts[0] * directions, parts[1] * (lengths / max(bound, MIN_LENGTH)).clamp(max=1)], dim=1
+    )
+    means = private_means(told, labels, epsilon=privacy.epsilon, delta=privacy.delta, least=least, draw=draw)
+    return {
+        label: mean[:-1] / parts[0] * (bound * mean[-1] / parts[1]).clamp(min=0)
+        for label, mean in means.items()
+    }

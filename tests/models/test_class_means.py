@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.config.params import MeansPrivacy
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.models.class_means import class_means, feature_bound, mean_features
+from qkt_clinical.models.class_means import LENGTH_SHARE, class_means, feature_bound, mean_features
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import build
@@ -59,10 +59,12 @@ def test_means_that_leave_have_noise_scaled_to_a_bound_that_no_image_sets() -> N
     for epsilon in (8.0, 1.0):
         noisy = class_means(network, images, labels, "unit", CPU, MeansPrivacy(epsilon=epsilon), generator(0))
         sizes.append(float((noisy[0] - exact).norm()))
-    # Of every number: noise_scale / sqrt(0.9) * bound / images, and sqrt(features) as much of all together.
+    # Of every number of the direction, and of the length: noise_scale / sqrt(0.9 * its share) / images.
     for size, epsilon in zip(sizes, (8.0, 1.0), strict=True):
-        told = noise_scale(epsilon, 1e-5) / math.sqrt(1 - COUNT_SHARE) * bound / 60 * math.sqrt(len(exact))
-        assert 0.7 * told < size < 1.4 * told
+        each = noise_scale(epsilon, 1e-5) / math.sqrt(1 - COUNT_SHARE) / 60
+        turned = each / math.sqrt(1 - LENGTH_SHARE) * math.sqrt(len(exact)) * float(exact.norm())
+        longer = each / math.sqrt(LENGTH_SHARE) * bound
+        assert 0.7 * turned < size < 1.3 * turned + 3 * longer
 
 
 def test_a_feature_far_beyond_the_bound_moves_a_mean_no_more_than_others() -> None:
