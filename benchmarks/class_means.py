@@ -40,7 +40,7 @@ OTHERS = 200
 """Images of the class that were not among them."""
 SHRINKAGE = 0.1
 FALSE_ALARMS = 0.01
-EPSILONS = (None, 8.0, 2.0)
+EPSILONS = (None, 40.0, 8.0)
 CPU = torch.device("cpu")
 
 Pool = tuple[Tensor, Tensor, float]
