@@ -659,7 +659,7 @@ def _discriminate(
     )
     held_out = features(question.calibration)
     before, added = F.linear(held_out, weight, bias), F.linear(held_out, rows, shifts)
-    scale = _scale_of(added, before, question, screened, settings)
+    scale = _scale_of(added, before, question, screened, settings, DISCRIMINANT_SHARE)
     if scale is None:
         return Refined(network)
     _weigh_head(network, 1 - DISCRIMINANT_SHARE)
@@ -682,12 +682,13 @@ def _scale_of(
     question: ValidQuery,
     screened: Screened,
     settings: PhaseSettings,
-    share: float = DISCRIMINANT_SHARE,
+    share: float,
 ) -> float | None:
     """What brings the discriminants' logits to the scale of those before, where these are calibrated.
 
     Args:
         added, before: (M, C) on the calibration images.
+        share: of those added, where they are.
 
     Returns:
         None where they are not to be added: they have no scale, or own classes would pay for them more than

@@ -100,7 +100,8 @@ def requests(browser: webdriver.Chrome) -> list[str]:
         event = json.loads(entry["message"])["message"]
         if event["method"] == "Network.requestWillBeSent":
             sent = event["params"]
-            if not sent["documentURL"].startswith("chrome:"):
+            # Not those of the browser's own first page, which it may load beside ours.
+            if not sent["documentURL"].startswith(("chrome:", "chrome-untrusted:")):
                 found.append(str(sent["request"]["url"]))
     return found
 

@@ -364,7 +364,8 @@ def test_a_merge_shows_one_view_of_an_image_to_a_teacher_once(
             progress=lambda done, total: told.append((done, total)),
         )
     # Before that the calibration images, once: they tell how far teachers can be relied on.
-    assert one == other == [HELD, min(IMAGES, images)]
+    # And one view alone, for the order of the layers.
+    assert one == other == [HELD, min(IMAGES, images), 1]
     first = answer.phase1
     assert first is not None
     rank = PARAMS.rank if method == "qkt" else PARAMS.light_rank
