@@ -13,9 +13,9 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.errors import QueryError
-from qkt_clinical.jobs.cost import expected_seconds, prediction_cost
+from qkt_clinical.jobs.cost import expected_seconds, prediction_cost, speed
 from qkt_clinical.qkt.planning import make_plan
-from qkt_clinical.records.card import Card
+from qkt_clinical.records.card import Card, told_epsilon
 from qkt_clinical.records.plan import Asking, Offer
 
 
@@ -36,18 +36,12 @@ class Route(NamedTuple):
     """Multiply-adds of a prediction in units of the own network's, an encoder's not counted."""
 
 
-def _epsilon(card: Card, key: str) -> float | None:
-    """As the card says, which is another hospital's word."""
-    said = card.training.get(key)
-    return float(said) if isinstance(said, int | float) and said else None
-
-
 def _means(cards: Mapping[str, Card], taught_by: set[str], method: Method) -> dict[str, float | None]:
     """Who can say where the query lies, by class means over the features that the method reads."""
     teaching = {site: card for site, card in cards.items() if site in taught_by}
     if method == ON_STATISTICS:
-        return {s: _epsilon(c, "shared_epsilon") for s, c in teaching.items() if c.shared_encoder}
-    return {s: _epsilon(c, "means_epsilon") for s, c in teaching.items() if c.class_means}
+        return {s: told_epsilon(c, "shared_epsilon") for s, c in teaching.items() if c.shared_encoder}
+    return {s: told_epsilon(c, "means_epsilon") for s, c in teaching.items() if c.class_means}
 
 
 def routes(
@@ -66,6 +60,7 @@ def routes(
         own: of the hospital's own network.
     """
     asking, found = Asking.of(manifest, params.shared_encoder), []
+    fast = speed(own, device)
     for method in METHODS:
         asked = query.model_copy(update={"method": method})
         try:
@@ -82,7 +77,7 @@ def routes(
                 plan.relevant,
                 _means(cards, taught_by, plan.method),
                 plan.bytes_moved,
-                expected_seconds(plan.method, own, list(cards.values()), manifest, params.transfer, device),
+                expected_seconds(plan.method, own, list(cards.values()), manifest, params.transfer, fast),
                 prediction_cost(plan.method, own, list(cards.values()), params.transfer),
             )
         )

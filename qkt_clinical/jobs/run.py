@@ -92,7 +92,6 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
         ConfigError, QueryError, BundleError, PreparedError: the query cannot be answered.
         QktError: the registry cannot be reached.
     """
-    from qkt_clinical.jobs.cost import expected_seconds
     from qkt_clinical.jobs.routes import routes
     from qkt_clinical.models.networks import pick_device
 
@@ -102,14 +101,14 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
     own = read_card(Workspace(root).own(hospital))
     with open_teachers(root, params, hospital, query) as teachers:
         plan = _plan(teachers, name, query, manifest, own, params)
-        cards = [teachers.offers[site].card for site in plan.relevant]
+        ways = routes(name, query, teachers.offers, own, manifest, params, where)
         return Preview(
             plan,
             {site: teachers.versions[site].version for site in plan.relevant},
             at_risk(plan),
-            expected_seconds(plan.method, own, cards, manifest, params.transfer, where),
+            next(way.seconds for way in ways if way.method == plan.method),
             sum(teachers.offers[s].bytes for s in plan.relevant if not teachers.holds(s)),
-            routes(name, query, teachers.offers, own, manifest, params, where),
+            ways,
         )
 
 

@@ -300,6 +300,16 @@ class Card(_Later):
         return self
 
 
+def told_epsilon(card: Card, key: str) -> float | None:
+    """The epsilon of the noise on class means, as a card's ``training`` says; None: none, or nothing usable.
+
+    The card may be another hospital's: its word may be a text, or a number beyond all bounds.
+    """
+    said = card.training.get(key)
+    usable = isinstance(said, int | float) and not isinstance(said, bool) and 0 < said <= 1000
+    return float(said) if usable and said is not None else None
+
+
 class Read(NamedTuple):
     """A JSON file of a bundle, parsed from the same bytes that were measured and hashed."""
 

@@ -18,7 +18,7 @@ from qkt_clinical.common.files import digest_bytes, digest_file, to_json
 from qkt_clinical.config.params import Params
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.records.base import Estimate
-from qkt_clinical.records.card import Card
+from qkt_clinical.records.card import Card, told_epsilon
 from qkt_clinical.records.model_card import (
     Calibration,
     CardData,
@@ -264,9 +264,9 @@ def _teacher_privacy(card: Card, known: Sequence[str], masked: bool) -> tuple[st
 def _class_means_privacy(card: Card) -> tuple[str, ...]:
     if not card.class_means:
         return ()
-    means = [("its own", card.training.get("means_epsilon"))]
+    means = [("its own", told_epsilon(card, "means_epsilon"))]
     if card.shared_encoder:
-        means.append((card.shared_encoder.name, card.training.get("shared_epsilon")))
+        means.append((card.shared_encoder.name, told_epsilon(card, "shared_epsilon")))
     told = " and ".join(
         f"of {whose} {f'with noise of epsilon {epsilon:g}' if epsilon else 'exactly'}"
         for whose, epsilon in means

@@ -339,7 +339,7 @@ def test_commands_and_stages_keep_off_a_query_that_is_worked_on(
 # --- what it will take ----------------------------------------------------------------------------
 
 
-def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expected_seconds_are_counted_work_over_speed(root: Path) -> None:
     import torch
 
     from qkt_clinical.config.params import TransferParams
@@ -351,11 +351,10 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     space, cpu = Workspace(root), torch.device("cpu")
     card, manifest = read_card(space.teacher("birch")), read_manifest(space.prepared("aster"))
     assert cost.speed(card, cpu) > 1e6
-    monkeypatch.setattr(cost, "speed", lambda card, device: 1e6)
-    params = TransferParams(flips=True, discriminant=False)
+    params, fast = TransferParams(flips=True, discriminant=False), 1e6
 
     def seconds(method: Method, teachers: int, params: TransferParams = params) -> float:
-        return cost.expected_seconds(method, card, [card] * teachers, manifest, params, cpu)
+        return cost.expected_seconds(method, card, [card] * teachers, manifest, params, fast)
 
     # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every teacher.
     work, layers = cost._work(card.network, manifest.shape, params.rank)
@@ -366,7 +365,7 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path, monkeypatch: p
     seen = sum(manifest.counts["train"].values())
     added = seconds("qkt", 2, TransferParams()) - seconds("qkt", 2)
     assert added == pytest.approx(3 * (1 + seen) * work / 1e6)
-    monkeypatch.setattr(cost, "speed", lambda card, device: 2e6)
+    fast = 2e6
     assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)
 
 
@@ -438,6 +437,32 @@ def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) ->
     assert both.means == {"birch": None}
     assert "class means of birch (exact)" in route_line(both, "qkt")
     assert route_json(both)["class_means"] == {"birch": None}
+
+
+@pytest.mark.parametrize(
+    ("said", "epsilon"),
+    [
+        (8.0, 8.0),
+        (40, 40.0),
+        (None, None),
+        (True, None),
+        ("many", None),
+        (10**400, None),
+        (-1, None),
+        (0, None),
+    ],
+)
+def test_what_a_foreign_card_says_of_its_noise_is_a_number_or_nothing(
+    root: Path, said: float | str | None, epsilon: float | None
+) -> None:
+    from qkt_clinical.records.card import read_card, told_epsilon
+    from qkt_clinical.report.model_card import _class_means_privacy
+
+    write_hospitals(root)
+    card = read_card(Workspace(root).teacher("birch"))
+    told = card.model_copy(update={"class_means": True, "training": {**card.training, "means_epsilon": said}})
+    assert told_epsilon(told, "means_epsilon") == epsilon
+    assert ("exactly" in _class_means_privacy(told)[0]) == (epsilon is None)
 
 
 # --- damaged records --------------------------------------------------------------------------------
