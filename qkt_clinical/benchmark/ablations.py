@@ -29,13 +29,14 @@ from qkt_clinical.qkt.answer import (
     ValidQuery,
     adapt,
     answer_of,
-    calibration_logits,
-    calibration_scores,
+    held_out_images,
     merge,
     operating_point_at,
     refine,
+    scores_to_keep,
     screen,
     set_operating_point,
+    student_logits,
     validate,
 )
 from qkt_clinical.qkt.panel import PhaseSettings, Teacher
@@ -100,7 +101,8 @@ def answer_ablated(
         point = set_operating_point(question, screened, merged, refined, settings)
     else:
         refined = Refined(merged.network)
-        logits = calibration_logits(question, screened, merged, refined, settings)
-        scores = calibration_scores(question, screened, logits, settings)
+        images = held_out_images(question, screened)
+        logits = student_logits(question, screened, merged, refined, images, settings)
+        scores, _ = scores_to_keep(question, images, logits, settings)
         point = operating_point_at(question, screened, merged, scores, 0.0)
     return answer_of(adapted, screened, merged, refined, point)

@@ -49,12 +49,12 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
 from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
-from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
+from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, OperatingPoint, answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
-from qkt_clinical.qkt.operating_point import decide, kept_today, offset_for_budget, query_scores
+from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
-from qkt_clinical.records.card import MIRRORS, DecisionRule
+from qkt_clinical.records.card import MIRRORS
 
 PRIVACY = PrivacyParams()
 """Of ``statistics-dp``, and of the means of ``qkt-statistics``: the defaults of ``shared_encoder``."""
@@ -171,16 +171,32 @@ def ensemble_of_probabilities(case: Case) -> MethodResult:
     return ensemble(case, partial(mean_probability_scores, task=case.store.task))
 
 
-def with_budget(case: Case, scores: Tensor, calibration: Tensor, hospital: SimulatedHospital) -> Tensor:
-    """A baseline's scores (N, C) with the operating point that QKT has: the same budget, images and rule.
+@dataclass(frozen=True)
+class OwnScores:
+    """A baseline's scores (N, C) of the asking hospital's own images of local classes, and their labels."""
 
-    Args:
-        calibration: scores (M, C) of the hospital's calibration images of local classes.
-    """
+    held_out: Tensor
+    labels: Tensor
+    learned: Tensor
+    learned_labels: Tensor
+
+
+def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]) -> Tensor:
+    """A baseline's scores (N, C) with the operating point that QKT has: the same budget, images and rule."""
     query = case.question.query
-    local = [c for c in hospital.held if c not in query]
-    offset = offset_for_budget(query_scores(calibration, local, query), case.store.settings.budget)
+    held_out, learned = (query_scores(z, local, query) for z in (own.held_out, own.learned))
+    both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
+    offset = offset_for_budget(both, case.store.settings.budget)
     return decide(scores, local, query, torch.full((len(query),), offset))
+
+
+def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
+    """Training images of local classes, as many as QKT takes for its operating point."""
+    own = hospital.train
+    local = np.flatnonzero(~np.isin(own.labels, case.question.query))
+    draw = generator(case.seed("transfer"), "operating-point")
+    order = torch.randperm(len(local), generator=draw)[: case.store.settings.transfer.images]
+    return own.take(local[np.sort(order.numpy())])
 
 
 def calibration_of(hospital: SimulatedHospital, query: Sequence[int]) -> LabelledImages:
@@ -217,9 +233,15 @@ def ensemble_adapted(case: Case) -> MethodResult:
         each = [predict(network, images, store.device) for network in networks]
         return mean_probability_scores(each, task=store.task)
 
-    calibration = scores(inputs)
+    learned = learned_of(case, hospital)
+    own = OwnScores(
+        scores(inputs),
+        torch.from_numpy(held_out.labels),
+        scores(to_input(learned.images)),
+        torch.from_numpy(learned.labels),
+    )
     seconds = time.perf_counter() - start
-    found = with_budget(case, scores(case.inputs), calibration, hospital)
+    found = with_budget(case, scores(case.inputs), own, local)
     moved = sum(map(store.bytes, case.others))
     return MethodResult(found, moved, seconds=seconds, passes=len(networks))
 
@@ -266,17 +288,23 @@ def answered_by_head(
     hospital = store.data(case.question.asking)
     held_out = calibration_of(hospital, case.question.query)
     local = [c for c in hospital.held if c not in case.question.query]
-    seen = change(bank.of(held_out.images))
+    seen, labels = change(bank.of(held_out.images)), torch.from_numpy(held_out.labels)
+    learned = learned_of(case, hospital)
     start = time.perf_counter()
-    weight, bias = learn(seen, torch.from_numpy(held_out.labels), local)
+    weight, bias = learn(seen, labels, local)
     seconds = time.perf_counter() - start
-    scores = change(bank.of(case.images.images)) @ weight.T + bias
-    own = multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:])
+
+    def scores(features: Tensor) -> Tensor:
+        return features @ weight.T + bias
+
+    own = OwnScores(
+        scores(seen), labels, scores(change(bank.of(learned.images))), torch.from_numpy(learned.labels)
+    )
     return MethodResult(
-        with_budget(case, scores, seen @ weight.T + bias, hospital),
+        with_budget(case, scores(change(bank.of(case.images.images))), own, local),
         moved,
         seconds=seconds,
-        cost=bank.multiply_adds / own,
+        cost=bank.multiply_adds / multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:]),
     )
 
 
@@ -607,11 +635,6 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
     sent = sum(m.numel() for t in teachers.values() for m in t.encoder_means.values())
     fetched = sum(map(store.bytes, teachers)) if setup.networks else 0
     shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
-    held_out, decision = calibration_of(hospital, taught), answer.decision
-    if decision.rare:
-        today = predict(student, to_input(held_out.images), store.device)
-        kept = kept_today(today, decision.local, decision.query, task=store.task)
-        held_out = held_out.take(np.flatnonzero(kept.numpy()))
     return MethodResult(
         found,
         fetched + BYTES_PER_NUMBER * sent,
@@ -620,23 +643,22 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
         cost=None
         if experts
         else views * multiply_adds(answer.network, shape) / multiply_adds(student, shape),
-        curve=at_budgets(found, scores(to_input(held_out.images), held_out.images), decision),
+        curve=at_budgets(found, answer.operating_point),
     )
 
 
-def at_budgets(scores: Tensor, calibration: Tensor, decision: DecisionRule) -> dict[float, Tensor]:
+def at_budgets(scores: Tensor, point: OperatingPoint) -> dict[float, Tensor]:
     """Scores of an answer at other budgets: only the query's offsets change.
 
     Args:
         scores: (N, C) as answered.
-        calibration: (M, C) of the same answer on the hospital's own held-out images.
     """
-    query, answered = list(decision.query), torch.tensor(decision.offsets)
-    preference = query_scores(calibration, decision.local, query) - answered.to(calibration)
+    query, answered = list(point.decision.query), torch.tensor(point.decision.offsets)
     moved = {}
     for budget in BUDGETS:
         moved[budget] = scores.clone()
-        moved[budget][:, query] += (offset_for_budget(preference, budget) - answered).to(scores)
+        offset = offset_for_budget(point.scores, budget, lost=point.lost)
+        moved[budget][:, query] += (offset - answered).to(scores)
     return moved
 
 

@@ -301,7 +301,7 @@ def query_show(hospital: AskingHospital, query: Named, root: Root = HERE, as_jso
             say(f"  {teacher['site']} excluded: {teacher['reason']}")
         rate = second["false_query_rate"]
         told = "not told" if rate is None else f"{rate:.0%}"
-        say(f"false-query rate on own calibration images: {told}, budget {second['budget']:.1%}")
+        say(f"false-query rate on own images: {told}, budget {second['budget']:.1%}")
     if found["evaluation"]:
         for side in ("before", "after"):
             figures = found["evaluation"][side]

@@ -23,7 +23,7 @@ each:
    it is refined on their few samples.
    ``qkt-statistics`` puts a frozen encoder that all hospitals have beside the merged network, with the
    discriminants of the teachers' class means over its features.
-6. :func:`set_operating_point` sets the query's offset from the budget on calibration images.
+6. :func:`set_operating_point` sets the query's offset from the budget, on calibration and training images.
 
 Nothing here does I/O; images are the asking hospital's own.
 """
@@ -34,7 +34,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ from qkt_clinical.qkt.discriminant import discriminant_rows, shared_rows
 from qkt_clinical.qkt.low_rank_merge import beside_encoder, full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
     allowed,
+    as_if_held_out,
     decide,
     false_query_rate,
     kept_today,
@@ -190,8 +191,6 @@ class EncodedHead:
     """(C, F)."""
     bias: Tensor
     """(C,)."""
-    calibration: Tensor
-    """(M, F) features of the calibration images of local classes."""
     placed_by: tuple[str, ...]
     """Sites whose class means over these features say where the query lies."""
 
@@ -218,17 +217,22 @@ class OperatingPoint:
     """The query's offset and what it was set on, from :func:`set_operating_point`."""
 
     decision: DecisionRule
-    calibration_images: int
-    """Images that the own model tells from the query today: only those can become false queries."""
+    own_images: int
+    """Calibration and training images that it was set on; of a rare class those that the own model does not
+    take for the query today: only these can become false queries."""
     false_queries: int
     """How many of them go to the query."""
+    scores: Tensor = field(compare=False)
+    """(N, Q) of these images, before the offset."""
+    lost: float = 0.0
+    """Share of the calibration images that own classes cost which change places with each other."""
     within_budget: bool = True
-    """False where own classes that change places with each other alone cost more than the budget."""
+    """False where these alone cost more than the budget."""
 
     @property
     def false_query_rate(self) -> float:
         """Their share."""
-        return self.false_queries / self.calibration_images
+        return self.false_queries / self.own_images
 
 
 @dataclass(frozen=True)
@@ -742,7 +746,6 @@ def beside(
         encoded.encoder,
         share * scale * rows,
         share * scale * shifts,
-        encoded.calibration,
         tuple(t.site for t, m in zip(screened.teachers, means, strict=True) if set(m) & set(question.query)),
     )
     return replace(refined, encoded=head)
@@ -751,42 +754,86 @@ def beside(
 # --- 6. operating point ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class OwnImages:
+    """Some of the hospital's own images of local classes."""
+
+    inputs: Tensor
+    """(N, C, *spatial)."""
+    labels: Tensor
+    """(N,)."""
+    encoded: Tensor | None = None
+    """(N, F) by the frozen encoder beside the network, where there is one."""
+    outputs: tuple[NetworkOutputs, ...] = ()
+    """Of the panel's networks, where they have seen the images before."""
+
+
+def held_out_images(question: ValidQuery, screened: Screened) -> OwnImages:
+    """The calibration images, which no network was trained on."""
+    encoded = None if question.encoded is None else question.encoded.calibration
+    return OwnImages(question.calibration, question.calibration_labels, encoded, screened.outputs)
+
+
+def learned_images(question: ValidQuery, settings: PhaseSettings) -> OwnImages:
+    """Training images drawn at random, in the proportions that the hospital sees its classes in."""
+    labels = torch.from_numpy(question.labels)
+    local = torch.isin(labels, torch.tensor(question.local)).nonzero().flatten()
+    order = torch.randperm(len(local), generator=generator(settings.seed, "operating-point"))
+    drawn = local[order[: settings.params.images].sort().values]
+    encoded = None if question.encoded is None else question.encoded.train[drawn]
+    return OwnImages(question.inputs[drawn], labels[drawn], encoded)
+
+
 def set_operating_point(
     question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, settings: PhaseSettings
 ) -> OperatingPoint:
-    """Set the offset that keeps the budget on the hospital's own calibration images.
+    """Set the offset that keeps the budget on the hospital's own images.
+
+    On calibration images, and on training images brought to their level: where the scores of a few dozen
+    images end is chance, and these are several times as many.
 
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
     """
-    logits = calibration_logits(question, screened, merged, refined, settings)
-    scores = calibration_scores(question, screened, logits, settings)
-    lost = forgotten(
-        screened.outputs[0].logits, logits, question.local, question.calibration_labels, task=settings.task
-    )
-    offset = offset_for_budget(scores, question.budget, lost=lost)
-    point = operating_point_at(question, screened, merged, scores, offset)
-    return replace(point, within_budget=lost <= allowed(question.budget, len(scores)))
+    held_out, learned = held_out_images(question, screened), learned_images(question, settings)
+    logits = student_logits(question, screened, merged, refined, held_out, settings)
+    scores, labels = scores_to_keep(question, held_out, logits, settings)
+    more = student_logits(question, screened, merged, refined, learned, settings)
+    trained = as_if_held_out(*scores_to_keep(question, learned, more, settings), scores, labels)
+    lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
+    share, both = lost / len(held_out.labels), torch.cat([scores, trained])
+    offset = offset_for_budget(both, question.budget, lost=share)
+    point = operating_point_at(question, screened, merged, both, offset)
+    return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
 
 
-def calibration_logits(
-    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, settings: PhaseSettings
+def student_logits(
+    question: ValidQuery,
+    screened: Screened,
+    merged: Merged,
+    refined: Refined,
+    images: OwnImages,
+    settings: PhaseSettings,
 ) -> Tensor:
-    """The student's logits (N, C) on the calibration images of local classes.
+    """The student's logits (N, C) on some of the hospital's own images.
 
     Raises:
-        QueryError: the student's answers are not finite (``unsound-network``).
+        QueryError: they are not finite (``unsound-network``).
     """
     panel, device = screened.panel, settings.device
-    if merged.experts:
-        each = [o.logits for o in screened.outputs]
-        logits = consensus(each, panel.known, panel.relevant, panel.local_weight)
-    elif question.method == "routed":
-        logits = F.linear(torch.cat([o.features for o in screened.outputs], dim=1), *head_of(refined.network))
+    if question.method == "routed":
+        outputs = images.outputs or tuple(
+            observe(network, images.inputs, screened.flips, device) for network in panel.networks
+        )
+        if merged.experts:
+            logits = consensus([o.logits for o in outputs], panel.known, panel.relevant, panel.local_weight)
+        else:
+            logits = F.linear(torch.cat([o.features for o in outputs], dim=1), *head_of(refined.network))
     else:
-        logits = predict(refined.network, question.calibration, device)
+        logits = predict(refined.network, images.inputs, device)
     if refined.encoded is not None:
-        logits = logits + refined.encoded.logits(refined.encoded.calibration)
+        assert images.encoded is not None
+        logits = logits + refined.encoded.logits(images.encoded)
     if not bool(torch.isfinite(logits).all()):
         raise QueryError(
             f"the student of the networks of {', '.join(panel.sites)} gives answers that are not finite",
@@ -796,23 +843,20 @@ def calibration_logits(
     return logits
 
 
-def calibration_scores(
-    question: ValidQuery, screened: Screened, logits: Tensor, settings: PhaseSettings
-) -> Tensor:
-    """Query scores (M, Q) of the calibration images that the own model does not take for the query.
+def scores_to_keep(
+    question: ValidQuery, images: OwnImages, logits: Tensor, settings: PhaseSettings
+) -> tuple[Tensor, Tensor]:
+    """Query scores (M, Q) and labels (M,) of the images that the own model does not take for the query.
 
     Args:
-        logits: from :func:`calibration_logits`.
+        logits: from :func:`student_logits` of the images.
     """
-    device = settings.device
-    scores = query_scores(logits, question.local, question.query)
+    scores, labels = query_scores(logits, question.local, question.query), images.labels
     if question.rare:
-        plain = question.method != "qkt-light" and not screened.flips
-        today = (
-            screened.outputs[0].logits if plain else predict(question.student, question.calibration, device)
-        )
-        scores = scores[kept_today(today, question.local, question.query, task=settings.task)]
-    return scores
+        today = predict(question.student, images.inputs, settings.device)
+        kept = kept_today(today, question.local, question.query, task=settings.task)
+        return scores[kept], labels[kept]
+    return scores, labels
 
 
 def operating_point_at(
@@ -821,7 +865,7 @@ def operating_point_at(
     """The decision rule with one offset for all query classes.
 
     Args:
-        scores: from :func:`calibration_scores`.
+        scores: of the images that it is set on.
     """
     offsets = torch.full((len(question.query),), offset)
     decision = DecisionRule(
@@ -835,7 +879,9 @@ def operating_point_at(
         experts=merged.experts,
         flips=screened.flips,
     )
-    return OperatingPoint(decision, len(scores), round(false_query_rate(scores, offsets) * len(scores)))
+    return OperatingPoint(
+        decision, len(scores), round(false_query_rate(scores, offsets) * len(scores)), scores
+    )
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -863,7 +909,7 @@ def answer_query(
             class is known by at least one.
         data: the asking hospital's own images.
         query: class indices.
-        budget: at most this share of the hospital's calibration images may go to the query.
+        budget: at most this share of the hospital's own images may go to the query.
 
     Raises:
         QueryError: no teacher or too many, a query class that no teacher knows or none of whose teachers can

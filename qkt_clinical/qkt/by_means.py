@@ -67,7 +67,7 @@ def answer_by_means(
             says it knows.
         data: the asking hospital's own images, with their features by the same encoder.
         query: class indices.
-        budget: at most this share of the hospital's calibration images may go to the query.
+        budget: at most this share of the hospital's own images may go to the query.
 
     Raises:
         QueryError: as :func:`qkt_clinical.qkt.answer.answer_query`.

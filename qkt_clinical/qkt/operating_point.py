@@ -12,6 +12,8 @@ from qkt_clinical.task import Task
 
 ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
+LEVEL_IMAGES = 5
+"""Of a class, at least, for its median to say something."""
 
 
 def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
@@ -21,6 +23,27 @@ def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> 
         logits: (N, C).
     """
     return logits[:, list(query)] - logits[:, list(local)].max(dim=1, keepdim=True).values
+
+
+def as_if_held_out(learned: Tensor, learned_labels: Tensor, held_out: Tensor, labels: Tensor) -> Tensor:
+    """Query scores of images that networks were trained on, brought to the level of held-out ones.
+
+    Networks are surer of images that they were trained on. How much, the medians of each class tell; how far
+    scores reach above them, which is what an operating point is about, can then be seen on both.
+
+    Args:
+        learned: (N, Q) of training images; learned_labels: (N,).
+        held_out: (M, Q) of held-out images; labels: (M,).
+
+    Returns:
+        (N, Q): all moved by the same, the mean over the classes of which both have images enough.
+    """
+    moves = []
+    for c in labels.unique().tolist():
+        here, there = held_out[labels == c], learned[learned_labels == c]
+        if min(len(here), len(there)) >= LEVEL_IMAGES:
+            moves.append(here.max(dim=1).values.median() - there.max(dim=1).values.median())
+    return learned + torch.stack(moves).mean() if moves else learned
 
 
 def allowed(budget: float, count: int) -> int:
@@ -33,7 +56,7 @@ def allowed(budget: float, count: int) -> int:
     return max(0, math.floor(budget * (count + 1)) - 1)
 
 
-def offset_for_budget(scores: Tensor, budget: float, *, lost: int = 0) -> float:
+def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> float:
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
     A Neyman-Pearson operating point: a bound on the false-query rate, most of the query for it. All query
@@ -44,16 +67,15 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: int = 0) -> float:
     hospital of few images else pays for a budget that it cannot use.
 
     Args:
-        scores: (N, Q) from :func:`query_scores` on the student's own held-out images, none of a query
-            class.
+        scores: (N, Q) from :func:`query_scores` on the hospital's own images, none of a query class.
         budget: share of these images, in (0, 1).
-        lost: how many of them are given away already, by own classes that change places with each other.
+        lost: share of them that is given away already, by own classes that change places with each other.
     """
     highest = scores.max(dim=1).values.sort(descending=True).values
     count = len(highest)
     # A hair lower, so that rounding in ``decide`` does not make the image at the bound a false query.
     hair = ROUNDING * float(scores.abs().max().clamp(min=1))
-    place = budget * (count + 1) - lost
+    place = budget * (count + 1) - lost * count
     whole = max(1, math.floor(place))
     share = place - whole if place >= 1 and whole <= budget * count else 0.0
     bound = (1 - share) * float(highest[whole - 1]) + share * float(highest[min(whole, count - 1)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +18,15 @@ class Record(BaseModel):
     """A JSON file or a part of one. Unknown keys of later versions are ignored; numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+def renamed(data: Any, names: Mapping[str, str]) -> Any:
+    """A part of an older file with today's keys; anything but a mapping as it is.
+
+    Args:
+        names: an older key to today's.
+    """
+    return {names.get(k, k): v for k, v in data.items()} if isinstance(data, Mapping) else data
 
 
 class Estimate(Record):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from qkt_clinical.common.disclosure import shown_count, shown_total, too_few
 from qkt_clinical.config.base import Fraction
-from qkt_clinical.records.base import Difference, Number, Proportion, Record
+from qkt_clinical.records.base import Difference, Number, Proportion, Record, renamed
 
 
 class Bin(Record):
@@ -82,14 +82,20 @@ class OperatingPointResult(Record):
     """The query's offsets, and their false-query rate on the hospital's own images of its own classes.
 
     ``given_away_*`` is what ``qkt-evaluation/1`` calls that rate; the keys stay with the format.
+    ``own_images`` are those on which the offsets were set.
     """
 
     offsets: dict[str, float]
     budget: Fraction
-    given_away_calibration: Fraction | None
-    calibration_images: Number | str
+    given_away_own: Fraction | None
+    own_images: Number | str
     given_away_test: Proportion | None
     test_images: Number | str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_calibration_alone(cls, data: Any) -> Any:
+        return renamed(data, {"given_away_calibration": "given_away_own", "calibration_images": "own_images"})
 
 
 def _confusion_fault(confusion: Sequence[Sequence[int] | None], images: Sequence[int]) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from qkt_clinical.records.base import Estimate, Record
+from pydantic import model_validator
+
+from qkt_clinical.records.base import Estimate, Record, renamed
 from qkt_clinical.records.card import InputSpec, NetworkSpec
 
 FailureKind = Literal[
@@ -89,15 +91,21 @@ class Calibration(Record):
     ece: Estimate | None
     """Expected calibration error; None where there is no evaluation."""
     budget: float
-    """Largest false-query rate on the hospital's own held-out images."""
+    """Largest false-query rate on the hospital's own images."""
     given_away: float | None
-    """The false-query rate on the calibration images; None where they are too few.
+    """The false-query rate on these images; None where they are too few.
 
     The key keeps its name, since registered model cards hold it.
     """
-    calibration_images: str
+    own_images: str
+    """Calibration and training images on which the operating point was set."""
     offsets: dict[str, float]
     """Added to the logit of each class asked for: the operating point."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_calibration_alone(cls, data: Any) -> Any:
+        return renamed(data, {"calibration_images": "own_images"})
 
 
 class KnownFailure(Record):

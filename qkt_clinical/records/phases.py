@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qkt_clinical.config.base import Fraction
-from qkt_clinical.records.base import Number, Record
+from qkt_clinical.records.base import Number, Record, renamed
 
 Curves = tuple[dict[str, float], ...]
 """One row per step: a step's number and losses by name."""
@@ -61,8 +61,9 @@ class Phase2(Record):
     offsets: dict[str, float]
     budget: Fraction
     false_query_rate: Fraction | None
-    """Of the calibration images; None where it is suppressed."""
-    calibration_images: Number | str
+    """Of these images; None where it is suppressed."""
+    own_images: Number | str
+    """Calibration and training images on which the operating point was set."""
     within_budget: bool = True
     """False where own classes that change places with each other alone cost more than the budget."""
     local_model_weight: Annotated[float, Field(gt=0)]
@@ -75,6 +76,11 @@ class Phase2(Record):
     """The same among the features of a shared encoder; empty: there is none in the student."""
     curves: Curves = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_calibration_alone(cls, data: Any) -> Any:
+        return renamed(data, {"calibration_images": "own_images"})
+
 
 RENAMED = {
     "trust": "screening",
@@ -86,13 +92,6 @@ RENAMED = {
 """Keys of ``qkt-phases/1`` and what they are called since."""
 MERGE_KIND = "low-rank-merge"
 """``kind`` of phase 1 by a merged low-rank network."""
-
-
-def _renamed(part: Any) -> Any:
-    """A part of ``qkt-phases/1`` with today's keys."""
-    if isinstance(part, Mapping):
-        return {RENAMED.get(key, key): value for key, value in part.items()}
-    return part
 
 
 class Phases(Record):
@@ -111,9 +110,13 @@ class Phases(Record):
     def _from_first_format(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or data.get("format") != "qkt-phases/1":
             return data
-        found = {**_renamed(data), "format": "qkt-phases/2", "phase2": _renamed(data.get("phase2"))}
+        found = {
+            **renamed(data, RENAMED),
+            "format": "qkt-phases/2",
+            "phase2": renamed(data.get("phase2"), RENAMED),
+        }
         if isinstance(found.get("screening"), list):
-            found["screening"] = [_renamed(teacher) for teacher in found["screening"]]
+            found["screening"] = [renamed(teacher, RENAMED) for teacher in found["screening"]]
         if isinstance(first := found.get("phase1"), Mapping) and first.get("kind") == "transplant":
             found["phase1"] = {**first, "kind": MERGE_KIND}
         return found

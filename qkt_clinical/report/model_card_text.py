@@ -155,7 +155,8 @@ def to_markdown(card: ModelCard) -> str:
         lines += [
             "## Calibration and operating point",
             "",
-            f"{_errors(c)}{_false_queries(c)}, on {c.calibration_images} calibration images.",
+            f"{_errors(c)}{_false_queries(c)}, on {c.own_images} of the hospital's own images."
+            " It was set on these: calibration and training images.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

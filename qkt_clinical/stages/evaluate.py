@@ -227,7 +227,7 @@ def _phases(student: Path) -> Phases:
 def _operating_point(
     decision: DecisionRule, classes: Sequence[str], phases: Phases, held: _Held, rate: Estimate | None
 ) -> OperatingPointResult:
-    """The query's offsets, and their false-query rates on the calibration and the test images.
+    """The query's offsets, and their false-query rates on the images it was set on and on the test images.
 
     Args:
         classes: the label space.
@@ -238,12 +238,12 @@ def _operating_point(
         for c in decision.local
         for apart in (False, True)
     ]
-    calibration = phases.phase2.calibration_images
+    images = phases.phase2.own_images
     return OperatingPointResult(
         offsets={classes[c]: o for c, o in zip(decision.query, decision.offsets, strict=True)},
         budget=decision.budget,
-        given_away_calibration=phases.phase2.false_query_rate,
-        calibration_images=calibration if isinstance(calibration, str) else shown_total(calibration, ()),
+        given_away_own=phases.phase2.false_query_rate,
+        own_images=images if isinstance(images, str) else shown_total(images, ()),
         given_away_test=None if too_few(sum(own)) else rate,
         test_images=shown_total(sum(own), own),
     )

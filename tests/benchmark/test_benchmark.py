@@ -61,7 +61,7 @@ from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.evaluation.metrics import auroc
 from qkt_clinical.federation import peers
 from qkt_clinical.models.inference import predict
-from qkt_clinical.qkt.answer import Answer, answer_query
+from qkt_clinical.qkt.answer import Answer, OperatingPoint, answer_query
 from qkt_clinical.qkt.masks import mixed
 from qkt_clinical.qkt.operating_point import offset_for_budget
 from qkt_clinical.qkt.panel import Teacher
@@ -705,15 +705,15 @@ def test_another_budget_moves_only_the_offset() -> None:
     random = torch.Generator().manual_seed(0)
     calibration = torch.randn(99, 3, generator=random)
     scores = torch.randn(50, 3, generator=random)
-    moved = at_budgets(scores, calibration, decision)
-    assert tuple(moved) == BUDGETS
     preference = calibration[:, 2] - calibration[:, :2].max(dim=1).values
+    moved = at_budgets(scores, OperatingPoint(decision, 99, 1, preference[:, None]))
+    assert tuple(moved) == BUDGETS
     for budget, changed in moved.items():
         torch.testing.assert_close(changed[:, :2], scores[:, :2])
         shift = (changed - scores)[:, 2]
         assert float(shift.std()) < 1e-6
         # With 99 images a budget of k % pays for k - 1 of them, at the least none.
-        given = int((preference + shift.mean() > 0).sum())
+        given = int((preference + 0.5 + shift.mean() > 0).sum())
         assert given == max(0, round(100 * budget - 0.01) - 1)
 
 
@@ -725,9 +725,7 @@ def test_the_budget_that_was_asked_for_gives_the_answer_again() -> None:
     decision = DecisionRule(
         method="qkt", local=(0, 1), query=(2,), offsets=(offset,), budget=0.05, own_weight=2.0
     )
-    calibration = raw.clone()
-    calibration[:, 2] += offset
-    moved = at_budgets(scores, calibration, decision)
+    moved = at_budgets(scores, OperatingPoint(decision, 99, 5, preference))
     torch.testing.assert_close(moved[0.05], scores)
 
 

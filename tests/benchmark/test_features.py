@@ -35,7 +35,7 @@ from qkt_clinical.models import encoder_network
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
 from qkt_clinical.qkt.answer import Answer
-from qkt_clinical.qkt.operating_point import decide, offset_for_budget, query_scores
+from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.task import MULTICLASS
 from tests.baselines.test_statistics import head_of
@@ -138,11 +138,15 @@ def test_statistics_answer_as_computed_step_by_step(
         relevant, query = simulated.relevant(question), question.query
         local = [c for c in asking.held if c not in query]
         own = asking.calibration.of_classes(local)
+        learned = asking.train.of_classes(local)  # all of them: fewer than QKT takes
         found = []
         for shrinkage in (0.001, 0.01, 0.05, 0.1, 0.2, 0.5):
             weight, bias = head_of(pool(each), relevant, shrinkage)
             held_out = (bank.of(own.images) - means[0]) @ weight.T + bias
-            offset = offset_for_budget(query_scores(held_out, local, query), QUICK.budget)
+            trained = (bank.of(learned.images) - means[0]) @ weight.T + bias
+            kept, more = (query_scores(z, local, query) for z in (held_out, trained))
+            more = as_if_held_out(more, torch.from_numpy(learned.labels), kept, torch.from_numpy(own.labels))
+            offset = offset_for_budget(torch.cat([kept, more]), QUICK.budget)
             index = simulated.judging(question, "test")
             judged = simulated.test.take(index)
             logits = (bank.of(judged.images) - means[0]) @ weight.T + bias

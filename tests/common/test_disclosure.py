@@ -142,7 +142,8 @@ def prepare(root: Path, site: str, classes: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
-    """Two validation images of ``b``; four calibration images in all, by which the budget was kept."""
+    """Two validation images of ``b``; four calibration images, and few training images, by which the budget
+    was kept: how many is not told, nor of how few they are."""
     for site, classes in (("aster", (0, 1)), ("birch", (1, 2))):
         prepare(tmp_path, site, classes)
         metrics = train_site(tmp_path, site, PARAMS)
@@ -158,14 +159,14 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
     ask(tmp_path, classes=["c"])
     plan_query(tmp_path, "aster", "q", PARAMS)
     second_phase = transfer_query(tmp_path, "aster", "q", PARAMS, device="cpu").phase2
-    assert second_phase.calibration_images == "<5"
-    assert second_phase.false_query_rate is None
+    assert second_phase.own_images == "≥5"
+    assert second_phase.false_query_rate == 0.0, "of more than four"
     text = (Workspace(tmp_path).student("aster", "q") / "phases.json").read_text()
-    assert json.loads(text)["phase2"]["calibration_images"] == "<5"
+    assert json.loads(text)["phase2"]["own_images"] == "≥5"
     outputs = read_outputs(tmp_path, PARAMS.model_copy(update={"queries": {"q": ASTER}}))
     (answer,) = outputs.unmeasured
     item = answer_item(answer, outputs)
-    assert "given_away" not in item.metrics
+    assert item.metrics["given_away"] == 0.0
     card = unmeasured_model_card(answer, outputs)
-    assert "False-query rate suppressed, budget 3.0%, on <5 calibration images." in to_markdown(card)
-    assert "False-query rate suppressed" in to_summary(card)
+    assert "False-query rate 0.0%, budget 3.0%, on ≥5 of the hospital's own images." in to_markdown(card)
+    assert "False-query rate 0.0%" in to_summary(card)

@@ -24,6 +24,7 @@ from qkt_clinical.qkt.consensus import (
 )
 from qkt_clinical.qkt.operating_point import (
     allowed,
+    as_if_held_out,
     decide,
     false_query_rate,
     kept_today,
@@ -250,9 +251,32 @@ def test_offset_between_two_images_by_hand() -> None:
     scores = torch.arange(29.0)[:, None]
     assert offset_for_budget(scores, 0.05) == pytest.approx(-27.5, abs=1e-3)
     # One was given away already: half an image is left, for which none goes.
-    assert offset_for_budget(scores, 0.05, lost=1) == pytest.approx(-28.0, abs=1e-3)
+    assert offset_for_budget(scores, 0.05, lost=1 / 29) == pytest.approx(-28.0, abs=1e-3)
     # Of 18 images none can promise it.
     assert offset_for_budget(scores[:18], 0.05) == pytest.approx(-17.0, abs=1e-3)
+
+
+def test_scores_of_training_images_as_if_held_out_by_hand() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 5 + [2] * 4)
+    held_out = torch.tensor([*range(5), *range(10, 15), *[90.0] * 4])[:, None]
+    learned = held_out - torch.tensor([3.0] * 5 + [5.0] * 5 + [70.0] * 4)[:, None]
+    # Medians lie 3 and 5 lower; four images of a class say nothing.
+    moved = as_if_held_out(learned, labels, held_out, labels)
+    torch.testing.assert_close(moved, learned + 4.0)
+    # Of two query classes the louder counts, and both are moved alike.
+    quiet = torch.full_like(learned, -1000.0)
+    both = as_if_held_out(
+        torch.cat([learned, quiet], dim=1), labels, torch.cat([quiet, held_out], dim=1), labels
+    )
+    torch.testing.assert_close(both, torch.cat([learned, quiet], dim=1) + 4.0)
+    assert torch.equal(as_if_held_out(learned[10:], labels[10:], held_out, labels), learned[10:])
+
+
+@given(st.integers(0, 1000), st.floats(-5, 5))
+def test_images_of_the_same_kind_are_moved_back(seed: int, lower: float) -> None:
+    scores, labels = normal(60, 2, seed=seed), torch.arange(60) % 3
+    moved = as_if_held_out(scores - lower, labels, scores, labels)
+    torch.testing.assert_close(moved, scores, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [20, 30, 50, 75])
@@ -358,7 +382,7 @@ def test_forgotten_by_hand() -> None:
 def test_what_is_forgotten_is_taken_off_the_budget() -> None:
     scores = torch.arange(99.0).reshape(-1, 1)
     for lost, spent in ((0, 9), (4, 5), (9, 0), (50, 0)):
-        offset = torch.tensor([offset_for_budget(scores, 0.1, lost=lost)])
+        offset = torch.tensor([offset_for_budget(scores, 0.1, lost=lost / 99)])
         assert round(false_query_rate(scores, offset) * 99) == spent
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from qkt_clinical.models.networks import build
@@ -106,7 +107,7 @@ def answer_with(false_queries: int, images: int, named: dict[int, tuple[int, int
         phase1=Phase1(kind="low-rank-merge", views=1, teacher_passes=1, rank=0.5),
         refined=Refined(build(spec(), seed=0), ({"epoch": 0.0, "loss": 1.0},), placed_by=("birch",)),
         rare={3: 4},
-        operating_point=OperatingPoint(decision, images, false_queries),
+        operating_point=OperatingPoint(decision, images, false_queries, torch.zeros(images, 1)),
     )
 
 
@@ -116,7 +117,7 @@ def test_a_record_tells_nothing_of_few_images() -> None:
         answer = answer_with(false_queries, 59, {0: (29, 30), 1: (20, 29)})
         record = make_record(answer, CLASSES, labels, task=MULTICLASS)
         assert record.phase2.false_query_rate == rate
-        assert record.phase2.calibration_images == 59
+        assert record.phase2.own_images == 59
         assert record.phase2.rare == {"frame": "<5"}
         assert record.phase2.placed_by == ("birch",)
         assert [(t.shift, t.share) for t in record.adaptation] == [(0.123, 0.5), (None, 0.0)]
@@ -125,11 +126,19 @@ def test_a_record_tells_nothing_of_few_images() -> None:
         assert (result.unverified, result.agreement) == (("bars",), 0.12)
 
 
+def test_a_record_of_calibration_images_alone_is_read() -> None:
+    answer = answer_with(5, 59, {0: (29, 30), 1: (20, 29)})
+    today = make_record(answer, CLASSES, np.array([0] * 30 + [1] * 29), task=MULTICLASS)
+    written = today.model_dump(mode="json")
+    written["phase2"]["calibration_images"] = written["phase2"].pop("own_images")
+    assert Phases.model_validate(written) == today
+
+
 def test_a_total_that_would_tell_a_part_is_not_told() -> None:
     record = make_record(
         answer_with(0, 33, {1: (3, 3)}), CLASSES, np.array([0] * 30 + [1] * 3), task=MULTICLASS
     )
-    assert record.phase2.calibration_images == "≥5"
+    assert record.phase2.own_images == "≥5"
     assert record.screening[0].recalls == {"cross": None}
     few = make_record(answer_with(0, 4, {}), CLASSES, np.array([0] * 4), task=MULTICLASS)
-    assert (few.phase2.calibration_images, few.phase2.false_query_rate) == ("<5", None)
+    assert (few.phase2.own_images, few.phase2.false_query_rate) == ("<5", None)

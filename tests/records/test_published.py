@@ -228,8 +228,8 @@ def test_false_query_rates_with_suppression() -> None:
             {
                 "offsets": {"d": 0.5},
                 "budget": 0.05,
-                "given_away_calibration": None,
-                "calibration_images": "<5",
+                "given_away_own": None,
+                "own_images": "<5",
                 "given_away_test": estimate(given_away),
                 "test_images": 167,
             }

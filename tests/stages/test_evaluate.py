@@ -97,11 +97,7 @@ def test_the_operating_point_has_false_query_rates(
     _, _, found = evaluated
     point = found["operating_point"]
     assert point["offsets"] == dict.fromkeys(found["classes"], -1.25)
-    assert (point["budget"], point["given_away_calibration"], point["calibration_images"]) == (
-        0.05,
-        0.043478,
-        69,
-    )
+    assert (point["budget"], point["given_away_own"], point["own_images"]) == (0.05, 0.043478, 469)
     assert point["test_images"] == 3 * TEST
     rows = dict(zip(found["relevant"], found["after"]["confusion"], strict=True))
     asked = [found["relevant"].index(c) for c in found["classes"]]
@@ -113,7 +109,7 @@ def test_the_operating_point_has_false_query_rates(
     ("given", "images", "told"),
     [(0.25, 12, (0.25, 12)), (0.25, 3, (0.25, "<5")), (None, "<5", (None, "<5")), (0.1, "≥5", (0.1, "≥5"))],
 )
-def test_calibration_images_are_told_as_they_may_be(
+def test_own_images_are_told_as_they_may_be(
     evaluated: tuple[Path, Params, dict[str, Any]],
     tmp_path: Path,
     given: float | None,
@@ -124,11 +120,11 @@ def test_calibration_images_are_told_as_they_may_be(
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
     phases = json.loads(path.read_text())
-    phases["phase2"] |= {"false_query_rate": given, "calibration_images": images}
+    phases["phase2"] |= {"false_query_rate": given, "own_images": images}
     write_json(path, phases)
     evaluate_one(tmp_path, QueryRef(hospital="h0", query="q0"), params, sites=params.sites)
     found = read(tmp_path)["operating_point"]
-    assert (found["given_away_calibration"], found["calibration_images"]) == told
+    assert (found["given_away_own"], found["own_images"]) == told
 
 
 def keys(value: Any) -> Any:
