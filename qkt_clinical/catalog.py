@@ -36,7 +36,7 @@ Estimator = Literal[
 ]
 DEFAULT_ESTIMATOR: Estimator = "combined"
 """The estimator of masks; the benchmark compares it with the others."""
-Method = Literal["qkt", "qkt-light", "routed", "qkt-statistics"]
+Method = Literal["qkt", "qkt-light", "routed", "qkt-statistics", "qkt-means"]
 DEFAULT_METHOD: Method = "qkt"
 TaskName = Literal["multiclass"]
 """What labels can mean, see ``task.py``."""
@@ -57,16 +57,22 @@ EvaluationSplit = Literal["test", "val"]
 
 NETWORKS: tuple[str, ...] = get_args(Network)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 DEVICES: tuple[str, ...] = get_args(Device)
 SPLITS: tuple[str, ...] = get_args(Split)
 HELD_BACK = "held_back"
 """Split of the images that a site keeps for ``evaluate`` alone; they lie apart from the others."""
 ON_STATISTICS: Method = "qkt-statistics"
 """The method whose student has a frozen encoder beside the networks that ``qkt`` merges."""
+BY_MEANS: Method = "qkt-means"
+"""The method whose student has a frozen encoder beside its own network, and no other hospital's."""
+ENCODED_METHODS: tuple[Method, ...] = (ON_STATISTICS, BY_MEANS)
+"""Those by class means over the features of a frozen encoder."""
+BY_NETWORKS: tuple[Method, ...] = tuple(m for m in METHODS if m != BY_MEANS)
+"""Those in which other hospitals' networks take part."""
 ENCODER_BASELINES: tuple[str, ...] = ("statistics", "statistics-centred", "statistics-dp", "gaussian-heads")
 """Baselines over the features of a frozen encoder that all hospitals have."""
-WITH_ENCODER: tuple[str, ...] = (*ENCODER_BASELINES, ON_STATISTICS)
+WITH_ENCODER: tuple[str, ...] = (*ENCODER_BASELINES, *ENCODED_METHODS)
 """All of the benchmark that takes one."""
 BASELINES: tuple[str, ...] = (
     "local",

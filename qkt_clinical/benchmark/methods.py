@@ -19,7 +19,6 @@ from qkt_clinical.baselines import gaussian_heads, statistics, statistics_dp
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
 from qkt_clinical.baselines.finetune import finetune
-from qkt_clinical.baselines.statistics import BYTES_PER_NUMBER
 from qkt_clinical.benchmark.ablations import answer_ablated
 from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
 from qkt_clinical.benchmark.settings import (
@@ -35,7 +34,7 @@ from qkt_clinical.benchmark.settings import (
 )
 from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
 from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR, ON_STATISTICS, OWN_WITH_QUERY, POOLED
+from qkt_clinical.catalog import BY_MEANS, DEFAULT_ESTIMATOR, ENCODED_METHODS, OWN_WITH_QUERY, POOLED
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import PrivacyParams
@@ -54,8 +53,10 @@ from qkt_clinical.qkt.by_means import answer_by_means
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
-from qkt_clinical.records.card import MIRRORS
+from qkt_clinical.records.card import CARD, MASK, MIRRORS
+from qkt_clinical.records.plan import SHARED
 
+BYTES_OF_HALF = 2
 PRIVACY = PrivacyParams()
 """Of ``statistics-dp``, and of the means of ``qkt-statistics``: the defaults of ``shared_encoder``."""
 
@@ -467,7 +468,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
         )
         known[name] = set(claimed)
     query, relevant = set(case.question.query), set(case.relevant)
-    wanted = relevant if setup.rivals and setup.method != "qkt-light" else query
+    wanted = relevant if setup.rivals and setup.method not in ("qkt-light", BY_MEANS) else query
 
     def verified(name: str) -> tuple[int, ...] | None:
         """Verified classes; None where an ablation sets the mask, which would count as a false claim."""
@@ -483,7 +484,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             verified(name),
             class_means=means[name],
             encoder_means=encoder_means(case, name, exact=setup.exact_means)
-            if setup.method == ON_STATISTICS
+            if setup.method in ENCODED_METHODS
             else {},
         )
         for name in names
@@ -513,7 +514,7 @@ def encoder_means(case: Case, name: str, *, exact: bool) -> dict[int, Tensor]:
     features, labels = shared_features(bank.of(train.images)), torch.from_numpy(train.labels)
     if exact:
         return mean_features(features, labels, SMALLEST_COUNT)
-    return private_means(
+    drawn = private_means(
         features,
         labels,
         epsilon=PRIVACY.epsilon,
@@ -521,6 +522,7 @@ def encoder_means(case: Case, name: str, *, exact: bool) -> dict[int, Tensor]:
         least=SMALLEST_COUNT,
         draw=generator(case.store.federation.seed, "benchmark", "encoder-means", name),
     )
+    return {c: mean.half().float() for c, mean in drawn.items()}  # as bundles hold them
 
 
 def means_of_known(teacher: Teacher) -> dict[int, Tensor]:
@@ -538,9 +540,10 @@ def _answer(
 ) -> Answer:
     """The answer by the method itself, or by an ablation of its phases."""
     store, settings = case.store, case.store.settings
-    encoded = encoded_images(case, hospital) if setup.method == ON_STATISTICS else None
+    encoded = encoded_images(case, hospital) if setup.method in ENCODED_METHODS else None
     data = LocalData(hospital.train.pair, hospital.calibration.pair, encoded=encoded)
-    if not setup.networks:
+    params = settings.transfer.model_copy(update=dict(setup.transfer))
+    if setup.method == BY_MEANS:
         return answer_by_means(
             student,
             {t.site: means_of_known(t) for t in teachers},
@@ -548,10 +551,10 @@ def _answer(
             taught,
             task=store.task,
             budget=settings.budget,
+            params=params,
             seed=case.seed("transfer"),
             device=store.device,
         )
-    params = settings.transfer.model_copy(update=dict(setup.transfer))
     if (setup.phase1, setup.phase2) == ("merge", True):
         return answer_query(
             student,
@@ -632,12 +635,14 @@ def qkt(case: Case, setup: Setup) -> MethodResult:
         found = decide(logits, answer.decision.local, answer.decision.query, offsets)
     else:
         found = scores(case.inputs, case.images.images)
-    sent = sum(m.numel() for t in teachers.values() for m in t.encoder_means.values())
-    fetched = sum(map(store.bytes, teachers)) if setup.networks else 0
+    # The file of class means holds one, or zeros, for every class of the federation.
+    width = max((m.numel() for t in teachers.values() for m in t.encoder_means.values()), default=0)
+    means = BYTES_OF_HALF * store.federation.spec.classes * width
+    files = (CARD, MASK) if setup.method == BY_MEANS else SHARED
     shape, views = case.inputs.shape[1:], len(MIRRORS) if answer.decision.flips else 1
     return MethodResult(
         found,
-        fetched + BYTES_PER_NUMBER * sent,
+        sum(store.bytes(name, files) + means for name in teachers),
         seconds=seconds,
         passes=(1 + len(experts)) * views,
         cost=None

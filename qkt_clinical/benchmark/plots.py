@@ -14,9 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"qkt": "#0b5c8a", "qkt-light": "#3aa0c9", "routed": "#5b3a8c", "qkt-statistics": "#b8560f"}
+COLOURS = {
+    "qkt": "#0b5c8a",
+    "qkt-light": "#3aa0c9",
+    "routed": "#5b3a8c",
+    "qkt-statistics": "#b8560f",
+    "qkt-means": "#d98b2b",
+}
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
-MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd84o", strict=True))
+MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd84oo", strict=True))
 """Baselines are told apart by shape, QKT's methods by colour."""
 
 

@@ -87,8 +87,6 @@ class Setup:
     bad_teachers: int = 0
     exact_means: bool = False
     """Of ``qkt-statistics``: class means without noise."""
-    networks: bool = True
-    """Of ``qkt-statistics``: whether others' networks take part, or their class means alone."""
 
 
 def _transfer(method: Method, **changed: Any) -> Setup:
@@ -101,14 +99,12 @@ def _mask(mask: str) -> Setup:
 
 
 STATISTICS_EXACT = "ablation/qkt-statistics-exact"
-MEANS_ALONE = "ablation/qkt-statistics-means-alone"
-OF_STATISTICS = (STATISTICS_EXACT, MEANS_ALONE)
+OF_STATISTICS = (STATISTICS_EXACT,)
 SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
     {
-        **{method: Setup(method=method) for method in METHODS},  # type: ignore[arg-type]
+        **{method: Setup(method=method) for method in METHODS},
         **{f"ablation/mask-{e}": _mask(e) for e in ESTIMATORS if e != DEFAULT_ESTIMATOR},
         STATISTICS_EXACT: Setup(method=ON_STATISTICS, exact_means=True),
-        MEANS_ALONE: Setup(method=ON_STATISTICS, networks=False),
         "ablation/mask-oracle": _mask("oracle"),
         "ablation/mask-none": _mask("none"),
         "ablation/query-teachers-only": Setup(rivals=False),

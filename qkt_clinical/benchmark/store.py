@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -148,9 +148,9 @@ class ResultStore:
         """The images that the figures are computed on."""
         return self.federation.test if self.settings.split == "test" else self.federation.val
 
-    def bytes(self, name: str) -> int:
+    def bytes(self, name: str, files: Sequence[str] = SHARED) -> int:
         """Bytes to transfer when a teacher is fetched: card, weights and mask."""
-        return sum((self.folder / name / file).stat().st_size for file in SHARED)
+        return sum((self.folder / name / file).stat().st_size for file in files)
 
     def traffic(self, name: str) -> tuple[int, int]:
         """Rounds of a federation and bytes that it moved."""

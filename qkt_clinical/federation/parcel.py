@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qkt_clinical.catalog import BY_MEANS, Method
 from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import NAME
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.bundle import Bundle, load_bundle
+from qkt_clinical.models.bundle import Bundle, load_bundle, load_shared_means
 from qkt_clinical.models.offers import check_teacher
 from qkt_clinical.records.card import (
     CARD,
     MASK,
     MAX_JSON_BYTES,
+    MAX_MEANS_BYTES,
+    MEANS,
     REMEDY,
     WEIGHTS,
     Card,
     Mask,
     cannot_be_read,
+    most_bytes,
     read_card,
     read_mask,
 )
-from qkt_clinical.records.plan import SHARED
+from qkt_clinical.records.plan import SHARED, moved_files, shared_files
 
 FileContents = Mapping[str, bytes]
-"""Name to content: of a teacher those in :data:`qkt_clinical.records.plan.SHARED`."""
+"""Name to content: of a teacher those of :func:`qkt_clinical.records.plan.shared_files`."""
 
 
-def pack(folder: Path, names: tuple[str, ...] = SHARED) -> dict[str, bytes]:
+def pack(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, bytes]:
     """The named files of a bundle's folder, if they are plain ones and no larger than its card says.
+
+    Args:
+        names: by default all that leave a teacher's site.
 
     Raises:
         BundleError: a file is none, or is not there.
     """
-    weights = read_card(folder).weights.bytes if WEIGHTS in names else 0
+    card = read_card(folder)
     files = {}
-    for name in names:
+    for name in shared_files(card) if names is None else names:
         try:
-            files[name] = read_plain(folder / name, weights if name == WEIGHTS else MAX_JSON_BYTES)
+            files[name] = read_plain(folder / name, most_bytes(card, name))
         except OSError as error:
             raise cannot_be_read(error, folder / name, None) from None
     return files
@@ -64,8 +71,9 @@ def check_files(files: Any, site: str, names: tuple[str, ...] = SHARED) -> dict[
     if set(files) != set(names):
         raise _refuse(f"files are not {', '.join(names[:8])}", site, "bundle-missing")
     for name, content in files.items():
-        if not name.endswith(WEIGHTS) and len(content) > MAX_JSON_BYTES:
-            raise _refuse(f"{name} is larger than {MAX_JSON_BYTES} bytes", site, "bundle-size")
+        most = MAX_MEANS_BYTES if name == MEANS else MAX_JSON_BYTES
+        if not name.endswith(WEIGHTS) and len(content) > most:
+            raise _refuse(f"{name} is larger than {most} bytes", site, "bundle-size")
     return dict(files)
 
 
@@ -94,24 +102,57 @@ def read_offer_files(files: Any, site: str) -> tuple[Card, Mask]:
         return card, mask
 
 
-def unpack_teacher(files: Any, site: str, folder: Path) -> Bundle:
+def _written(files: Any, site: str, folder: Path, named: Callable[[Card], tuple[str, ...]]) -> None:
+    """Write a teacher's files into an empty folder, those and no others that its card names.
+
+    Raises:
+        BundleError: they are not such files, or not of the site's teacher.
+    """
+    described = {n: files[n] for n in (CARD, MASK) if n in files} if isinstance(files, Mapping) else files
+    with _laid_out(check_files(described, site, (CARD, MASK)), site) as light:
+        card = read_card(light)
+        check_teacher(card, site, Path(site))
+        read_mask(light, card)
+    found = check_files(files, site, named(card))
+    for name, file in ((WEIGHTS, card.weights), (MEANS, card.encoder_means)):
+        if name in found and file is not None and len(found[name]) != file.bytes:
+            raise _refuse(
+                f"{name} of {len(found[name])} bytes, the card says {file.bytes}", site, "bundle-size"
+            )
+    for name, content in found.items():
+        (folder / name).write_bytes(content)
+
+
+def unpack_teacher(
+    files: Any, site: str, folder: Path, named: Callable[[Card], tuple[str, ...]] = shared_files
+) -> Bundle:
     """Write a teacher's files into an empty folder after every check that a bundle gets.
+
+    Args:
+        named: the files that there must be, by its card.
 
     Raises:
         BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`; also if it is not the site's teacher.
     """
-    found = check_files(files, site)
-    with _laid_out({n: found[n] for n in (CARD, MASK)}, site) as light:
-        card = read_card(light)
-        check_teacher(card, site, Path(site))
-        read_mask(light, card)
-    if len(found[WEIGHTS]) != card.weights.bytes:
-        raise _refuse(
-            f"weights of {len(found[WEIGHTS])} bytes, the card says {card.weights.bytes}", site, "bundle-size"
-        )
-    for name, content in found.items():
-        (folder / name).write_bytes(content)
+    _written(files, site, folder, named)
     return load_bundle(folder)
+
+
+def unpack_moved(files: Any, site: str, folder: Path, method: Method) -> None:
+    """The same for the files that a query of the method moves, of which the network may be none.
+
+    Raises:
+        BundleError: as :func:`unpack_teacher`.
+    """
+
+    def named(card: Card) -> tuple[str, ...]:
+        return moved_files(card, method)
+
+    if method == BY_MEANS:
+        _written(files, site, folder, named)
+        load_shared_means(folder)
+    else:
+        unpack_teacher(files, site, folder, named)
 
 
 STUDENT = (CARD, WEIGHTS, "query.json", "plan.json")
@@ -122,7 +163,7 @@ def pack_student(folder: Path) -> dict[str, bytes]:
     """Files of a student that may be sent; for a routed one also its experts'."""
     files = pack(folder, STUDENT)
     for place in sorted((folder / "experts").glob("*")):
-        files |= {f"experts/{place.name}/{n}": content for n, content in pack(place).items()}
+        files |= {f"experts/{place.name}/{n}": content for n, content in pack(place, SHARED).items()}
     return files
 
 
@@ -148,7 +189,8 @@ def unpack_student(files: Any, site: str, folder: Path) -> Bundle:
     for expert in experts:
         place = folder / "experts" / expert
         place.mkdir(parents=True)
-        unpack_teacher({n: found[f"experts/{expert}/{n}"] for n in SHARED}, expert, place)
+        sent = {n: found[f"experts/{expert}/{n}"] for n in SHARED}
+        unpack_teacher(sent, expert, place, lambda _: SHARED)
     for name in STUDENT:
         (folder / name).write_bytes(found[name])
     return load_bundle(folder)

@@ -23,8 +23,8 @@ from qkt_clinical.federation.parcel import pack, read_offer_files, unpack_studen
 from qkt_clinical.federation.signing import check_signature
 from qkt_clinical.models.offers import read_image_statistics
 from qkt_clinical.qkt.planning import make_plan
-from qkt_clinical.records.card import CARD, MAX_JSON_BYTES
-from qkt_clinical.records.plan import SHARED, Offer, Plan
+from qkt_clinical.records.card import CARD, MAX_JSON_BYTES, read_card
+from qkt_clinical.records.plan import Offer, Plan, moved_files
 
 SIGNATURE, SIGNATURE_BYTES = "signature", 64
 """File beside a teacher that was signed."""
@@ -154,8 +154,7 @@ class Server:
                 site=site,
                 code="bundle-digest",
             )
-        size = card.weights.bytes + sum(len(content) for content in said.files.values())
-        return Offer(card, mask, size, digest)
+        return Offer(card, mask, sum(len(content) for content in said.files.values()), digest)
 
     def plan(self, hospital: str, query: str, asked: Asked, offers: Mapping[str, Offer]) -> Plan:
         """The plan of a query. See :func:`qkt_clinical.qkt.planning.make_plan`."""
@@ -163,8 +162,12 @@ class Server:
         return make_plan(hospital, query, asked.query, asked.asking, offers.values(), images)
 
     def bundles(self, plan: Plan, shown: Mapping[str, Offered]) -> dict[str, dict[str, bytes]]:
-        """The relevant teachers' files, each with the mask that its site shows."""
-        return {site: pack(self.space.teacher(site), SHARED) | shown[site].files for site in plan.relevant}
+        """The relevant teachers' files that the method takes, each with the mask that its site shows."""
+        found = {}
+        for site in plan.relevant:
+            folder = self.space.teacher(site)
+            found[site] = pack(folder, moved_files(read_card(folder), plan.method)) | shown[site].files
+        return found
 
     def signatures(self, plan: Plan) -> dict[str, bytes]:
         """Those of the relevant teachers that were signed, for whoever asks to check."""

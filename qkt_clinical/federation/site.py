@@ -49,7 +49,7 @@ from qkt_clinical.federation.messages import (
     Reply,
     TeacherRequest,
 )
-from qkt_clinical.federation.parcel import pack, pack_student, unpack_teacher
+from qkt_clinical.federation.parcel import pack, pack_student, unpack_moved
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask, too_many
 from qkt_clinical.federation.signing import check_signature, sign
 from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, read_card, read_mask
@@ -301,7 +301,7 @@ class Site:
             )
 
         def provide(site: str, folder: Path) -> None:
-            unpack_teacher(teachers[site], site, folder)
+            unpack_moved(teachers[site], site, folder, plan.method)
             if (key := policy.keys.get(site)) is not None:
                 signature = signatures.get(site) if isinstance(signatures, Mapping) else None
                 card = read_plain(folder / CARD, MAX_JSON_BYTES)

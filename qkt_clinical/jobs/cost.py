@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import BY_MEANS, Method
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.models.low_rank import convolutions
@@ -56,7 +56,7 @@ def expected_seconds(
 
     Args:
         own: of the hospital's own network.
-        teachers: that will be fetched.
+        teachers: whose networks will be fetched.
         manifest: of the hospital's prepared data.
         fast: multiply-adds a second here, from :func:`speed`.
     """
@@ -67,6 +67,8 @@ def expected_seconds(
     seen = sum(manifest.counts["train"].values())
     if params.discriminant:  # phase 2 looks at held-out and at training images once more
         views += (calibration + min(MAX_REFINED, seen)) * (views // max(1, calibration))
+    if method != BY_MEANS:  # the operating point is set on training images too
+        views += min(params.images, seen) * (len(MIRRORS) if method == "routed" and params.flips else 1)
     total = 0.0
     for number, card in enumerate((own, *teachers)):
         work, layers = _work(card.network, shape, rank)
@@ -83,7 +85,7 @@ def prediction_cost(method: Method, own: Card, teachers: Sequence[Card], params:
 
     Args:
         own: of the hospital's own network.
-        teachers: that will be fetched.
+        teachers: whose networks will be fetched.
     """
     shape = own.input.shape
     alone = _work(own.network, shape, 1.0)[0]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from qkt_clinical.catalog import Method
 from qkt_clinical.common.console import tell_set_aside
 from qkt_clinical.common.files import TooLarge, copy_plain, digest_file, passing_folder, sweep
 from qkt_clinical.config.params import Params
@@ -19,16 +20,19 @@ from qkt_clinical.records.card import (
     CARD,
     MASK,
     MAX_JSON_BYTES,
+    MEANS,
     REMEDY,
     WEIGHTS,
     Weights,
+    most_bytes,
     read_card_file,
     read_mask_file,
 )
-from qkt_clinical.records.plan import Offer
+from qkt_clinical.records.plan import Offer, moved_files
 from qkt_clinical.tracking.client import registry_client, tracking_uri
 from qkt_clinical.tracking.teachers import (
     Registered,
+    check_card,
     check_teacher_version,
     fetch_file,
     registered_teachers,
@@ -53,19 +57,40 @@ class RegistryTeachers(NamedTuple):
         """Whether a teacher's weights are in the cache."""
         return (self.cache / self.offers[site].card.weights.sha256).is_file()
 
-    def provide(self, site: str, folder: Path) -> None:
-        """Put a teacher's bundle into ``folder``; its weights are fetched unless they are here.
+    def to_fetch(self, site: str, method: Method) -> int:
+        """Bytes that an answer by the method has still to move of a teacher."""
+        offer = self.offers[site]
+        cached = WEIGHTS in moved_files(offer.card, method) and self.holds(site)
+        return 0 if cached else offer.bytes_moved(method)
+
+    def provide(self, site: str, folder: Path, method: Method) -> None:
+        """Put what an answer by the method takes of a teacher into ``folder``.
+
+        Weights are fetched unless they are here.
 
         Raises:
-            BundleError: the weights are missing, or larger or other than the card says, or the version is not
-                what was registered.
+            BundleError: a file is missing, or larger or other than the card says, or the version is not what
+                was registered.
         """
-        from qkt_clinical.models.bundle import load_bundle
+        from qkt_clinical.models.bundle import load_bundle, load_shared_means
 
-        weights = self.offers[site].card.weights
-        stored = self.cache / weights.sha256
+        card, version = self.offers[site].card, self.versions[site]
+        names = moved_files(card, method)
         for name in (CARD, MASK):
             copy_plain(self.folder / site / name, folder / name, MAX_JSON_BYTES)
+        if MEANS in names:
+            fetch_file(version, MEANS, folder / MEANS, most_bytes(card, MEANS))
+        if WEIGHTS not in names:
+            load_shared_means(folder)
+            check_card(version, digest_file(folder / CARD))
+            return
+        self._fetch_weights(site, folder)
+        load_bundle(folder)  # says what is wrong with it; the digest says only that something is
+        check_teacher_version(version, {n: digest_file(folder / n) for n in names})
+
+    def _fetch_weights(self, site: str, folder: Path) -> None:
+        weights = self.offers[site].card.weights
+        stored = self.cache / weights.sha256
         if not self._cached_copy(stored, folder / WEIGHTS, weights):
             with passing_folder(self.cache / FETCHED) as passing:
                 fetch_file(self.versions[site], WEIGHTS, passing / WEIGHTS, weights.bytes)
@@ -77,10 +102,6 @@ class RegistryTeachers(NamedTuple):
                         code="bundle-digest",
                     )
                 (passing / WEIGHTS).replace(stored)
-        load_bundle(folder)  # says what is wrong with it; the digest says only that something is
-        check_teacher_version(
-            self.versions[site], {n: digest_file(folder / n) for n in (CARD, MASK, WEIGHTS)}
-        )
 
     @staticmethod
     def _cached_copy(stored: Path, target: Path, weights: Weights) -> bool:
@@ -98,7 +119,7 @@ def _offer(teacher: Registered, place: Path) -> Offer:
     check_teacher(card, teacher.site, place)
     mask = read_mask_file(place, card)
     assert mask is not None, "it was fetched"
-    return Offer(card, mask.mask, card.weights.bytes + size + mask.bytes, digest)
+    return Offer(card, mask.mask, size + mask.bytes, digest)
 
 
 def _nobody(what: str, hospital: str) -> QueryError:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkt_clinical.catalog import METHODS, ON_STATISTICS, Method
+from qkt_clinical.catalog import BY_MEANS, ENCODED_METHODS, METHODS, Method
 from qkt_clinical.common.wording import size, words
 from qkt_clinical.config.params import Params
 from qkt_clinical.config.query import QueryConfig
@@ -26,7 +26,7 @@ class Route(NamedTuple):
     impossible: str | None
     """Why it cannot be taken; then nothing else is told."""
     teachers: tuple[str, ...] = ()
-    """Sites whose networks would be fetched."""
+    """Sites of which something would be fetched: their networks, but for ``qkt-means``."""
     means: Mapping[str, float | None] = {}
     """Those whose class means could say where the query lies, each with the epsilon of the noise on them."""
     bytes: int = 0
@@ -39,7 +39,7 @@ class Route(NamedTuple):
 def _means(cards: Mapping[str, Card], taught_by: set[str], method: Method) -> dict[str, float | None]:
     """Who can say where the query lies, by class means over the features that the method reads."""
     teaching = {site: card for site, card in cards.items() if site in taught_by}
-    if method == ON_STATISTICS:
+    if method in ENCODED_METHODS:
         return {s: told_epsilon(c, "shared_epsilon") for s, c in teaching.items() if c.shared_encoder}
     return {s: told_epsilon(c, "means_epsilon") for s, c in teaching.items() if c.class_means}
 
@@ -66,9 +66,10 @@ def routes(
         try:
             plan = make_plan(manifest.site, name, asked, asking, offers.values(), own.image_statistics)
         except QueryError as error:
-            found.append(Route(method, f"{error.message}. {error.remedy}"))  # type: ignore[arg-type]
+            found.append(Route(method, f"{error.message}. {error.remedy}"))
             continue
         cards = {site: offers[site].card for site in plan.relevant}
+        networks = [] if plan.method == BY_MEANS else list(cards.values())
         taught_by = {t.site for t in plan.teachers if t.relevant and t.teaches}
         found.append(
             Route(
@@ -77,8 +78,8 @@ def routes(
                 plan.relevant,
                 _means(cards, taught_by, plan.method),
                 plan.bytes_moved,
-                expected_seconds(plan.method, own, list(cards.values()), manifest, params.transfer, fast),
-                prediction_cost(plan.method, own, list(cards.values()), params.transfer),
+                expected_seconds(plan.method, own, networks, manifest, params.transfer, fast),
+                prediction_cost(plan.method, own, networks, params.transfer),
             )
         )
     return found
@@ -90,10 +91,14 @@ def route_line(route: Route, chosen: Method) -> str:
     if route.impossible is not None:
         return f"  {mark} {route.method}: not possible: {route.impossible}"
     told = [f"{site} ({f'epsilon {e:g}' if e else 'exact'})" for site, e in route.means.items()]
-    encoder = " and the encoder's" if route.method == ON_STATISTICS else ""
+    encoder = " and the encoder's" if route.method in ENCODED_METHODS else ""
+    means = "class means of " + words(told)
+    if route.method == BY_MEANS:
+        revealed = f"{means}, and no network"
+    else:
+        revealed = f"the networks of {words(route.teachers)}{', and ' + means if told else ''}"
     return (
-        f"  {mark} {route.method}: reveals the networks of {words(route.teachers)}"
-        f"{', and class means of ' + words(told) if told else ''}; "
+        f"  {mark} {route.method}: reveals {revealed}; "
         f"{size(route.bytes)}, about {route.seconds:.0f} s; "
         f"a prediction costs {route.prediction:.1f} of the own network's{encoder}"
     )

@@ -107,7 +107,7 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
             {site: teachers.versions[site].version for site in plan.relevant},
             at_risk(plan),
             next(way.seconds for way in ways if way.method == plan.method),
-            sum(teachers.offers[s].bytes for s in plan.relevant if not teachers.holds(s)),
+            sum(teachers.to_fetch(site, plan.method) for site in plan.relevant),
             ways,
         )
 
@@ -225,7 +225,7 @@ class _Worker:
 
             def provide(site: str, folder: Path) -> None:
                 nonlocal count
-                teachers.provide(site, folder)
+                teachers.provide(site, folder, plan.method)
                 count += 1
                 self._progress(count, len(plan.relevant))
 

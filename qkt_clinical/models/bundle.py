@@ -3,7 +3,8 @@
 A bundle is another organisation's file: nothing in it is run, and sizes, names, shapes, dtypes, digests and
 finiteness are checked before a tensor is used.
 
-A bundle is a folder with ``bundle.json`` (:class:`Card`), ``weights.safetensors`` and, beside them, what
+A bundle is a folder with ``bundle.json`` (:class:`Card`), ``weights.safetensors``, of a teacher
+``means.safetensors`` (class means over a shared encoder's features, in half precision) and, beside them, what
 stages add: ``mask.json`` and ``metrics.json`` for a teacher; ``query.json``, ``plan.json``, ``phases.json``
 and, for method ``routed``, ``experts/<site>/`` for a student; ``reference.json``, which serving reads and
 other hospitals do not fetch.
@@ -11,6 +12,7 @@ other hospitals do not fetch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,10 @@ from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
-from qkt_clinical.models.tensor_file import read_tensors
+from qkt_clinical.models.tensor_file import Specs, read_tensors
 from qkt_clinical.records.card import (
     CARD,
+    MEANS,
     REMEDY,
     WEIGHTS,
     Card,
@@ -40,11 +43,11 @@ from qkt_clinical.records.card import (
 )
 
 CLASS_MEANS = "class_means"
-MEANS_PRIVACY = ("means_epsilon", "means_delta", "shared_epsilon", "shared_delta")
-"""What a card's ``training`` says of the noise on class means."""
 """The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
 ENCODER_MEANS = "encoder_means"
-"""The same over the features of the card's shared encoder."""
+"""The same over the features of the card's shared encoder, in a file of its own."""
+MEANS_PRIVACY = ("means_epsilon", "means_delta", "shared_epsilon", "shared_delta")
+"""What a card's ``training`` says of the noise on class means."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,23 @@ class Bundle:
     class_means: Mapping[int, Tensor]
     """Class to its mean features (F,) over the site's training images; see :mod:`.class_means`."""
     encoder_means: Mapping[int, Tensor]
-    """The same over the features of the card's shared encoder."""
+    """The same over the features of the card's shared encoder; empty where that file was not sent along."""
     mask: Mask | None
     experts: Mapping[str, Bundle]
     digest: str
     """SHA-256 of the card, which holds the weights' own; of the bytes that were parsed."""
+
+
+@dataclass(frozen=True)
+class SharedMeans:
+    """What a teacher says without its network: card, mask and class means."""
+
+    card: Card
+    mask: Mask | None
+    encoder_means: Mapping[int, Tensor]
+    """As in :class:`Bundle`."""
+    digest: str
+    """As in :class:`Bundle`."""
 
 
 def write_bundle(
@@ -74,39 +89,54 @@ def write_bundle(
     """Write weights and card into an existing folder.
 
     Args:
-        card: lacks only ``weights`` and ``class_means``.
+        card: lacks only ``weights``, ``class_means`` and ``encoder_means``.
         class_means: class to its mean features (F,), of a teacher.
         encoder_means: the same over the features of the shared encoder that the card names.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
     """
-    from safetensors.torch import save_file
-
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     if class_means:
         state[CLASS_MEANS] = torch.zeros(network.head.weight.shape)
         for label, mean in class_means.items():
             state[CLASS_MEANS][label] = mean
     shared = SharedEncoder.model_validate(card["shared_encoder"]) if card.get("shared_encoder") else None
+    means = {}
     if shared is not None:
-        state[ENCODER_MEANS] = torch.zeros(network.spec.classes, ENCODERS[shared.name].features)
+        means[ENCODER_MEANS] = torch.zeros(_means_shape(shared, network.spec.classes), dtype=torch.float16)
         for label, mean in encoder_means.items():
-            state[ENCODER_MEANS][label] = mean
-    for name, tensor in state.items():
+            means[ENCODER_MEANS][label] = mean
+    for name, tensor in (state | means).items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(
                 f"tensor {name} is not finite",
                 remedy="Training diverged: lower learning_rate in params.yaml and run again.",
                 site=card.get("site"),
             )
-    path = folder / WEIGHTS
-    save_file(state, path)
-    weights = Weights(bytes=path.stat().st_size, sha256=digest_file(path))
-    made = {"network": network.spec, "weights": weights, "class_means": bool(class_means)}
+    made: dict[str, Any] = {
+        "network": network.spec,
+        "weights": _saved(state, folder / WEIGHTS),
+        "class_means": bool(class_means),
+    }
+    if card["kind"] == "teacher":
+        file = _saved(means, folder / MEANS)
+        made["encoder_means"] = file if means else None
     full = Card.model_validate({**card, **made})
     write_json(folder / CARD, full.model_dump(mode="json"))
     return full
+
+
+def _means_shape(encoder: SharedEncoder, classes: int) -> tuple[int, int]:
+    return classes, ENCODERS[encoder.name].features
+
+
+def _saved(tensors: Mapping[str, Tensor], path: Path) -> Weights:
+    """A file of tensors, written."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path)
+    return Weights(bytes=path.stat().st_size, sha256=digest_file(path))
 
 
 def write_without_means(source: Path, folder: Path) -> Card:
@@ -117,40 +147,74 @@ def write_without_means(source: Path, folder: Path) -> Card:
     """
     bundle = load_bundle(source)
     card = bundle.card.model_dump(
-        mode="json", exclude={"network", "weights", "class_means", "shared_encoder"}
+        mode="json", exclude={"network", "weights", "class_means", "shared_encoder", "encoder_means"}
     )
     training = {k: v for k, v in card["training"].items() if k not in MEANS_PRIVACY}
     return write_bundle(folder, bundle.network, {**card, "training": training})
 
 
-def _read_weights(path: Path, card: Card) -> dict[str, Tensor]:
-    """Tensors of the card's weights file, checked before allocation and hashed while parsed.
+def _read_file(path: Path, card: Card, file: Weights, wanted: Specs, what: str) -> dict[str, Tensor]:
+    """Tensors of a file of the card, checked before allocation and hashed while parsed.
 
     Raises:
-        BundleError: no plain file, or not of the card's size, names, shapes, types or digest.
+        BundleError: no plain file, or not of the card's size, names, shapes, types or digest, or a number in
+            it is not finite.
     """
 
     def refuse(what: str, code: str) -> BundleError:
         return BundleError(what, remedy=REMEDY, file=path, site=card.site, code=f"bundle-{code}")
 
-    named, weights = f"{card.network.name} of the card", card.weights
     try:
-        return read_tensors(
-            path, _wanted(card), refuse, what=named, size=weights.bytes, digest=weights.sha256
-        )[0]
+        found, _ = read_tensors(path, wanted, refuse, what=what, size=file.bytes, digest=file.sha256)
     except OSError as error:
         raise cannot_be_read(error, path, card.site) from None
+    for name, tensor in found.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise refuse(f"tensor {name} is not finite", "values")
+    return found
 
 
 def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The tensors that belong to a card."""
+    """The tensors of a card's weights file."""
     wanted = tensor_specs(card.network)
     if card.class_means:
         wanted[CLASS_MEANS] = wanted["head.weight"]
-    if card.shared_encoder is not None:
-        shape = (card.network.classes, ENCODERS[card.shared_encoder.name].features)
-        wanted[ENCODER_MEANS] = (shape, torch.float32)
+    if card.shared_encoder is not None and card.encoder_means is None:  # an older bundle
+        wanted[ENCODER_MEANS] = (_means_shape(card.shared_encoder, card.network.classes), torch.float32)
     return wanted
+
+
+def _read_means(folder: Path, card: Card) -> Tensor:
+    """Class means over the features of the card's shared encoder, (C, F) in single precision."""
+    assert card.encoder_means is not None
+    assert card.shared_encoder is not None, "the card was checked"
+    shape = _means_shape(card.shared_encoder, card.network.classes)
+    wanted = {ENCODER_MEANS: (shape, torch.float16)}
+    found = _read_file(folder / MEANS, card, card.encoder_means, wanted, "class means of the card")
+    return found[ENCODER_MEANS].float()
+
+
+def _by_class(means: Tensor | tuple[()]) -> dict[int, Tensor]:
+    """Those of classes that have one."""
+    return {c: mean for c, mean in enumerate(means) if bool(mean.any())}
+
+
+def load_shared_means(folder: Path) -> SharedMeans:
+    """Load what a teacher says without its network, after every check.
+
+    Raises:
+        BundleError: as :func:`load_bundle`; also where there are no class means apart from the weights.
+    """
+    card, _, digest = read_card_file(folder)
+    if card.encoder_means is None:
+        raise BundleError(
+            "no class means apart from the network",
+            remedy="Ask the site to train again with shared_encoder in params.yaml.",
+            file=folder / CARD,
+            site=card.site,
+            code="bundle-missing",
+        )
+    return SharedMeans(card, read_mask(folder, card), _by_class(_read_means(folder, card)), digest)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -163,12 +227,8 @@ def load_bundle(folder: Path) -> Bundle:
     """
     card, _, digest = read_card_file(folder)
     path = folder / WEIGHTS
-    state = _read_weights(path, card)
+    state = _read_file(path, card, card.weights, _wanted(card), f"{card.network.name} of the card")
     for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise BundleError(
-                f"tensor {name} is not finite", remedy=REMEDY, file=path, site=card.site, code="bundle-values"
-            )
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise BundleError(
                 f"tensor {name} holds a negative variance",
@@ -177,10 +237,9 @@ def load_bundle(folder: Path) -> Bundle:
                 site=card.site,
                 code="bundle-values",
             )
-    means, encoder_means = (
-        {c: mean for c, mean in enumerate(state.pop(name, ())) if bool(mean.any())}
-        for name in (CLASS_MEANS, ENCODER_MEANS)
-    )
+    means, encoder_means = (_by_class(state.pop(name, ())) for name in (CLASS_MEANS, ENCODER_MEANS))
+    if card.encoder_means is not None and os.path.lexists(folder / MEANS):
+        encoder_means = _by_class(_read_means(folder, card))
     network = outline(card.network)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(True).eval()

@@ -51,8 +51,7 @@ def read_offer(folder: Path, site: str) -> Offer:
             site=site,
             code="bundle-missing",
         )
-    size = card_bytes + mask.bytes + weights.stat().st_size
-    return Offer(card, mask.mask, size, digest)
+    return Offer(card, mask.mask, card_bytes + mask.bytes, digest)
 
 
 def read_image_statistics(folder: Path) -> ImageStatistics | None:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
-from qkt_clinical.catalog import ON_STATISTICS, Method
+from qkt_clinical.catalog import ENCODED_METHODS, Method
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
@@ -113,7 +113,7 @@ class LocalData:
     calibration: tuple[Images, Labels]
     normalisation: str = "unit"
     encoded: EncodedImages | None = None
-    """For ``qkt-statistics``."""
+    """For methods by class means over one."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ValidQuery:
     method: Method
     budget: float
     encoded: EncodedImages | None = None
-    """Of the same images; for ``qkt-statistics`` alone."""
+    """Of the same images; for methods by class means over the encoder."""
 
     @property
     def relevant(self) -> tuple[int, ...]:
@@ -366,7 +366,7 @@ def validate(
             remedy="Raise ingest.splits.calibration in params.yaml or add patients.",
             code="no-calibration",
         )
-    encoded = data.encoded if method == ON_STATISTICS else None
+    encoded = data.encoded if method in ENCODED_METHODS else None
     if encoded is not None:
         encoded = replace(encoded, calibration=encoded.calibration[kept])
     if method == "qkt-light":
@@ -785,23 +785,37 @@ def learned_images(question: ValidQuery, settings: PhaseSettings) -> OwnImages:
 
 
 def set_operating_point(
-    question: ValidQuery, screened: Screened, merged: Merged, refined: Refined, settings: PhaseSettings
+    question: ValidQuery,
+    screened: Screened,
+    merged: Merged,
+    refined: Refined,
+    settings: PhaseSettings,
+    *,
+    on_training: bool = True,
 ) -> OperatingPoint:
     """Set the offset that keeps the budget on the hospital's own images.
 
     On calibration images, and on training images brought to their level: where the scores of a few dozen
     images end is chance, and these are several times as many.
 
+    Args:
+        on_training: whether on training images too. What the own network alone says of these is not what it
+            says of others.
+
     Raises:
         QueryError: the student's answers are not finite (``unsound-network``).
     """
-    held_out, learned = held_out_images(question, screened), learned_images(question, settings)
+    held_out = held_out_images(question, screened)
     logits = student_logits(question, screened, merged, refined, held_out, settings)
     scores, labels = scores_to_keep(question, held_out, logits, settings)
-    more = student_logits(question, screened, merged, refined, learned, settings)
-    trained = as_if_held_out(*scores_to_keep(question, learned, more, settings), scores, labels)
+    both = scores
+    if on_training:
+        learned = learned_images(question, settings)
+        more = student_logits(question, screened, merged, refined, learned, settings)
+        trained = as_if_held_out(*scores_to_keep(question, learned, more, settings), scores, labels)
+        both = torch.cat([scores, trained])
     lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
-    share, both = lost / len(held_out.labels), torch.cat([scores, trained])
+    share = lost / len(held_out.labels)
     offset = offset_for_budget(both, question.budget, lost=share)
     point = operating_point_at(question, screened, merged, both, offset)
     return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
@@ -903,12 +917,15 @@ def answer_query(
 ) -> Answer:
     """Answer a query: ``qkt`` (one network), ``qkt-light`` (seconds) or ``routed`` (experts).
 
+    ``qkt-means`` is :func:`qkt_clinical.qkt.by_means.answer_by_means`.
+
     Args:
         student: the asking hospital's own network; left as it is.
         teachers: relevant teachers only, those that know a class of the query or a local one; each query
             class is known by at least one.
         data: the asking hospital's own images.
         query: class indices.
+        method: one of ``BY_NETWORKS``.
         budget: at most this share of the hospital's own images may go to the query.
 
     Raises:

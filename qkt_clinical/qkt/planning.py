@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qkt_clinical.catalog import ON_STATISTICS
+from qkt_clinical.catalog import BY_MEANS, ENCODED_METHODS
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.errors import QueryError
 from qkt_clinical.records.card import ImageStatistics
@@ -15,6 +15,7 @@ from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 
 UNLIKE = 0.3
 """An image shift beyond it is told as a warning; ``python -m benchmarks.shift`` prints those of sites."""
+NO_MEANS = "shares no class means by the hospital's encoder"
 LEAST_SPREAD = 0.01
 """Added to every standard deviation: channels that are the same everywhere have none."""
 
@@ -58,7 +59,8 @@ def assess_offer(
     """Decide from its card and mask whether a teacher is relevant to the query.
 
     One that knows only classes of the hospital's own does too: images of the query are strange to it.
-    ``qkt-light`` goes without those. How far its images lie from the hospital's is told, and decides nothing.
+    ``qkt-light`` and ``qkt-means`` go without those. How far its images lie from the hospital's is told, and
+    decides nothing.
 
     Args:
         images: of the asking hospital, where they are known.
@@ -67,7 +69,8 @@ def assess_offer(
     wanted = [c for c in query.classes if c in mask.classes]
     teaches = tuple(c for c in wanted if mask.knows(c))
     rivals = tuple(c for c in asking.local(query) if mask.knows(c))
-    included = bool(rivals) and query.method != "qkt-light"
+    light = query.method in ("qkt-light", BY_MEANS)
+    included = bool(rivals) and not light
     if card.site in query.exclude_teachers:
         reason = "excluded by the query"
     elif card.classes != asking.classes:
@@ -79,7 +82,11 @@ def assess_offer(
         )
     elif not teaches and not included:
         reason = "does not know " + " or ".join(query.classes)
-        reason += " or a class of the hospital's own" if query.method != "qkt-light" else ""
+        reason += "" if light else " or a class of the hospital's own"
+    elif query.method == BY_MEANS and (
+        card.encoder_means is None or card.shared_encoder != asking.shared_encoder
+    ):
+        reason = NO_MEANS
     else:
         reason = ""
     shift = (
@@ -96,7 +103,7 @@ def assess_offer(
         known=tuple(c for c, k in zip(mask.classes, mask.known, strict=True) if k),
         scores={c: mask.scores[mask.classes.index(c)] for c in wanted},
         threshold=mask.threshold,
-        bytes=offer.bytes,
+        bytes=offer.bytes_moved(query.method),
         digest=offer.digest,
         image_shift=None if shift is None else round(shift, 3),
     )
@@ -127,20 +134,24 @@ def _capped(candidates: Sequence[Candidate], query: QueryConfig) -> list[Candida
 
 
 def _check_encoder(
-    hospital: str, asking: Asking, offers: Sequence[Offer], candidates: Sequence[Candidate]
+    hospital: str,
+    asking: Asking,
+    query: QueryConfig,
+    offers: Sequence[Offer],
+    candidates: Sequence[Candidate],
 ) -> None:
-    """Refuse ``qkt-statistics`` where a query class has no class means by the hospital's own encoder."""
+    """Refuse a method by class means where a query class has none by the hospital's own encoder."""
     encoder = asking.shared_encoder
     if encoder is None:
         raise QueryError(
-            f"method {ON_STATISTICS} takes an encoder that hospitals have in common, and none is set here",
+            f"method {query.method} takes an encoder that hospitals have in common, and none is set here",
             remedy="Set shared_encoder in params.yaml (docs/encoders.md), or method: qkt in the query file.",
             code="no-encoder",
             site=hospital,
             stage="plan",
         )
     have = {o.card.site for o in offers if o.card.shared_encoder == encoder}
-    asked = {c for t in candidates if t.relevant for c in t.teaches}
+    asked = _taught(candidates)
     held = {c for t in candidates if t.relevant and t.site in have for c in t.teaches}
     if without := sorted(asked - held):
         others = {o.card.site: o.card.shared_encoder for o in offers if o.card.shared_encoder}
@@ -148,11 +159,16 @@ def _check_encoder(
         raise QueryError(
             f"no teacher of {', '.join(without)} shares class means by {encoder.name} of {encoder.side} "
             f"pixels, {encoder.digest[:8]}; others': {said or 'none'}",
-            remedy="Agree on one encoder, or set method: qkt in the query file.",
+            remedy="Agree on one encoder and train with it again, or set method: qkt in the query file.",
             code="no-encoder",
             site=hospital,
             stage="plan",
         )
+
+
+def _taught(candidates: Iterable[Candidate]) -> set[str]:
+    """Query classes that somebody teaches who can be used, or could if class means were shared."""
+    return {c for t in candidates if t.relevant or t.reason == NO_MEANS for c in t.teaches}
 
 
 def make_plan(
@@ -185,7 +201,7 @@ def make_plan(
         )
     others = sorted((o for o in offers if o.card.site != hospital), key=lambda o: o.card.site)
     candidates = _capped([assess_offer(offer, asking, query, images) for offer in others], query)
-    covered = {c for t in candidates if t.relevant for c in t.teaches}
+    covered = _taught(candidates)
     uncovered = tuple(c for c in query.classes if c not in covered)
     if uncovered:
         scores = {
@@ -201,8 +217,8 @@ def make_plan(
             site=hospital,
             stage="plan",
         )
-    if query.method == ON_STATISTICS:
-        _check_encoder(hospital, asking, others, candidates)
+    if query.method in ENCODED_METHODS:
+        _check_encoder(hospital, asking, query, others, candidates)
     local = asking.local(query)
     if not local:
         raise QueryError(

@@ -23,7 +23,9 @@ from qkt_clinical.config.params import EncoderFile
 from qkt_clinical.errors import BundleError, typed
 
 CARD, WEIGHTS, MASK, REFERENCE = "bundle.json", "weights.safetensors", "mask.json", "reference.json"
-MAX_JSON_BYTES = 4_000_000
+MEANS = "means.safetensors"
+"""Class means over the features of a shared encoder; empty where there is none."""
+MAX_JSON_BYTES, MAX_MEANS_BYTES = 4_000_000, 8_000_000
 REMEDY = "Ask the site that made it to send it again; nothing of it was used."
 
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
@@ -203,7 +205,7 @@ class SharedEncoder(Strict):
 
 
 class Weights(Strict):
-    """The weights file that belongs to the card."""
+    """A file of tensors that belongs to the card."""
 
     bytes: Annotated[int, Field(ge=1)]
     sha256: Sha256
@@ -254,7 +256,7 @@ class DecisionRule(Strict):
 class Card(_Later):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    LATER = ("shared_encoder",)
+    LATER = ("shared_encoder", "encoder_means")
     format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
     """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
@@ -274,7 +276,9 @@ class Card(_Later):
     Of which is not said here: who is shown a card need not be given the weights.
     """
     shared_encoder: SharedEncoder | None = None
-    """Over whose features the weights file holds class means too."""
+    """Over whose features there are class means too."""
+    encoder_means: Weights | None = None
+    """The file of these; None where there are none, or where the weights file of an older bundle has them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -289,6 +293,8 @@ class Card(_Later):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
+        if self.encoder_means and not self.shared_encoder:
+            raise ValueError("class means of an encoder that is not named")
         if (self.class_means or self.shared_encoder) and self.kind == "student":
             raise ValueError("a student has no class means")
         if (self.kind == "student") != (self.decision is not None):
@@ -298,6 +304,15 @@ class Card(_Later):
         if self.decision and max(self.decision.relevant) >= len(self.classes):
             raise ValueError("the decision names a class that is not there")
         return self
+
+
+def most_bytes(card: Card, name: str) -> int:
+    """Bytes that a file of a card's bundle may have."""
+    files = {WEIGHTS: card.weights, MEANS: card.encoder_means}
+    if name not in files:
+        return MAX_JSON_BYTES
+    file = files[name]
+    return 0 if file is None else file.bytes
 
 
 def told_epsilon(card: Card, key: str) -> float | None:

@@ -8,19 +8,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from qkt_clinical.catalog import Method
+from qkt_clinical.catalog import BY_MEANS, ENCODED_METHODS, Method
 from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import Classes, ClassName, Name, Sha256, Strict
 from qkt_clinical.config.params import EncoderFile
 from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.errors import QueryError
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, WEIGHTS, Card, Mask, SharedEncoder
+from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, MEANS, WEIGHTS, Card, Mask, SharedEncoder
 
 Count = Annotated[int, Field(ge=0)]
 
 SHARED = (CARD, WEIGHTS, MASK)
-"""The files of a teacher bundle that leave its site: no metrics, no curves."""
+"""The files of a teacher bundle that leave its site: no metrics, no curves.
+
+Where it has class means over a shared encoder, these too: see :func:`shared_files`.
+"""
+
+
+def shared_files(card: Card) -> tuple[str, ...]:
+    """All files of a teacher bundle that leave its site."""
+    return SHARED if card.encoder_means is None else (*SHARED, MEANS)
+
+
+def moved_files(card: Card, method: Method) -> tuple[str, ...]:
+    """Those of them that a query moves: what its method does not take stays where it is."""
+    means = (MEANS,) if card.encoder_means is not None and method in ENCODED_METHODS else ()
+    return (CARD, MASK, *means) if method == BY_MEANS else (*SHARED, *means)
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,17 @@ class Offer:
 
     card: Card
     mask: Mask
-    bytes: int
-    """Of the files in :data:`SHARED`."""
+    described: int
+    """Bytes of both."""
     digest: str
     """SHA-256 of the card, which contains that of the weights."""
+
+    def bytes_moved(self, method: Method) -> int:
+        """Bytes of :func:`moved_files`."""
+        files = moved_files(self.card, method)
+        weights = self.card.weights.bytes if WEIGHTS in files else 0
+        means = self.card.encoder_means
+        return self.described + weights + (means.bytes if means is not None and MEANS in files else 0)
 
 
 class Candidate(Strict):
@@ -92,7 +113,7 @@ class Asking(Strict):
     shape: Annotated[tuple[int, ...], Field(max_length=4)]
     normalisation: Literal["unit", "zscore"]
     shared_encoder: SharedEncoder | None = None
-    """That it has, for ``qkt-statistics``."""
+    """That it has, for methods by class means over one."""
 
     @classmethod
     def of(cls, manifest: Manifest, encoder: EncoderFile | None = None) -> Asking:

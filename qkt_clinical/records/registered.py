@@ -19,7 +19,16 @@ from qkt_clinical.common.files import digest_bytes
 from qkt_clinical.config.base import NAME
 from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
-from qkt_clinical.records.card import CARD, MASK, MAX_JSON_BYTES, REFERENCE, WEIGHTS, Card
+from qkt_clinical.records.card import (
+    CARD,
+    MASK,
+    MAX_JSON_BYTES,
+    MAX_MEANS_BYTES,
+    MEANS,
+    REFERENCE,
+    WEIGHTS,
+    Card,
+)
 from qkt_clinical.records.decisions import RegistryError, site_of
 
 LOADER = "qkt_clinical.serving"
@@ -52,6 +61,7 @@ DOWNLOADED = "registered_model_meta"
 BUNDLE = {
     **dict.fromkeys((CARD, MASK, REFERENCE, "query.json", "plan.json"), MAX_JSON_BYTES),
     "phases.json": 16 * MAX_JSON_BYTES,
+    MEANS: MAX_MEANS_BYTES,
     WEIGHTS: MAX_WEIGHTS_BYTES,
 }
 EXPERT = {name: BUNDLE[name] for name in (CARD, MASK, REFERENCE, WEIGHTS)}

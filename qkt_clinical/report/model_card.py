@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from qkt_clinical import __version__
+from qkt_clinical.catalog import BY_MEANS
 from qkt_clinical.common.disclosure import shown_count, too_few
 from qkt_clinical.common.files import digest_bytes, digest_file, to_json
 from qkt_clinical.config.params import Params
@@ -74,6 +75,9 @@ METHODS = {
     "qkt-statistics": "One network. As with qkt, it took up the relevant teachers' extractors beside its "
     "own; a pretrained encoder that the hospitals have in common stands beside them, with what class means "
     "of its features say.",
+    "qkt-means": "One network: the hospital's own, and beside it a pretrained encoder that the hospitals "
+    "have in common, with what other hospitals' class means of its features say. No other hospital's "
+    "network took part.",
     "routed": "Several networks side by side: the hospital's own and the relevant teachers', unreduced, each "
     "used for the classes that it knows.",
 }
@@ -272,7 +276,7 @@ def _class_means_privacy(card: Card) -> tuple[str, ...]:
         for whose, epsilon in means
     )
     return (
-        "The weights file holds mean features of every class of five training images or more, some hundred "
+        "Its files hold mean features of every class of five training images or more, some hundred "
         f"numbers a class: {told} (docs/privacy.md).",
     )
 
@@ -282,6 +286,11 @@ def _student_privacy(query: AnswerOutputs) -> tuple[str, ...]:
     method = query.plan.method
     if not teachers:
         holds = "It holds no other hospital's network."
+    elif method == BY_MEANS:
+        holds = (
+            f"It holds no other hospital's network; rows of its head were made from class means of "
+            f"{', '.join(teachers)}."
+        )
     elif method == "routed":
         holds = f"It holds whole copies of the teachers of {', '.join(teachers)}."
     else:

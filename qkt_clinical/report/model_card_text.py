@@ -155,8 +155,8 @@ def to_markdown(card: ModelCard) -> str:
         lines += [
             "## Calibration and operating point",
             "",
-            f"{_errors(c)}{_false_queries(c)}, on {c.own_images} of the hospital's own images."
-            " It was set on these: calibration and training images.",
+            f"{_errors(c)}{_false_queries(c)}, on the {c.own_images} of the hospital's own images on which "
+            "it was set.",
             "",
             *_table(("class asked for", "offset"), [[_plain(n), f"{v:+.4f}"] for n, v in c.offsets.items()]),
         ]

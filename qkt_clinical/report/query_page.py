@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from qkt_clinical import __version__
+from qkt_clinical.catalog import BY_MEANS
 from qkt_clinical.common import wording
 from qkt_clinical.qkt.planning import UNLIKE, at_risk
 from qkt_clinical.records.base import Estimate
@@ -39,7 +40,12 @@ def relevant(answer: AnswerOutputs) -> tuple[str, ...]:
 
 
 def voices(answer: AnswerOutputs) -> list[Voice]:
-    """Shares of the hospital's own network and the fetched teachers in the consensus, per relevant class."""
+    """Shares of the hospital's own network and the fetched teachers in the consensus, per relevant class.
+
+    Empty where no other network took part.
+    """
+    if answer.plan.method == BY_MEANS:
+        return []
     plan, second = answer.plan, answer.phases.phase2
     excluded = {t.site for t in answer.phases.screening if not t.included}
     struck_out = {t.site: {*t.unverified, *t.misnamed} for t in answer.phases.screening}

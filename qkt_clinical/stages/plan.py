@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qkt_clinical.common.files import TooLarge, copy_plain, new_folder, write_json
@@ -13,20 +13,20 @@ from qkt_clinical.data.prepared import read_manifest
 from qkt_clinical.errors import BundleError, by_disk
 from qkt_clinical.models.offers import read_image_statistics, read_offer
 from qkt_clinical.qkt.planning import make_plan
-from qkt_clinical.records.card import MAX_JSON_BYTES, REMEDY, WEIGHTS, cannot_be_read, read_card
-from qkt_clinical.records.plan import SHARED, Asking, Plan
+from qkt_clinical.records.card import REMEDY, cannot_be_read, most_bytes, read_card
+from qkt_clinical.records.plan import SHARED, Asking, Plan, moved_files
 
 
-def copy_bundle(source: Path, target: Path, site: str) -> None:
+def copy_bundle(source: Path, target: Path, site: str, names: Sequence[str] = SHARED) -> None:
     """Copy a teacher's files into a folder: plain files, no larger than its card says.
 
     Raises:
         BundleError: a file is none of these, or is not there.
     """
-    weights = read_card(source).weights
+    card = read_card(source)
     try:
-        for name in SHARED:
-            copy_plain(source / name, target / name, weights.bytes if name == WEIGHTS else MAX_JSON_BYTES)
+        for name in names:
+            copy_plain(source / name, target / name, most_bytes(card, name))
     except TooLarge:
         raise BundleError(
             f"{name} is larger than its card says", remedy=REMEDY, file=source, site=site, code="bundle-size"
@@ -50,7 +50,8 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     plan = make_plan(hospital, name, query, Asking.of(manifest, params.shared_encoder), offers, images)
 
     def provide(site: str, folder: Path) -> None:
-        copy_bundle(space.teacher(site), folder, site)
+        files = moved_files(read_card(space.teacher(site)), plan.method)
+        copy_bundle(space.teacher(site), folder, site, files)
 
     write_fetched(space.fetched(hospital, name), plan, provide)
     return plan

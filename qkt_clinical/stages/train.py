@@ -41,7 +41,7 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.models.private_means import private_means
-from qkt_clinical.records.card import CARD, REFERENCE, WEIGHTS, InputSpec, SharedEncoder
+from qkt_clinical.records.card import CARD, MEANS, REFERENCE, WEIGHTS, InputSpec, SharedEncoder
 from qkt_clinical.records.reading import write_record
 from qkt_clinical.records.training import TeacherMetrics, TrainingCurves
 from qkt_clinical.stages.encoding import SiteEncoder
@@ -52,7 +52,7 @@ from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
 
 METRICS, CURVES = "metrics.json", "curves.json"
-MADE = (METRICS, CURVES, REFERENCE, WEIGHTS, CARD)
+MADE = (METRICS, CURVES, REFERENCE, MEANS, WEIGHTS, CARD)
 """The stage's files; the card last, it names the weights."""
 
 

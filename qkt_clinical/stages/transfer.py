@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from qkt_clinical import __version__
-from qkt_clinical.catalog import DEFAULT_TASK, ON_STATISTICS
+from qkt_clinical.catalog import BY_MEANS, DEFAULT_TASK, ENCODED_METHODS
 from qkt_clinical.common.disclosure import shown_count, shown_share, shown_total
 from qkt_clinical.common.files import digest_file, new_folder, write_json
 from qkt_clinical.common.seeding import derive
@@ -19,11 +20,12 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Labels, PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
-from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.models.bundle import Bundle, SharedMeans, load_bundle, load_shared_means, write_bundle
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.adaptation import AdaptationResult
 from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
+from qkt_clinical.qkt.by_means import answer_by_means
 from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
@@ -40,13 +42,16 @@ CARD_PHASE1 = "transplant"
 """How cards name a merged low-rank network since the first version; their bytes stay."""
 
 
-def _fetched(folder: Path, plan: Plan, own: Bundle) -> list[Bundle]:
-    """Load the plan's relevant bundles, and check that they have not changed since the plan was made."""
+Loaded = TypeVar("Loaded", Bundle, SharedMeans)
+
+
+def _fetched(folder: Path, plan: Plan, own: Bundle, load: Callable[[Path], Loaded]) -> list[Loaded]:
+    """Load what the plan's relevant teachers sent, and check that it is what was planned with."""
     bundles = []
     for candidate in plan.teachers:
         if not candidate.relevant:
             continue
-        bundle = load_bundle(folder / "teachers" / candidate.site)
+        bundle = load(folder / "teachers" / candidate.site)
         if bundle.card.site != candidate.site or bundle.digest != candidate.digest:
             raise QueryError(
                 "a fetched bundle is not the planned one",
@@ -69,12 +74,25 @@ def _encoded(root: Path, prepared: PreparedSite, params: Params, device: torch.d
     """The hospital's images as features of the shared encoder."""
     if params.shared_encoder is None:
         raise QueryError(
-            f"method {ON_STATISTICS} takes an encoder that hospitals have in common, and none is set here",
+            "the method takes an encoder that hospitals have in common, and none is set here",
             remedy="Set shared_encoder in params.yaml and plan the query again.",
             code="no-encoder",
         )
     site = SiteEncoder(root, params.shared_encoder, prepared, device)
     return EncodedImages(site.extractor, site.features("train"), site.features("calibration"))
+
+
+def _means_of_known(said: SharedMeans, encoder: SharedEncoder | None) -> dict[int, torch.Tensor]:
+    """A teacher's class means by the hospital's own encoder, of the classes that its mask says it knows.
+
+    Raises:
+        QueryError: it has no mask.
+    """
+    if said.mask is None:
+        raise QueryError("teacher without a mask", remedy="Plan the query again.", site=said.card.site)
+    if said.card.shared_encoder != encoder:
+        return {}
+    return {c: mean for c, mean in said.encoder_means.items() if said.mask.known[c]}
 
 
 def _verified(bundle: Bundle, params: Params) -> tuple[int, ...]:
@@ -92,10 +110,12 @@ def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> No
     """Remove claims that were not verified from the masks of a student's experts."""
     sent = {bundle.card.site: bundle.mask for bundle in bundles}
     for teacher in answer.teachers:
+        if teacher.site not in answer.decision.experts:
+            continue
         mask = sent[teacher.site]
         assert mask is not None, "a teacher has one"
         known = tuple(i in teacher.claimed for i in range(len(mask.classes)))
-        if teacher.site in answer.decision.experts and known != mask.known:
+        if known != mask.known:
             scores = tuple(
                 0.0 if was and not now else s
                 for was, now, s in zip(mask.known, known, mask.scores, strict=True)
@@ -118,10 +138,11 @@ def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer
         if teacher.share:
             card = sent[teacher.site].card
             said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
-            written = card.model_dump(mode="json", exclude={"network", "weights", "class_means"})
+            apart = {"network", "weights", "class_means", "shared_encoder", "encoder_means"}
+            written = card.model_dump(mode="json", exclude=apart)
             adapted = {**written, "training": {**written["training"], **said}}
             bundle = sent[teacher.site]
-            write_bundle(target, teacher.network, adapted, bundle.class_means, bundle.encoder_means)
+            write_bundle(target, teacher.network, adapted, bundle.class_means)
     correct_masks(folder, bundles, answer)
 
 
@@ -204,34 +225,40 @@ def transfer_query(
             remedy="Run 'qkt plan' for this query again.",
             code="plan-outdated",
         )
-    bundles = _fetched(fetched, plan, own)
     where = pick_device(device or params.device)
     classes = own.card.classes
     encoded, shared = None, SharedEncoder.of(params.shared_encoder)
-    if query.method == ON_STATISTICS:
+    if query.method in ENCODED_METHODS:
         encoded = _encoded(root, prepared, params, where)
     data = LocalData(
         prepared.part("train"), prepared.part("calibration"), prepared.manifest.normalisation, encoded
     )
-    teachers = [
-        Teacher.of(b, _verified(b, params) if params.transfer.screening else None, encoder=shared)
-        for b in bundles
-    ]
+    wanted = [classes.index(c) for c in query.classes]
+    common: Any = {
+        "task": task,
+        "budget": query.budget,
+        "params": params.transfer,
+        "seed": derive(params.seed, "transfer", hospital, name),
+        "device": where,
+    }
+    bundles: list[Bundle] = []
     try:
         with sample_system_metrics() as samples:
-            answer = answer_query(
-                own.network,
-                teachers,
-                data,
-                [classes.index(c) for c in query.classes],
-                task=task,
-                method=query.method,
-                budget=query.budget,
-                params=params.transfer,
-                seed=derive(params.seed, "transfer", hospital, name),
-                device=where,
-                progress=progress,
-            )
+            if query.method == BY_MEANS:
+                said = {
+                    s.card.site: _means_of_known(s, shared)
+                    for s in _fetched(fetched, plan, own, load_shared_means)
+                }
+                answer = answer_by_means(own.network, said, data, wanted, **common)
+            else:
+                bundles = _fetched(fetched, plan, own, load_bundle)
+                teachers = [
+                    Teacher.of(b, _verified(b, params) if params.transfer.screening else None, encoder=shared)
+                    for b in bundles
+                ]
+                answer = answer_query(
+                    own.network, teachers, data, wanted, method=query.method, progress=progress, **common
+                )
     except QueryError as error:
         raise error.at(stage="transfer", site=hospital) from None
     phases = make_record(answer, classes, data.calibration[1], task=task)

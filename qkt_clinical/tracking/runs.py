@@ -18,13 +18,14 @@ from qkt_clinical.records.card import CARD, MASK, REFERENCE, Card
 from qkt_clinical.records.decisions import NONE
 from qkt_clinical.records.model_card import ModelCard
 from qkt_clinical.records.outputs import AnswerOutputs, Outputs, QueryOutputs, SiteOutputs, flat
-from qkt_clinical.records.plan import SHARED
+from qkt_clinical.records.plan import shared_files
 from qkt_clinical.records.published import PublishedEvaluation, PublishedScores
 from qkt_clinical.report.model_card import student_model_card, teacher_model_card, unmeasured_model_card
 from qkt_clinical.report.model_card_text import to_markdown, to_summary
 from qkt_clinical.report.page import gain_bars, recall_bars, render_chart, render_reliability
 
 DIGEST, KIND, GATE, VERDICT = "qkt.digest", "qkt.kind", "qkt.gate", "qkt.verdict"
+CARD_DIGEST = "qkt.bundle"
 
 MAX_PARAM, MAX_TAG, MAX_NOTE = 6000, 5000, 5000
 
@@ -124,7 +125,9 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
         **flat("train", params.train.model_dump(mode="json")),
         **flat("mask", params.mask.model_dump(mode="json")),
     }
-    files = {n: site.teacher / n for n in (*SHARED, REFERENCE) if (site.teacher / n).is_file()}
+    files = {
+        n: site.teacher / n for n in (*shared_files(site.card), REFERENCE) if (site.teacher / n).is_file()
+    }
     # The figures of training are the run's; whoever fetches the teacher has no use for them.
     registered = digest_folder(site.teacher, files)
     known = [] if site.mask is None else [c for c in site.card.classes if site.mask.knows(c)]
@@ -137,7 +140,7 @@ def site_item(site: SiteOutputs, params: Params) -> Item | None:
             metrics["balanced_accuracy"] = told.balanced_accuracy
     note = f"Teacher of {site.name}: {site.card.network.name}, knows {words(known) or 'nothing by its mask'}."
     bundle = str(site.card_digest)
-    tags = {"qkt.site": site.name, "qkt.bundle": bundle, "qkt.data": site.data_digest or "not here"}
+    tags = {"qkt.site": site.name, CARD_DIGEST: bundle, "qkt.data": site.data_digest or "not here"}
     card = teacher_model_card(site, params)
     return Item(
         kind="site",
@@ -195,7 +198,7 @@ def _answer_tags(answer: AnswerOutputs, site: SiteOutputs | None) -> dict[str, s
         "qkt.site": answer.plan.hospital,
         "qkt.query": answer.plan.query,
         "qkt.method": answer.plan.method,
-        "qkt.bundle": answer.card_digest,
+        CARD_DIGEST: answer.card_digest,
         "qkt.data": (site.data_digest if site else None) or "not here",
     }
 
@@ -323,7 +326,7 @@ def query_item(query: QueryOutputs, outputs: Outputs) -> Item:
 def with_system_metrics(item: Item, scratch: Path) -> Item:
     """The item with MLflow's "system metrics" of making its model, if they were sampled."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for step, sample in enumerate(read_system_metrics(scratch, item.tags.get("qkt.bundle", ""))):
+    for step, sample in enumerate(read_system_metrics(scratch, item.tags.get(CARD_DIGEST, ""))):
         for name, value in sample.items():
             series.setdefault(f"system/{name}", []).append((step, value))
     return replace(item, curves={**item.curves, **series})

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qkt_clinical.config.base import NAME
+from qkt_clinical.records.card import CARD
 from qkt_clinical.records.decisions import CHAMPION
-from qkt_clinical.records.registered import SHA256
+from qkt_clinical.records.registered import SHA256, unsound
 from qkt_clinical.tracking.client import LISTED, pages
 from qkt_clinical.tracking.mirror import ALIAS
-from qkt_clinical.tracking.runs import DIGEST
+from qkt_clinical.tracking.runs import CARD_DIGEST, DIGEST
 from qkt_clinical.tracking.version_files import VersionFiles
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Registered(NamedTuple):
     version: str
     digest: str
     """Of its bundle, as it was registered."""
+    card: str = ""
+    """SHA-256 of its card, likewise."""
 
     @property
     def model(self) -> str:
@@ -66,14 +69,15 @@ def _registered(client: MlflowClient, model: RegisteredModel) -> Registered | st
     if number is None:
         return "neither champion nor candidate"
     try:
-        digest = client.get_model_version(model.name, str(number)).tags.get(DIGEST)
+        tags = client.get_model_version(model.name, str(number)).tags
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return "its version is gone"
-    if not SHA256.fullmatch(str(digest)):
+    digest = str(tags.get(DIGEST))
+    if not SHA256.fullmatch(digest):
         return "not registered by 'qkt track'"
-    return Registered(site, str(number), str(digest))
+    return Registered(site, str(number), digest, str(tags.get(CARD_DIGEST)))
 
 
 def _files(teacher: Registered) -> VersionFiles:
@@ -99,6 +103,20 @@ def fetch_file(teacher: Registered, name: str, target: Path, max_bytes: int) -> 
     """
     files = _files(teacher)
     return files.save(f"{files.data}/{name}", target, max_bytes)
+
+
+def check_card(teacher: Registered, digest: str) -> None:
+    """Check a registered teacher's card alone, which holds the digests of its other files.
+
+    Args:
+        teacher: as in :func:`registered_teachers`.
+        digest: SHA-256 of the card that was fetched.
+
+    Raises:
+        UnsoundVersion: it is another.
+    """
+    if digest != teacher.card:
+        raise unsound(f"{CARD} of {teacher.model} is not the one that was registered")
 
 
 def check_teacher_version(teacher: Registered, known: Mapping[str, str]) -> None:

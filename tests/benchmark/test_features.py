@@ -19,7 +19,6 @@ from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.runner import FEATURES, KEY, RESULT, WORK, federations_of, run
 from qkt_clinical.benchmark.settings import (
-    MEANS_ALONE,
     SETUPS,
     STATISTICS_EXACT,
     BenchmarkSettings,
@@ -37,6 +36,7 @@ from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
 from qkt_clinical.qkt.answer import Answer
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.records.card import CARD, MASK
 from qkt_clinical.task import MULTICLASS
 from tests.baselines.test_statistics import head_of
 from tests.benchmark.test_benchmark import QUICK, write_npz
@@ -293,15 +293,16 @@ def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str
     written = scores_of(student, answers[0].decision, [], case.inputs, CPU)
     assert torch.allclose(written, exact.scores, atol=1e-4)
     assert not torch.allclose(plain.scores, exact.scores, atol=1e-2)
-    # What leaves beside the bundles: a mean of 64 numbers for every class of each teacher.
-    teachers = methods_room.relevant_teachers(case, SETUPS[STATISTICS_EXACT]).values()
-    sent = sum(len(t.encoder_means) for t in teachers)
-    assert sent > 0
-    assert exact.bytes_moved - plain.bytes_moved == 4 * 64 * sent
+    # What leaves beside the bundles: of every teacher 64 numbers in half precision for each of four classes.
+    teachers = methods_room.relevant_teachers(case, SETUPS[STATISTICS_EXACT])
+    assert exact.bytes_moved - plain.bytes_moved == 2 * 64 * 4 * len(teachers) > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
-        alone = methods_room.qkt(case, SETUPS[MEANS_ALONE])
-    assert alone.bytes_moved == 4 * 64 * sent, "nobody's network"
+        alone = methods_room.qkt(case, SETUPS["qkt-means"])
+    asked = methods_room.relevant_teachers(case, SETUPS["qkt-means"])
+    assert 0 < len(asked) < len(teachers), "only those that know the query"
+    described = sum(case.store.bytes(name, (CARD, MASK)) for name in asked)
+    assert alone.bytes_moved == 2 * 64 * 4 * len(asked) + described, "nobody's network"
     assert alone.cost is not None
     assert plain.cost is not None
     assert 1 < alone.cost < plain.cost

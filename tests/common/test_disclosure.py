@@ -168,5 +168,8 @@ def test_stages_write_no_figure_of_few_images(tmp_path: Path) -> None:
     item = answer_item(answer, outputs)
     assert item.metrics["given_away"] == 0.0
     card = unmeasured_model_card(answer, outputs)
-    assert "False-query rate 0.0%, budget 3.0%, on ≥5 of the hospital's own images." in to_markdown(card)
+    assert (
+        "False-query rate 0.0%, budget 3.0%, on the ≥5 of the hospital's own images on which it was set."
+        in to_markdown(card)
+    )
     assert "False-query rate 0.0%" in to_summary(card)

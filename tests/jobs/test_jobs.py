@@ -357,16 +357,20 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path) -> None:
         return cost.expected_seconds(method, card, [card] * teachers, manifest, params, fast)
 
     # One calibration image; 3.5 times (layers + 1) / 2 passes of at least 16 views for every teacher.
+    # Its operating point is set on the training images too.
     work, layers = cost._work(card.network, manifest.shape, params.rank)
     assert work > 1e5
-    assert seconds("routed", 2) == pytest.approx(4 * 3 * work / 1e6)
-    assert seconds("qkt", 2) == pytest.approx((3 + 2 * 3.5 * 16 * (layers + 1) / 2) * work / 1e6)
-    # Phase 2 sees the calibration image once more, and the training images.
     seen = sum(manifest.counts["train"].values())
+    assert seconds("routed", 2) == pytest.approx(4 * 3 * (1 + seen) * work / 1e6)
+    merging = 2 * 3.5 * 16 * (layers + 1) / 2
+    assert seconds("qkt", 2) == pytest.approx((3 * (1 + seen) + merging) * work / 1e6)
+    # Phase 2 sees the calibration image once more, and the training images.
     added = seconds("qkt", 2, TransferParams()) - seconds("qkt", 2)
     assert added == pytest.approx(3 * (1 + seen) * work / 1e6)
+    # Nobody's network but the own one.
+    assert seconds("qkt-means", 0) == pytest.approx(work / 1e6)
     fast = 2e6
-    assert seconds("routed", 2) == pytest.approx(2 * 3 * work / 1e6)
+    assert seconds("routed", 2) == pytest.approx(2 * 3 * (1 + seen) * work / 1e6)
 
 
 def test_what_a_prediction_costs_is_counted_on_the_merged_network(root: Path) -> None:
@@ -393,7 +397,7 @@ def test_what_a_prediction_costs_is_counted_on_the_merged_network(root: Path) ->
 def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) -> None:
     from qkt_clinical.data.prepared import read_manifest
     from qkt_clinical.models.offers import read_offer
-    from qkt_clinical.records.card import SharedEncoder, read_card
+    from qkt_clinical.records.card import SharedEncoder, Weights, read_card
 
     write_hospitals(root)
     params, space = load_params(root), Workspace(root)
@@ -419,7 +423,7 @@ def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) ->
     without = told(params)
     for method in ("qkt", "qkt-light", "routed"):
         route = without[method]
-        assert (route.impossible, route.teachers, route.bytes) == (None, ("birch",), sent.bytes)
+        assert (route.impossible, route.teachers, route.bytes) == (None, ("birch",), sent.bytes_moved("qkt"))
         assert route.means == {"birch": 8.0}
         assert route.seconds > 0
     assert without["routed"].prediction > without["qkt"].prediction > without["qkt-light"].prediction > 1
@@ -437,6 +441,18 @@ def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) ->
     assert both.means == {"birch": None}
     assert "class means of birch (exact)" in route_line(both, "qkt")
     assert route_json(both)["class_means"] == {"birch": None}
+    alone = told(common)["qkt-means"].impossible
+    assert alone is not None
+    assert "shares class means by efficientnet-lite0" in alone, "those of this bundle lie among its weights"
+    card = card.model_copy(update={"encoder_means": Weights(bytes=20_000, sha256="0" * 64)})
+    means = told(common)["qkt-means"]
+    assert (means.impossible, means.teachers, means.means) == (None, ("birch",), {"birch": None})
+    assert means.bytes == sent.described + 20_000
+    assert means.prediction == pytest.approx(1.0), "the encoder's apart"
+    assert told(common)["qkt-statistics"].bytes == sent.bytes_moved("qkt") + 20_000
+    assert told(common)["qkt"].bytes == sent.bytes_moved("qkt"), "which does not take them"
+    line = route_line(means, "qkt-means")
+    assert "reveals class means of birch (exact), and no network;" in line
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import QueryError
@@ -17,7 +18,7 @@ from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData
-from qkt_clinical.qkt.by_means import amid, answer_by_means
+from qkt_clinical.qkt.by_means import agreement, amid, answer_by_means, screen_means
 from qkt_clinical.qkt.operating_point import decide
 from qkt_clinical.task import MULTICLASS
 from tests.shapes import CPU, same, shapes, state, teacher
@@ -44,10 +45,15 @@ def own() -> Classifier:
     return teacher((0, 1), site="aster")
 
 
-def ask(own: Classifier, means: dict[str, dict[int, Tensor]], query: tuple[int, ...] = (3,)) -> Answer:
+def ask(
+    own: Classifier,
+    means: dict[str, dict[int, Tensor]],
+    query: tuple[int, ...] = (3,),
+    params: TransferParams | None = None,
+) -> Answer:
     features = EncodedImages(cast(EncoderExtractor, None), encoded(TRAIN[0]), encoded(CALIBRATION[0]))
     data = LocalData(TRAIN, CALIBRATION, encoded=features)
-    return answer_by_means(own, means, data, query, task=MULTICLASS, budget=BUDGET)
+    return answer_by_means(own, means, data, query, task=MULTICLASS, budget=BUDGET, params=params)
 
 
 def told(answer: Answer) -> Tensor:
@@ -87,7 +93,55 @@ def test_a_class_that_only_others_have_is_recognised_by_their_means_alone(own: C
     assert answer.operating_point.within_budget
     assert answer.operating_point.false_query_rate <= BUDGET
     assert same(state(own), before)
-    assert answer.adaptation == answer.screening == ()
+    assert answer.adaptation == ()
+    assert [(r.site, r.included, r.agreement) for r in answer.screening] == [
+        ("birch", True, None),
+        ("cedar", True, None),
+    ], "they share one class each with the hospital: nothing to compare"
+
+
+def test_agreement_by_hand() -> None:
+    here = {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.0, 1.0]), 2: torch.tensor([5.0, 5.0])}
+    moved = {c: 3 * m + 7 for c, m in here.items() if c != 2}
+    assert agreement(moved, here) == pytest.approx(1.0), "another camera"
+    swapped = {0: here[1], 1: here[0], 3: here[2]}
+    assert agreement(swapped, here) == pytest.approx(-1.0)
+    # (1, -1) and (-1, 1) against (1, 1) and (-1, -1): at right angles.
+    assert agreement({0: torch.tensor([1.0, 1.0]), 1: torch.tensor([0.0, 0.0])}, here) == pytest.approx(0.0)
+    assert agreement({0: here[0], 3: here[1]}, here) is None, "one class in common"
+    assert agreement({0: here[0], 1: here[0]}, here) is None, "no difference"
+
+
+def test_means_that_are_hardly_more_than_noise_are_no_contradiction() -> None:
+    draw = torch.Generator().manual_seed(0)
+    here = {c: torch.randn(400, generator=draw) for c in range(4)}
+    left_out = 0
+    for _ in range(200):
+        there = {c: torch.randn(400, generator=draw) for c in range(4)}
+        left_out += not screen_means({"birch": there}, here)[0].included
+    assert left_out <= 4
+    swapped = {0: here[1], 1: here[0], 2: here[3], 3: here[2]}
+    noisy = {c: m + torch.randn(400, generator=draw) for c, m in swapped.items()}
+    (result,) = screen_means({"birch": noisy}, here)
+    assert not result.included
+
+
+def test_whoever_swaps_two_classes_that_the_hospital_has_is_left_out(own: Classifier) -> None:
+    liar = means_of((0, 1, 3), 11)
+    liar[0], liar[1] = liar[1], liar[0]
+    honest = means_of((0, 1, 3), 12)
+    answer = ask(own, {"birch": liar, "cedar": honest})
+    assert [(r.site, r.included) for r in answer.screening] == [("birch", False), ("cedar", True)]
+    assert "contradict" in answer.screening[0].reason
+    assert answer.refined.encoded is not None
+    assert answer.refined.encoded.placed_by == ("cedar",)
+    assert torch.equal(told(answer), told(ask(own, {"cedar": honest})))
+    with pytest.raises(QueryError, match="contradict") as caught:
+        ask(own, {"birch": liar})
+    assert caught.value.code == "untrusted"
+    off = TransferParams(screening=False)
+    believed = ask(own, {"birch": liar}, params=off)
+    assert believed.screening == ()
 
 
 def test_the_order_of_hospitals_changes_nothing(own: Classifier) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qkt_clinical.catalog import METHODS, Method
+from qkt_clinical.catalog import BY_NETWORKS, Method
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import BundleError, QueryError
 from qkt_clinical.models.networks import Classifier, build
@@ -153,7 +153,7 @@ def test_nonsense_is_set_aside_by_name(own: Classifier, birch: Teacher, elm: Tea
 @pytest.mark.parametrize("data", [DATA, RARE], ids=["absent", "rare"])
 @pytest.mark.parametrize(
     ("method", "kind"),
-    list(zip(METHODS, ["head of 3e38", "all zeros", "infinite bias", "all zeros"], strict=True)),
+    list(zip(BY_NETWORKS, ["head of 3e38", "all zeros", "infinite bias", "all zeros"], strict=True)),
 )
 def test_the_answer_is_the_one_as_if_it_were_not_there(
     own: Classifier, birch: Teacher, elm: Teacher, kind: str, method: Method, data: LocalData
@@ -165,7 +165,7 @@ def test_the_answer_is_the_one_as_if_it_were_not_there(
     assert answer.decision == expected.decision
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_without_screening_nonsense_is_set_aside_as_well(
     own: Classifier, birch: Teacher, elm: Teacher, method: Method
 ) -> None:
@@ -184,7 +184,7 @@ def test_without_screening_nonsense_is_set_aside_as_well(
     assert [(r.site, r.included) for r in answer.screening] == [("birch", True), ("elm", False)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_if_no_teacher_is_left_each_is_named(
     own: Classifier, birch: Teacher, elm: Teacher, method: Method
 ) -> None:

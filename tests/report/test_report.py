@@ -138,7 +138,7 @@ def test_a_query_is_told_in_words(root: Path) -> None:
     assert "h1 asks for lymphocyte" in text
     assert "has images of eosinophil, erythroblast and ig and none of lymphocyte" in text
     assert "fell by 3.5 points" in text
-    assert "4.3% of 69 calibration images" in page.text("learned")
+    assert "4.3% of 469 own images (calibration and training)" in page.text("learned")
     assert "lymphocyte −1.25" in page.text("learned")
     assert "h0 not fetched" in page.text("asked")
     assert "✓ fetched" in page.text("asked")
@@ -455,7 +455,7 @@ def test_an_answer_that_nobody_has_measured_has_a_page_with_its_card(tmp_path: P
     assert "Answered, not measured here." in page.text("page")
     assert "The hospital has no test images of ig" in page.text("card")
     assert "counts 2 where a teacher counts 1" in page.text("asked")
-    assert "4.3% of 69 calibration images" in page.text("learned")
+    assert "4.3% of 469 own images (calibration and training)" in page.text("learned")
     assert digest_folder(Workspace(tmp_path).student("h0", "q0")) in page.text("provenance")
     assert {str(a["href"])[1:] for t, a in page.tags if t == "a" and str(a["href"]).startswith("#")} <= set(
         page.ids

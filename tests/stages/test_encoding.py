@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,26 +12,34 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 
 from qkt_clinical.catalog import Method
+from qkt_clinical.config.loading import load_query
 from qkt_clinical.config.params import EncoderFile, Params, SharedEncoderParams
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import load_prepared, write_prepared
-from qkt_clinical.errors import ConfigError, QueryError
-from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.errors import BundleError, ConfigError, QueryError
+from qkt_clinical.federation.parcel import pack, unpack_moved
+from qkt_clinical.jobs import fetch, preview, run
+from qkt_clinical.jobs.fetch import open_teachers
+from qkt_clinical.models.bundle import load_bundle, load_shared_means
 from qkt_clinical.models.encoders import digest_weights, encode, load_encoder
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.out_of_distribution import responses
 from qkt_clinical.qkt.prediction import predict_scores
-from qkt_clinical.records.card import CARD
+from qkt_clinical.records.card import CARD, MASK, MEANS, WEIGHTS, read_card
+from qkt_clinical.records.plan import moved_files
+from qkt_clinical.records.registered import UnsoundVersion
 from qkt_clinical.stages import encoding
 from qkt_clinical.stages.encoding import SiteEncoder
 from qkt_clinical.stages.mask import mask_site
 from qkt_clinical.stages.plan import plan_query
 from qkt_clinical.stages.train import train_site
 from qkt_clinical.stages.transfer import transfer_query
+from qkt_clinical.tracking.mirror import track
+from qkt_clinical.tracking.teachers import Registered
 from qkt_clinical.training.classifier import first_network, network_spec
 from tests.shapes import CLASSES, CPU, shapes
 
@@ -121,7 +130,8 @@ def test_a_bundle_holds_class_means_by_the_encoder_it_names(federation: Path, li
     features = features / features.norm(dim=1, keepdim=True)
     assert sorted(bundle.encoder_means) == [0, 1, 3]
     for label, mean in bundle.encoder_means.items():
-        assert torch.allclose(mean, features[torch.from_numpy(labels) == label].mean(dim=0), atol=1e-5)
+        exact = features[torch.from_numpy(labels) == label].mean(dim=0)
+        assert torch.allclose(mean, exact, atol=1e-3), "in half precision"
     own = load_bundle(Workspace(federation).root / "models" / "own" / "birch")
     assert own.card.shared_encoder is None, "it stays, and nobody reads its means"
 
@@ -178,6 +188,79 @@ def test_a_student_has_the_encoder_beside_it_and_needs_no_file_of_it(
     answered = predict_scores(student, to_input(held)).argmax(dim=1).numpy()
     assert (answered == ASKED).sum() <= max(1, round(0.1 * len(known)))
     assert predict(student.network, to_input(images[:2]), CPU).shape == (2, len(CLASSES))
+
+
+def test_means_alone_answer_without_a_network(federation: Path, lite_weights: Path, tmp_path: Path) -> None:
+    root = copy_of(federation, tmp_path)
+    used, space = params(lite_weights), Workspace(root)
+    ask(root, "qkt-means")
+    plan = plan_query(root, "aster", QUERY, used)
+    sent = space.fetched("aster", QUERY) / "teachers" / "birch"
+    assert sorted(f.name for f in sent.iterdir()) == [CARD, MASK, MEANS], "no network moves"
+    assert plan.bytes_moved == sum(f.stat().st_size for f in sent.iterdir()) < 20_000
+    phases = transfer_query(root, "aster", QUERY, used)
+    assert phases.phase2.encoder_placed_by == ("birch",)
+    assert [(t.site, t.included) for t in phases.screening] == [("birch", True)]
+    assert (phases.screening[0].agreement or 0.0) > 0.5
+    assert phases.phase1 is None
+    student = load_bundle(space.student("aster", QUERY))
+    assert [b.name for b in student.card.network.branches] == ["resnet-small", "encoder"]
+    assert student.card.decision is not None
+    assert student.card.decision.method == "qkt-means"
+    images, labels = shapes((0, 1, 2, 3), 20, 77)
+    found = predict_scores(student, to_input(images)).argmax(dim=1).numpy()
+    assert (found == labels).mean() > 0.6
+    assert (found[labels == ASKED] == ASKED).mean() > 0.5
+    # Other bytes than the card says are not used.
+    broken = sent / MEANS
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    with pytest.raises(BundleError, match="digest"):
+        transfer_query(root, "aster", QUERY, used)
+
+
+def test_other_methods_leave_the_means_where_they_are(
+    federation: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    root = copy_of(federation, tmp_path)
+    used, space = params(lite_weights), Workspace(root)
+    for method, extra in (("qkt", []), ("qkt-statistics", [MEANS])):
+        ask(root, method)
+        plan = plan_query(root, "aster", QUERY, used)
+        sent = space.fetched("aster", QUERY) / "teachers" / "birch"
+        assert sorted(f.name for f in sent.iterdir()) == sorted([CARD, MASK, WEIGHTS, *extra])
+        assert plan.bytes_moved == sum(f.stat().st_size for f in sent.iterdir())
+
+
+def test_class_means_of_an_older_bundle_are_read(
+    federation: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    """They lay in the weights file, in single precision."""
+    root = copy_of(federation, tmp_path)
+    teacher = Workspace(root).teacher("birch")
+    today = load_bundle(teacher)
+    card = json.loads((teacher / CARD).read_text())
+    state = load_file(teacher / WEIGHTS)
+    state["encoder_means"] = load_file(teacher / MEANS)["encoder_means"].float()
+    save_file(state, teacher / WEIGHTS)
+    del card["encoder_means"]
+    content = (teacher / WEIGHTS).read_bytes()
+    card["weights"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (teacher / CARD).write_text(json.dumps(card))
+    (teacher / MEANS).unlink()
+    older = load_bundle(teacher)
+    assert all(torch.equal(older.encoder_means[c], m) for c, m in today.encoder_means.items())
+    with pytest.raises(BundleError, match="no class means apart"):
+        load_shared_means(teacher)
+    ask(root, "qkt-statistics")
+    plan_query(root, "aster", QUERY, params(lite_weights))
+    phases = transfer_query(root, "aster", QUERY, params(lite_weights))
+    assert phases.phase2.encoder_placed_by == ("birch",)
+    ask(root, "qkt-means")
+    with pytest.raises(QueryError, match="shares class means") as caught:
+        plan_query(root, "aster", QUERY, params(lite_weights))
+    assert caught.value.code == "no-encoder"
 
 
 def test_features_are_computed_once(
@@ -267,3 +350,80 @@ def test_a_grey_image_is_described_as_the_encoder_sees_it(lite_weights: Path) ->
     other = first_network(coloured, 1, load_encoder("efficientnet-lite0", lite_weights))
     assert found.shape == (4, 64)
     assert np.allclose(found, responses(other, inputs.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+def test_a_job_takes_means_alone_from_the_registry(
+    federation: Path, lite_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_of(federation, tmp_path)
+    used = params(lite_weights)
+    (root / "params.yaml").write_text(yaml.safe_dump(used.model_dump(mode="json")), encoding="utf-8")
+    track(root, used)
+    ask(root, "qkt-means")
+    moved: list[str] = []
+    original = fetch.fetch_file
+
+    def watched(teacher: Registered, name: str, target: Path, most: int) -> str:
+        moved.append(name)
+        return original(teacher, name, target, most)
+
+    monkeypatch.setattr(fetch, "fetch_file", watched)
+    seen = preview(root, "aster", QUERY, used)
+    assert seen.fetched_bytes == seen.plan.bytes_moved < 20_000
+    run(root, "aster", QUERY, used)
+    assert set(moved) == {CARD, MASK, MEANS}, "no network moves"
+    student = load_bundle(Workspace(root).student("aster", QUERY))
+    assert student.card.decision is not None
+    assert student.card.decision.method == "qkt-means"
+    # A card that is not the registered one is not believed, whatever its own digests say.
+    with open_teachers(root, used, "aster", load_query(root, "aster", QUERY)) as teachers:
+        other = teachers.versions["birch"]._replace(card="0" * 64)
+        forged = teachers._replace(versions={"birch": other})
+        (tmp_path / "sent").mkdir()
+        with pytest.raises(UnsoundVersion, match="not the one that was registered"):
+            forged.provide("birch", tmp_path / "sent", "qkt-means")
+
+
+def test_means_alone_travel_between_sites(federation: Path, tmp_path: Path) -> None:
+    teacher = Workspace(federation).teacher("birch")
+    card = read_card(teacher)
+    assert sorted(pack(teacher)) == sorted([CARD, MASK, MEANS, WEIGHTS])
+    sent = pack(teacher, moved_files(card, "qkt-means"))
+    assert sorted(sent) == [CARD, MASK, MEANS]
+
+    def arrive(files: dict[str, bytes], method: Method) -> list[str]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        unpack_moved(files, "birch", folder, method)
+        return sorted(f.name for f in folder.iterdir())
+
+    assert arrive(sent, "qkt-means") == [CARD, MASK, MEANS]
+    assert arrive(pack(teacher, moved_files(card, "qkt")), "qkt") == sorted([CARD, MASK, WEIGHTS])
+    every = pack(teacher)
+    assert arrive(every, "qkt-statistics") == sorted([CARD, MASK, MEANS, WEIGHTS])
+    half = torch.zeros(len(CLASSES), 1280, dtype=torch.float16)
+    half[0, 0] = float("inf")
+    wrong = {
+        "a network that nobody asked for": every,
+        "no means": {k: v for k, v in sent.items() if k != MEANS},
+        "cut": sent | {MEANS: sent[MEANS][:-2]},
+        "another number": sent | {MEANS: sent[MEANS][:-1] + bytes([sent[MEANS][-1] ^ 1])},
+        "infinite": sealed(sent, save({"encoder_means": half})),
+        "of another encoder": sealed(sent, save({"encoder_means": half[:, :64].clone()})),
+        "in single precision": sealed(sent, save({"encoder_means": half.float()})),
+        "of no name": sealed(sent, save({"means": half})),
+        "a teacher of another site": sent | {CARD: sent[CARD].replace(b'"birch"', b'"cedar"')},
+    }
+    for what, files in wrong.items():
+        with pytest.raises(BundleError) as caught:
+            arrive(files, "qkt-means")
+        assert caught.value.remedy, what
+    with pytest.raises(BundleError):
+        arrive({k: v for k, v in every.items() if k != WEIGHTS}, "qkt-statistics")
+
+
+def sealed(files: dict[str, bytes], means: bytes) -> dict[str, bytes]:
+    """Files with other class means, and a card that says so."""
+    card = json.loads(files[CARD])
+    card["encoder_means"] = {"bytes": len(means), "sha256": hashlib.sha256(means).hexdigest()}
+    return files | {CARD: json.dumps(card).encode(), MEANS: means}

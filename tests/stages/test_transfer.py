@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qkt_clinical.benchmark.ablations import answer_ablated
 from qkt_clinical.benchmark.distillation import carry_rows
 from qkt_clinical.benchmark.phases import DistillationParams, Phase1Way
-from qkt_clinical.catalog import METHODS, Method
+from qkt_clinical.catalog import BY_NETWORKS, Method
 from qkt_clinical.common.files import write_json
 from qkt_clinical.config.params import MeansPrivacy, TransferParams
 from qkt_clinical.data.inputs import to_input
@@ -438,7 +438,7 @@ def test_a_routed_answer_does_not_depend_on_which_way_round_an_image_is(
     assert not torch.allclose(plain[0], plain[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 @pytest.mark.parametrize("query", [(2,), (2, 3)])
 def test_class_means_add_discriminants_to_the_head_alone(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method, query: tuple[int, ...]
@@ -691,7 +691,7 @@ def test_a_few_images_of_one_class_do_not_push_another_down(
     assert not torch.equal(rows[0][3], rows[1][3])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_without_phase_2_nothing_is_offset(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method
 ) -> None:
@@ -703,7 +703,7 @@ def test_without_phase_2_nothing_is_offset(
 # --- files, errors ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_a_student_from_its_files_answers_alike(
     own: Classifier, cedar: Teacher, tmp_path: Path, method: Method
 ) -> None:
@@ -753,7 +753,7 @@ def excluded(answer: Answer) -> dict[str, str]:
     return {r.site: r.reason for r in answer.screening if not r.included}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_where_all_teachers_are_honest_screening_changes_no_bit(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method
 ) -> None:
@@ -775,7 +775,7 @@ def renamed(teacher: Teacher) -> Teacher:
     return replace(teacher, network=network)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_an_answer_without_a_bad_teacher_is_the_one_as_if_it_were_not_there(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method
 ) -> None:
@@ -792,7 +792,7 @@ def test_an_answer_without_a_bad_teacher_is_the_one_as_if_it_were_not_there(
     assert harmed.screening == ()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_a_false_claim_of_a_mask_has_no_effect(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method
 ) -> None:
@@ -858,7 +858,7 @@ def test_a_query_class_without_a_usable_teacher(own: Classifier, birch: Teacher,
         ask(own, [liar, replace(cedar, claimed=(0, 3))], query=(2,))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_NETWORKS)
 def test_queries_that_cannot_be_answered(own: Classifier, birch: Teacher, method: Method) -> None:
     for teachers, query in (([], (3,)), ([birch], (2,)), ([birch], (2, 3))):
         with pytest.raises(QueryError) as caught:
