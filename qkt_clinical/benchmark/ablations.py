@@ -70,6 +70,7 @@ def answer_ablated(
     method: Method = "qkt",
     phase1: Phase1Way = "merge",
     phase2: bool = True,
+    on_training: bool = True,
     distillation: DistillationParams | None = None,
     budget: float = 0.02,
     params: TransferParams | None = None,
@@ -82,6 +83,7 @@ def answer_ablated(
     Args:
         phase1: how the student takes up the teachers.
         phase2: whether the head is refined on rare samples and given its operating point.
+        on_training: whether that is set on training images too.
         distillation: of a phase 1 that is trained.
 
     Raises:
@@ -98,7 +100,7 @@ def answer_ablated(
     merged = _merge(phase1, question, screened, settings, distillation or DistillationParams())
     if phase2:
         refined = refine(question, screened, merged, settings)
-        point = set_operating_point(question, screened, merged, refined, settings)
+        point = set_operating_point(question, screened, merged, refined, settings, on_training=on_training)
     else:
         refined = Refined(merged.network)
         images = held_out_images(question, screened)

@@ -555,7 +555,7 @@ def _answer(
             seed=case.seed("transfer"),
             device=store.device,
         )
-    if (setup.phase1, setup.phase2) == ("merge", True):
+    if (setup.phase1, setup.phase2, setup.on_training) == ("merge", True, True):
         return answer_query(
             student,
             teachers,
@@ -576,6 +576,7 @@ def _answer(
         task=store.task,
         phase1=setup.phase1,
         phase2=setup.phase2,
+        on_training=setup.on_training,
         distillation=settings.distillation,
         budget=settings.budget,
         params=params,

@@ -87,6 +87,8 @@ class Setup:
     bad_teachers: int = 0
     exact_means: bool = False
     """Of ``qkt-statistics``: class means without noise."""
+    on_training: bool = True
+    """Whether the operating point is set on training images too."""
 
 
 def _transfer(method: Method, **changed: Any) -> Setup:
@@ -127,6 +129,7 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/weak-teachers": Setup(teachers="weak"),
         "ablation/no-screening": _transfer("qkt", screening=False),
         "ablation/no-discriminant": _transfer("qkt", discriminant=False),
+        "ablation/calibration-alone": Setup(on_training=False),
         **{
             f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
             for bad in BAD

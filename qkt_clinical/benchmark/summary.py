@@ -272,6 +272,11 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def _megabytes(count: float) -> str:
+    """Tenths, of less than a tenth hundredths: class means alone are some kilobytes."""
+    return f"{count / 1e6:.1f}" if not 0 < count < 1e5 else f"{count / 1e6:.2f}"
+
+
 def methods_table(summary: Mapping[str, Any]) -> str:
     """Methods by balanced accuracy, shares in percent with their intervals; ablations apart."""
     shown = [m for m in summary if "base" not in summary[m]]
@@ -284,7 +289,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
             *(_percent(share) if (share := summary[method].get("share_of_the_way")) else "" for _ in way),
             *(_percent(summary[method][field]) for field in FIELDS[3:6]),
             f"{summary[method]['seconds']['mean']:.1f}",
-            f"{summary[method]['bytes_moved']['mean'] / 1e6:.1f}",
+            _megabytes(summary[method]["bytes_moved"]["mean"]),
             f"{summary[method]['rounds']['mean']:.1f}",
             f"{summary[method]['passes_per_prediction']['mean']:.1f}",
             f"{summary[method]['cost_per_prediction']['mean']:.1f}",

@@ -35,7 +35,12 @@ from qkt_clinical.qkt.answer import (
 )
 from qkt_clinical.qkt.consensus import consensus, consensus_rows, margin
 from qkt_clinical.qkt.discriminant import discriminant_rows
-from qkt_clinical.qkt.operating_point import as_if_held_out, false_query_rate, query_scores
+from qkt_clinical.qkt.operating_point import (
+    as_if_held_out,
+    false_query_rate,
+    offset_for_budget,
+    query_scores,
+)
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
 from qkt_clinical.records.card import MASK, InputSpec, Mask
@@ -641,6 +646,22 @@ def test_training_images_that_the_operating_point_is_set_on(own: Classifier, bir
     assert float((moved.flatten() - every - move).abs().max()) < 1.0, "by a sample as by all of them"
     again = ask(own, [birch], query=(3,), params=params).operating_point
     assert torch.equal(again.scores, found)
+
+
+def test_an_operating_point_on_calibration_images_alone(own: Classifier, birch: Teacher) -> None:
+    ways = [
+        answer_ablated(
+            own, [birch], DATA, (3,), task=MULTICLASS, budget=BUDGET, params=PARAMS, on_training=on
+        )
+        for on in (True, False)
+    ]
+    both, alone = (answer.operating_point for answer in ways)
+    assert (both.own_images, alone.own_images) == (HELD + LEARNED, HELD)
+    assert torch.equal(both.scores[:HELD], alone.scores)
+    assert same(*(state(answer.network) for answer in ways)), "the networks are the same"
+    assert alone.decision.offsets[0] == pytest.approx(
+        offset_for_budget(alone.scores, BUDGET, lost=alone.lost)
+    )
 
 
 def test_what_the_own_model_gives_to_a_rare_class_today_is_not_promised(
