@@ -11,9 +11,9 @@ from qkt_clinical.catalog import METHODS, Method
 from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
-from qkt_clinical.qkt.answer import LocalData
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.qkt.steps import LocalData
 from qkt_clinical.task import MULTICLASS, mean_recall
 from qkt_clinical.training.classifier import train_teacher
 from tests.shapes import shapes, spec, teacher

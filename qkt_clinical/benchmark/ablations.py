@@ -21,25 +21,20 @@ from qkt_clinical.catalog import Method
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.answer import (
-    Answer,
-    LocalData,
-    Merged,
-    Refined,
-    Screened,
-    ValidQuery,
     adapt,
     answer_of,
     held_out_images,
     merge,
     operating_point_at,
-    refine,
     scores_to_keep,
     screen,
     set_operating_point,
     student_logits,
     validate,
 )
+from qkt_clinical.qkt.head import refine
 from qkt_clinical.qkt.panel import PhaseSettings, Teacher
+from qkt_clinical.qkt.steps import Answer, LocalData, Merged, Refined, Screened, ValidQuery
 from qkt_clinical.task import Task
 
 TRAINED: MappingProxyType[Phase1Way, Callable[[Training], Merged]] = MappingProxyType(

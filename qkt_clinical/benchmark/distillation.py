@@ -20,9 +20,9 @@ from qkt_clinical.benchmark.phases import DistillationParams
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, fast_layout
-from qkt_clinical.qkt.answer import Merged
 from qkt_clinical.qkt.consensus import consensus
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, head_of, phase_record
+from qkt_clinical.qkt.steps import Merged
 from qkt_clinical.training.augment import make_views, view_batches
 from qkt_clinical.training.loop import Schedule, batches_per_epoch, fit
 

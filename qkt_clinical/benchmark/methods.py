@@ -48,11 +48,12 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, multiply_adds
 from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
-from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, OperatingPoint, answer_query
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
+from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData, OperatingPoint
 from qkt_clinical.records.card import CARD, MASK, MIRRORS
 from qkt_clinical.records.plan import SHARED
 

@@ -13,7 +13,7 @@ from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.models.low_rank import convolutions
 from qkt_clinical.models.networks import build, multiply_adds
-from qkt_clinical.qkt.answer import MAX_REFINED
+from qkt_clinical.qkt.head import MAX_REFINED
 from qkt_clinical.qkt.low_rank_merge import MIN_VIEWS, WORK
 from qkt_clinical.records.card import MERGED, MIRRORS, Branch, Card, NetworkSpec
 

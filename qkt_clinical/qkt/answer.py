@@ -18,23 +18,22 @@ each:
    ``qkt-light`` takes up only the teachers that know the query, reduced further. ``routed`` keeps the
    teachers themselves as experts at prediction time, and shows them mirror images too; where there is a
    head to refine, they are put side by side as they are.
-5. :func:`refine`, phase 2, works on the head alone. For absent query classes it takes up what
-   discriminant analysis says of the student's features (:mod:`qkt_clinical.qkt.discriminant`); for rare ones
-   it is refined on their few samples.
+5. :func:`qkt_clinical.qkt.head.refine`, phase 2, works on the head alone. For absent query classes it takes
+   up what discriminant analysis says of the student's features (:mod:`qkt_clinical.qkt.discriminant`); for
+   rare ones it is refined on their few samples.
    ``qkt-statistics`` puts a frozen encoder that all hospitals have beside the merged network, with the
    discriminants of the teachers' class means over its features.
 6. :func:`set_operating_point` sets the query's offset from the budget, on calibration and training images.
 
-Nothing here does I/O; images are the asking hospital's own.
+What each step leaves to the next are the records of :mod:`qkt_clinical.qkt.steps`. Nothing here does I/O;
+images are the asking hospital's own.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -46,13 +45,12 @@ from qkt_clinical.catalog import ENCODED_METHODS, Method
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
-from qkt_clinical.data.prepared import Images, Labels
+from qkt_clinical.data.prepared import Labels
 from qkt_clinical.errors import QueryError
-from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.adaptation import MIN_IMAGES, AdaptationResult, adapt_teachers
+from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.consensus import (
     GUARDING_WEIGHTS,
     LOCAL_WEIGHTS,
@@ -60,258 +58,40 @@ from qkt_clinical.qkt.consensus import (
     forgotten,
     local_weight,
 )
-from qkt_clinical.qkt.discriminant import discriminant_rows, shared_rows
-from qkt_clinical.qkt.low_rank_merge import beside_encoder, full_rank, merge_networks, reduce_extractor
+from qkt_clinical.qkt.head import balanced_sample, has_head_to_refine, refine
+from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks, reduce_extractor
 from qkt_clinical.qkt.operating_point import (
     allowed,
     as_if_held_out,
-    decide,
     false_query_rate,
     kept_today,
     offset_for_budget,
     query_scores,
 )
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record
-from qkt_clinical.qkt.prediction import predict_features
 from qkt_clinical.qkt.soundness import NetworkOutputs, defect, observe
+from qkt_clinical.qkt.steps import (
+    Adapted,
+    Answer,
+    LocalData,
+    Merged,
+    OperatingPoint,
+    OwnImages,
+    Refined,
+    Screened,
+    ValidQuery,
+)
 from qkt_clinical.qkt.teacher_screening import ScreeningResult, screen_teachers
 from qkt_clinical.records.card import Branch, DecisionRule
-from qkt_clinical.records.phases import MERGE_KIND, Curves, Phase1
+from qkt_clinical.records.phases import MERGE_KIND
 from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment
 
-MAX_REFINED = 1000
-"""Local images at most on which a head is refined, of every class as many: of 20 classes all rare ones."""
-DISCRIMINANT_SHARE = 0.35
-"""Of discriminants in the head, the consensus having the rest. Within one centre less would do a little
-better, where hospitals differ more, and the shift does not tell these two apart."""
 MAX_TEACHERS = 64
-MIN_SCALE = 1e-12
-"""Of a head's rows, squared: rows of zeros have no scale to measure a drift by."""
 
 LAYER = "layer number"
 """Axis of a merge's curves; no hospital can be called so."""
 LEAVE_OUT = "Ask those hospitals, or leave them out by exclude_teachers in the query file."
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """The asking hospital's own images as features of a frozen encoder that teachers have too."""
-
-    encoder: EncoderExtractor
-    train: Tensor
-    """(N, F) of the training images, in their order."""
-    calibration: Tensor
-    """(M, F) likewise."""
-
-
-@dataclass(frozen=True)
-class LocalData:
-    """The asking hospital's own images: for learning, and held out for the operating point."""
-
-    train: tuple[Images, Labels]
-    calibration: tuple[Images, Labels]
-    normalisation: str = "unit"
-    encoded: EncodedImages | None = None
-    """For methods by class means over one."""
-
-
-@dataclass(frozen=True)
-class ValidQuery:
-    """A query that can be answered, from :func:`validate`."""
-
-    student: Classifier
-    """A copy of the hospital's own network, on the CPU in evaluation mode."""
-    teachers: tuple[Teacher, ...]
-    """By site; of ``qkt-light`` those that claim a query class."""
-    query: tuple[int, ...]
-    """Sorted."""
-    local: tuple[int, ...]
-    rare: Mapping[int, int]
-    """Query class to its number of training images, where there is one."""
-    inputs: Tensor
-    """Training images (N, C, *spatial) as network input."""
-    labels: Labels
-    """(N,)."""
-    calibration: Tensor
-    """Held-out images of local classes (M, C, *spatial) as network input."""
-    calibration_labels: Tensor
-    """(M,)."""
-    method: Method
-    budget: float
-    encoded: EncodedImages | None = None
-    """Of the same images; for methods by class means over the encoder."""
-
-    @property
-    def relevant(self) -> tuple[int, ...]:
-        """R, sorted."""
-        return tuple(sorted({*self.local, *self.query}))
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """The question with its teachers brought to the hospital's images, from :func:`adapt`."""
-
-    question: ValidQuery
-    results: tuple[AdaptationResult, ...] = ()
-    """Of the teachers that hold statistics, by site; empty where adaptation is off."""
-
-
-@dataclass(frozen=True)
-class Screened:
-    """Who takes part in the answer, from :func:`screen`."""
-
-    panel: Panel
-    teachers: tuple[Teacher, ...]
-    """Those that are included, with the classes that count."""
-    results: tuple[ScreeningResult, ...]
-    """Of all teachers, by site; empty where nothing was screened."""
-    outputs: tuple[NetworkOutputs, ...]
-    """On the calibration images, in the panel's order."""
-    flips: bool
-    """Whether networks see mirror images too."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The student after phase 1, from :func:`merge`."""
-
-    network: Classifier
-    record: Phase1 | None = None
-    experts: tuple[str, ...] = ()
-    """Sites of the teachers that answer along, in the panel's order; then the network is the own one."""
-
-
-@dataclass(frozen=True)
-class EncodedHead:
-    """Rows of the head over the features of a frozen encoder."""
-
-    encoder: EncoderExtractor
-    weight: Tensor
-    """(C, F)."""
-    bias: Tensor
-    """(C,)."""
-    placed_by: tuple[str, ...]
-    """Sites whose class means over these features say where the query lies."""
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(N, C), to add to the network's."""
-        return F.linear(features, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Refined:
-    """The student after the refinement of its head, from :func:`refine`."""
-
-    network: Classifier
-    curves: Curves = ()
-    """The loss every ten steps; empty where there was no rare class."""
-    placed_by: tuple[str, ...] = ()
-    """Sites whose class means say where the query lies; empty where the head is that of the consensus."""
-    encoded: EncodedHead | None = None
-    """What a frozen encoder beside the network adds to its logits."""
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """The query's offset and what it was set on, from :func:`set_operating_point`."""
-
-    decision: DecisionRule
-    own_images: int
-    """Calibration and training images that it was set on; of a rare class those that the own model does not
-    take for the query today: only these can become false queries."""
-    false_queries: int
-    """How many of them go to the query."""
-    scores: Tensor = field(compare=False)
-    """(N, Q) of these images, before the offset."""
-    lost: float = 0.0
-    """Share of the calibration images that own classes cost which change places with each other."""
-    within_budget: bool = True
-    """False where these alone cost more than the budget."""
-
-    @property
-    def false_query_rate(self) -> float:
-        """Their share."""
-        return self.false_queries / self.own_images
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A student: its network, its decision rule and the records of the steps.
-
-    Counts are those of the hospital's own images: what may be told of them is decided where they are written.
-    """
-
-    teachers: tuple[Teacher, ...]
-    """Those that were included, with the classes that counted."""
-    adaptation: tuple[AdaptationResult, ...]
-    screening: tuple[ScreeningResult, ...]
-    phase1: Phase1 | None
-    refined: Refined
-    rare: Mapping[int, int]
-    """Query class to its number of training images, where there is one."""
-    operating_point: OperatingPoint
-
-    @property
-    def network(self) -> Classifier:
-        """The student's network, the encoder beside it included."""
-        head = self.refined.encoded
-        if head is None:
-            return self.refined.network
-        return beside_encoder(self.refined.network, head.encoder, (head.weight, head.bias))
-
-    @property
-    def decision(self) -> DecisionRule:
-        """How logits become an answer."""
-        return self.operating_point.decision
-
-
-def refine_head(
-    network: Classifier,
-    features: Tensor,
-    labels: Tensor,
-    local: Sequence[int],
-    query: Sequence[int],
-    *,
-    task: Task,
-    steps: int = 300,
-    learning_rate: float = 1e-2,
-    pull: float = 1e-2,
-) -> list[dict[str, float]]:
-    """Phase 2 for rare query classes: class-balanced refinement of the head on cached features.
-
-    Full-batch Adam on the head's rows, pulled towards where they started, so that a handful of samples
-    corrects the rows more than it rewrites them.
-
-    Args:
-        features: (N, F) of local training images; labels: (N,).
-        query: the rare classes. Rows of absent ones are left alone: images that are none of them would
-            push them down without end.
-
-    Returns:
-        The loss every 10 steps. The head is changed in place, the extractor is not used.
-    """
-    weight = network.head.weight.detach().clone().requires_grad_(True)
-    bias = network.head.bias.detach().clone().requires_grad_(True)
-    start, start_bias = weight.detach().clone(), bias.detach().clone()
-    relevant = sorted({*local, *query})
-    scale = (start[relevant].norm(dim=1).mean() ** 2).clamp(min=MIN_SCALE)
-    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
-    none = torch.zeros(len(query))
-    curves = []
-    for step in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        scores = decide(features @ weight.T + bias, local, query, none)
-        drift = ((weight - start) ** 2).sum() / scale + ((bias - start_bias) ** 2).sum() / scale
-        value = task.balanced_loss(scores, labels, relevant) + pull * drift
-        value.backward()
-        optimizer.step()
-        if step % 10 == 0:
-            curves.append({"epoch": float(step), "loss": float(value.detach())})
-    with torch.no_grad():
-        network.head.weight.copy_(weight)
-        network.head.bias.copy_(bias)
-    return curves
 
 
 def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[int, ...], dict[int, int]]:
@@ -319,14 +99,6 @@ def _split(labels: Labels, query: Sequence[int], classes: int) -> tuple[tuple[in
     present = {c: int((labels == c).sum()) for c in range(classes)}
     local = tuple(c for c in range(classes) if present[c] and c not in query)
     return local, {q: present[q] for q in query if present[q]}
-
-
-def balanced_sample(labels: Labels, count: int, seed: int) -> Tensor:
-    """Sorted indices of at most ``count`` images drawn at random, equally many of every class."""
-    order = torch.randperm(len(labels), generator=generator(seed, "images")).tolist()
-    turn: dict[int, itertools.count[int]] = {}
-    ranked = sorted(order, key=lambda i: next(turn.setdefault(int(labels[i]), itertools.count())))
-    return torch.tensor(sorted(ranked[:count]))
 
 
 # --- 1. validate ----------------------------------------------------------------------------------
@@ -534,7 +306,7 @@ def _included(question: ValidQuery, results: Sequence[ScreeningResult]) -> tuple
 def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> Merged:
     """Phase 1: merge the included networks into one; ``routed`` keeps its own network with the experts."""
     panel, params = screened.panel, settings.params
-    if question.method == "routed" and not _has_head_to_refine(question, screened, settings):
+    if question.method == "routed" and not has_head_to_refine(question, screened, settings):
         return Merged(copy.deepcopy(question.student), experts=panel.sites)
     if question.method == "routed":
         return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
@@ -592,180 +364,7 @@ def _reduced(
     return reduced
 
 
-# --- 5. refine ------------------------------------------------------------------------------------
-
-
-def _placing(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> tuple[str, ...]:
-    """Sites whose class means place the query; empty where some class asked for has none, or is rare."""
-    if question.rare or not settings.params.discriminant:
-        return ()
-    means = {t.site: set(_means_of(t)) & set(question.query) for t in screened.teachers}
-    placed = set().union(*means.values())
-    return tuple(site for site, held in means.items() if held) if placed == set(question.query) else ()
-
-
-def _means_of(teacher: Teacher, means: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
-    """The class means of a teacher that count: of classes that it knows.
-
-    Args:
-        means: over the features of an encoder; those over its own network's by default.
-    """
-    held = teacher.class_means if means is None else means
-    return {c: mean for c, mean in held.items() if c in teacher.claimed}
-
-
-def _has_head_to_refine(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> bool:
-    return bool(question.rare or _placing(question, screened, settings))
-
-
-def refine(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
-    """Phase 2: refine the head by discriminant analysis, or on the samples of rare classes.
-
-    The former where all classes asked for are absent, and teachers say where they lie.
-    """
-    refined = _refined(question, screened, merged, settings)
-    return refined if question.encoded is None else beside(question, screened, refined, settings)
-
-
-def _refined(question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings) -> Refined:
-    """The merged network with its head refined."""
-    if not _has_head_to_refine(question, screened, settings):
-        return Refined(merged.network)
-    if not question.rare:
-        return _discriminate(question, screened, merged, settings)
-    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
-    features = predict_features(merged.network, question.inputs[sample], screened.flips, settings.device)
-    labels = torch.from_numpy(question.labels)[sample]
-    curves = refine_head(
-        merged.network, features, labels, question.local, tuple(question.rare), task=settings.task
-    )
-    return Refined(merged.network, tuple(curves))
-
-
-def _discriminate(
-    question: ValidQuery, screened: Screened, merged: Merged, settings: PhaseSettings
-) -> Refined:
-    """Let discriminants have their share in the head beside the consensus, unless own classes pay for it."""
-    network, panel = merged.network, screened.panel
-    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
-
-    def features(inputs: Tensor) -> Tensor:
-        return predict_features(network, inputs, screened.flips, settings.device)
-
-    weight, bias = head_of(network)
-    rows, shifts = discriminant_rows(
-        features(question.inputs[sample]),
-        torch.from_numpy(question.labels)[sample],
-        [n.head.in_features for n in panel.networks],
-        [{}, *(_means_of(t) for t in screened.teachers)],
-        question.query,
-        network.spec.classes,
-    )
-    held_out = features(question.calibration)
-    before, added = F.linear(held_out, weight, bias), F.linear(held_out, rows, shifts)
-    scale = _scale_of(added, before, question, screened, settings, DISCRIMINANT_SHARE)
-    if scale is None:
-        return Refined(network)
-    _weigh_head(network, 1 - DISCRIMINANT_SHARE)
-    with torch.no_grad():
-        network.head.weight.add_(DISCRIMINANT_SHARE * scale * rows)
-        network.head.bias.add_(DISCRIMINANT_SHARE * scale * shifts)
-    return Refined(network, placed_by=_placing(question, screened, settings))
-
-
-def _weigh_head(network: Classifier, share: float) -> None:
-    """Leave a share of a head's rows, in place."""
-    with torch.no_grad():
-        network.head.weight.mul_(share)
-        network.head.bias.mul_(share)
-
-
-def _scale_of(
-    added: Tensor,
-    before: Tensor,
-    question: ValidQuery,
-    screened: Screened,
-    settings: PhaseSettings,
-    share: float,
-) -> float | None:
-    """What brings the discriminants' logits to the scale of those before, where these are calibrated.
-
-    Args:
-        added, before: (M, C) on the calibration images.
-        share: of those added, where they are.
-
-    Returns:
-        None where they are not to be added: they have no scale, or own classes would pay for them more than
-        the budget.
-    """
-    scores = [query_scores(z, question.local, question.query) for z in (before, added)]
-    spreads = [s.max(dim=1).values.std() for s in scores]
-    scale = float(spreads[0] / spreads[1])
-    if not (math.isfinite(scale) and scale > 0):  # a single image, or answers that are all alike
-        return None
-    mixed = (1 - share) * before + share * scale * added
-    own, labels = screened.outputs[0].logits, question.calibration_labels
-    lost = [forgotten(own, z, question.local, labels, task=settings.task) for z in (before, mixed)]
-    return None if lost[1] > max(lost[0], allowed(question.budget, len(before))) else scale
-
-
-def beside(
-    question: ValidQuery,
-    screened: Screened,
-    refined: Refined,
-    settings: PhaseSettings,
-    *,
-    share: float = DISCRIMINANT_SHARE,
-) -> Refined:
-    """Put a frozen encoder beside the network, with the discriminants of class means over its features.
-
-    Args:
-        share: of the discriminants in the head, the network having the rest.
-    """
-    encoded, network = question.encoded, refined.network
-    assert encoded is not None
-    means = [_means_of(t, t.encoder_means) for t in screened.teachers]
-    held = set(question.rare).union(*means)
-    if not set(question.query) <= held:
-        return refined
-    sample = balanced_sample(question.labels, MAX_REFINED, derive(settings.seed, "phase2"))
-    rows, shifts = shared_rows(
-        encoded.train[sample],
-        torch.from_numpy(question.labels)[sample],
-        means,
-        question.query,
-        network.spec.classes,
-    )
-    before = predict(network, question.calibration, settings.device)
-    added = F.linear(encoded.calibration, rows, shifts)
-    scale = _scale_of(added, before, question, screened, settings, share)
-    if scale is None:
-        return refined
-    _weigh_head(network, 1 - share)
-    head = EncodedHead(
-        encoded.encoder,
-        share * scale * rows,
-        share * scale * shifts,
-        tuple(t.site for t, m in zip(screened.teachers, means, strict=True) if set(m) & set(question.query)),
-    )
-    return replace(refined, encoded=head)
-
-
 # --- 6. operating point ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OwnImages:
-    """Some of the hospital's own images of local classes."""
-
-    inputs: Tensor
-    """(N, C, *spatial)."""
-    labels: Tensor
-    """(N,)."""
-    encoded: Tensor | None = None
-    """(N, F) by the frozen encoder beside the network, where there is one."""
-    outputs: tuple[NetworkOutputs, ...] = ()
-    """Of the panel's networks, where they have seen the images before."""
 
 
 def held_out_images(question: ValidQuery, screened: Screened) -> OwnImages:

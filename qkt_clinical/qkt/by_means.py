@@ -21,22 +21,11 @@ from qkt_clinical.config.params import TransferParams
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.answer import (
-    LEAVE_OUT,
-    Adapted,
-    Answer,
-    LocalData,
-    Merged,
-    Refined,
-    ValidQuery,
-    answer_of,
-    beside,
-    own_alone,
-    set_operating_point,
-    validate,
-)
+from qkt_clinical.qkt.answer import LEAVE_OUT, answer_of, own_alone, set_operating_point, validate
+from qkt_clinical.qkt.head import beside
 from qkt_clinical.qkt.low_rank_merge import full_rank, merge_networks
 from qkt_clinical.qkt.panel import PhaseSettings, Teacher, head_of
+from qkt_clinical.qkt.steps import Adapted, Answer, LocalData, Merged, Refined, ValidQuery
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.task import Task
 

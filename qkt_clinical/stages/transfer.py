@@ -24,10 +24,11 @@ from qkt_clinical.models.bundle import Bundle, SharedMeans, load_bundle, load_sh
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.adaptation import AdaptationResult
-from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData, answer_query
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
 from qkt_clinical.qkt.masks import verified_classes
 from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import CARD, MASK, REFERENCE, SharedEncoder
 from qkt_clinical.records.phases import AdaptedTeacher, Phase2, Phases, ScreenedTeacher

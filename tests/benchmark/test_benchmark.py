@@ -61,11 +61,12 @@ from qkt_clinical.errors import ConfigError, QktError, QueryError
 from qkt_clinical.evaluation.metrics import auroc
 from qkt_clinical.federation import peers
 from qkt_clinical.models.inference import predict
-from qkt_clinical.qkt.answer import Answer, OperatingPoint, answer_query
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.masks import mixed
 from qkt_clinical.qkt.operating_point import offset_for_budget
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.qkt.steps import Answer, OperatingPoint
 from qkt_clinical.records.card import DecisionRule
 from qkt_clinical.task import MULTICLASS
 from tests.federated_reference import in_process

@@ -33,9 +33,9 @@ from qkt_clinical.errors import ConfigError, EncoderError
 from qkt_clinical.models import encoder_network
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
-from qkt_clinical.qkt.answer import Answer
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.prediction import scores_of
+from qkt_clinical.qkt.steps import Answer
 from qkt_clinical.records.card import CARD, MASK
 from qkt_clinical.task import MULTICLASS
 from tests.baselines.test_statistics import head_of

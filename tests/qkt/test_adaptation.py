@@ -27,8 +27,9 @@ from qkt_clinical.qkt.adaptation import (
     stored_statistics,
     with_statistics,
 )
-from qkt_clinical.qkt.answer import LocalData, answer_query
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.steps import LocalData
 from qkt_clinical.task import MULTICLASS
 from tests.shapes import CPU, counted, same, shapes, spec, state, teacher
 

@@ -17,9 +17,9 @@ from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.answer import Answer, EncodedImages, LocalData
 from qkt_clinical.qkt.by_means import agreement, amid, answer_by_means, screen_means
 from qkt_clinical.qkt.operating_point import decide
+from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData
 from qkt_clinical.task import MULTICLASS
 from tests.shapes import CPU, same, shapes, state, teacher
 

@@ -15,10 +15,11 @@ from qkt_clinical.catalog import BY_NETWORKS, Method
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.errors import BundleError, QueryError
 from qkt_clinical.models.networks import Classifier, build
-from qkt_clinical.qkt.answer import Answer, LocalData, answer_query
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.masks import compute_mask, verified_classes
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.soundness import MAX_LOGIT, NetworkOutputs, defect, indistinct, observe
+from qkt_clinical.qkt.steps import Answer, LocalData
 from qkt_clinical.task import MULTICLASS
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state, teacher
 from tests.stages.test_transfer import DATA, RARE

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from qkt_clinical.models.networks import build
 from qkt_clinical.qkt.adaptation import AdaptationResult
-from qkt_clinical.qkt.answer import Answer, OperatingPoint, Refined
+from qkt_clinical.qkt.steps import Answer, OperatingPoint, Refined
 from qkt_clinical.qkt.teacher_screening import ScreeningResult
 from qkt_clinical.records.card import DecisionRule
 from qkt_clinical.records.phases import Phase1, Phases

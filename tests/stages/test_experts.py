@@ -12,8 +12,8 @@ from qkt_clinical.common.files import digest_folder, write_json
 from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
 from qkt_clinical.models.networks import build
 from qkt_clinical.qkt.adaptation import measure_statistics, with_statistics
-from qkt_clinical.qkt.answer import Answer
 from qkt_clinical.qkt.panel import Teacher
+from qkt_clinical.qkt.steps import Answer
 from qkt_clinical.records.card import MASK, MEANS, REFERENCE
 from qkt_clinical.stages.transfer import write_experts
 from tests.shapes import CLASSES, CPU, same, spec, state

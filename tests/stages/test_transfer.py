@@ -25,16 +25,10 @@ from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
-from qkt_clinical.qkt.answer import (
-    DISCRIMINANT_SHARE,
-    Answer,
-    LocalData,
-    answer_query,
-    balanced_sample,
-    refine_head,
-)
+from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.consensus import consensus, consensus_rows, margin
 from qkt_clinical.qkt.discriminant import discriminant_rows
+from qkt_clinical.qkt.head import DISCRIMINANT_SHARE, balanced_sample, refine_head
 from qkt_clinical.qkt.operating_point import (
     as_if_held_out,
     false_query_rate,
@@ -43,6 +37,7 @@ from qkt_clinical.qkt.operating_point import (
 )
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import mirrored, predict_scores, scores_of
+from qkt_clinical.qkt.steps import Answer, LocalData
 from qkt_clinical.records.card import MASK, InputSpec, Mask
 from qkt_clinical.records.phases import Phase1
 from qkt_clinical.stages.transfer import correct_masks
@@ -530,7 +525,7 @@ def test_discriminants_that_cost_own_classes_too_much_are_left_out(
 ) -> None:
     """Labels that training images do not deserve: what the hospital knew would be lost."""
     # So large a share that they have the say, however sure the networks of this machine are.
-    monkeypatch.setattr("qkt_clinical.qkt.answer.DISCRIMINANT_SHARE", 0.9)
+    monkeypatch.setattr("qkt_clinical.qkt.head.DISCRIMINANT_SHARE", 0.9)
     images, labels = DATA.train
     confused = LocalData((images, 1 - labels), DATA.calibration)
     answer = ask(own, [with_means(birch)], data=confused)
