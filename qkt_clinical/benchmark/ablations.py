@@ -101,5 +101,5 @@ def answer_ablated(
         images = held_out_images(question, screened)
         logits = student_logits(question, screened, merged, refined, images, settings)
         scores, _ = scores_to_keep(question, images, logits, settings)
-        point = operating_point_at(question, screened, merged, scores, 0.0)
+        point = operating_point_at(question, screened, merged, scores, torch.zeros(scores.shape[1]))
     return answer_of(adapted, screened, merged, refined, point)

@@ -50,7 +50,7 @@ from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
-from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
+from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offsets_for_budget, query_scores
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
 from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData, OperatingPoint
@@ -188,8 +188,7 @@ def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]
     query = case.question.query
     held_out, learned = (query_scores(z, local, query) for z in (own.held_out, own.learned))
     both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
-    offset = offset_for_budget(both, case.store.settings.budget)
-    return decide(scores, local, query, torch.full((len(query),), offset))
+    return decide(scores, local, query, offsets_for_budget(both, case.store.settings.budget))
 
 
 def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
@@ -664,8 +663,8 @@ def at_budgets(scores: Tensor, point: OperatingPoint) -> dict[float, Tensor]:
     moved = {}
     for budget in BUDGETS:
         moved[budget] = scores.clone()
-        offset = offset_for_budget(point.scores, budget, lost=point.lost)
-        moved[budget][:, query] += (offset - answered).to(scores)
+        offsets = offsets_for_budget(point.scores, budget, lost=point.lost)
+        moved[budget][:, query] += (offsets - answered).to(scores)
     return moved
 
 

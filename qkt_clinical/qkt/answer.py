@@ -65,7 +65,7 @@ from qkt_clinical.qkt.operating_point import (
     as_if_held_out,
     false_query_rate,
     kept_today,
-    offset_for_budget,
+    offsets_for_budget,
     query_scores,
 )
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record
@@ -415,8 +415,8 @@ def set_operating_point(
         both = torch.cat([scores, trained])
     lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
     share = lost / len(held_out.labels)
-    offset = offset_for_budget(both, question.budget, lost=share)
-    point = operating_point_at(question, screened, merged, both, offset)
+    offsets = offsets_for_budget(both, question.budget, lost=share)
+    point = operating_point_at(question, screened, merged, both, offsets)
     return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
 
 
@@ -473,14 +473,14 @@ def scores_to_keep(
 
 
 def operating_point_at(
-    question: ValidQuery, screened: Screened, merged: Merged, scores: Tensor, offset: float
+    question: ValidQuery, screened: Screened, merged: Merged, scores: Tensor, offsets: Tensor
 ) -> OperatingPoint:
-    """The decision rule with one offset for all query classes.
+    """The decision rule with an offset for each query class.
 
     Args:
         scores: of the images that it is set on.
+        offsets: (Q,).
     """
-    offsets = torch.full((len(question.query),), offset)
     decision = DecisionRule(
         method=question.method,
         local=question.local,

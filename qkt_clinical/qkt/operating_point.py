@@ -12,6 +12,8 @@ from qkt_clinical.task import Task
 
 ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
+APART = 0.25
+"""Of the way from one offset for all query classes to one of its own for each."""
 LEVEL_IMAGES = 5
 """Of a class, at least, for its median to say something."""
 
@@ -60,7 +62,7 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> fl
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
     A Neyman-Pearson operating point: a bound on the false-query rate, most of the query for it. All query
-    classes, absent or rare, share the offset: their margins decide between them.
+    classes, absent or rare, share it; :func:`offsets_for_budget` moves them apart.
 
     Between two images where the bound lies between them (a fractional order statistic; Hyndman and Fan, 1996,
     definition 6): of 30 images a new one exceeds the highest score with 1 in 31, and 5 % are 1.55 in 31. A
@@ -80,6 +82,24 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> fl
     share = place - whole if place >= 1 and whole <= budget * count else 0.0
     bound = (1 - share) * float(highest[whole - 1]) + share * float(highest[min(whole, count - 1)])
     return -bound - hair
+
+
+def offsets_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> Tensor:
+    """An offset (Q,) for each query class, so that together at most ``budget`` of the images go to them.
+
+    One offset for all lets a class go short whose scores lie lower; an offset by each class's own scores is
+    set on the few images that come near it. So they lie a part of the way between, moved together until the
+    budget is spent.
+
+    Args:
+        scores, budget, lost: as of :func:`offset_for_budget`.
+    """
+    classes = scores.shape[1]
+    if classes == 1:
+        return torch.tensor([offset_for_budget(scores, budget, lost=lost)])
+    own = [offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)]
+    apart = APART * (torch.tensor(own) - sum(own) / classes)
+    return apart + offset_for_budget(scores + apart, budget, lost=lost)
 
 
 def false_query_rate(scores: Tensor, offsets: Tensor) -> float:

@@ -300,7 +300,7 @@ def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str
         patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
         alone = methods_room.qkt(case, SETUPS["qkt-means"])
     asked = methods_room.relevant_teachers(case, SETUPS["qkt-means"])
-    assert 0 < len(asked) < len(teachers), "only those that know the query"
+    assert set(asked) == {n for n, t in teachers.items() if set(t.claimed) & set(case.question.query)}
     described = sum(case.store.bytes(name, (CARD, MASK)) for name in asked)
     assert alone.bytes_moved == 2 * 64 * 4 * len(asked) + described, "nobody's network"
     assert alone.cost is not None

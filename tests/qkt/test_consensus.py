@@ -29,6 +29,7 @@ from qkt_clinical.qkt.operating_point import (
     false_query_rate,
     kept_today,
     offset_for_budget,
+    offsets_for_budget,
     query_scores,
 )
 from qkt_clinical.task import MULTICLASS
@@ -295,6 +296,28 @@ def test_two_query_classes_share_the_offset() -> None:
     assert offset == pytest.approx(-4.0, abs=1e-2)
     assert false_query_rate(scores, torch.full((2,), offset)) == pytest.approx(3 / 30)
     assert offset_for_budget(scores.flip(1), 0.13) == offset
+
+
+def test_offsets_of_two_query_classes_by_hand() -> None:
+    # 99 images; the first class's scores reach 98, the second's 9.8. Of a budget of 0.1 each alone has 0.05
+    # of 100, the fifth highest: 94 and 9.4. They differ by 84.6, a quarter of it stays between the offsets.
+    ramp = torch.arange(99.0)
+    scores = torch.stack([ramp, 0.1 * ramp.flip(0)], dim=1)
+    offsets = offsets_for_budget(scores, 0.1)
+    assert float(offsets[1] - offsets[0]) == pytest.approx(0.25 * 84.6, abs=1e-2)
+    assert round(false_query_rate(scores, offsets) * 99) == 9, "the budget is spent"
+    (alone,) = offsets_for_budget(scores[:, :1], 0.1).tolist()
+    assert alone == pytest.approx(offset_for_budget(scores[:, :1], 0.1))
+    # Classes whose scores lie alike share an offset.
+    alike = torch.stack([ramp, ramp.flip(0)], dim=1)
+    one, other = offsets_for_budget(alike, 0.1).tolist()
+    assert one == other == pytest.approx(offset_for_budget(alike, 0.1))
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 0.3), st.integers(1, 4))
+def test_offsets_together_keep_the_budget(seed: int, budget: float, classes: int) -> None:
+    scores = normal(120, classes, seed=seed) * torch.arange(1, classes + 1)
+    assert false_query_rate(scores, offsets_for_budget(scores, budget)) <= budget
 
 
 @st.composite

@@ -33,6 +33,7 @@ from qkt_clinical.qkt.operating_point import (
     as_if_held_out,
     false_query_rate,
     offset_for_budget,
+    offsets_for_budget,
     query_scores,
 )
 from qkt_clinical.qkt.panel import Teacher
@@ -685,14 +686,18 @@ def test_what_the_own_model_gives_to_a_rare_class_today_is_not_promised(
 @pytest.mark.parametrize(
     ("method", "rare"), [("qkt", True), ("qkt-light", False), ("routed", False), ("routed", True)]
 )
-def test_query_classes_share_an_offset(
+def test_query_classes_share_the_budget(
     own: Classifier, birch: Teacher, cedar: Teacher, method: Method, rare: bool
 ) -> None:
     teachers, data = [birch, cedar], RARE if rare else DATA
-    bars, frames = ask(own, teachers, method, query=(2, 3), data=data, budget=0.45).decision.offsets
-    assert bars == frames > 0
-    strict = asked(own, teachers, method, query=(2, 3), rare=rare).decision.offsets
-    assert strict[0] == strict[1] < bars
+    loose = ask(own, teachers, method, query=(2, 3), data=data, budget=0.45)
+    strict = asked(own, teachers, method, query=(2, 3), rare=rare)
+    for answer, budget in ((loose, 0.45), (strict, BUDGET)):
+        point = answer.operating_point
+        expected = offsets_for_budget(point.scores, budget, lost=point.lost)
+        assert answer.decision.offsets == tuple(expected.tolist())
+        assert point.false_query_rate <= budget
+    assert all(s < w for s, w in zip(strict.decision.offsets, loose.decision.offsets, strict=True))
 
 
 @pytest.mark.parametrize("method", ["qkt", "qkt-light"])
