@@ -43,7 +43,7 @@ def write_teacher(root: Path, site: str, known: Sequence[int], **changes: Any) -
         "classes": CLASSES,
         "input": {"shape": SHAPE, "normalisation": "unit", "spacing_mm": None},
         "training": {},
-        "weights": {"bytes": 1_000_000, "sha256": digest_file(folder / WEIGHTS)},
+        "weights": {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": digest_file(folder / WEIGHTS)},
         "decision": None,
         **changes,
     }

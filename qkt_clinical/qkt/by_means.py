@@ -2,8 +2,8 @@
 
 The hospital's own network tells its own classes. Where the query lies, the teachers' class means over the
 features of a frozen encoder say (:func:`qkt_clinical.qkt.discriminant.shared_rows`); they are some kilobytes
-and have noise, so that nothing leaves a hospital but its mask and what an epsilon bounds. For the own network
-an absent query class lies amid the local ones.
+and have noise, so that an answer moves nothing of a teacher but its mask and what an epsilon bounds. For the
+own network an absent query class lies amid the local ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qkt_clinical.task import Task
 MEANS_SHARE = 0.65
 """Of discriminants over the encoder in the head, the own network having the rest."""
 CHANCE = 3.0
-"""Standard deviations."""
+"""Standard deviations by which an agreement may lie below 0 without being a contradiction."""
 
 
 def amid(head: tuple[Tensor, Tensor], local: Sequence[int], query: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from qkt_clinical.benchmark.summary import (
     share_of_the_way,
     summarise,
 )
-from qkt_clinical.catalog import BENCHMARK_METHODS, METHODS, ON_STATISTICS, REFERENCES
+from qkt_clinical.catalog import BENCHMARK_METHODS, ENCODED_METHODS, METHODS, REFERENCES
 from qkt_clinical.cli import main
 from qkt_clinical.config.params import MaskParams, TrainParams
 from qkt_clinical.datasets.medmnist_file import read_class_names
@@ -535,7 +535,7 @@ def test_nothing_that_answers_has_seen_a_hidden_image(whole: Whole, sites: tuple
         "fedprox",
         "scaffold",
         *METHODS,
-    } - {ON_STATISTICS}
+    } - set(ENCODED_METHODS)
     assert not any(images & hidden for _, images in asking)
     assert any(images & hidden for name, images in whole[2].received if name == "full/brno")
     everybody = next(images for name, images in asking if name == "pooled/brno~0")
