@@ -58,6 +58,7 @@ from qkt_clinical.records.card import CARD, MASK, MIRRORS
 from qkt_clinical.records.plan import SHARED
 
 BYTES_OF_HALF = 2
+"""Of a number in half precision, as bundles hold class means."""
 PRIVACY = PrivacyParams()
 """Of ``statistics-dp``, and of the means of ``qkt-statistics``: the defaults of ``shared_encoder``."""
 

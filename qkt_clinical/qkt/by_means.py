@@ -47,7 +47,7 @@ def amid(head: tuple[Tensor, Tensor], local: Sequence[int], query: Sequence[int]
     return weight, bias
 
 
-def agreement(there: Mapping[int, Tensor], here: Mapping[int, Tensor]) -> float | None:
+def means_agreement(there: Mapping[int, Tensor], here: Mapping[int, Tensor]) -> tuple[float | None, float]:
     """How far a teacher's class means lie to each other as the hospital's own do, from -1 to 1.
 
     The mean over the classes that both have of the cosine between where either sees the class, each from the
@@ -57,16 +57,10 @@ def agreement(there: Mapping[int, Tensor], here: Mapping[int, Tensor]) -> float 
         there: class to mean features (F,) of the teacher; here: of the asking hospital's images.
 
     Returns:
-        None where they have fewer than two classes in common, or one of them sees no difference.
-    """
-    return _compared(there, here)[0]
-
-
-def _compared(there: Mapping[int, Tensor], here: Mapping[int, Tensor]) -> tuple[float | None, float]:
-    """:func:`agreement`, and the most that chance would take from 0: means may be hardly more than noise.
-
-    Directions drawn at random among F have a cosine of standard deviation 1 / sqrt(F); of k classes about
-    their middle, k - 1 are drawn.
+        None where they have fewer than two classes in common, or one of them sees no difference; and the most
+        that chance would take from 0, since means may be hardly more than noise: directions drawn at random
+        among F have a cosine of standard deviation 1 / sqrt(F), and of k classes about their middle k - 1 are
+        drawn.
     """
     shared = sorted(set(there) & set(here))
     if len(shared) < 2:
@@ -93,7 +87,7 @@ def screen_means(
     """
     found = []
     for site, there in sorted(class_means.items()):
-        seen, chance = _compared(there, here)
+        seen, chance = means_agreement(there, here)
         if seen is None:
             result = ScreeningResult(site, included=True, reason="shares no two classes to compare")
         elif seen < -chance:

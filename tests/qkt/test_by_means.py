@@ -17,7 +17,7 @@ from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
-from qkt_clinical.qkt.by_means import agreement, amid, answer_by_means, screen_means
+from qkt_clinical.qkt.by_means import amid, answer_by_means, means_agreement, screen_means
 from qkt_clinical.qkt.operating_point import decide
 from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData
 from qkt_clinical.task import MULTICLASS
@@ -101,6 +101,9 @@ def test_a_class_that_only_others_have_is_recognised_by_their_means_alone(own: C
 
 
 def test_agreement_by_hand() -> None:
+    def agreement(there: dict[int, Tensor], here: dict[int, Tensor]) -> float | None:
+        return means_agreement(there, here)[0]
+
     here = {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.0, 1.0]), 2: torch.tensor([5.0, 5.0])}
     moved = {c: 3 * m + 7 for c, m in here.items() if c != 2}
     assert agreement(moved, here) == pytest.approx(1.0), "another camera"
