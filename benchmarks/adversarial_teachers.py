@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.tables import Row, markdown
 from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
-from qkt_clinical.benchmark.methods import Case
+from qkt_clinical.benchmark.case import Case
 from qkt_clinical.benchmark.settings import BAD, BenchmarkSettings
 from qkt_clinical.benchmark.simulate import read, simulate
 from qkt_clinical.benchmark.store import ResultStore

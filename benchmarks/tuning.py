@@ -2,14 +2,15 @@
 
 ``python -m benchmarks.tuning --data FILE.npz [--tables NAME ...]``
 
-Teachers are trained once and kept in ``--work``. Federations run on NVIDIA FLARE. Figures are means over all
-queries, on the val split.
+Teachers are trained once and kept in ``--work``. Federations of whole networks run on NVIDIA FLARE. Figures
+are means over all queries, on the val split.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,17 @@ from torch import Tensor
 from benchmarks.tables import Row, markdown
 from qkt_clinical.baselines.federated import Participant
 from qkt_clinical.baselines.finetune import finetune
-from qkt_clinical.baselines.params import FederatedParams, FinetuneParams
+from qkt_clinical.baselines.params import (
+    AggregatorParams,
+    BaselineParams,
+    FederatedParams,
+    FinetuneParams,
+    SmallFederationParams,
+)
+from qkt_clinical.benchmark.case import Case, MethodResult
+from qkt_clinical.benchmark.features import FeatureBank
+from qkt_clinical.benchmark.head_baselines import averaged_head
+from qkt_clinical.benchmark.methods import learnt_ensemble
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.settings import BenchmarkSettings
 from qkt_clinical.benchmark.simulate import SimulatedQuery, read, simulate
@@ -40,9 +51,9 @@ SHOWN = ("query_accuracy", "retained_accuracy", "balanced_accuracy")
 class Bench:
     """The data, the work folder and the seed of the partition and of training."""
 
-    def __init__(self, data: Path, work: Path, seed: int) -> None:
+    def __init__(self, data: Path, work: Path, seed: int, features: Path | None) -> None:
         self.parts, self.classes = read(data)
-        self.work, self.seed = work, seed
+        self.work, self.seed, self.features = work, seed, features
 
     def store(self, partition: Partition, regime: Regime) -> ResultStore:
         """Teachers of one setting, figures on val."""
@@ -80,6 +91,20 @@ class Bench:
         )
         logits = predict(found.network, to_input(store.federation.val.images), CPU)
         return self.judge(store, lambda question: logits)
+
+    def judge_method(self, answer: Callable[[Case], MethodResult], baselines: BaselineParams) -> Row:
+        """A method with these settings, on absent classes."""
+        store = self.store("pathological", "absent")
+        store.settings = store.settings.model_copy(update={"baselines": baselines})
+        store.features = FeatureBank(self.features) if self.features else None
+        for hospital in store.federation.hospitals:
+            self.teacher(store, hospital.name)
+        found = []
+        for question in store.federation.questions:
+            case = Case(store, question)
+            scores, labels = answer(case).scores.numpy(), case.images.labels
+            found.append(figures(scores, labels, case.relevant, question.query, task=MULTICLASS))
+        return {name: float(np.mean([f[name] for f in found])) for name in SHOWN}
 
     def teacher(self, store: ResultStore, hospital: str) -> Classifier:
         """Trained the first time."""
@@ -136,8 +161,26 @@ def finetuned(bench: Bench) -> Iterator[Row]:
         yield {"epochs": epochs, "learning rate": f"{rate:g}", **row}
 
 
+def fens(bench: Bench) -> Iterator[Row]:
+    """FENS: the learning rate, the units and the rounds of its aggregator, absent classes."""
+    for rate, hidden, rounds in product((1e-3, 3e-3, 1e-2), (16, 64), (20, 50)):
+        params = AggregatorParams(learning_rate=rate, hidden=hidden, rounds=rounds)
+        row = bench.judge_method(learnt_ensemble, BaselineParams(aggregator=params))
+        yield {"learning rate": f"{rate:g}", "units": hidden, "rounds": rounds, **row}
+
+
+def federated_head(bench: Bench) -> Iterator[Row]:
+    """The federated head's learning rate, weight decay and rounds, absent classes (``--features``)."""
+    if bench.features is None:
+        raise SystemExit("federated_head reads --features: work/features of a benchmark run with an encoder")
+    for rate, decay, rounds in product((3e-4, 1e-3, 3e-3), (1e-2, 1.0), (20, 50)):
+        params = SmallFederationParams(learning_rate=rate, weight_decay=decay, rounds=rounds)
+        row = bench.judge_method(averaged_head, BaselineParams(head=params))
+        yield {"learning rate": f"{rate:g}", "weight decay": f"{decay:g}", "rounds": rounds, **row}
+
+
 TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (fedavg, fedprox, scaffold, finetuned)
+    f.__name__: f for f in (fedavg, fedprox, scaffold, finetuned, fens, federated_head)
 }
 
 
@@ -148,8 +191,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tuning"), help="where teachers are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--features", type=Path, help="work/features of a benchmark run of the same data")
     options = parser.parse_args()
-    bench = Bench(options.data, options.work, options.seed)
+    bench = Bench(options.data, options.work, options.seed, options.features)
     for name in options.tables:
         print(f"\n### {name}\n\n{(TABLES[name].__doc__ or '').strip()}\n")
         print(markdown(list(TABLES[name](bench))), flush=True)

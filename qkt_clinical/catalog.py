@@ -70,7 +70,13 @@ ENCODED_METHODS: tuple[Method, ...] = (ON_STATISTICS, BY_MEANS)
 """Those by class means over the features of a frozen encoder."""
 BY_NETWORKS: tuple[Method, ...] = tuple(m for m in METHODS if m != BY_MEANS)
 """Those in which other hospitals' networks take part."""
-ENCODER_BASELINES: tuple[str, ...] = ("statistics", "statistics-centred", "statistics-dp", "gaussian-heads")
+ENCODER_BASELINES: tuple[str, ...] = (
+    "statistics",
+    "statistics-centred",
+    "statistics-dp",
+    "gaussian-heads",
+    "federated-head",
+)
 """Baselines over the features of a frozen encoder that all hospitals have."""
 WITH_ENCODER: tuple[str, ...] = (*ENCODER_BASELINES, *ENCODED_METHODS)
 """All of the benchmark that takes one."""
@@ -80,6 +86,7 @@ BASELINES: tuple[str, ...] = (
     "ensemble-prob",
     "ensemble-logit",
     "ensemble-adapted",
+    "fens",
     "one-shot-average",
     "distill-all",
     "fedavg",

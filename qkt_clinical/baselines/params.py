@@ -50,6 +50,22 @@ class FederatedParams(Strict):
     """Of a round; this and the three above as in the training of a teacher."""
 
 
+class SmallFederationParams(Strict):
+    """Federated averaging of a small module on tensors; the learning rate is the first round's."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 50
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+
+
+class AggregatorParams(SmallFederationParams):
+    """Of FENS."""
+
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Units between the networks' logits and the answer."""
+
+
 class BaselineParams(Strict):
     """All baselines that are trained."""
 
@@ -64,3 +80,7 @@ class BaselineParams(Strict):
     """Of SCAFFOLD."""
     proximal: Annotated[float, Field(gt=0)] = 1e-1
     """``mu`` of FedProx, the best of 0.001 to 1 on val."""
+    head: SmallFederationParams = SmallFederationParams()
+    """Of ``federated-head``."""
+    aggregator: AggregatorParams = AggregatorParams()
+    """Of ``fens``."""

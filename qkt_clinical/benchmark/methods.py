@@ -7,20 +7,29 @@ something changed only needs its line in ``settings.SETUPS``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qkt_clinical.baselines import gaussian_heads, statistics, statistics_dp
 from qkt_clinical.baselines.averaging import average_networks
 from qkt_clinical.baselines.ensembles import mean_logit_scores, mean_probability_scores, restrict
+from qkt_clinical.baselines.fens import side_by_side, train_aggregator
 from qkt_clinical.baselines.finetune import finetune
+from qkt_clinical.baselines.small_federation import bytes_moved
 from qkt_clinical.benchmark.ablations import answer_ablated
 from qkt_clinical.benchmark.adversarial_teachers import draw_bad, spoil
+from qkt_clinical.benchmark.case import (
+    Case,
+    MethodResult,
+    OwnScores,
+    calibration_of,
+    learned_of,
+    with_budget,
+)
+from qkt_clinical.benchmark.head_baselines import PRIVACY, averaged_head, class_statistics, drawn_heads
 from qkt_clinical.benchmark.settings import (
     BUDGETS,
     DISTILLED,
@@ -30,14 +39,12 @@ from qkt_clinical.benchmark.settings import (
     SETUPS,
     BenchmarkSettings,
     Setup,
-    Variant,
 )
-from qkt_clinical.benchmark.simulate import LabelledImages, SimulatedHospital, SimulatedQuery
+from qkt_clinical.benchmark.simulate import SimulatedHospital
 from qkt_clinical.benchmark.store import ResultStore, global_name, pooled_name
 from qkt_clinical.catalog import BY_MEANS, DEFAULT_ESTIMATOR, ENCODED_METHODS, OWN_WITH_QUERY, POOLED
 from qkt_clinical.common.disclosure import SMALLEST_COUNT
 from qkt_clinical.common.seeding import derive
-from qkt_clinical.config.params import PrivacyParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import QueryError
@@ -50,7 +57,7 @@ from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
-from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offsets_for_budget, query_scores
+from qkt_clinical.qkt.operating_point import decide, offsets_for_budget
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
 from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData, OperatingPoint
@@ -59,88 +66,6 @@ from qkt_clinical.records.plan import SHARED
 
 BYTES_OF_HALF = 2
 """Of a number in half precision, as bundles hold class means."""
-PRIVACY = PrivacyParams()
-"""Of ``statistics-dp``, and of the means of ``qkt-statistics``: the defaults of ``shared_encoder``."""
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """An answer's scores (N, C) on the question's evaluation images, minus infinity outside R."""
-
-    scores: Tensor
-    bytes_moved: int = 0
-    rounds: int | None = None
-    """In which they were moved; None: one, or none where nothing was."""
-    seconds: float = 0.0
-    """To answer the query, teachers given; predictions are not counted."""
-    passes: int = 1
-    """Forward passes per prediction."""
-    cost: float | None = None
-    """Multiply-adds of a prediction in units of the own network's; None: as many as there are passes."""
-    curve: Mapping[float, Tensor] | None = None
-    """Scores at every budget of ``BUDGETS``, where the answer has one."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One query and everything that its answers share."""
-
-    store: ResultStore
-    question: SimulatedQuery
-
-    @property
-    def student(self) -> str:
-        """The asking hospital's own network."""
-        return f"full/{self.question.asking}"
-
-    @property
-    def others(self) -> list[str]:
-        """The teachers of all other hospitals."""
-        return self.teachers("sent")
-
-    def teachers(self, variant: Variant) -> list[str]:
-        """The networks of all other hospitals that were trained so."""
-        kind = self.store.settings.trained_as(variant)
-        names = [h.name for h in self.store.federation.hospitals]
-        return [f"{kind}/{name}" for name in names if name != self.question.student]
-
-    @cached_property
-    def relevant(self) -> tuple[int, ...]:
-        """R, sorted."""
-        return self.store.federation.relevant(self.question)
-
-    @cached_property
-    def index(self) -> Tensor:
-        """The evaluation images that judge: of relevant classes, and of real hospitals."""
-        return torch.from_numpy(self.store.federation.judging(self.question, self.store.settings.split))
-
-    @cached_property
-    def images(self) -> LabelledImages:
-        """The evaluation images that judge."""
-        return self.store.evaluation.take(self.index.numpy())
-
-    @cached_property
-    def inputs(self) -> Tensor:
-        """The same as network input."""
-        return to_input(self.images.images)
-
-    def seed(self, *names: str) -> int:
-        """For this question."""
-        asked = "+".join(map(str, self.question.query))
-        return derive(self.store.federation.seed, "benchmark", *names, self.question.student, asked)
-
-    def logits(self, name: str) -> Tensor:
-        """Stored logits (N, C) of a trained network on the evaluation images that judge."""
-        return self.store.logits(name)[self.store.settings.split][self.index]
-
-    def best_rounds(self, algorithm: str) -> int:
-        """After how many rounds a federation's global model is taken."""
-        alone = self.store.settings.sites
-        return self.store.best_rounds(algorithm, self.question if alone else None)
-
-    def restricted(self, network: Classifier) -> Tensor:
-        """Scores of any network."""
-        return restrict(predict(network, self.inputs, self.store.device), self.relevant)
 
 
 def local(case: Case, *, own: str = "full") -> MethodResult:
@@ -172,39 +97,6 @@ def ensemble(case: Case, combine: Callable[[Sequence[Tensor]], Tensor]) -> Metho
 def ensemble_of_probabilities(case: Case) -> MethodResult:
     """The mean of their probabilities."""
     return ensemble(case, partial(mean_probability_scores, task=case.store.task))
-
-
-@dataclass(frozen=True)
-class OwnScores:
-    """A baseline's scores (N, C) of the asking hospital's own images of local classes, and their labels."""
-
-    held_out: Tensor
-    labels: Tensor
-    learned: Tensor
-    learned_labels: Tensor
-
-
-def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]) -> Tensor:
-    """A baseline's scores (N, C) with the operating point that QKT has: the same budget, images and rule."""
-    query = case.question.query
-    held_out, learned = (query_scores(z, local, query) for z in (own.held_out, own.learned))
-    both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
-    return decide(scores, local, query, offsets_for_budget(both, case.store.settings.budget))
-
-
-def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
-    """Training images of local classes, as many as QKT takes for its operating point."""
-    own = hospital.train
-    local = np.flatnonzero(~np.isin(own.labels, case.question.query))
-    draw = generator(case.seed("transfer"), "operating-point")
-    order = torch.randperm(len(local), generator=draw)[: case.store.settings.transfer.images]
-    return own.take(local[np.sort(order.numpy())])
-
-
-def calibration_of(hospital: SimulatedHospital, query: Sequence[int]) -> LabelledImages:
-    """The hospital's calibration images of local classes."""
-    own = hospital.calibration
-    return own.take(np.flatnonzero(~np.isin(own.labels, query)))
 
 
 def ensemble_adapted(case: Case) -> MethodResult:
@@ -248,126 +140,59 @@ def ensemble_adapted(case: Case) -> MethodResult:
     return MethodResult(found, moved, seconds=seconds, passes=len(networks))
 
 
-LinearHead = tuple[Tensor, Tensor]
-"""Weight (C, F) and bias (C,)."""
+@lru_cache(maxsize=4)
+def _aggregator(
+    store: ResultStore, asking: str, student: str, names: tuple[str, ...]
+) -> tuple[nn.Module, float]:
+    """What combines the networks' answers, trained by all on calibration images; seconds.
 
-
-@dataclass(frozen=True)
-class EncodedHospital:
-    """A hospital's training images as features (N, F) of the frozen encoder, and labels (N,)."""
-
-    name: str
-    features: Tensor
-    labels: Tensor
-
-
-def encoded(case: Case) -> list[EncodedHospital]:
-    """The asking hospital, without what is hidden from it, and all others."""
-    bank = case.store.features
-    assert bank is not None
-    others = (h for h in case.store.federation.hospitals if h.name != case.question.student)
-    return [
-        EncodedHospital(h.site, bank.of(h.train.images), torch.from_numpy(h.train.labels))
-        for h in (case.store.data(case.question.asking), *others)
-    ]
-
-
-def answered_by_head(
-    case: Case,
-    learn: Callable[[Tensor, Tensor, Sequence[int]], LinearHead],
-    change: Callable[[Tensor], Tensor],
-    moved: int,
-) -> MethodResult:
-    """A linear head over the encoder's features, with the budget.
-
-    Args:
-        learn: makes it, given features and labels of calibration images and the local classes.
-        change: of every image's features before the head.
-        moved: bytes.
+    Every other one of the asking hospital's own goes to that; the rest are left for the operating point.
     """
-    store, bank = case.store, case.store.features
-    assert bank is not None
-    hospital = store.data(case.question.asking)
-    held_out = calibration_of(hospital, case.question.query)
-    local = [c for c in hospital.held if c not in case.question.query]
-    seen, labels = change(bank.of(held_out.images)), torch.from_numpy(held_out.labels)
-    learned = learned_of(case, hospital)
-    start = time.perf_counter()
-    weight, bias = learn(seen, labels, local)
-    seconds = time.perf_counter() - start
-
-    def scores(features: Tensor) -> Tensor:
-        return features @ weight.T + bias
-
-    own = OwnScores(
-        scores(seen), labels, scores(change(bank.of(learned.images))), torch.from_numpy(learned.labels)
+    start, classes = time.perf_counter(), store.federation.spec.classes
+    members = []
+    for hospital in (asking, *(h.name for h in store.federation.hospitals if h.name != student)):
+        step = 2 if hospital == asking else 1
+        seen = side_by_side([store.calibration_logits(name, hospital) for name in names])
+        labels = torch.from_numpy(store.data(hospital).calibration.labels)
+        members.append((seen[::step], labels[::step]))
+    trained = train_aggregator(
+        members,
+        len(names),
+        classes,
+        store.settings.baselines.aggregator,
+        task=store.task,
+        seed=derive(store.federation.seed, "benchmark", "fens", asking),
     )
+    return trained, time.perf_counter() - start
+
+
+def learnt_ensemble(case: Case) -> MethodResult:
+    """FENS: every hospital has every network, and all train what combines their answers."""
+    store, question = case.store, case.question
+    asking, names = store.data(question.asking), (case.student, *case.others)
+    aggregator, seconds = _aggregator(store, question.asking, question.student, names)
+
+    def scores(each: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = aggregator(side_by_side(each))
+        return found
+
+    labels, learned = torch.from_numpy(asking.calibration.labels)[1::2], learned_of(case, asking)
+    held_out = scores([store.calibration_logits(name, asking.name) for name in names])[1::2]
+    kept = torch.isin(labels, torch.tensor(question.query), invert=True)
+    trained_on = scores([case.predicted(name, learned) for name in names])
+    own = OwnScores(held_out[kept], labels[kept], trained_on, torch.from_numpy(learned.labels))
+    local = [c for c in asking.held if c not in question.query]
+    answered = scores([case.logits(name) for name in names])
+    params, hospitals = store.settings.baselines.aggregator, len(names)
+    networks = sum(map(store.bytes, names)) * (hospitals - 1)
     return MethodResult(
-        with_budget(case, scores(change(bank.of(case.images.images))), own, local),
-        moved,
+        with_budget(case, answered, own, local),
+        networks + bytes_moved(aggregator, hospitals, params.rounds),
+        rounds=1 + params.rounds,
         seconds=seconds,
-        cost=bank.multiply_adds / multiply_adds(store.bundle(case.student).network, case.inputs.shape[1:]),
+        passes=hospitals,
     )
-
-
-def class_statistics(case: Case, *, centred: bool = False, private: bool = False) -> MethodResult:
-    """Linear discriminants of everybody's class statistics over a frozen encoder's features.
-
-    Args:
-        centred: every hospital takes its own mean off its features.
-        private: other hospitals' statistics have noise, as much as ``train.privacy`` has by default.
-    """
-    classes, members = case.store.federation.spec.classes, encoded(case)
-    centre = members[0].features.mean(dim=0)
-    shared = derive(case.store.federation.seed, "benchmark", "statistics-dp")
-
-    def change(features: Tensor) -> Tensor:
-        if private:
-            return statistics_dp.projected(features, seed=shared)
-        return features - centre if centred else features
-
-    each = []
-    for number, member in enumerate(members):
-        if private and number:
-            each.append(
-                statistics_dp.private_statistics(
-                    change(member.features),
-                    member.labels,
-                    classes,
-                    epsilon=PRIVACY.epsilon,
-                    delta=PRIVACY.delta,
-                    seed=derive(shared, member.name),
-                )
-            )
-            continue
-        own = member.features - member.features.mean(dim=0) if centred else change(member.features)
-        each.append(statistics.class_statistics(own, member.labels, classes))
-    pooled = statistics.without_small(statistics.pool(each), SMALLEST_COUNT if private else 1)
-
-    def learn(seen: Tensor, labels: Tensor, local: Sequence[int]) -> LinearHead:
-        return statistics.best_head(pooled, case.relevant, local, seen, labels, task=case.store.task)
-
-    return answered_by_head(case, learn, change, sum(s.bytes for s in each[1:]))
-
-
-def drawn_heads(case: Case) -> MethodResult:
-    """A head trained on features drawn from other hospitals' mixtures, and on the hospital's own."""
-    own, *others = encoded(case)
-    mixtures = [
-        gaussian_heads.class_mixtures(h.features, h.labels, seed=case.seed("gaussian-heads", h.name))
-        for h in others
-    ]
-    features, labels = gaussian_heads.drawn_features(
-        mixtures, case.relevant, seed=case.seed("gaussian-heads")
-    )
-    train = torch.cat([own.features, features]), torch.cat([own.labels, labels])
-
-    def learn(seen: Tensor, truth: Tensor, local: Sequence[int]) -> LinearHead:
-        classes = case.store.federation.spec.classes
-        return gaussian_heads.best_head(train, (seen, truth), local, classes, task=case.store.task)
-
-    moved = sum(m.bytes for held in mixtures for c, m in held.items() if c in case.relevant)
-    return answered_by_head(case, learn, lambda features: features, moved)
 
 
 def one_shot_average(case: Case) -> MethodResult:
@@ -676,11 +501,13 @@ def methods(settings: BenchmarkSettings) -> dict[str, Callable[[Case], MethodRes
         "ensemble-prob": ensemble_of_probabilities,
         "ensemble-logit": partial(ensemble, combine=mean_logit_scores),
         "ensemble-adapted": ensemble_adapted,
+        "fens": learnt_ensemble,
         "one-shot-average": one_shot_average,
         "statistics": class_statistics,
         "statistics-centred": partial(class_statistics, centred=True),
         "statistics-dp": partial(class_statistics, private=True),
         "gaussian-heads": drawn_heads,
+        "federated-head": averaged_head,
         OWN_WITH_QUERY: own_with_query,
         POOLED: pooled,
         FINETUNED: global_model_finetuned,

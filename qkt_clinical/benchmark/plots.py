@@ -22,7 +22,7 @@ COLOURS = {
     "qkt-means": "#d98b2b",
 }
 BASELINE_COLOUR, GRID = "#8a94a0", "#e6eaed"
-MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^pv<>PXooo*hHd84oo", strict=True))
+MARKERS = dict(zip((*BENCHMARK_METHODS, *REFERENCES, *WITH_ENCODER), "osD^p1v<>PXooo*hHd843oo", strict=True))
 """Baselines are told apart by shape, QKT's methods by colour."""
 
 

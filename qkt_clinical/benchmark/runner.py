@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qkt_clinical.benchmark.case import Case, MethodResult
 from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
-from qkt_clinical.benchmark.methods import Case, MethodResult, methods
+from qkt_clinical.benchmark.methods import methods
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.plots import write_plots
 from qkt_clinical.benchmark.pool import run_tasks

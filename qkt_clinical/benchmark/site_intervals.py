@@ -22,7 +22,7 @@ from qkt_clinical.data.prepared import Labels
 from qkt_clinical.evaluation.metrics import Floats
 
 if TYPE_CHECKING:
-    from qkt_clinical.benchmark.methods import Case
+    from qkt_clinical.benchmark.case import Case
 
 
 def right_digits(case: Case, scores: Tensor) -> str:

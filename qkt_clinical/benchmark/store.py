@@ -72,6 +72,8 @@ FEDERATIONS = "federations"
 """Where federations run, each in a folder that is removed afterwards."""
 CACHED_BUNDLES = 16
 """Bundles cached in a process's memory."""
+CACHED_CALIBRATION = 128
+"""Pairs of a network and a hospital whose logits are."""
 
 
 def global_name(algorithm: str, rounds: int, asks_as: str = "") -> str:
@@ -117,6 +119,9 @@ class ResultStore:
         self.bundle: Callable[[str], Bundle] = lru_cache(CACHED_BUNDLES)(self._bundle)
         self.logits: Callable[[str], dict[str, Tensor]] = lru_cache(CACHED_BUNDLES)(self._logits)
         self.routed_logits: Callable[[str, bool], Tensor] = lru_cache(CACHED_BUNDLES)(self._routed_logits)
+        self.calibration_logits: Callable[[str, str], Tensor] = lru_cache(CACHED_CALIBRATION)(
+            self._calibration_logits
+        )
         self.verified: Callable[[str], tuple[int, ...]] = lru_cache(CACHED_BUNDLES)(self._verified)
 
     def train(self, name: str) -> None:
@@ -214,6 +219,10 @@ class ResultStore:
     def _routed_logits(self, name: str, flips: bool) -> Tensor:
         inputs = to_input(self.evaluation.images)
         return predict_logits(self.bundle(name).network, inputs, flips, self.device)
+
+    def _calibration_logits(self, name: str, hospital: str) -> Tensor:
+        inputs = to_input(self.data(hospital).calibration.images)
+        return predict(self.bundle(name).network, inputs, self.device)
 
     def _verified(self, name: str) -> tuple[int, ...]:
         return self.verify(self.bundle(name).network)

@@ -19,7 +19,8 @@ from qkt_clinical.baselines.params import BaselineParams, DistillParams, Finetun
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.adversarial_teachers import PROBES, SHARE, draw_bad, spoil
-from qkt_clinical.benchmark.methods import Case, at_budgets, qkt
+from qkt_clinical.benchmark.case import Case
+from qkt_clinical.benchmark.methods import at_budgets, qkt
 from qkt_clinical.benchmark.metrics import figures, rank_auroc
 from qkt_clinical.benchmark.phases import DistillationParams
 from qkt_clinical.benchmark.pool import run_tasks

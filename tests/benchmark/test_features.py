@@ -14,8 +14,8 @@ from qkt_clinical.baselines.gaussian_heads import class_mixtures
 from qkt_clinical.baselines.statistics import class_statistics, pool
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
+from qkt_clinical.benchmark.case import Case
 from qkt_clinical.benchmark.features import FeatureBank, pieces, write_piece
-from qkt_clinical.benchmark.methods import Case
 from qkt_clinical.benchmark.metrics import figures
 from qkt_clinical.benchmark.runner import FEATURES, KEY, RESULT, WORK, federations_of, run
 from qkt_clinical.benchmark.settings import (
