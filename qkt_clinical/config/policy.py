@@ -21,7 +21,10 @@ class Share(Strict):
     teacher: bool = False
     """Its bundle and mask, to the server and through it to hospitals whose queries it may help to answer."""
     statistics: bool = False
-    """Class means with the teacher, which say where its classes lie; without them answers are poorer."""
+    """Class means, which say where its classes lie; without them answers are poorer.
+
+    With the teacher those of its own features and of a shared encoder's, without it these alone.
+    """
     metrics: bool = False
     """Figures of its own students, with intervals and without counts."""
     student: bool = False

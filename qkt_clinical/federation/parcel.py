@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qkt_clinical.catalog import BY_MEANS, Method
+from qkt_clinical.catalog import Method
 from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import NAME
 from qkt_clinical.errors import BundleError
@@ -125,17 +125,19 @@ def _written(files: Any, site: str, folder: Path, named: Callable[[Card], tuple[
 
 def unpack_teacher(
     files: Any, site: str, folder: Path, named: Callable[[Card], tuple[str, ...]] = shared_files
-) -> Bundle:
+) -> Card:
     """Write a teacher's files into an empty folder after every check that a bundle gets.
 
     Args:
         named: the files that there must be, by its card.
 
     Raises:
-        BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`; also if it is not the site's teacher.
+        BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`, or where there is no network among
+            the files :func:`~qkt_clinical.models.bundle.load_shared_means`; also if it is not the site's
+            teacher.
     """
     _written(files, site, folder, named)
-    return load_bundle(folder)
+    return (load_bundle if (folder / WEIGHTS).exists() else load_shared_means)(folder).card
 
 
 def unpack_moved(files: Any, site: str, folder: Path, method: Method) -> None:
@@ -144,15 +146,7 @@ def unpack_moved(files: Any, site: str, folder: Path, method: Method) -> None:
     Raises:
         BundleError: as :func:`unpack_teacher`.
     """
-
-    def named(card: Card) -> tuple[str, ...]:
-        return moved_files(card, method)
-
-    if method == BY_MEANS:
-        _written(files, site, folder, named)
-        load_shared_means(folder)
-    else:
-        unpack_teacher(files, site, folder, named)
+    unpack_teacher(files, site, folder, lambda card: moved_files(card, method))
 
 
 STUDENT = (CARD, WEIGHTS, "query.json", "plan.json")

@@ -22,7 +22,7 @@ def refusal(policy: Policy, question: TeacherRequest, helped: int) -> str | None
     Args:
         helped: queries that it has helped to answer within the last 24 hours.
     """
-    if not policy.share.teacher:
+    if not (policy.share.teacher or policy.share.statistics):
         return "shares no teacher"
     if question.hospital in policy.refuse_requesters:
         return f"does not answer {question.hospital}"
@@ -76,14 +76,14 @@ def check_outbound(policy: Policy, task: str, said: Any, site: str) -> None:
 
     try:
         reply = read_reply(said, task, site)
-        if isinstance(reply, Contributed | Offered) and not policy.share.teacher:
-            raise stop("the teacher")
         cards = [read_offer_files(reply.files, site)[0]] if isinstance(reply, Offered) else []
         with tempfile.TemporaryDirectory(prefix="qkt-") as temporary:
             folder = Path(temporary) / site
             folder.mkdir()
             if isinstance(reply, Contributed):
-                cards.append(unpack_teacher(reply.files, site, folder).card)
+                cards.append(unpack_teacher(reply.files, site, folder))
+            if not policy.share.teacher and not all(card.network_kept for card in cards):
+                raise stop("the teacher")
             if any(map(holds_means, cards)) and not policy.share.statistics:
                 raise stop("class means")
             if isinstance(reply, Answered) and reply.student is not None:

@@ -116,8 +116,7 @@ class Server:
             )
         try:
             with new_folder(self.space.teacher(site)) as folder:
-                bundle = unpack_teacher(said.files, site, folder)
-                if bundle.card.classes != load_params(self.root).classes:
+                if unpack_teacher(said.files, site, folder).classes != load_params(self.root).classes:
                     raise BundleError(
                         "has another label space",
                         remedy="Give server and site the same classes in params.yaml.",

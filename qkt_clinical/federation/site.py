@@ -231,33 +231,37 @@ class Site:
         return folder
 
     def _shared_teacher(self, policy: Policy) -> Path:
-        """Folder of the teacher as it may leave: without class means where the policy keeps them."""
+        """Folder of the teacher as it may leave: without means or network where the policy keeps them."""
         folder = self.space.teacher(self.name)
-        if policy.share.statistics:
+        if policy.share.statistics and policy.share.teacher:
             return folder
-        from qkt_clinical.models.bundle import write_without_means
+        from qkt_clinical.models.bundle import write_without_means, write_without_network
 
+        without = "network" if policy.share.statistics else "means"
         made_of = digest_folder(folder, (CARD, MASK))
-        kept = self.space.scratch / "federation" / "without-means" / made_of[:16]
+        kept = self.space.scratch / "federation" / f"without-{without}" / made_of[:16]
         if not kept.is_dir():
             with new_folder(kept) as part:
-                write_without_means(folder, part)
+                (write_without_network if policy.share.statistics else write_without_means)(folder, part)
                 if (folder / MASK).is_file():
                     shutil.copyfile(folder / MASK, part / MASK)
         return kept
 
     def _contribute(self, policy: Policy) -> Reply:
-        if not policy.share.teacher:
-            return Refused(
-                code="policy",
-                message="the site shares no teacher",
-                remedy="Its policy says so.",
-                site=self.name,
-            )
+        if not (policy.share.teacher or policy.share.statistics):
+            return self._keeps("the site shares no teacher", "Its policy says so.")
         self.teach(load_params(self.root))
+        if not policy.share.teacher and read_card(self.space.teacher(self.name)).encoder_means is None:
+            return self._keeps(
+                "the site shares class means alone, and has none by a shared encoder",
+                "Set shared_encoder in its params.yaml (docs/encoders.md), or share the teacher.",
+            )
         files = pack(self._shared_teacher(policy))
         signature = None if self.signing_key is None else sign(self.signing_key, files[CARD])
         return Contributed(files=files, signature=signature)
+
+    def _keeps(self, message: str, remedy: str) -> Refused:
+        return Refused(code="policy", message=message, remedy=remedy, site=self.name)
 
     def _offer(self, question: TeacherRequest, policy: Policy) -> Reply:
         start = time.time() - DAY_S

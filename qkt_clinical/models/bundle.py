@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkt_clinical.common.files import digest_file, write_json
+from qkt_clinical.common.files import copy_plain, digest_file, write_json
 from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
@@ -37,6 +37,7 @@ from qkt_clinical.records.card import (
     SharedEncoder,
     Weights,
     cannot_be_read,
+    most_bytes,
     read_card,
     read_card_file,
     read_mask,
@@ -153,6 +154,20 @@ def write_without_means(source: Path, folder: Path) -> Card:
     return write_bundle(folder, bundle.network, {**card, "training": training})
 
 
+def write_without_network(source: Path, folder: Path) -> Card:
+    """Write what a teacher says without its network into an existing folder: card and class means.
+
+    Raises:
+        BundleError: see :func:`load_shared_means`.
+    """
+    card = load_shared_means(source).card.model_copy(update={"class_means": False, "network_kept": True})
+    training = {k: v for k, v in card.training.items() if not k.startswith("means_")}
+    copy_plain(source / MEANS, folder / MEANS, most_bytes(card, MEANS))
+    card = card.model_copy(update={"training": training})
+    write_json(folder / CARD, card.model_dump(mode="json"))
+    return card
+
+
 def _read_file(path: Path, card: Card, file: Weights, wanted: Specs, what: str) -> dict[str, Tensor]:
     """Tensors of a file of the card, checked before allocation and hashed while parsed.
 
@@ -226,6 +241,14 @@ def load_bundle(folder: Path) -> Bundle:
             ``bundle-values``.
     """
     card, _, digest = read_card_file(folder)
+    if card.network_kept:
+        raise BundleError(
+            "its site keeps the network, and shares class means alone",
+            remedy="Set method: qkt-means in the query file, which takes them (docs/encoders.md).",
+            file=folder / CARD,
+            site=card.site,
+            code="bundle-missing",
+        )
     path = folder / WEIGHTS
     state = _read_file(path, card, card.weights, _wanted(card), f"{card.network.name} of the card")
     for name, tensor in state.items():

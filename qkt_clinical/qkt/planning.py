@@ -16,6 +16,7 @@ from qkt_clinical.records.plan import Asking, Candidate, Offer, Plan
 UNLIKE = 0.3
 """An image shift beyond it is told as a warning; ``python -m benchmarks.shift`` prints those of sites."""
 NO_MEANS = "shares no class means by the hospital's encoder"
+NO_NETWORK = "keeps its network, and shares class means alone"
 LEAST_SPREAD = 0.01
 """Added to every standard deviation: channels that are the same everywhere have none."""
 
@@ -83,6 +84,8 @@ def assess_offer(
     elif not teaches and not included:
         reason = "does not know " + " or ".join(query.classes)
         reason += "" if light else " or a class of the hospital's own"
+    elif query.method != BY_MEANS and card.network_kept:
+        reason = NO_NETWORK
     elif query.method == BY_MEANS and (
         card.encoder_means is None or card.shared_encoder != asking.shared_encoder
     ):
@@ -166,6 +169,13 @@ def _check_encoder(
         )
 
 
+def _remedy(candidates: Sequence[Candidate], uncovered: Sequence[str]) -> str:
+    """What to do where no usable teacher knows a class."""
+    if all(any(t.reason == NO_NETWORK and c in t.teaches for t in candidates) for c in uncovered):
+        return "Set method: qkt-means in the query file, which takes class means alone (docs/encoders.md)."
+    return "Ask for a class that some hospital knows, or lower mask.threshold in params.yaml."
+
+
 def _taught(candidates: Iterable[Candidate]) -> set[str]:
     """Query classes that somebody teaches who can be used, or could if class means were shared."""
     return {c for t in candidates if t.relevant or t.reason == NO_MEANS for c in t.teaches}
@@ -212,7 +222,7 @@ def make_plan(
             f"no usable teacher knows {', '.join(uncovered)} (mask scores: "
             + "; ".join(f"{c}: {s or 'none'}" for c, s in scores.items())
             + ")",
-            remedy="Ask for a class that some hospital knows, or lower mask.threshold in params.yaml.",
+            remedy=_remedy(candidates, uncovered),
             code="uncovered",
             site=hospital,
             stage="plan",

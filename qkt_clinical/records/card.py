@@ -256,7 +256,7 @@ class DecisionRule(Strict):
 class Card(_Later):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    LATER = ("shared_encoder", "encoder_means")
+    LATER = ("shared_encoder", "encoder_means", "network_kept")
     format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
     """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
@@ -279,6 +279,8 @@ class Card(_Later):
     """Over whose features there are class means too."""
     encoder_means: Weights | None = None
     """The file of these; None where there are none, or where the weights file of an older bundle has them."""
+    network_kept: Literal[True] | None = None
+    """Of a teacher whose site sends these means and keeps the network, whose weights the card still names."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:
@@ -295,6 +297,8 @@ class Card(_Later):
             raise ValueError("statistics of images of other channels")
         if self.encoder_means and not self.shared_encoder:
             raise ValueError("class means of an encoder that is not named")
+        if self.network_kept and (not self.encoder_means or self.class_means):
+            raise ValueError("without the network there are class means of a shared encoder, and no others")
         if (self.class_means or self.shared_encoder) and self.kind == "student":
             raise ValueError("a student has no class means")
         if (self.kind == "student") != (self.decision is not None):

@@ -28,6 +28,8 @@ Where it has class means over a shared encoder, these too: see :func:`shared_fil
 
 def shared_files(card: Card) -> tuple[str, ...]:
     """All files of a teacher bundle that leave its site."""
+    if card.network_kept:
+        return CARD, MASK, MEANS
     return SHARED if card.encoder_means is None else (*SHARED, MEANS)
 
 

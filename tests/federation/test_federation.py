@@ -45,6 +45,7 @@ from qkt_clinical.federation.parcel import pack, unpack_teacher
 from qkt_clinical.federation.policy import check_outbound, refusal, shown_mask
 from qkt_clinical.federation.server import FederationOutcome, Server
 from qkt_clinical.federation.site import Site, reported
+from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.records.card import CARD, MASK, WEIGHTS, Mask
 from qkt_clinical.records.published import published
 from qkt_clinical.stages.mask import mask_site
@@ -301,6 +302,7 @@ def test_an_empty_policy_refuses_everything(copy: Site) -> None:
     [
         ({}, 0, None),
         ({"share": {"teacher": False}}, 0, "shares no teacher"),
+        ({"share": {"teacher": False, "statistics": True}}, 0, None),
         ({"refuse_requesters": ["aster"]}, 0, "does not answer aster"),
         ({"refuse_requesters": ["elm"]}, 0, None),
         ({"refuse_classes": ["c"]}, 0, "answers nobody about c"),
@@ -380,7 +382,8 @@ def test_class_means_leave_only_where_the_policy_says_so(copy: Site, tmp_path: P
     bundles = {}
     for name, said in (("allowed", allowed), ("kept", kept)):
         (folder := tmp_path / name / "birch").mkdir(parents=True)
-        bundles[name] = unpack_teacher(said["files"], "birch", folder)
+        unpack_teacher(said["files"], "birch", folder)
+        bundles[name] = load_bundle(folder)
     assert sorted(bundles["allowed"].class_means), "there are some"
     card = bundles["kept"].card
     assert not card.class_means
