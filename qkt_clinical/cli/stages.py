@@ -125,7 +125,9 @@ def transfer(
             rate = phases.phase2.false_query_rate
             told = "not told" if rate is None else f"{rate:.0%}"
             say(f"{site}/{name}: answered by {phases.method}; false-query rate on own images {told}")
-            if not phases.phase2.within_budget:
+            if phases.unanswered:
+                say("  not answered: by what class means say, own classes would cost more than the budget")
+            elif not phases.phase2.within_budget:
                 say("  the teachers confuse the hospital's own classes by more than the budget")
             for teacher in (t for t in phases.screening if not t.included):
                 say(f"  {teacher.site} excluded: {teacher.reason}")

@@ -179,4 +179,6 @@ def answer_by_means(
     refined = beside(question, screened, Refined(network), settings, share=MEANS_SHARE)
     merged = Merged(network)
     point = set_operating_point(question, screened, merged, refined, settings, on_training=False)
+    if refined.encoded is None:  # own classes would pay more than the budget: the query is told by chance
+        point = replace(point, within_budget=False)
     return answer_of(Adapted(question), screened, merged, refined, point)

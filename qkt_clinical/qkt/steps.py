@@ -154,7 +154,7 @@ class OperatingPoint:
     lost: float = 0.0
     """Share of the calibration images that own classes cost which change places with each other."""
     within_budget: bool = True
-    """False where these alone cost more than the budget."""
+    """False where these alone cost more than the budget, or would have, so that the query is not answered."""
 
     @property
     def false_query_rate(self) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qkt_clinical.catalog import BY_MEANS
 from qkt_clinical.config.base import Fraction
 from qkt_clinical.records.base import Number, Record, renamed
 
@@ -65,7 +66,10 @@ class Phase2(Record):
     own_images: Number | str
     """Calibration and training images on which the operating point was set."""
     within_budget: bool = True
-    """False where own classes that change places with each other alone cost more than the budget."""
+    """False where own classes that change places with each other alone cost more than the budget.
+
+    By ``qkt-means`` they do not cost it: then the query is not answered (:attr:`Phases.unanswered`).
+    """
     local_model_weight: Annotated[float, Field(gt=0)]
     """Weight of the hospital's own network in the consensus, relative to a teacher's 1."""
     rare: dict[str, str] = Field(default_factory=dict)
@@ -104,6 +108,11 @@ class Phases(Record):
     screening: tuple[ScreenedTeacher, ...] = ()
     phase1: Phase1 | None = None
     phase2: Phase2
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether what class means say of the query, and nobody else, was not taken."""
+        return self.method == BY_MEANS and not self.phase2.encoder_placed_by
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN, CALIBRATION, TEST = shapes((0, 1), 40, 5), shapes((0, 1), 30, 6), shapes((0, 1, 3), 40, 99)
 BUDGET = 0.05
+NO_ENCODER = cast(EncoderExtractor, None)
 
 
 def encoded(images: Images) -> Tensor:
@@ -50,8 +51,9 @@ def ask(
     means: dict[str, dict[int, Tensor]],
     query: tuple[int, ...] = (3,),
     params: TransferParams | None = None,
+    features: EncodedImages | None = None,
 ) -> Answer:
-    features = EncodedImages(cast(EncoderExtractor, None), encoded(TRAIN[0]), encoded(CALIBRATION[0]))
+    features = features or EncodedImages(NO_ENCODER, encoded(TRAIN[0]), encoded(CALIBRATION[0]))
     data = LocalData(TRAIN, CALIBRATION, encoded=features)
     return answer_by_means(own, means, data, query, task=MULTICLASS, budget=BUDGET, params=params)
 
@@ -98,6 +100,18 @@ def test_a_class_that_only_others_have_is_recognised_by_their_means_alone(own: C
         ("birch", True, None),
         ("cedar", True, None),
     ], "they share one class each with the hospital: nothing to compare"
+
+
+def test_what_own_classes_would_pay_for_is_not_taken_and_the_answer_says_so(own: Classifier) -> None:
+    """An encoder that takes the hospital's classes for one another on images that it was not fitted to."""
+    seen, labels = encoded(CALIBRATION[0]), torch.from_numpy(CALIBRATION[1])
+    swapped = seen.clone()
+    swapped[labels == 0], swapped[labels == 1] = seen[labels == 1], seen[labels == 0]
+    wrong = EncodedImages(NO_ENCODER, encoded(TRAIN[0]), swapped)
+    answer = ask(own, {"birch": means_of((1, 3), 11)}, features=wrong)
+    assert answer.refined.encoded is None
+    assert not answer.operating_point.within_budget
+    assert answer.operating_point.lost == 0, "the own network stays as it was"
 
 
 def test_agreement_by_hand() -> None:

@@ -340,6 +340,20 @@ def test_how_far_teachers_were_brought_to_the_images_is_told(tmp_path: Path) -> 
     assert "The budget is not kept" not in other
 
 
+def test_a_query_that_class_means_alone_do_not_answer_is_told(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, sample_params())
+    path = Workspace(tmp_path).student("h0", "q0") / "phases.json"
+    phases = json.loads(path.read_text())
+    phases["method"] = "qkt-means"
+    phases["phase2"] |= {"within_budget": False, "encoder_placed_by": []}
+    write_json(path, phases)
+    change(tmp_path, "h0-q0", student=digest_folder(path.parent))
+    write_report(tmp_path, sample_params())
+    text = query_page(tmp_path, "h0-q0").text("asked")
+    assert "The query is not answered:" in text
+    assert "The budget is not kept" not in text
+
+
 def test_rejected_files_are_counted_by_reason(page: Page) -> None:
     assert "polarity<5unreadable<5" in page.text("site-h0").replace(" ", "")
     assert "Rejected files None." in page.text("site-h1")
