@@ -91,6 +91,14 @@ def discriminant_rows(
     return _rows_of(seen, labels, means, local, widths, classes, SHRINKAGE)
 
 
+def no_longer_than_one(mean: Tensor) -> Tensor:
+    """A class mean (F,) over an encoder's features, which have length 1: what is longer is cut to that.
+
+    Noise makes means of few images longer, and whoever sent a long one would outweigh all other teachers.
+    """
+    return mean / mean.norm().clamp(min=1.0)
+
+
 def shared_rows(
     features: Tensor,
     labels: Tensor,
@@ -114,7 +122,7 @@ def shared_rows(
     here = mean_features(seen, labels)
     local = sorted(set(here) - set(query))
     own = {c: here[c] for c in local}
-    there = [{c: m.double() for c, m in held.items()} for held in class_means]
+    there = [{c: no_longer_than_one(m.double()) for c, m in held.items()} for held in class_means]
     asked = {}
     for q in query:
         places = [aligned_mean(q, held, own) for held in there if q in held]
