@@ -1,19 +1,22 @@
-"""What the class means in a teacher's bundle tell of who was among the images.
+"""What the class means in a teacher's bundle tell of the images.
 
-An attacker holds an image and other images of the same class, which is more than most have, and asks whether
-the image was one of those whose mean left: by how far it lies where the mean lies away from the others' mean,
-in units of their covariance. With the features of an encoder that everybody has, and with those of the
-networks of a benchmark's run (first seed), which everybody has who is given the bundle.
+*Membership*: an attacker holds an image and other images of the same class, which is more than most have, and
+asks whether the image was one of those whose mean left: by how far it lies where the mean lies away from the
+others' mean, in units of their covariance. *Reconstruction*: an attacker holds all images of the class but
+one, and their number, subtracts them, and looks which of 100 images the rest is most like.
+
+With the features of an encoder that everybody has, and with those of the networks of a benchmark's run (first
+seed), which everybody has who is given the bundle.
 
     python -m benchmarks.class_means --data pbc28.npz --encoder-weights lite0.safetensors
-    python -m benchmarks.class_means --data pbc28.npz --run runs/absent
+    python -m benchmarks.class_means --data pbc28.npz --run runs/absent [--attack reconstruction]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from qkt_clinical.models.class_means import feature_bound, noisy_means
 from qkt_clinical.models.encoders import encode, load_encoder, shared_features
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
+from qkt_clinical.models.networks import Classifier
 
 COUNTS = (5, 20, 50, 100, 200)
 OTHERS = 200
@@ -41,10 +45,46 @@ OTHERS = 200
 SHRINKAGE = 0.1
 FALSE_ALARMS = 0.01
 EPSILONS = (None, 40.0, 8.0)
+CANDIDATES, MISSING = 100, 20
+"""Images among which the missing one is looked for; how many take their turn at missing, at most."""
 CPU = torch.device("cpu")
 
 Pool = tuple[Tensor, Tensor, float]
 """Features (N, F) of a class's images at one hospital and elsewhere, in random order, and their bound."""
+
+
+def noisy_mean(members: Tensor, bound: float, epsilon: float | None, *names: object) -> Tensor:
+    """The mean (F,) that leaves of features (N, F); of noise that hides that there are any, zeros."""
+    if epsilon is None:
+        return members.mean(dim=0)
+    labels, draw = torch.zeros(len(members), dtype=torch.long), generator(0, "noise", *map(str, names))
+    found = noisy_means(members, labels, bound, MeansPrivacy(epsilon=epsilon), 1, draw)
+    return found.get(0, torch.zeros(members.shape[1])).double()
+
+
+def membership(pool: Pool, count: int, epsilon: float | None, number: int) -> tuple[float, float]:
+    """AUC, and the share of members found where 1 % of the others are taken for some."""
+    here, there, bound = pool
+    members, others, known = here[:count], there[:OTHERS], there[OTHERS:]
+    return attack(noisy_mean(members, bound, epsilon, number, count), members, others, known)
+
+
+def reconstruction(pool: Pool, count: int, epsilon: float | None, number: int) -> tuple[float, float]:
+    """How like the missing image the rest is, as a cosine about the known ones' mean; how often it is found.
+
+    Found: more like the rest than 99 other images of the class are.
+    """
+    here, there, bound = pool
+    members, others = here[:count], there[: CANDIDATES - 1]
+    told = []
+    for place in range(min(count, MISSING)):
+        known = torch.cat([members[:place], members[place + 1 :]])
+        rest = count * noisy_mean(members, bound, epsilon, number, count, place) - known.sum(dim=0)
+        away = torch.cat([members[place : place + 1], others]) - known.mean(dim=0)
+        alike = torch.nn.functional.cosine_similarity(away, rest - known.mean(dim=0), dim=1)
+        told.append((float(alike[0]), float(alike.argmax() == 0)))
+    cosine, found = np.mean(told, axis=0)
+    return float(cosine), float(found)
 
 
 def attack(mean: Tensor, members: Tensor, others: Tensor, known: Tensor) -> tuple[float, float]:
@@ -86,7 +126,7 @@ def by_networks(data: Path, run: Path) -> Iterator[Pool]:
         bound = feature_bound(network, hospital.train.images, "unit", CPU)
         others = [h.train for h in federation.hospitals if h is not hospital]
 
-        def features(images: np.ndarray, network: object = network) -> Tensor:
+        def features(images: np.ndarray, network: Classifier = network) -> Tensor:
             return predict(network, to_input(images), CPU, features=True)
 
         for label in hospital.held:
@@ -103,30 +143,26 @@ def main(
     encoder: EncoderName = "efficientnet-lite0",
     side: int = 112,
     images: Annotated[int, typer.Option(help="Of a class, at most, with an encoder.")] = 900,
+    kind: Annotated[Literal["membership", "reconstruction"], typer.Option("--attack")] = "membership",
 ) -> None:
-    """Print a table: images of a class, AUC and share found, of exact means and with noise."""
+    """Print a table: images of a class and what an attack finds, of exact means and with noise."""
     if (encoder_weights is None) == (run is None):
         raise typer.BadParameter("give --encoder-weights or --run")
     pools = list(
         by_networks(data, run) if run else by_encoder(data, encoder, encoder_weights or Path(), side, images)
     )
-    names = [n for e in EPSILONS for n in (f"AUC, {f'epsilon {e:g}' if e else 'exact'}", "found at 1 %")]
+    judge, *shown = {
+        "membership": (membership, "AUC", "found at 1 %"),
+        "reconstruction": (reconstruction, "likeness", f"found of {CANDIDATES}"),
+    }[kind]
+    names = [n for e in EPSILONS for n in (f"{shown[0]}, {f'epsilon {e:g}' if e else 'exact'}", shown[1])]
     print("| images of the class | means | " + " | ".join(names) + " |")
     print("| --- " * (2 + len(names)) + "|")
     for count in COUNTS:
         usable = [p for p in pools if len(p[0]) >= count and len(p[1]) >= 2 * OTHERS]
         row = []
         for epsilon in EPSILONS:
-            figures = []
-            for number, (here, there, bound) in enumerate(usable):
-                members, others, known = here[:count], there[:OTHERS], there[OTHERS:]
-                mean = members.mean(dim=0)
-                if epsilon is not None:
-                    labels, privacy = torch.zeros(count, dtype=torch.long), MeansPrivacy(epsilon=epsilon)
-                    draw = generator(0, "noise", str(number), str(count))
-                    found = noisy_means(members, labels, bound, privacy, 1, draw)
-                    mean = found.get(0, torch.zeros(len(mean))).double()
-                figures.append(attack(mean, members, others, known))
+            figures = [judge(pool, count, epsilon, number) for number, pool in enumerate(usable)]
             row += [f"{value:.2f}" for value in np.mean(figures, axis=0)]
         print(f"| {count} | {len(usable)} | " + " | ".join(row) + " |", flush=True)
     print(f"\nA class of fewer than {SMALLEST_COUNT} images has no mean in a bundle.")
