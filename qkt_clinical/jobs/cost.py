@@ -23,6 +23,13 @@ BESIDE = 3.5
 """Times the passes: patches are gathered, layers solved and checked."""
 
 
+def _same_frozen_encoder(own: Card, teacher: Card) -> bool:
+    """Whether both are heads over one frozen encoder, which a student holds once."""
+    part, key = own.network.encoder, "encoder"
+    frozen = part is not None and part.mode == "frozen" and own.training.get(key) is not None
+    return frozen and part == teacher.network.encoder and own.training[key] == teacher.training.get(key)
+
+
 def _work(spec: NetworkSpec, shape: Sequence[int], share: float) -> tuple[int, int]:
     """Multiply-adds of an image, and the number of layers that are made smaller."""
     network = build(spec, seed=0).eval()
@@ -73,7 +80,7 @@ def expected_seconds(
     for number, card in enumerate((own, *teachers)):
         work, layers = _work(card.network, shape, rank)
         total += views * work
-        if number and method != "routed":  # the own network stays as it is
+        if number and method != "routed" and not _same_frozen_encoder(own, card):
             prefixes = work * (layers + 1) / 2
             images = min(params.images, seen, int(WORK / prefixes))
             total += BESIDE * prefixes * max(MIN_VIEWS, images)
@@ -93,7 +100,7 @@ def prediction_cost(method: Method, own: Card, teachers: Sequence[Card], params:
         views = len(MIRRORS) if params.flips else 1
         return views * (alone + sum(_work(card.network, shape, 1.0)[0] for card in teachers)) / alone
     rank = params.light_rank if method == "qkt-light" else params.rank
-    parts = [(own.network, 1.0), *((card.network, rank) for card in teachers)]
+    parts = [(own.network, 1.0), *((t.network, rank) for t in teachers if not _same_frozen_encoder(own, t))]
     branches = tuple(
         Branch.model_validate({"name": network.name, "encoder": network.encoder, "rank": share})
         for network, share in parts

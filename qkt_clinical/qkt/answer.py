@@ -68,7 +68,7 @@ from qkt_clinical.qkt.operating_point import (
     offsets_for_budget,
     query_scores,
 )
-from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record
+from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record, same_extractor
 from qkt_clinical.qkt.soundness import NetworkOutputs, defect, observe
 from qkt_clinical.qkt.steps import (
     Adapted,
@@ -165,12 +165,14 @@ def validate(
 def adapt(question: ValidQuery, settings: PhaseSettings) -> Adapted:
     """Bring each teacher to the hospital's images as far as its held-out images speak for it.
 
-    Teachers without statistics, and those that give no usable answers, stay as they are.
+    Teachers without statistics, those that give no usable answers, and those whose extractor is the
+    hospital's own, a frozen encoder, stay as they are.
     """
     if not settings.params.adaptation or len(question.inputs) < MIN_IMAGES:
         return Adapted(question)
-    teachers, results = adapt_teachers(
-        question.teachers,
+    others = [t for t in question.teachers if not same_extractor(t.network, question.student)]
+    adapted, results = adapt_teachers(
+        others,
         question.inputs,
         (question.calibration, question.calibration_labels),
         question.local,
@@ -178,6 +180,8 @@ def adapt(question: ValidQuery, settings: PhaseSettings) -> Adapted:
         seed=settings.seed,
         device=settings.device,
     )
+    brought = {t.site: t for t in adapted}
+    teachers = tuple(brought.get(t.site, t) for t in question.teachers)
     return Adapted(replace(question, teachers=teachers), results)
 
 
@@ -309,12 +313,13 @@ def merge(question: ValidQuery, screened: Screened, settings: PhaseSettings) -> 
     if question.method == "routed" and not has_head_to_refine(question, screened, settings):
         return Merged(copy.deepcopy(question.student), experts=panel.sites)
     if question.method == "routed":
-        return Merged(merge_networks(question.student, [full_rank(n) for n in panel.networks], panel.rows))
+        whole = [full_rank(panel.networks[part[0]]) for part in panel.parts]
+        return Merged(merge_networks(question.student, whole, panel.part_rows))
     rank = params.light_rank if question.method == "qkt-light" else params.rank
     sample = balanced_sample(question.labels, params.images, settings.seed)
     # What a teacher makes of images unlike its own is not seen on the hospital's: it is kept whole.
-    whole = {t.site for t in screened.teachers if t.unlike and question.method != "qkt-light"}
-    return _merge_at_rank(panel, question.inputs[sample], rank, whole, settings)
+    unlike = {t.site for t in screened.teachers if t.unlike and question.method != "qkt-light"}
+    return _merge_at_rank(panel, question.inputs[sample], rank, unlike, settings)
 
 
 def _merge_at_rank(
@@ -324,7 +329,8 @@ def _merge_at_rank(
     view = augment(images, settings.params.augment, generator(settings.seed, "view", "1"))
     parts: list[tuple[nn.Module, Branch]] = []
     lost: dict[str, list[float]] = {}
-    for number, (site, source) in enumerate(zip(("", *panel.sites), panel.networks, strict=True)):
+    for number, *_ in panel.parts:
+        site, source = ("", *panel.sites)[number], panel.networks[number]
         # The own extractor stays as it is: nothing of what the hospital knows is given up for room.
         share = 1.0 if not number or site in whole else rank
         # "transplant" is the stream of the first version: answers keep their bytes.
@@ -338,7 +344,7 @@ def _merge_at_rank(
     layers = range(max(map(len, lost.values()), default=0))
     # Per teacher the share of a layer's output that is lost on the views.
     curves = tuple({LAYER: i + 1.0, **{s: v[i] for s, v in lost.items() if i < len(v)}} for i in layers)
-    network = merge_networks(panel.networks[0], parts, panel.rows)
+    network = merge_networks(panel.networks[0], parts, panel.part_rows)
     return Merged(network, phase_record(MERGE_KIND, 1, panel, curves, rank=rank))
 
 
@@ -441,7 +447,8 @@ def student_logits(
         if merged.experts:
             logits = consensus([o.logits for o in outputs], panel.known, panel.relevant, panel.local_weight)
         else:
-            logits = F.linear(torch.cat([o.features for o in outputs], dim=1), *head_of(refined.network))
+            features = torch.cat([outputs[part[0]].features for part in panel.parts], dim=1)
+            logits = F.linear(features, *head_of(refined.network))
     else:
         logits = predict(refined.network, images.inputs, device)
     if refined.encoded is not None:

@@ -58,7 +58,7 @@ def discriminant_rows(
     features: Tensor,
     labels: Tensor,
     widths: Sequence[int],
-    class_means: Sequence[Mapping[int, Tensor]],
+    class_means: Sequence[Sequence[Mapping[int, Tensor]]],
     query: Sequence[int],
     classes: int,
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def discriminant_rows(
         features: (N, F) of the hospital's own images, of several parts side by side.
         labels: (N,); every class among them is local.
         widths: of the parts, F in all.
-        class_means: per part what its teacher says, class to (F_i,); of the own network nothing.
+        class_means: per part what each of its teachers says, class to (F_i,); of the own network nothing.
         query: class indices, none of them local.
         classes: C.
 
@@ -83,10 +83,14 @@ def discriminant_rows(
     amid = centre.split(list(widths))
     for q in query:
         parts = []
-        for i, there in enumerate(class_means):
-            known = {c: m.double() for c, m in there.items()}
+        for i, of_part in enumerate(class_means):
             moved = {c: m[i] for c, m in here.items()}
-            parts.append(aligned_mean(q, known, moved) if q in known else amid[i])
+            places = [
+                aligned_mean(q, {c: m.double() for c, m in there.items()}, moved)
+                for there in of_part
+                if q in there
+            ]
+            parts.append(torch.stack(places).mean(dim=0) if places else amid[i])
         means[q] = torch.cat(parts)
     return _rows_of(seen, labels, means, local, widths, classes, SHRINKAGE)
 
@@ -96,7 +100,8 @@ def no_longer_than_one(mean: Tensor) -> Tensor:
 
     Noise makes means of few images longer, and whoever sent a long one would outweigh all other teachers.
     """
-    return mean / mean.norm().clamp(min=1.0)
+    length: Tensor = torch.linalg.vector_norm(mean)
+    return mean / length.clamp(min=1.0)
 
 
 def shared_rows(

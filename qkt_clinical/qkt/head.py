@@ -153,11 +153,12 @@ def _discriminate(
         return predict_features(network, inputs, screened.flips, settings.device)
 
     weight, bias = head_of(network)
+    means = [{}, *(_means_of(t) for t in screened.teachers)]
     rows, shifts = discriminant_rows(
         features(question.inputs[sample]),
         torch.from_numpy(question.labels)[sample],
-        [n.head.in_features for n in panel.networks],
-        [{}, *(_means_of(t) for t in screened.teachers)],
+        [panel.networks[part[0]].head.in_features for part in panel.parts],
+        [[means[place] for place in part] for part in panel.parts],
         question.query,
         network.spec.classes,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,6 +72,14 @@ class Teacher:
         )
 
 
+def same_extractor(one: Classifier, other: Classifier) -> bool:
+    """Whether two networks compute the same features: of one frozen encoder, say."""
+    if (one.spec.name, one.spec.encoder) != (other.spec.name, other.spec.encoder):
+        return False
+    here, there = one.extractor.state_dict(), other.extractor.state_dict()
+    return here.keys() == there.keys() and all(torch.equal(t.cpu(), there[n].cpu()) for n, t in here.items())
+
+
 def head_of(network: Classifier) -> tuple[Tensor, Tensor]:
     """A frozen network's head on the CPU: weight (C, F) and bias (C,)."""
     return network.head.weight.detach().cpu(), network.head.bias.detach().cpu()
@@ -87,11 +96,38 @@ class Panel:
     """Of the teachers."""
     local_weight: float = LIGHT_LOCAL_WEIGHT
 
+    @cached_property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """Places of the networks, those with the same extractor together: a student needs it once."""
+        found: list[list[int]] = []
+        for place, network in enumerate(self.networks):
+            alike = (part for part in found if same_extractor(self.networks[part[0]], network))
+            part = next(alike, None)
+            if part is None:
+                found.append([place])
+            else:
+                part.append(place)
+        return tuple(map(tuple, found))
+
     @property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
         """The consensus as rows over each network's features."""
         heads = [head_of(network) for network in self.networks]
         return consensus_rows(heads, self.known, self.relevant, self.local_weight)
+
+    @property
+    def part_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """The same over each part's features."""
+        each = self.rows
+        return [_sum([each[place] for place in part]) for part in self.parts]
+
+
+def _sum(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows over the same features, added up; of a single one these very tensors."""
+    (weight, bias), *others = rows
+    for more_weight, more_bias in others:
+        weight, bias = weight + more_weight, bias + more_bias
+    return weight, bias
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.encoder_specs import ENCODERS
@@ -22,6 +22,7 @@ from qkt_clinical.models.networks import Classifier, build, check_size, fast_lay
 from qkt_clinical.records.card import EncoderPart, NetworkSpec
 from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment, change_appearance
+from qkt_clinical.training.frozen import feature_batches, feature_views
 from qkt_clinical.training.loop import Checkpoint, History, Schedule, batches_per_epoch, fit, shuffled
 
 
@@ -75,7 +76,7 @@ def train_network(
     """Train a network on ``device``, in place, on a site's images with the task's weighted loss.
 
     The loss runs over all the federation's classes: the rows of classes that the site never saw only ever
-    fall, which is what masks read later.
+    fall, which is what masks read later. Where the extractor is frozen its features are computed once.
 
     Raises:
         ConfigError: differential privacy is asked for, which only ``qkt_clinical.training.private`` gives.
@@ -95,28 +96,33 @@ def train_network(
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
     weights = task.weights(train[1], network.spec.classes).to(device)
     val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])
+    appearance = appearance_of(params, normalisation, len(labels))
+    frozen = network.spec.encoder is not None and network.spec.encoder.mode == "frozen"
+    learnt: nn.Module = network
+    if frozen:
+        learnt, draw = network.head, generator(seed, "train", site, "views")
+        views = feature_views(network, inputs, params.augment, draw, device, appearance=appearance)
+        if len(val_labels):
+            val_inputs = predict(network, val_inputs, device, features=True)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "train", site, str(epoch))
+        size, least = params.batch_size, params.min_batches
+        if frozen:
+            return feature_batches(views, labels, size, draw, device, least=least)
         return augmented_batches(
-            inputs,
-            labels,
-            params.batch_size,
-            params.augment,
-            draw,
-            device,
-            appearance=appearance_of(params, normalisation, len(labels)),
-            least=params.min_batches,
+            inputs, labels, size, params.augment, draw, device, appearance=appearance, least=least
         )
 
     def score() -> float:
-        return task.validation_score(predict(network, val_inputs, device), val_labels)
+        return task.validation_score(predict(learnt, val_inputs, device), val_labels)
 
+    network.eval()  # an extractor that is not trained stays so
     return fit(
-        network,
+        learnt,
         batches,
         batches_per_epoch(len(labels), params.batch_size, params.min_batches),
-        lambda batch: task.loss(network(batch[0]), batch[1], weights),
+        lambda batch: task.loss(learnt(batch[0]), batch[1], weights),
         Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
         device=device,
         score=score if len(val_labels) else None,

@@ -373,6 +373,27 @@ def test_expected_seconds_are_counted_work_over_speed(root: Path) -> None:
     assert seconds("routed", 2) == pytest.approx(2 * 3 * (1 + seen) * work / 1e6)
 
 
+def test_a_frozen_encoder_that_both_have_is_counted_once(root: Path) -> None:
+    from qkt_clinical.config.params import TransferParams
+    from qkt_clinical.jobs.cost import prediction_cost
+    from qkt_clinical.records.card import Card, read_card
+
+    write_hospitals(root)
+    card = read_card(Workspace(root).teacher("birch"))
+    encoder = {"name": "efficientnet-lite0", "side": 32, "mode": "frozen"}
+    network = {**dict(card.network), "name": "encoder", "encoder": encoder}
+
+    def over(digest: str | None) -> Card:
+        said = card.model_dump(mode="json") | {"network": network}
+        return Card.model_validate(said | {"training": {"encoder": digest}})
+
+    params = TransferParams()
+    one, other = over("a" * 64), over("b" * 64)
+    assert prediction_cost("qkt", one, [one, one], params) == pytest.approx(1.0, abs=0.01)
+    assert prediction_cost("qkt", one, [one, other], params) > 1.2
+    assert prediction_cost("qkt", over(None), [over(None)], params) > 1.2, "nobody says that it is the same"
+
+
 def test_what_a_prediction_costs_is_counted_on_the_merged_network(root: Path) -> None:
     from qkt_clinical.config.params import TransferParams
     from qkt_clinical.jobs.cost import prediction_cost

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkt_clinical.catalog import EncoderMode
 from qkt_clinical.config.params import EncoderParams, TrainParams
 from qkt_clinical.data.inputs import to_input
+from qkt_clinical.data.prepared import Images, Labels
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.models.bundle import load_bundle, write_bundle
 from qkt_clinical.models.encoder_network import EncoderExtractor
@@ -25,6 +26,7 @@ from qkt_clinical.records.card import CARD, InputSpec, NetworkSpec
 from qkt_clinical.records.registered import REQUIREMENT, requirements_of
 from qkt_clinical.task import MULTICLASS
 from qkt_clinical.training.classifier import first_network, network_spec, train_network
+from qkt_clinical.training.frozen import VIEWS
 from qkt_clinical.training.loop import PRETRAINED_SHARE, Schedule, fit
 from tests.shapes import CLASSES, CPU, same, shapes, spec, state
 
@@ -89,6 +91,35 @@ def test_training_changes_what_the_mode_says(lite_weights: Path, lite: Encoder, 
         assert {"extractor.network.bn1.weight", "extractor.network.bn1.running_mean"} <= changed
     else:
         assert {"extractor.network.conv_stem.weight", "extractor.network.bn1.weight"} <= changed
+
+
+def test_a_frozen_encoder_sees_every_image_a_few_times_however_long_the_head_is_trained(
+    lite_weights: Path, lite: Encoder
+) -> None:
+    train, val = shapes((0, 1, 2), 12, 1), shapes((0, 1, 2), 4, 2)
+    params = TrainParams(
+        epochs=25, batch_size=8, appearance=0.5, appearance_images=1, encoder=chosen(lite_weights, "frozen")
+    )
+
+    def trained(val: tuple[Images, Labels]) -> tuple[Classifier, int]:
+        network, seen = network_of(lite_weights, lite, "frozen"), [0]
+
+        def count(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            seen[0] += len(inputs[0])
+
+        handle = network.extractor.register_forward_hook(count)
+        train_network(network, train, val, params, task=MULTICLASS, seed=0, site="aster", device=CPU)
+        handle.remove()
+        return network, seen[0]
+
+    network, seen = trained(val)
+    assert seen == VIEWS * len(train[1]) + len(val[1])
+    assert not network.training
+    labels = torch.from_numpy(val[1])
+    right = predict(network, to_input(val[0]), CPU).argmax(dim=1) == labels
+    assert float(right.double().mean()) > 0.6, "three classes"
+    assert same(state(trained(val)[0]), state(network)), "the same twice"
+    assert trained((val[0][:0], val[1][:0]))[1] == VIEWS * len(train[1]), "without validation images"
 
 
 def test_what_was_trained_elsewhere_moves_more_slowly(lite_weights: Path, lite: Encoder) -> None:

@@ -470,7 +470,7 @@ def test_the_head_is_a_mean_of_consensus_and_discriminants(own: Classifier, birc
     means = {c: m for c, m in placed.class_means.items() if c in placed.claimed}
     widths = [own.head.in_features, birch.network.head.in_features]
     rows, shifts = discriminant_rows(
-        features, torch.from_numpy(DATA.train[1]), widths, [{}, means], [3], len(CLASSES)
+        features, torch.from_numpy(DATA.train[1]), widths, [[], [means]], [3], len(CLASSES)
     )
     added, moved = (
         (getattr(network.head, part) - (1 - DISCRIMINANT_SHARE) * getattr(plain.head, part)).detach()
