@@ -95,6 +95,7 @@ def pairs(store: ResultStore) -> Iterator[Pair]:
         _, results = adapt_teachers(
             [Teacher(other.name, sent, tuple(other.held))],
             inputs,
+            torch.from_numpy(hospital.train.labels),
             held_out,
             hospital.held,
             task=store.task,

@@ -106,7 +106,12 @@ def ensemble_adapted(case: Case) -> MethodResult:
     held_out = calibration_of(hospital, case.question.query)
     local = tuple(c for c in hospital.held if c not in case.question.query)
     teachers = [
-        Teacher(name.split("/")[1], store.bundle(name).network, known_classes(case, name, "default"))
+        Teacher(
+            name.split("/")[1],
+            store.bundle(name).network,
+            known_classes(case, name, "default"),
+            class_means=store.bundle(name).class_means,
+        )
         for name in case.others
     ]
     inputs = to_input(held_out.images)
@@ -114,6 +119,7 @@ def ensemble_adapted(case: Case) -> MethodResult:
         adapted, _ = adapt_teachers(
             teachers,
             to_input(hospital.train.images),
+            torch.from_numpy(hospital.train.labels),
             (inputs, torch.from_numpy(held_out.labels)),
             local,
             task=store.task,

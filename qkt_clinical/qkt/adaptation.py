@@ -8,6 +8,10 @@ bit. The share is the smallest with which the teacher tells the shared classes o
 images apart as well as with any other; where it shares too few, about the mean of the other teachers' shares;
 half at most where there is hardly a shift. All that costs one pass over the hospital's images at most.
 
+Networks that normalise image by image (group norm, layer norm) hold no statistics. Their features are moved
+instead, by as much as those of the classes that both hospitals have lie apart, of which the teacher's bundle
+holds the means; under a linear head that is another bias.
+
 How far the two lie apart is the *shift* between the hospitals, which can be told before anything is spent.
 """
 
@@ -15,14 +19,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qkt_clinical.common.seeding import derive
+from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
@@ -120,6 +126,39 @@ def with_statistics(network: Classifier, measured: Mapping[str, LayerStatistics]
     return adapted
 
 
+def features_apart(
+    teacher: Teacher, inputs: Tensor, labels: Tensor, local: Sequence[int], device: torch.device
+) -> tuple[Tensor, float] | None:
+    """How much further a class's features lie at the teacher's home than here, (F,), and the shift.
+
+    The mean over the classes that both have, so that it does not matter how many images of each.
+
+    Args:
+        inputs: training images (N, C, *spatial) and their labels (N,).
+        local: the hospital's own classes.
+
+    Returns:
+        None where the teacher's bundle holds no mean of a class that both have.
+    """
+    shared = [c for c in local if c in teacher.claimed and c in teacher.class_means and (labels == c).any()]
+    if not shared:
+        return None
+    features = predict(teacher.network, inputs, device, features=True)
+    here = mean_features(features, labels)
+    apart = torch.stack([teacher.class_means[c] - here[c] for c in shared]).mean(dim=0)
+    within = torch.stack([features[labels == c].var(dim=0, unbiased=False) for c in shared]).mean(dim=0)
+    scale = within + 1e-6 * within.mean().clamp(min=1e-12)
+    return apart, float((apart.square() / (2 * scale)).mean())
+
+
+def with_moved_features(network: Classifier, apart: Tensor, share: float) -> Classifier:
+    """A copy of a network whose head sees features moved by a share of what lies between two hospitals."""
+    adapted = copy.deepcopy(network)
+    with torch.no_grad():
+        adapted.head.bias.add_(adapted.head.weight @ (share * apart))
+    return adapted
+
+
 def shift(network: Classifier, measured: Mapping[str, LayerStatistics]) -> float:
     """How far the images of two hospitals lie apart, as a network's layers see them; 0 is not at all.
 
@@ -188,7 +227,8 @@ def images_to_measure(inputs: int, held_out: int) -> int:
 class _Measured:
     """What was measured for one teacher."""
 
-    statistics: Mapping[str, LayerStatistics]
+    brought: Callable[[float], Classifier]
+    """The teacher's network, by the share."""
     shift: float
     told: float | None
     """The share that its own answers speak for."""
@@ -199,6 +239,7 @@ class _Measured:
 def _measure(
     teacher: Teacher,
     inputs: Tensor,
+    labels_here: Tensor,
     held_out: tuple[Tensor, Tensor],
     local: Sequence[int],
     *,
@@ -206,29 +247,36 @@ def _measure(
     seed: int,
     device: torch.device,
 ) -> _Measured | None:
-    """Statistics, shift and share of one teacher; None where it gives no usable answers as it was sent."""
+    """Shift and share of one teacher; None where nothing can be measured or its answers are not usable."""
     network, (images, labels) = teacher.network, held_out
     as_sent = observe(network, images, False, device)
     if defect(network, as_sent, varied=bool((images != images[:1]).any())):
         return None
     enough = images_to_measure(len(inputs), len(images))
-    statistics = measure_statistics(network, inputs, seed=seed, device=device, images=enough)
-    lies = shift(network, statistics)
+    brought: Callable[[float], Classifier]
+    if normalisation_layers(network.extractor):
+        statistics = measure_statistics(network, inputs, seed=seed, device=device, images=enough)
+        brought, lies = partial(with_statistics, network, statistics), shift(network, statistics)
+    else:
+        order = torch.randperm(len(inputs), generator=generator(seed, "adaptation"))[:enough]
+        found = features_apart(teacher, inputs[order], labels_here[order], local, device)
+        if found is None:
+            return None
+        brought, lies = partial(with_moved_features, network, found[0]), found[1]
     if not math.isfinite(lies):
-        return _Measured(statistics, lies, 0.0, 0.0)
+        return _Measured(brought, lies, 0.0, 0.0)
     shares = SHARES if lies >= SAME_CENTRE else SHARES[:2]
-    logits = {0.0: as_sent.logits} | {
-        share: predict(with_statistics(network, statistics, share), images, device) for share in shares[1:]
-    }
+    logits = {0.0: as_sent.logits} | {share: predict(brought(share), images, device) for share in shares[1:]}
     shared = [c for c in local if c in teacher.claimed]
     losses = {share: shared_loss(z, labels, shared, task=task) for share, z in logits.items()}
     told = {share: loss for share, loss in losses.items() if loss is not None}
-    return _Measured(statistics, lies, best_share(told) if told else None, shares[-1])
+    return _Measured(brought, lies, best_share(told) if told else None, shares[-1])
 
 
 def adapt_teachers(
     teachers: Sequence[Teacher],
     inputs: Tensor,
+    labels: Tensor,
     held_out: tuple[Tensor, Tensor],
     local: Sequence[int],
     *,
@@ -239,9 +287,9 @@ def adapt_teachers(
     """Bring teachers to a hospital's images, each by a share of its own.
 
     Args:
-        teachers: left as they are; those whose layers hold no statistics, or that give no usable answers,
-            stay the same.
-        inputs: training images (N, C, *spatial).
+        teachers: left as they are; those that hold neither statistics nor class means, or that give no
+            usable answers, stay the same.
+        inputs: training images (N, C, *spatial); labels: (N,).
         held_out: images (M, C, *spatial) of local classes, and their labels (M,).
         local: the hospital's own classes.
 
@@ -250,10 +298,17 @@ def adapt_teachers(
     """
     measured = {
         t.site: _measure(
-            t, inputs, held_out, local, task=task, seed=derive(seed, "adaptation", t.site), device=device
+            t,
+            inputs,
+            labels,
+            held_out,
+            local,
+            task=task,
+            seed=derive(seed, "adaptation", t.site),
+            device=device,
         )
         for t in teachers
-        if normalisation_layers(t.network.extractor)
+        if normalisation_layers(t.network.extractor) or t.class_means
     }
     told = [m.told for m in measured.values() if m is not None and m.told is not None]
     mean = sum(told) / len(told) if told else UNTOLD
@@ -264,7 +319,7 @@ def adapt_teachers(
             adapted.append(teacher)
             continue
         share = min(usual, found.most) if found.told is None else found.told
-        network = with_statistics(teacher.network, found.statistics, share) if share else teacher.network
+        network = found.brought(share) if share else teacher.network
         unlike = math.isfinite(found.shift) and found.shift >= SAME_CENTRE
         adapted.append(replace(teacher, network=network, share=share, unlike=unlike))
         results.append(AdaptationResult(teacher.site, found.shift, share))

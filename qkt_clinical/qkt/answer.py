@@ -174,6 +174,7 @@ def adapt(question: ValidQuery, settings: PhaseSettings) -> Adapted:
     adapted, results = adapt_teachers(
         others,
         question.inputs,
+        torch.from_numpy(question.labels),
         (question.calibration, question.calibration_labels),
         question.local,
         task=settings.task,

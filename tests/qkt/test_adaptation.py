@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from qkt_clinical.catalog import Method
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.inputs import to_input
+from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.qkt.adaptation import (
@@ -19,12 +21,14 @@ from qkt_clinical.qkt.adaptation import (
     LayerStatistics,
     adapt_teachers,
     best_share,
+    features_apart,
     images_to_measure,
     measure_statistics,
     normalisation_layers,
     shared_loss,
     shift,
     stored_statistics,
+    with_moved_features,
     with_statistics,
 )
 from qkt_clinical.qkt.answer import answer_query
@@ -136,11 +140,14 @@ def test_few_images_or_classes_tell_nothing() -> None:
 
 
 def adapt(
-    teachers: list[Teacher], inputs: torch.Tensor, factor: float = 1.0
+    teachers: list[Teacher], inputs: torch.Tensor, labels: torch.Tensor | None = None
 ) -> dict[str, tuple[float, float]]:
-    images, labels = shapes((0, 1), 20, 5)
-    held_out = to_input(images), torch.from_numpy(labels)
-    adapted, results = adapt_teachers(teachers, inputs, held_out, (0, 1), task=MULTICLASS, seed=0, device=CPU)
+    images, truth = shapes((0, 1), 20, 5)
+    held_out = to_input(images), torch.from_numpy(truth)
+    of_inputs = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
+    adapted, results = adapt_teachers(
+        teachers, inputs, of_inputs, held_out, (0, 1), task=MULTICLASS, seed=0, device=CPU
+    )
     assert [t.site for t in adapted] == [t.site for t in teachers]
     shares = {t.site: t.share for t in adapted}
     assert all(shares[r.site] == r.share for r in results)
@@ -179,6 +186,69 @@ def test_images_of_another_scanner_are_adapted_to(network: Classifier) -> None:
     assert found["cedar"][1] == found["birch"][1], "who shares no class follows the others"
     assert "dahlia" not in found, "a network without statistics stays as it is"
     assert found == adapt(sent, inputs)
+
+
+# --- networks without statistics ------------------------------------------------------------------
+
+
+def linear(weight: torch.Tensor) -> Classifier:
+    """A network whose features are the mean colour of an image, and whose head has these rows."""
+    network = build(spec("resnet-small-gn"), seed=0)
+    network.extractor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.head = nn.Linear(3, len(weight))
+    with torch.no_grad():
+        network.head.weight.copy_(weight)
+        network.head.bias.zero_()
+    return network.eval()
+
+
+def test_features_apart_by_hand() -> None:
+    network = linear(torch.eye(4, 3))
+    images = torch.zeros(6, 3, 8, 8)
+    images[:4, 0] = torch.tensor([1.0, 3.0, 2.0, 2.0]).view(4, 1, 1)  # class 0, mean 2
+    images[4:, 0] = torch.tensor([6.0, 8.0]).view(2, 1, 1)  # class 1, mean 7
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    home = {0: torch.tensor([3.0, 0.0, 0.0]), 1: torch.tensor([10.0, 0.0, 0.0]), 2: torch.full((3,), 99.0)}
+    birch = Teacher("birch", network, (0, 1, 2), class_means=home)
+    found = features_apart(birch, images, labels, (0, 1, 3), CPU)
+    assert found is not None
+    assert found[0].tolist() == [2.0, 0.0, 0.0], "1 and 3 in the mean, whatever their images"
+    # Variances within the classes 0.5 and 1, so 0.75 in the mean; the others hardly vary, nor do they move.
+    assert found[1] == pytest.approx(4 / (2 * 0.75) / 3, rel=1e-3)
+    moved = with_moved_features(network, found[0], 0.5)
+    assert torch.equal(moved.head.bias, torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert not network.head.bias.any(), "left as it is"
+    expected = network.head(network.features(images) + 0.5 * found[0])
+    torch.testing.assert_close(predict(moved, images, CPU), expected.detach())
+    assert features_apart(birch, images, labels, (3,), CPU) is None, "no class in common"
+    assert features_apart(Teacher("cedar", network, (0, 1)), images, labels, (0, 1), CPU) is None, "no means"
+
+
+def test_a_network_that_holds_no_statistics_is_brought_by_its_class_means() -> None:
+    """Classes differ in one colour, by a threshold that another scanner moves."""
+    train, labels = shapes((0, 1), 60, 3)
+    inputs, truth = to_input(train), torch.from_numpy(labels)
+    plain = linear(torch.eye(4, 3))
+    home = mean_features(predict(plain, inputs, CPU, features=True), truth)
+    away = home[0] - home[1]
+    network = linear(torch.stack([away, -away, 0 * away, 0 * away]))
+    with torch.no_grad():
+        network.head.bias[:2] = torch.tensor([-1.0, 1.0]) * float(away @ (home[0] + home[1]) / 2)
+    elsewhere = {c: m + 4 * (home[0] - home[1]) for c, m in home.items()}
+    with torch.no_grad():  # its threshold at home, where all features lie so much further
+        network.head.bias[:2] -= torch.tensor([1.0, -1.0]) * float(away @ (4 * away))
+    sent = [
+        Teacher("birch", network, (0, 1), class_means=elsewhere),
+        Teacher("cedar", network, (0, 1)),
+    ]
+    found = adapt(sent, inputs, truth)
+    assert found["birch"][0] > SAME_CENTRE
+    assert found["birch"][1] == 1.0
+    assert "cedar" not in found, "nothing says where its classes lie"
+    at_home = Teacher("dahlia", network, (0, 1), class_means=home)
+    found = adapt([at_home], inputs, truth)
+    assert found["dahlia"][0] < SAME_CENTRE
+    assert found["dahlia"][1] == 0.0
 
 
 def test_measuring_and_choosing_cost_one_pass_over_all_images(network: Classifier) -> None:
