@@ -62,6 +62,7 @@ class SmallFederationParams(Strict):
 class AggregatorParams(SmallFederationParams):
     """Of FENS."""
 
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     hidden: Annotated[int, Field(ge=1, le=4096)] = 64
     """Units between the networks' logits and the answer."""
 
