@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.baselines.params import SmallFederationParams
-from qkt_clinical.baselines.small_federation import BYTES_PER_NUMBER, bytes_moved, federate
+from qkt_clinical.baselines.small_federation import bytes_moved, federate
+from qkt_clinical.baselines.statistics import BYTES_PER_NUMBER
 from qkt_clinical.task import Task
 
 

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qkt_clinical.baselines.params import SmallFederationParams
+from qkt_clinical.baselines.statistics import BYTES_PER_NUMBER
 from qkt_clinical.models.generator import generator
 from qkt_clinical.task import Task
 from qkt_clinical.training.loop import learning_rate_factor
-
-BYTES_PER_NUMBER = 4
-"""In single precision, as parameters would be sent."""
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -1,4 +1,4 @@
-"""Networks over one frozen extractor: a student needs it once, and says the same as with copies of it."""
+"""Networks over one frozen extractor: a student needs it once."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_extractors_are_told_apart_by_their_weights(frozen: Classifier, teachers
 
 
 @pytest.mark.parametrize("method", ["qkt", "qkt-light", "routed"])
-def test_a_student_holds_a_shared_extractor_once_and_says_the_same(
+def test_a_student_holds_a_shared_extractor_once(
     frozen: Classifier, teachers: list[Teacher], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = with_head_for(frozen, (0, 1), 19)
