@@ -1,4 +1,9 @@
-"""Unmasked distillation: the student learns the teachers' mean prediction on local images."""
+"""Unmasked distillation: the student learns the teachers' mean prediction on local images.
+
+What FedDF (Lin et al., 2020, arXiv 2006.07242) does at its server in every round, once and at the asking
+hospital, whose own images are the only ones there. FedDF averages logits; here it is probabilities, as
+of ``ensemble-prob``.
+"""
 
 from __future__ import annotations
 

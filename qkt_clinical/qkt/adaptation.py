@@ -140,7 +140,7 @@ def features_apart(
     Returns:
         None where the teacher's bundle holds no mean of a class that both have.
     """
-    shared = [c for c in local if c in teacher.claimed and c in teacher.class_means and (labels == c).any()]
+    shared = [c for c in local if c in teacher.supported and c in teacher.class_means and (labels == c).any()]
     if not shared:
         return None
     features = predict(teacher.network, inputs, device, features=True)
@@ -267,7 +267,7 @@ def _measure(
         return _Measured(brought, lies, 0.0, 0.0)
     shares = SHARES if lies >= SAME_CENTRE else SHARES[:2]
     logits = {0.0: as_sent.logits} | {share: predict(brought(share), images, device) for share in shares[1:]}
-    shared = [c for c in local if c in teacher.claimed]
+    shared = [c for c in local if c in teacher.supported]
     losses = {share: shared_loss(z, labels, shared, task=task) for share, z in logits.items()}
     told = {share: loss for share, loss in losses.items() if loss is not None}
     return _Measured(brought, lies, best_share(told) if told else None, shares[-1])

@@ -42,6 +42,11 @@ class Teacher:
     encoder_means: Mapping[int, Tensor] = field(default_factory=dict, hash=False)
     """Class to its mean features at home by the encoder that the asking hospital has too; else none."""
 
+    @property
+    def supported(self) -> tuple[int, ...]:
+        """The claims that its network bears out; all of them where it was not read again."""
+        return tuple(c for c in self.claimed if self.verified is None or c in self.verified)
+
     @classmethod
     def of(
         cls,

@@ -270,6 +270,17 @@ def test_within_a_centre_who_shares_no_class_takes_up_half_at_most(network: Clas
     assert found["cedar"][1] == min(found["birch"][1], 0.5)
 
 
+def test_a_claim_that_the_network_does_not_bear_out_changes_nothing(network: Classifier) -> None:
+    """Else a lying mask would decide how far a teacher is brought to the hospital's images."""
+    inputs = to_input(shapes((0, 1), 60, 3)[0])
+    usual = Teacher("birch", from_afar(network), (0, 1))
+    honest = Teacher("cedar", from_afar(network), (2,), verified=(2,))
+    lying = Teacher("cedar", from_afar(network), (0, 1, 2), verified=(2,))
+    believed = Teacher("cedar", from_afar(network), (0, 1, 2))
+    assert (honest.supported, lying.supported, believed.supported) == ((2,), (2,), (0, 1, 2))
+    assert adapt([usual, lying], inputs) == adapt([usual, honest], inputs)
+
+
 @pytest.mark.slow
 def test_an_answer_says_who_was_adapted_and_off_changes_nothing(network: Classifier) -> None:
     train, calibration = shapes((0, 1), 40, 7), shapes((0, 1), 20, 8)
