@@ -8,14 +8,23 @@ from collections.abc import Sequence
 
 import torch
 
-from qkt_clinical.catalog import BY_MEANS, Method
+from qkt_clinical.catalog import BY_MEANS, ENCODED_METHODS, Method
 from qkt_clinical.config.params import TransferParams
 from qkt_clinical.data.prepared import Manifest
 from qkt_clinical.models.low_rank import convolutions
 from qkt_clinical.models.networks import build, multiply_adds
 from qkt_clinical.qkt.head import MAX_REFINED
 from qkt_clinical.qkt.low_rank_merge import MIN_VIEWS, WORK
-from qkt_clinical.records.card import MERGED, MIRRORS, Branch, Card, NetworkSpec
+from qkt_clinical.records.card import (
+    ENCODER,
+    MERGED,
+    MIRRORS,
+    Branch,
+    Card,
+    EncoderPart,
+    NetworkSpec,
+    SharedEncoder,
+)
 
 PROBED = 64
 """Images of the probe."""
@@ -87,12 +96,19 @@ def expected_seconds(
     return total / fast
 
 
-def prediction_cost(method: Method, own: Card, teachers: Sequence[Card], params: TransferParams) -> float:
-    """Multiply-adds of a prediction by the answer, in units of the own network's; without an encoder's.
+def prediction_cost(
+    method: Method,
+    own: Card,
+    teachers: Sequence[Card],
+    params: TransferParams,
+    encoder: SharedEncoder | None = None,
+) -> float:
+    """Multiply-adds of a prediction by the answer, in units of the own network's.
 
     Args:
         own: of the hospital's own network.
         teachers: whose networks will be fetched.
+        encoder: the hospital's, which stands beside the networks of an answer whose method reads it.
     """
     shape = own.input.shape
     alone = _work(own.network, shape, 1.0)[0]
@@ -101,9 +117,12 @@ def prediction_cost(method: Method, own: Card, teachers: Sequence[Card], params:
         return views * (alone + sum(_work(card.network, shape, 1.0)[0] for card in teachers)) / alone
     rank = params.light_rank if method == "qkt-light" else params.rank
     parts = [(own.network, 1.0), *((t.network, rank) for t in teachers if not _same_frozen_encoder(own, t))]
-    branches = tuple(
+    branches = [
         Branch.model_validate({"name": network.name, "encoder": network.encoder, "rank": share})
         for network, share in parts
-    )
+    ]
+    if encoder is not None and method in ENCODED_METHODS:
+        part = EncoderPart(name=encoder.name, side=encoder.side, mode="frozen", unit_length=True)
+        branches.append(Branch.model_validate({"name": ENCODER, "encoder": part, "rank": 1.0}))
     merged = {**dict(own.network), "name": MERGED, "encoder": None, "branches": branches}
     return _work(NetworkSpec.model_validate(merged), shape, 1.0)[0] / alone

@@ -33,7 +33,7 @@ class Route(NamedTuple):
     seconds: float = 0.0
     """Of the transfer on this machine, about."""
     prediction: float = 0.0
-    """Multiply-adds of a prediction in units of the own network's, an encoder's not counted."""
+    """Multiply-adds of a prediction in units of the own network's."""
 
 
 def _means(cards: Mapping[str, Card], taught_by: set[str], method: Method) -> dict[str, float | None]:
@@ -79,7 +79,7 @@ def routes(
                 _means(cards, taught_by, plan.method),
                 plan.bytes_moved,
                 expected_seconds(plan.method, own, networks, manifest, params.transfer, fast),
-                prediction_cost(plan.method, own, networks, params.transfer),
+                prediction_cost(plan.method, own, networks, params.transfer, asking.shared_encoder),
             )
         )
     return found
@@ -91,7 +91,6 @@ def route_line(route: Route, chosen: Method) -> str:
     if route.impossible is not None:
         return f"  {mark} {route.method}: not possible: {route.impossible}"
     told = [f"{site} ({f'epsilon {e:g}' if e else 'exact'})" for site, e in route.means.items()]
-    encoder = " and the encoder's" if route.method in ENCODED_METHODS else ""
     means = "class means of " + words(told)
     if route.method == BY_MEANS:
         revealed = f"{means}, and no network"
@@ -100,7 +99,7 @@ def route_line(route: Route, chosen: Method) -> str:
     return (
         f"  {mark} {route.method}: reveals {revealed}; "
         f"{size(route.bytes)}, about {route.seconds:.0f} s; "
-        f"a prediction costs {route.prediction:.1f} of the own network's{encoder}"
+        f"a prediction costs {route.prediction:.1f} of the own network's"
     )
 
 

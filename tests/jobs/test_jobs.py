@@ -394,6 +394,26 @@ def test_a_frozen_encoder_that_both_have_is_counted_once(root: Path) -> None:
     assert prediction_cost("qkt", over(None), [over(None)], params) > 1.2, "nobody says that it is the same"
 
 
+def test_an_encoder_beside_the_network_is_counted(root: Path) -> None:
+    from qkt_clinical.config.params import TransferParams
+    from qkt_clinical.jobs.cost import prediction_cost
+    from qkt_clinical.models.networks import build, multiply_adds
+    from qkt_clinical.records.card import SharedEncoder, read_card
+
+    write_hospitals(root)
+    card, params = read_card(Workspace(root).teacher("birch")), TransferParams()
+    encoder = SharedEncoder(name="efficientnet-lite0", digest="a" * 64, side=32)
+    part = {"name": encoder.name, "side": encoder.side, "mode": "frozen"}
+    spec = type(card.network).model_validate({**dict(card.network), "name": "encoder", "encoder": part})
+    work, own = (multiply_adds(build(network).eval(), card.input.shape) for network in (spec, card.network))
+    beside = work / own
+    by_means = prediction_cost("qkt-means", card, [], params, encoder)
+    assert by_means == pytest.approx(1 + beside, rel=1e-3)
+    assert prediction_cost("qkt-statistics", card, [card], params, encoder) - prediction_cost(
+        "qkt", card, [card], params, encoder
+    ) == pytest.approx(beside, rel=1e-3)
+
+
 def test_what_a_prediction_costs_is_counted_on_the_merged_network(root: Path) -> None:
     from qkt_clinical.config.params import TransferParams
     from qkt_clinical.jobs.cost import prediction_cost
