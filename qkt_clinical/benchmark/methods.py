@@ -492,10 +492,11 @@ def at_budgets(scores: Tensor, point: OperatingPoint) -> dict[float, Tensor]:
         scores: (N, C) as answered.
     """
     query, answered = list(point.decision.query), torch.tensor(point.decision.offsets)
+    rare = [q in point.decision.rare for q in query]
     moved = {}
     for budget in BUDGETS:
         moved[budget] = scores.clone()
-        offsets = offsets_for_budget(point.scores, budget, lost=point.lost)
+        offsets = offsets_for_budget(point.scores, budget, lost=point.lost, rare=rare)
         moved[budget][:, query] += (offsets - answered).to(scores)
     return moved
 

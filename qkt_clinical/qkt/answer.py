@@ -422,7 +422,8 @@ def set_operating_point(
         both = torch.cat([scores, trained])
     lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
     share = lost / len(held_out.labels)
-    offsets = offsets_for_budget(both, question.budget, lost=share)
+    rare = [q in question.rare for q in question.query]
+    offsets = offsets_for_budget(both, question.budget, lost=share, rare=rare)
     point = operating_point_at(question, screened, merged, both, offsets)
     return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
 

@@ -16,6 +16,9 @@ APART = 0.25
 """Of the way from one offset for all query classes to one of its own for each."""
 LEVEL_IMAGES = 5
 """Of a class, at least, for its median to say something."""
+RARE_SHARE = 0.5
+"""Of the offset that the budget allows, what a rare class takes up: its head was refined on the hospital's
+own samples, class-balanced, and tells it without an offset. More is gained at the cost of other classes."""
 
 
 def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
@@ -84,22 +87,31 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> fl
     return -bound - hair
 
 
-def offsets_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> Tensor:
+def offsets_for_budget(
+    scores: Tensor, budget: float, *, lost: float = 0.0, rare: Sequence[bool] | None = None
+) -> Tensor:
     """An offset (Q,) for each query class, so that together at most ``budget`` of the images go to them.
 
     One offset for all lets a class go short whose scores lie lower; an offset by each class's own scores is
     set on the few images that come near it. So they lie a part of the way between, moved together until the
-    budget is spent.
+    budget is spent. A rare class takes up a part of what it is allowed.
 
     Args:
         scores, budget, lost: as of :func:`offset_for_budget`.
+        rare: for each query class whether the hospital has samples of it; by default of none.
     """
     classes = scores.shape[1]
     if classes == 1:
-        return torch.tensor([offset_for_budget(scores, budget, lost=lost)])
-    own = [offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)]
-    apart = APART * (torch.tensor(own) - sum(own) / classes)
-    return apart + offset_for_budget(scores + apart, budget, lost=lost)
+        offsets = torch.tensor([offset_for_budget(scores, budget, lost=lost)])
+    else:
+        own = [
+            offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)
+        ]
+        apart = APART * (torch.tensor(own) - sum(own) / classes)
+        offsets = apart + offset_for_budget(scores + apart, budget, lost=lost)
+    if rare is None:
+        return offsets
+    return torch.where(torch.tensor(rare) & (offsets > 0), RARE_SHARE * offsets, offsets)
 
 
 def false_query_rate(scores: Tensor, offsets: Tensor) -> float:

@@ -314,6 +314,18 @@ def test_offsets_of_two_query_classes_by_hand() -> None:
     assert one == other == pytest.approx(offset_for_budget(alike, 0.1))
 
 
+def test_a_rare_class_takes_up_half_of_what_it_is_allowed() -> None:
+    low = normal(120, 2, seed=3) - 5.0  # far below the local classes: the budget allows an offset above 0
+    allowed_both = offsets_for_budget(low, 0.1)
+    assert bool((allowed_both > 0).all())
+    one = offsets_for_budget(low, 0.1, rare=[False, True])
+    assert one.tolist() == pytest.approx([float(allowed_both[0]), 0.5 * float(allowed_both[1])])
+    assert torch.equal(offsets_for_budget(low, 0.1, rare=[False, False]), allowed_both)
+    # Where the budget demands an offset below 0, half of it would give more away.
+    high = low + 10.0
+    assert torch.equal(offsets_for_budget(high, 0.1, rare=[True, True]), offsets_for_budget(high, 0.1))
+
+
 @given(st.integers(0, 1000), st.floats(0.01, 0.3), st.integers(1, 4))
 def test_offsets_together_keep_the_budget(seed: int, budget: float, classes: int) -> None:
     scores = normal(120, classes, seed=seed) * torch.arange(1, classes + 1)
