@@ -123,7 +123,7 @@ def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]
     both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
     settings = case.store.settings
     rare = [settings.regime == "rare"] * len(query)
-    return decide(scores, local, query, offsets_for_budget(both, settings.budget, rare=rare))
+    return decide(scores, local, query, offsets_for_budget(both, settings.budget, refined=rare))
 
 
 def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:
