@@ -121,9 +121,7 @@ def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]
     query = case.question.query
     held_out, learned = (query_scores(z, local, query) for z in (own.held_out, own.learned))
     both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
-    settings = case.store.settings
-    rare = [settings.regime == "rare"] * len(query)
-    return decide(scores, local, query, offsets_for_budget(both, settings.budget, refined=rare))
+    return decide(scores, local, query, offsets_for_budget(both, case.store.settings.budget))
 
 
 def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:

@@ -57,7 +57,7 @@ from qkt_clinical.models.private_means import private_means
 from qkt_clinical.qkt.adaptation import MIN_IMAGES, adapt_teachers
 from qkt_clinical.qkt.answer import answer_query
 from qkt_clinical.qkt.by_means import answer_by_means
-from qkt_clinical.qkt.operating_point import decide, offsets_for_budget, refined_classes
+from qkt_clinical.qkt.operating_point import decide, offsets_for_budget
 from qkt_clinical.qkt.panel import Teacher
 from qkt_clinical.qkt.prediction import predict_logits, routed_consensus, scores_of
 from qkt_clinical.qkt.steps import Answer, EncodedImages, LocalData, OperatingPoint
@@ -492,11 +492,10 @@ def at_budgets(scores: Tensor, point: OperatingPoint) -> dict[float, Tensor]:
         scores: (N, C) as answered.
     """
     query, answered = list(point.decision.query), torch.tensor(point.decision.offsets)
-    refined = refined_classes(point.decision.method, query, point.decision.rare)
     moved = {}
     for budget in BUDGETS:
         moved[budget] = scores.clone()
-        offsets = offsets_for_budget(point.scores, budget, lost=point.lost, refined=refined)
+        offsets = offsets_for_budget(point.scores, budget, lost=point.lost)
         moved[budget][:, query] += (offsets - answered).to(scores)
     return moved
 

@@ -67,7 +67,6 @@ from qkt_clinical.qkt.operating_point import (
     kept_today,
     offsets_for_budget,
     query_scores,
-    refined_classes,
 )
 from qkt_clinical.qkt.panel import Panel, PhaseSettings, Teacher, head_of, phase_record, same_extractor
 from qkt_clinical.qkt.soundness import NetworkOutputs, defect, observe
@@ -423,8 +422,7 @@ def set_operating_point(
         both = torch.cat([scores, trained])
     lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
     share = lost / len(held_out.labels)
-    by_samples = refined_classes(question.method, question.query, question.rare)
-    offsets = offsets_for_budget(both, question.budget, lost=share, refined=by_samples)
+    offsets = offsets_for_budget(both, question.budget, lost=share)
     point = operating_point_at(question, screened, merged, both, offsets)
     return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
 

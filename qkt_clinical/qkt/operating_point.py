@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qkt_clinical.catalog import ENCODED_METHODS, Method
 from qkt_clinical.task import Task
 
 ROUNDING = 1e-5
@@ -17,9 +16,6 @@ APART = 0.25
 """Of the way from one offset for all query classes to one of its own for each."""
 LEVEL_IMAGES = 5
 """Of a class, at least, for its median to say something."""
-RARE_SHARE = 0.5
-"""Of the offset that the budget allows, what a rare class takes up whose samples the head was refined on,
-class-balanced: it is told without an offset, and more is gained at the cost of other classes."""
 
 
 def query_scores(logits: Tensor, local: Sequence[int], query: Sequence[int]) -> Tensor:
@@ -88,39 +84,22 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> fl
     return -bound - hair
 
 
-def offsets_for_budget(
-    scores: Tensor, budget: float, *, lost: float = 0.0, refined: Sequence[bool] | None = None
-) -> Tensor:
+def offsets_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> Tensor:
     """An offset (Q,) for each query class, so that together at most ``budget`` of the images go to them.
 
     One offset for all lets a class go short whose scores lie lower; an offset by each class's own scores is
     set on the few images that come near it. So they lie a part of the way between, moved together until the
-    budget is spent. A class that the head was refined on takes up a part of what it is allowed.
+    budget is spent.
 
     Args:
         scores, budget, lost: as of :func:`offset_for_budget`.
-        refined: for each query class whether the head was refined on the hospital's samples; by default none.
     """
     classes = scores.shape[1]
     if classes == 1:
-        offsets = torch.tensor([offset_for_budget(scores, budget, lost=lost)])
-    else:
-        own = [
-            offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)
-        ]
-        apart = APART * (torch.tensor(own) - sum(own) / classes)
-        offsets = apart + offset_for_budget(scores + apart, budget, lost=lost)
-    if refined is None:
-        return offsets
-    return torch.where(torch.tensor(refined) & (offsets > 0), RARE_SHARE * offsets, offsets)
-
-
-def refined_classes(method: Method, query: Sequence[int], rare: Container[int]) -> list[bool]:
-    """For each query class whether the answer's head was refined on samples of it, and nothing else counts.
-
-    Where the discriminants of an encoder have a share, no offset does not mean that a rare class is told.
-    """
-    return [q in rare and method not in ENCODED_METHODS for q in query]
+        return torch.tensor([offset_for_budget(scores, budget, lost=lost)])
+    own = [offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)]
+    apart = APART * (torch.tensor(own) - sum(own) / classes)
+    return apart + offset_for_budget(scores + apart, budget, lost=lost)
 
 
 def false_query_rate(scores: Tensor, offsets: Tensor) -> float:

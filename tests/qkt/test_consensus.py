@@ -31,7 +31,6 @@ from qkt_clinical.qkt.operating_point import (
     offset_for_budget,
     offsets_for_budget,
     query_scores,
-    refined_classes,
 )
 from qkt_clinical.task import MULTICLASS
 
@@ -313,20 +312,6 @@ def test_offsets_of_two_query_classes_by_hand() -> None:
     alike = torch.stack([ramp, ramp.flip(0)], dim=1)
     one, other = offsets_for_budget(alike, 0.1).tolist()
     assert one == other == pytest.approx(offset_for_budget(alike, 0.1))
-
-
-def test_a_class_that_the_head_was_refined_on_takes_up_half_of_what_it_is_allowed() -> None:
-    low = normal(120, 2, seed=3) - 5.0  # far below the local classes: the budget allows an offset above 0
-    allowed_both = offsets_for_budget(low, 0.1)
-    assert bool((allowed_both > 0).all())
-    one = offsets_for_budget(low, 0.1, refined=[False, True])
-    assert one.tolist() == pytest.approx([float(allowed_both[0]), 0.5 * float(allowed_both[1])])
-    assert torch.equal(offsets_for_budget(low, 0.1, refined=[False, False]), allowed_both)
-    # Where the budget demands an offset below 0, half of it would give more away.
-    high = low + 10.0
-    assert torch.equal(offsets_for_budget(high, 0.1, refined=[True, True]), offsets_for_budget(high, 0.1))
-    assert refined_classes("qkt", (2, 3), {3: 20}) == [False, True]
-    assert refined_classes("qkt-statistics", (2, 3), {3: 20}) == [False, False], "an encoder has its say"
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 0.3), st.integers(1, 4))
