@@ -489,7 +489,7 @@ def test_every_way_to_answer_a_query_is_told_with_what_it_reveals(root: Path) ->
     means = told(common)["qkt-means"]
     assert (means.impossible, means.teachers, means.means) == (None, ("birch",), {"birch": None})
     assert means.bytes == sent.described + 20_000
-    assert means.prediction == pytest.approx(1.0), "the encoder's apart"
+    assert means.prediction > 1.5, "the encoder's pass beside the own network's"
     assert told(common)["qkt-statistics"].bytes == sent.bytes_moved("qkt") + 20_000
     assert told(common)["qkt"].bytes == sent.bytes_moved("qkt"), "which does not take them"
     line = route_line(means, "qkt-means")
