@@ -7,7 +7,7 @@ something changed only needs its line in ``settings.SETUPS``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -48,7 +48,7 @@ from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import QueryError
-from qkt_clinical.models.class_means import mean_features
+from qkt_clinical.models.class_means import class_means, mean_features
 from qkt_clinical.models.encoders import shared_features
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import predict
@@ -285,7 +285,7 @@ def relevant_teachers(case: Case, setup: Setup) -> dict[str, Teacher]:
             for name in sorted(able, key=lambda n: -masks[n].scores[q])[setup.max_teachers :]:
                 known[name].discard(q)
     networks = {name: case.store.bundle(name).network for name in names}
-    means = {name: case.store.bundle(name).class_means for name in names}
+    means = {name: own_means(case, name, exact=setup.exact_means) for name in names}
     spoilt = draw_bad(names, setup.bad_teachers, case.seed("bad")) if setup.bad else ()
     for name in spoilt:
         assert setup.bad is not None
@@ -333,6 +333,21 @@ def encoded_images(case: Case, hospital: SimulatedHospital) -> EncodedImages:
         shared_features(bank.of(part.images)) for part in (hospital.train, hospital.calibration)
     )
     return EncodedImages(encoder, train, held_out)
+
+
+def own_means(case: Case, name: str, *, exact: bool) -> Mapping[int, Tensor]:
+    """What a teacher's bundle holds beside the network: class means of its own features.
+
+    Args:
+        exact: without the noise that ``train.class_means`` has by default.
+    """
+    store = case.store
+    bundle = store.bundle(name)
+    if not exact:
+        return bundle.class_means
+    params = store.settings.train.class_means.model_copy(update={"epsilon": None})
+    train = store.data(name.split("/")[1]).train
+    return class_means(bundle.network, *train.pair, "unit", store.device, params, torch.Generator())
 
 
 def encoder_means(case: Case, name: str, *, exact: bool) -> dict[int, Tensor]:

@@ -86,7 +86,7 @@ class Setup:
     """Attack of some of the other hospitals' teachers, drawn at random for every query."""
     bad_teachers: int = 0
     exact_means: bool = False
-    """Of ``qkt-statistics``: class means without noise."""
+    """Class means without noise, of own features and of the encoder's."""
     on_training: bool = True
     """Whether the operating point is set on training images too."""
 
@@ -130,6 +130,7 @@ SETUPS: MappingProxyType[str, Setup] = MappingProxyType(
         "ablation/no-screening": _transfer("qkt", screening=False),
         "ablation/no-discriminant": _transfer("qkt", discriminant=False),
         "ablation/calibration-alone": Setup(on_training=False),
+        "ablation/exact-means": Setup(exact_means=True),
         **{
             f"ablation/{bad}-{count}{name}": Setup(bad=bad, bad_teachers=count, transfer=changed)
             for bad in BAD

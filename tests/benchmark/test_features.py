@@ -28,11 +28,13 @@ from qkt_clinical.benchmark.simulate import SimulatedFederation, channels_first
 from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import WITH_ENCODER
 from qkt_clinical.cli import main
+from qkt_clinical.data.inputs import to_input
 from qkt_clinical.datasets.medmnist_file import read_medmnist
 from qkt_clinical.errors import ConfigError, EncoderError
 from qkt_clinical.models import encoder_network
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
+from qkt_clinical.models.inference import predict
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.qkt.steps import Answer
@@ -296,6 +298,15 @@ def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str
     # What leaves beside the bundles: of every teacher 64 numbers in half precision for each of four classes.
     teachers = methods_room.relevant_teachers(case, SETUPS[STATISTICS_EXACT])
     assert exact.bytes_moved - plain.bytes_moved == 2 * 64 * 4 * len(teachers) > 0
+    noisy = methods_room.relevant_teachers(case, SETUPS["qkt"])
+    unmasked = methods_room.relevant_teachers(case, SETUPS["ablation/exact-means"])
+    for name, teacher in unmasked.items():
+        images, labels = case.store.data(name.split("/")[1]).train.pair
+        features = predict(teacher.network, to_input(images), CPU, features=True)
+        for c, mean in teacher.class_means.items():
+            torch.testing.assert_close(mean, features[torch.from_numpy(labels) == c].mean(dim=0))
+            assert not torch.allclose(mean, noisy[name].class_means[c], atol=1e-3)
+    assert any(teacher.class_means for teacher in unmasked.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_network, "encoder_architecture", lambda name: Pools())
         alone = methods_room.qkt(case, SETUPS["qkt-means"])
