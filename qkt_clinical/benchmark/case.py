@@ -121,7 +121,9 @@ def with_budget(case: Case, scores: Tensor, own: OwnScores, local: Sequence[int]
     query = case.question.query
     held_out, learned = (query_scores(z, local, query) for z in (own.held_out, own.learned))
     both = torch.cat([held_out, as_if_held_out(learned, own.learned_labels, held_out, own.labels)])
-    return decide(scores, local, query, offsets_for_budget(both, case.store.settings.budget))
+    rare = case.store.settings.regime == "rare"
+    labels = torch.cat([own.labels, own.learned_labels]) if rare else None
+    return decide(scores, local, query, offsets_for_budget(both, case.store.settings.budget, labels=labels))
 
 
 def learned_of(case: Case, hospital: SimulatedHospital) -> LabelledImages:

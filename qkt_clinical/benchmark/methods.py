@@ -510,7 +510,7 @@ def at_budgets(scores: Tensor, point: OperatingPoint) -> dict[float, Tensor]:
     moved = {}
     for budget in BUDGETS:
         moved[budget] = scores.clone()
-        offsets = offsets_for_budget(point.scores, budget, lost=point.lost)
+        offsets = offsets_for_budget(point.scores, budget, lost=point.lost, labels=point.labels)
         moved[budget][:, query] += (offsets - answered).to(scores)
     return moved
 

@@ -404,6 +404,9 @@ def set_operating_point(
     On calibration images, and on training images brought to their level: where the scores of a few dozen
     images end is chance, and these are several times as many.
 
+    For a rare class the budget also holds if images of small classes weigh more: some own classes are about
+    as rare as the query there, and a share of all images would be paid by these alone.
+
     Args:
         on_training: whether on training images too. What the own network alone says of these is not what it
             says of others.
@@ -414,17 +417,21 @@ def set_operating_point(
     held_out = held_out_images(question, screened)
     logits = student_logits(question, screened, merged, refined, held_out, settings)
     scores, labels = scores_to_keep(question, held_out, logits, settings)
-    both = scores
+    both, of = scores, labels
     if on_training:
         learned = learned_images(question, settings)
         more = student_logits(question, screened, merged, refined, learned, settings)
-        trained = as_if_held_out(*scores_to_keep(question, learned, more, settings), scores, labels)
-        both = torch.cat([scores, trained])
+        trained, classes = scores_to_keep(question, learned, more, settings)
+        both = torch.cat([scores, as_if_held_out(trained, classes, scores, labels)])
+        of = torch.cat([labels, classes])
+    by_class = of if question.rare else None
     lost = forgotten(screened.outputs[0].logits, logits, question.local, held_out.labels, task=settings.task)
     share = lost / len(held_out.labels)
-    offsets = offsets_for_budget(both, question.budget, lost=share)
+    offsets = offsets_for_budget(both, question.budget, lost=share, labels=by_class)
     point = operating_point_at(question, screened, merged, both, offsets)
-    return replace(point, lost=share, within_budget=lost <= allowed(question.budget, len(scores)))
+    return replace(
+        point, labels=by_class, lost=share, within_budget=lost <= allowed(question.budget, len(scores))
+    )
 
 
 def student_logits(

@@ -14,6 +14,8 @@ ROUNDING = 1e-5
 """Relative; single precision rounds by a hundredth of it."""
 APART = 0.25
 """Of the way from one offset for all query classes to one of its own for each."""
+SMALL = 0.5
+"""Of the images of the mean class: with fewer a class is small beside the others."""
 LEVEL_IMAGES = 5
 """Of a class, at least, for its median to say something."""
 
@@ -58,7 +60,9 @@ def allowed(budget: float, count: int) -> int:
     return max(0, math.floor(budget * (count + 1)) - 1)
 
 
-def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> float:
+def offset_for_budget(
+    scores: Tensor, budget: float, *, lost: float = 0.0, labels: Tensor | None = None
+) -> float:
     """The operating point: the offset at which at most ``budget`` of the images go to the query.
 
     A Neyman-Pearson operating point: a bound on the false-query rate, most of the query for it. All query
@@ -72,19 +76,44 @@ def offset_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> fl
         scores: (N, Q) from :func:`query_scores` on the hospital's own images, none of a query class.
         budget: share of these images, in (0, 1).
         lost: share of them that is given away already, by own classes that change places with each other.
+        labels: (N,), where at most ``budget`` may go as well if images weigh by :func:`class_weights`.
     """
-    highest = scores.max(dim=1).values.sort(descending=True).values
-    count = len(highest)
+    highest = scores.max(dim=1).values
     # A hair lower, so that rounding in ``decide`` does not make the image at the bound a false query.
     hair = ROUNDING * float(scores.abs().max().clamp(min=1))
-    place = budget * (count + 1) - lost * count
-    whole = max(1, math.floor(place))
-    share = place - whole if place >= 1 and whole <= budget * count else 0.0
-    bound = (1 - share) * float(highest[whole - 1]) + share * float(highest[min(whole, count - 1)])
+    bound = _bound(highest, torch.ones(len(highest), dtype=torch.float64), budget, lost)
+    if labels is not None:
+        bound = max(bound, _bound(highest, class_weights(labels), budget, lost))
     return -bound - hair
 
 
-def offsets_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> Tensor:
+def class_weights(labels: Tensor) -> Tensor:
+    """A weight (N,) of every image, 1 in the mean, with which small classes weigh as if they were larger.
+
+    A class of fewer images than ``SMALL`` of the mean class weighs as one of so many.
+    """
+    _, place, counts = labels.unique(return_inverse=True, return_counts=True)
+    sizes = counts.double()
+    weights: Tensor = (SMALL * sizes.mean() / sizes).clamp(min=1)[place]
+    return weights / weights.mean()
+
+
+def _bound(highest: Tensor, weights: Tensor, budget: float, lost: float) -> float:
+    """The score above which lies what the budget allows, of images (N,) with weights (N,), 1 in the mean."""
+    order = highest.argsort(descending=True)
+    highest, weights = highest[order], weights[order]
+    count, reached = len(highest), weights.cumsum(dim=0)
+    place = budget * (count + 1) - lost * count
+    whole = max(1, int((reached <= place).sum()))
+    following, so_far = min(whole, count - 1), float(reached[whole - 1])
+    share = (place - so_far) / float(weights[following]) if so_far <= min(place, budget * count) else 0.0
+    share = min(share, 1.0)
+    return (1 - share) * float(highest[whole - 1]) + share * float(highest[following])
+
+
+def offsets_for_budget(
+    scores: Tensor, budget: float, *, lost: float = 0.0, labels: Tensor | None = None
+) -> Tensor:
     """An offset (Q,) for each query class, so that together at most ``budget`` of the images go to them.
 
     One offset for all lets a class go short whose scores lie lower; an offset by each class's own scores is
@@ -92,14 +121,17 @@ def offsets_for_budget(scores: Tensor, budget: float, *, lost: float = 0.0) -> T
     budget is spent.
 
     Args:
-        scores, budget, lost: as of :func:`offset_for_budget`.
+        scores, budget, lost, labels: as of :func:`offset_for_budget`.
     """
     classes = scores.shape[1]
     if classes == 1:
-        return torch.tensor([offset_for_budget(scores, budget, lost=lost)])
-    own = [offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes) for i in range(classes)]
+        return torch.tensor([offset_for_budget(scores, budget, lost=lost, labels=labels)])
+    own = [
+        offset_for_budget(scores[:, [i]], budget / classes, lost=lost / classes, labels=labels)
+        for i in range(classes)
+    ]
     apart = APART * (torch.tensor(own) - sum(own) / classes)
-    return apart + offset_for_budget(scores + apart, budget, lost=lost)
+    return apart + offset_for_budget(scores + apart, budget, lost=lost, labels=labels)
 
 
 def false_query_rate(scores: Tensor, offsets: Tensor) -> float:

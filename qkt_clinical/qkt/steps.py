@@ -151,6 +151,8 @@ class OperatingPoint:
     """How many of them go to the query."""
     scores: Tensor = field(compare=False)
     """(N, Q) of these images, before the offset."""
+    labels: Tensor | None = field(default=None, compare=False)
+    """(N,) of them, where the budget holds with small classes weighing more too: for rare queries."""
     lost: float = 0.0
     """Share of the calibration images that own classes cost which change places with each other."""
     within_budget: bool = True

@@ -25,6 +25,7 @@ from qkt_clinical.qkt.consensus import (
 from qkt_clinical.qkt.operating_point import (
     allowed,
     as_if_held_out,
+    class_weights,
     decide,
     false_query_rate,
     kept_today,
@@ -255,6 +256,30 @@ def test_offset_between_two_images_by_hand() -> None:
     assert offset_for_budget(scores, 0.05, lost=1 / 29) == pytest.approx(-28.0, abs=1e-3)
     # Of 18 images none can promise it.
     assert offset_for_budget(scores[:18], 0.05) == pytest.approx(-17.0, abs=1e-3)
+
+
+def test_small_classes_weigh_more_by_hand() -> None:
+    # 18 images of a class at 0 to 17, two of another at 18 and 19. The mean class has 10 images, so that the
+    # small one weighs as if it had 5: 18 x 1 + 2 x 2.5 = 23.
+    scores, labels = torch.arange(20.0)[:, None], torch.tensor([0] * 18 + [1] * 2)
+    assert class_weights(labels).tolist() == pytest.approx([20 / 23] * 18 + [50 / 23] * 2)
+    # Of a budget of 0.2, 4.2 of 21: four images by number; weighed one of 50 / 23, and 0.932 of the second.
+    assert offset_for_budget(scores, 0.2) == pytest.approx(-15.8, abs=1e-3)
+    assert offset_for_budget(scores, 0.2, labels=labels) == pytest.approx(-18.068, abs=1e-3)
+    # By number it is less where the large class comes near the query: then that counts.
+    assert offset_for_budget(-scores, 0.2, labels=labels) == offset_for_budget(-scores, 0.2)
+    # Of classes of about one size it is the same.
+    alike = torch.tensor([0] * 11 + [1] * 5 + [2] * 4)
+    assert class_weights(alike).tolist() == [1.0] * 20
+    assert offset_for_budget(scores, 0.2, labels=alike) == offset_for_budget(scores, 0.2)
+
+
+@given(st.integers(0, 1000), st.floats(0.02, 0.4), st.integers(1, 3))
+def test_offsets_keep_both_budgets(seed: int, budget: float, classes: int) -> None:
+    scores, labels = normal(120, classes, seed=seed), torch.tensor([0] * 90 + [1] * 24 + [2] * 6)
+    gone = (scores + offsets_for_budget(scores, budget, labels=labels)).max(dim=1).values > 0
+    assert float(gone.double().mean()) <= budget
+    assert float((class_weights(labels) * gone).mean()) <= budget
 
 
 def test_scores_of_training_images_as_if_held_out_by_hand() -> None:

@@ -694,7 +694,8 @@ def test_query_classes_share_the_budget(
     strict = asked(own, teachers, method, query=(2, 3), rare=rare)
     for answer, budget in ((loose, 0.45), (strict, BUDGET)):
         point = answer.operating_point
-        expected = offsets_for_budget(point.scores, budget, lost=point.lost)
+        expected = offsets_for_budget(point.scores, budget, lost=point.lost, labels=point.labels)
+        assert (point.labels is not None) == rare
         assert answer.decision.offsets == tuple(expected.tolist())
         assert point.false_query_rate <= budget
     assert all(s < w for s, w in zip(strict.decision.offsets, loose.decision.offsets, strict=True))
