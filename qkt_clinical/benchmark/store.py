@@ -47,7 +47,7 @@ from qkt_clinical.benchmark.simulate import (
     together,
 )
 from qkt_clinical.benchmark.variants import vary
-from qkt_clinical.catalog import DEFAULT_ESTIMATOR, DEFAULT_TASK, ESTIMATORS, POOLED
+from qkt_clinical.catalog import DEFAULT_ESTIMATOR, DEFAULT_TASK, ESTIMATORS, POOLED, EncoderName
 from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
@@ -209,7 +209,12 @@ class ResultStore:
         return max(sorted(self.settings.rounds), key=judge)
 
     def _bundle(self, name: str) -> Bundle:
-        return load_bundle(self.folder / name)
+        return load_bundle(self.folder / name, self._encoder)
+
+    def _encoder(self, name: EncoderName, digest: str) -> Encoder | None:
+        """That of which teachers' bundles go without, where it was frozen."""
+        alike = self.pretrained is not None and self.pretrained.digest == digest
+        return self.pretrained if alike else None
 
     def _logits(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -391,6 +396,7 @@ class ResultStore:
                 "training": {"epochs": epochs, "seed": self.federation.seed},
             },
             means,
+            encoder=self.pretrained,
         )
         splits = {"val": self.federation.val, self.settings.split: self.evaluation}
         logits: dict[str, Tensor] = {

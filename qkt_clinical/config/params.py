@@ -213,3 +213,8 @@ class Params(Strict):
             if ref.hospital not in self.sites:
                 raise ValueError(f"query {key} belongs to {ref.hospital!r}, which is not among sites")
         return self
+
+    @property
+    def encoder_files(self) -> tuple[EncoderFile, ...]:
+        """The pretrained networks that are here."""
+        return tuple(file for file in (self.train.encoder, self.shared_encoder) if file is not None)

@@ -12,7 +12,7 @@ from qkt_clinical.catalog import Method
 from qkt_clinical.common.files import read_plain
 from qkt_clinical.config.base import NAME
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.bundle import Bundle, load_bundle, load_shared_means
+from qkt_clinical.models.bundle import Bundle, load_bundle, load_shared_means, read_bundle
 from qkt_clinical.models.offers import check_teacher
 from qkt_clinical.records.card import (
     CARD,
@@ -132,12 +132,12 @@ def unpack_teacher(
         named: the files that there must be, by its card.
 
     Raises:
-        BundleError: see :func:`qkt_clinical.models.bundle.load_bundle`, or where there is no network among
+        BundleError: see :func:`qkt_clinical.models.bundle.read_bundle`, or where there is no network among
             the files :func:`~qkt_clinical.models.bundle.load_shared_means`; also if it is not the site's
             teacher.
     """
     _written(files, site, folder, named)
-    return (load_bundle if (folder / WEIGHTS).exists() else load_shared_means)(folder).card
+    return (read_bundle if (folder / WEIGHTS).exists() else load_shared_means)(folder).card
 
 
 def unpack_moved(files: Any, site: str, folder: Path, method: Method) -> None:

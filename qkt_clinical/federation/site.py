@@ -282,7 +282,7 @@ class Site:
         params = load_params(self.root)
         self._prepare(params)
         manifest = read_manifest(self.space.prepared(self.name))
-        asking = Asking.of(manifest, params.shared_encoder)
+        asking = Asking.of(manifest, params.shared_encoder, params.train.encoder)
         return Asked(query=load_query(self.root, self.name, query), asking=asking)
 
     def _answer(self, plan: Plan, teachers: Any, signatures: Any, policy: Policy) -> Reply:

@@ -72,7 +72,7 @@ class RegistryTeachers(NamedTuple):
             BundleError: a file is missing, or larger or other than the card says, or the version is not what
                 was registered.
         """
-        from qkt_clinical.models.bundle import load_bundle, load_shared_means
+        from qkt_clinical.models.bundle import load_shared_means, read_bundle
 
         card, version = self.offers[site].card, self.versions[site]
         names = moved_files(card, method)
@@ -85,7 +85,7 @@ class RegistryTeachers(NamedTuple):
             check_card(version, digest_file(folder / CARD))
             return
         self._fetch_weights(site, folder)
-        load_bundle(folder)  # says what is wrong with it; the digest says only that something is
+        read_bundle(folder)  # says what is wrong with it; the digest says only that something is
         check_teacher_version(version, {n: digest_file(folder / n) for n in names})
 
     def _fetch_weights(self, site: str, folder: Path) -> None:

@@ -59,7 +59,7 @@ def routes(
         offers: of all teachers, by site.
         own: of the hospital's own network.
     """
-    asking, found = Asking.of(manifest, params.shared_encoder), []
+    asking, found = Asking.of(manifest, params.shared_encoder, params.train.encoder), []
     fast = speed(own, device)
     for method in METHODS:
         asked = query.model_copy(update={"method": method})

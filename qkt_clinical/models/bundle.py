@@ -25,6 +25,7 @@ from torch import Tensor
 from qkt_clinical.common.files import copy_plain, digest_file, write_json
 from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
+from qkt_clinical.models.encoders import Encoder, FindEncoder, no_encoder
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
 from qkt_clinical.models.tensor_file import Specs, read_tensors
 from qkt_clinical.records.card import (
@@ -47,6 +48,8 @@ CLASS_MEANS = "class_means"
 """The tensor that holds them, beside the network's own: (C, F), zeros for classes that have none."""
 ENCODER_MEANS = "encoder_means"
 """The same over the features of the card's shared encoder, in a file of its own."""
+EXTRACTOR = "extractor.network."
+"""How the names of a pretrained encoder's tensors begin in a network over it."""
 MEANS_PRIVACY = ("means_epsilon", "means_delta", "shared_epsilon", "shared_delta")
 """What a card's ``training`` says of the noise on class means."""
 
@@ -86,18 +89,23 @@ def write_bundle(
     card: Mapping[str, Any],
     class_means: Mapping[int, Tensor] = MappingProxyType({}),
     encoder_means: Mapping[int, Tensor] = MappingProxyType({}),
+    encoder: Encoder | None = None,
 ) -> Card:
     """Write weights and card into an existing folder.
 
     Args:
-        card: lacks only ``weights``, ``class_means`` and ``encoder_means``.
+        card: lacks only ``weights``, ``class_means``, ``encoder_means`` and ``without_encoder``.
         class_means: class to its mean features (F,), of a teacher.
         encoder_means: the same over the features of the shared encoder that the card names.
+        encoder: with which the network of a teacher started. Where it was frozen the file goes without its
+            tensors.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    known = _known(state, network, encoder)
+    state = {name: tensor for name, tensor in state.items() if name not in known}
     if class_means:
         state[CLASS_MEANS] = torch.zeros(network.head.weight.shape)
         for label, mean in class_means.items():
@@ -117,6 +125,7 @@ def write_bundle(
             )
     made: dict[str, Any] = {
         "network": network.spec,
+        "without_encoder": encoder.digest if encoder and known else None,
         "weights": _saved(state, folder / WEIGHTS),
         "class_means": bool(class_means),
     }
@@ -140,18 +149,39 @@ def _saved(tensors: Mapping[str, Tensor], path: Path) -> Weights:
     return Weights(bytes=path.stat().st_size, sha256=digest_file(path))
 
 
+def _known(state: Mapping[str, Tensor], network: Classifier, encoder: Encoder | None) -> set[str]:
+    """Tensors of a network's state that are those of a frozen encoder, all of them or none."""
+    part = network.spec.encoder
+    if encoder is None or part is None or part.mode != "frozen":
+        return set()
+    tensors = _tensors_of(encoder)
+    return set(tensors) if all(torch.equal(state[n], t) for n, t in tensors.items()) else set()
+
+
+def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
+    """An encoder's tensors by the names that they have in a network over it."""
+    return {EXTRACTOR + name: tensor for name, tensor in encoder.network.state_dict().items()}
+
+
 def write_without_means(source: Path, folder: Path) -> Card:
     """Write a teacher's bundle into an existing folder without the class means that it holds.
 
     Raises:
-        BundleError: see :func:`load_bundle`.
+        BundleError: see :func:`read_bundle`.
     """
-    bundle = load_bundle(source)
-    card = bundle.card.model_dump(
-        mode="json", exclude={"network", "weights", "class_means", "shared_encoder", "encoder_means"}
+    stored = read_bundle(source)
+    training = {k: v for k, v in stored.card.training.items() if k not in MEANS_PRIVACY}
+    written = stored.card.model_copy(
+        update={
+            "training": training,
+            "weights": _saved(stored.state, folder / WEIGHTS),
+            "class_means": False,
+            "shared_encoder": None,
+            "encoder_means": None,
+        }
     )
-    training = {k: v for k, v in card["training"].items() if k not in MEANS_PRIVACY}
-    return write_bundle(folder, bundle.network, {**card, "training": training})
+    write_json(folder / CARD, written.model_dump(mode="json"))
+    return written
 
 
 def write_without_network(source: Path, folder: Path) -> Card:
@@ -192,6 +222,8 @@ def _read_file(path: Path, card: Card, file: Weights, wanted: Specs, what: str) 
 def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The tensors of a card's weights file."""
     wanted = tensor_specs(card.network)
+    if card.without_encoder:
+        wanted = {name: spec for name, spec in wanted.items() if not name.startswith(EXTRACTOR)}
     if card.class_means:
         wanted[CLASS_MEANS] = wanted["head.weight"]
     if card.shared_encoder is not None and card.encoder_means is None:  # an older bundle
@@ -232,8 +264,22 @@ def load_shared_means(folder: Path) -> SharedMeans:
     return SharedMeans(card, read_mask(folder, card), _by_class(_read_means(folder, card)), digest)
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Load a bundle after every check.
+@dataclass(frozen=True)
+class StoredBundle:
+    """The files of a bundle after every check, of which no network is built yet."""
+
+    card: Card
+    state: dict[str, Tensor]
+    """The network's, without the tensors of an encoder that the card names by ``without_encoder``."""
+    class_means: Mapping[int, Tensor]
+    encoder_means: Mapping[int, Tensor]
+    mask: Mask | None
+    digest: str
+    """These four as in :class:`Bundle`."""
+
+
+def read_bundle(folder: Path) -> StoredBundle:
+    """Read a bundle and check all of it but its experts.
 
     Raises:
         BundleError: naming the file and what is wrong; codes ``bundle-missing``, ``bundle-card``,
@@ -263,11 +309,43 @@ def load_bundle(folder: Path) -> Bundle:
     means, encoder_means = (_by_class(state.pop(name, ())) for name in (CLASS_MEANS, ENCODER_MEANS))
     if card.encoder_means is not None and os.path.lexists(folder / MEANS):
         encoder_means = _by_class(_read_means(folder, card))
+    return StoredBundle(card, state, means, encoder_means, read_mask(folder, card), digest)
+
+
+def _encoder_tensors(card: Card, folder: Path, find: FindEncoder) -> dict[str, Tensor]:
+    """What a weights file goes without, by the hospital's own file of the same encoder."""
+    part, digest = card.network.encoder, card.without_encoder
+    if part is None or digest is None:
+        return {}
+    encoder = find(part.name, digest)
+    if encoder is None:
+        raise BundleError(
+            f"its network reads the features of an encoder that is not here: {part.name}, {digest[:8]}",
+            remedy="Set train.encoder or shared_encoder in params.yaml to that file (docs/encoders.md).",
+            file=folder / CARD,
+            site=card.site,
+            code="bundle-encoder",
+        )
+    return {name: tensor.clone() for name, tensor in _tensors_of(encoder).items()}
+
+
+def load_bundle(folder: Path, encoders: FindEncoder = no_encoder) -> Bundle:
+    """Load a bundle after every check.
+
+    Args:
+        encoders: those that are here, for teachers that go without theirs.
+
+    Raises:
+        BundleError: see :func:`read_bundle`; ``bundle-encoder`` if an encoder is missing.
+    """
+    stored = read_bundle(folder)
+    card = stored.card
     network = outline(card.network)
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(stored.state | _encoder_tensors(card, folder, encoders), assign=True)
     network.requires_grad_(True).eval()
     experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}
-    return Bundle(folder, card, network, means, encoder_means, read_mask(folder, card), experts, digest)
+    said = (stored.class_means, stored.encoder_means, stored.mask)
+    return Bundle(folder, card, network, *said, experts, stored.digest)
 
 
 def _expert(folder: Path, name: str, student: Card) -> Bundle:

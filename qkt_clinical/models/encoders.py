@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from qkt_clinical.catalog import EncoderName
 from qkt_clinical.common.files import TooLarge, digest_bytes, digest_file, passing_file, read_plain
 from qkt_clinical.config.encoder_specs import ENCODERS, EncoderSpec
+from qkt_clinical.config.params import Params
 from qkt_clinical.data.prepared import Images
 from qkt_clinical.errors import EncoderError
 from qkt_clinical.models.encoder_network import EncoderExtractor, encoder_architecture, encoder_input
@@ -114,6 +116,27 @@ def load_encoder(name: EncoderName, weights: Path, digest: str | None = None) ->
     _check_finite(state, refuse)
     network.load_state_dict(state, assign=True)
     return Encoder(name, network.requires_grad_(False).eval(), found)
+
+
+FindEncoder = Callable[[EncoderName, str], Encoder | None]
+"""An encoder by its name and the digest of its file; None where it is not here."""
+
+
+def no_encoder(name: EncoderName, digest: str) -> Encoder | None:
+    """Where there is none."""
+    return None
+
+
+def encoders_of(root: Path, params: Params) -> FindEncoder:
+    """Those that a workspace's ``params.yaml`` names, each loaded when it is first asked for."""
+    files = {file.digest: file for file in params.encoder_files}
+
+    @cache
+    def find(name: EncoderName, digest: str) -> Encoder | None:
+        file = files.get(digest)
+        return load_encoder(name, root / file.weights, digest) if file and file.name == name else None
+
+    return find
 
 
 def shared_extractor(encoder: Encoder, side: int) -> EncoderExtractor:

@@ -17,6 +17,7 @@ UNLIKE = 0.3
 """An image shift beyond it is told as a warning; ``python -m benchmarks.shift`` prints those of sites."""
 NO_MEANS = "shares no class means by the hospital's encoder"
 NO_NETWORK = "keeps its network, and shares class means alone"
+NO_FILE = "its network reads the features of an encoder that the hospital does not have"
 LEAST_SPREAD = 0.01
 """Added to every standard deviation: channels that are the same everywhere have none."""
 
@@ -86,6 +87,9 @@ def assess_offer(
         reason += "" if light else " or a class of the hospital's own"
     elif query.method != BY_MEANS and card.network_kept:
         reason = NO_NETWORK
+    elif query.method != BY_MEANS and card.without_encoder not in (None, *asking.encoders):
+        assert card.network.encoder is not None, "the card was checked"
+        reason = f"{NO_FILE}: {card.network.encoder.name}, {str(card.without_encoder)[:8]}"
     elif query.method == BY_MEANS and (
         card.encoder_means is None or card.shared_encoder != asking.shared_encoder
     ):
@@ -173,6 +177,8 @@ def _remedy(candidates: Sequence[Candidate], uncovered: Sequence[str]) -> str:
     """What to do where no usable teacher knows a class."""
     if all(any(t.reason == NO_NETWORK and c in t.teaches for t in candidates) for c in uncovered):
         return "Set method: qkt-means in the query file, which takes class means alone (docs/encoders.md)."
+    if any(t.reason.startswith(NO_FILE) and set(t.teaches) & set(uncovered) for t in candidates):
+        return "Get that file and set shared_encoder or train.encoder in params.yaml (docs/encoders.md)."
     return "Ask for a class that some hospital knows, or lower mask.threshold in params.yaml."
 
 

@@ -256,7 +256,7 @@ class DecisionRule(Strict):
 class Card(_Later):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    LATER = ("shared_encoder", "encoder_means", "network_kept")
+    LATER = ("without_encoder", "shared_encoder", "encoder_means", "network_kept")
     format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
     """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
@@ -274,6 +274,11 @@ class Card(_Later):
     """Whether the weights file holds mean features of classes; see :mod:`.models.class_means`.
 
     Of which is not said here: who is shown a card need not be given the weights.
+    """
+    without_encoder: Sha256 | None = None
+    """Digest of the frozen encoder's file, whose tensors the weights file goes without.
+
+    Whoever reads the network needs that file too.
     """
     shared_encoder: SharedEncoder | None = None
     """Over whose features there are class means too."""
@@ -295,6 +300,9 @@ class Card(_Later):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
+        frozen = self.network.encoder is not None and self.network.encoder.mode == "frozen"
+        if self.without_encoder and not (frozen and self.kind == "teacher"):
+            raise ValueError("only a teacher over a frozen encoder goes without it")
         if self.encoder_means and not self.shared_encoder:
             raise ValueError("class means of an encoder that is not named")
         if self.network_kept and (not self.encoder_means or self.class_means):

@@ -116,20 +116,26 @@ class Asking(Strict):
     normalisation: Literal["unit", "zscore"]
     shared_encoder: SharedEncoder | None = None
     """That it has, for methods by class means over one."""
+    encoders: tuple[Sha256, ...] = ()
+    """Digests of all encoders that it has: some teachers are sent without theirs."""
 
     @classmethod
-    def of(cls, manifest: Manifest, encoder: EncoderFile | None = None) -> Asking:
+    def of(
+        cls, manifest: Manifest, shared: EncoderFile | None = None, start: EncoderFile | None = None
+    ) -> Asking:
         """The hospital whose prepared data these are.
 
         Args:
-            encoder: its shared one, by ``params.yaml``.
+            shared: the encoder that it has in common with others, by ``params.yaml``.
+            start: that with which its own network started.
         """
         return cls(
             classes=manifest.classes,
             held=tuple(manifest.counts["train"]),
             shape=manifest.shape,
             normalisation=manifest.normalisation,
-            shared_encoder=SharedEncoder.of(encoder),
+            shared_encoder=SharedEncoder.of(shared),
+            encoders=tuple(sorted({file.digest for file in (shared, start) if file})),
         )
 
     def local(self, query: QueryConfig) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from qkt_clinical.config.params import Params
 from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.errors import BundleError
 from qkt_clinical.models.bundle import load_bundle
+from qkt_clinical.models.encoders import encoders_of
 from qkt_clinical.qkt.masks import compute_mask
 from qkt_clinical.records.card import MASK, Mask
 
@@ -24,7 +25,7 @@ def mask_site(root: Path, site: str, params: Params) -> Mask:
     """
     folder = Workspace(root).teacher(site)
     (folder / MASK).unlink(missing_ok=True)
-    bundle = load_bundle(folder)
+    bundle = load_bundle(folder, encoders_of(root, params))
     try:
         mask = compute_mask(
             bundle.network,

@@ -7,6 +7,7 @@ lists the same sections of ``params.yaml``, and a test holds the two against eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from qkt_clinical import __version__
@@ -18,10 +19,10 @@ from qkt_clinical.data.prepared import Manifest
 SECTIONS = {
     "train": ("seed", "device", "shared_encoder", "train"),
     "mask": ("seed", "mask"),
-    "plan": ("sites", "shared_encoder"),
+    "plan": ("sites", "shared_encoder", "train.encoder"),
     "transfer": ("seed", "device", "shared_encoder", "mask", "transfer"),
 }
-"""Stage to the sections of ``params.yaml`` that it reads."""
+"""Stage to the sections of ``params.yaml`` that it reads, or a part of one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Recipe:
 
 
 def _recipe(stage: str, params: Params, reads: dict[str, Any], device: str | None = None) -> Recipe:
-    used = params.model_dump(mode="json", include=set(SECTIONS[stage]))
+    said = params.model_dump(mode="json")
+    used = {name: reduce(lambda part, key: part[key], name.split("."), said) for name in SECTIONS[stage]}
     return Recipe(stage, used | ({} if device is None else {"device": device}), reads)
 
 

@@ -245,6 +245,7 @@ def train_site(
             if history.privacy
             else class_means(network, images, labels, normalisation, where, means, noise_of_means()),
             _encoder_means(SiteEncoder(root, shared, prepared, where), shared, params.seed) if shared else {},
+            pretrained,
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))

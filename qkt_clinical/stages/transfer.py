@@ -21,6 +21,7 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.prepared import Labels, PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle, SharedMeans, load_bundle, load_shared_means, write_bundle
+from qkt_clinical.models.encoders import encoders_of
 from qkt_clinical.models.networks import pick_device
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.adaptation import AdaptationResult
@@ -128,7 +129,8 @@ def correct_masks(folder: Path, bundles: Sequence[Bundle], answer: Answer) -> No
 def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer: Answer) -> None:
     """Write the experts of a routed student: as fetched, or as adapted to the hospital's images.
 
-    The card of an adapted one says so, and keeps the digest of the weights that were sent.
+    The card of an adapted one says so, and keeps the digest of the weights that were sent. One that was sent
+    without its encoder is written whole: a student needs no other file.
     """
     sent = {bundle.card.site: bundle for bundle in bundles}
     for teacher in answer.teachers:
@@ -136,10 +138,13 @@ def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer
             continue
         source, target = fetched / "teachers" / teacher.site, folder / teacher.site
         copy_bundle(source, target, teacher.site)
-        if teacher.share:
-            card = sent[teacher.site].card
+        card = sent[teacher.site].card
+        if teacher.share or card.without_encoder:
             said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
-            apart = {"network", "weights", "class_means", "shared_encoder", "encoder_means"}
+            apart = {
+                *("network", "weights", "without_encoder"),
+                *("class_means", "shared_encoder", "encoder_means"),
+            }
             written = card.model_dump(mode="json", exclude=apart)
             adapted = {**written, "training": {**written["training"], **said}}
             bundle = sent[teacher.site]
@@ -252,7 +257,8 @@ def transfer_query(
                 }
                 answer = answer_by_means(own.network, said, data, wanted, **common)
             else:
-                bundles = _fetched(fetched, plan, own, load_bundle)
+                encoders = encoders_of(root, params)
+                bundles = _fetched(fetched, plan, own, lambda place: load_bundle(place, encoders))
                 teachers = [
                     Teacher.of(b, _verified(b, params) if params.transfer.screening else None, encoder=shared)
                     for b in bundles

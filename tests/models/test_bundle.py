@@ -614,7 +614,8 @@ def test_a_card_is_read_without_touching_a_tensor(folder: Path) -> None:
 def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
     assert set(Card.model_fields) == {
         "format", "kind", "site", "query", "network", "classes", "input", "training", "weights", "decision",
-        "image_statistics", "class_means", "shared_encoder", "encoder_means", "network_kept",
+        "image_statistics", "class_means", "without_encoder", "shared_encoder",
+        "encoder_means", "network_kept",
     }  # fmt: skip
     text = (original / CARD).read_text()
     assert str(original.parent) not in text

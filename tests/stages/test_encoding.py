@@ -24,8 +24,8 @@ from qkt_clinical.errors import BundleError, ConfigError, QueryError
 from qkt_clinical.federation.parcel import pack, unpack_moved
 from qkt_clinical.jobs import fetch, preview, run
 from qkt_clinical.jobs.fetch import open_teachers
-from qkt_clinical.models.bundle import load_bundle, load_shared_means
-from qkt_clinical.models.encoders import digest_weights, encode, load_encoder
+from qkt_clinical.models.bundle import load_bundle, load_shared_means, read_bundle, write_without_means
+from qkt_clinical.models.encoders import digest_weights, encode, encoders_of, load_encoder
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.out_of_distribution import responses
 from qkt_clinical.qkt.prediction import predict_scores
@@ -322,7 +322,11 @@ def test_networks_start_with_the_encoder_of_params(lite_weights: Path, tmp_path:
     }
     train = {"epochs": 1, "appearance": 0.0, "encoder": {**encoder, "mode": "frozen"}}
     train_site(tmp_path, "aster", params(None, train=train))
-    bundle = load_bundle(Workspace(tmp_path).teacher("aster"))
+    own = load_bundle(Workspace(tmp_path).own("aster"))
+    assert own.card.without_encoder is None, "what stays is whole"
+    bundle = load_bundle(
+        Workspace(tmp_path).teacher("aster"), encoders_of(tmp_path, params(None, train=train))
+    )
     assert bundle.card.network.encoder is not None
     assert bundle.card.training["encoder"] == encoder["digest"]
     assert bundle.card.training["encoder_licence"] == "Apache-2.0"
@@ -332,6 +336,113 @@ def test_networks_start_with_the_encoder_of_params(lite_weights: Path, tmp_path:
     wrong = {"epochs": 1, "encoder": {**encoder, "digest": "0" * 64}}
     with pytest.raises(Exception, match="digest differs"):
         train_site(tmp_path, "aster", params(None, train=wrong))
+
+
+def starting_frozen(weights: Path, **changed: Any) -> Params:
+    """Networks over the frozen encoder, and no shared one."""
+    file = {"name": "efficientnet-lite0", "weights": str(weights), "digest": digest_weights(weights)}
+    train = {
+        "epochs": 20,
+        "appearance": 0.0,
+        "batch_size": 16,
+        "encoder": {**file, "side": SIDE, "mode": "frozen"},
+    }
+    return params(None, train=train, **changed)
+
+
+@pytest.fixture(scope="module")
+def over_frozen(lite_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same two sites with teachers over the frozen encoder."""
+    root = tmp_path_factory.mktemp("frozen")
+    prepare(root, "aster", (0, 1, 2))
+    prepare(root, "birch", (0, 1, 3))
+    used = starting_frozen(lite_weights)
+    for site in ("aster", "birch"):
+        train_site(root, site, used)
+        mask_site(root, site, used)
+    return root
+
+
+def test_a_teacher_over_a_frozen_encoder_leaves_without_it(over_frozen: Path, lite_weights: Path) -> None:
+    space = Workspace(over_frozen)
+    card = read_card(space.teacher("birch"))
+    assert card.without_encoder == digest_weights(lite_weights)
+    assert card.weights.bytes < 60_000 < 10_000_000 < read_card(space.own("birch")).weights.bytes
+    whole = load_bundle(space.own("birch")).network
+    found = load_bundle(
+        space.teacher("birch"), encoders_of(over_frozen, starting_frozen(lite_weights))
+    ).network
+    images = to_input(shapes((0, 1, 3), 2, 1)[0])
+    assert torch.equal(predict(whole, images, CPU), predict(found, images, CPU))
+    with pytest.raises(BundleError, match="efficientnet-lite0") as caught:
+        load_bundle(space.teacher("birch"))
+    assert caught.value.code == "bundle-encoder"
+    assert "params.yaml" in caught.value.remedy
+
+
+@pytest.mark.parametrize("method", ["qkt", "qkt-light"])
+def test_a_job_answers_with_teachers_that_come_without_their_encoder(
+    over_frozen: Path, lite_weights: Path, tmp_path: Path, method: Method
+) -> None:
+    root = copy_of(over_frozen, tmp_path)
+    used = starting_frozen(lite_weights)
+    (root / "params.yaml").write_text(yaml.safe_dump(used.model_dump(mode="json")), encoding="utf-8")
+    track(root, used)
+    ask(root, method)
+    assert preview(root, "aster", QUERY, used).plan.bytes_moved < 70_000
+    run(root, "aster", QUERY, used)
+    student = load_bundle(Workspace(root).student("aster", QUERY))
+    assert student.card.without_encoder is None, "whole"
+    images, labels = shapes((ASKED,), 40, 5)
+    scores = predict_scores(student, to_input(images), CPU)
+    assert float((scores.argmax(dim=1) == torch.from_numpy(labels)).double().mean()) > 0.5
+
+
+def test_an_expert_that_came_without_its_encoder_is_whole_in_the_student(
+    over_frozen: Path, federation: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    root = copy_of(federation, tmp_path)  # aster's own network is of another kind, and it has the encoder
+    birch, source = Workspace(root).teacher("birch"), Workspace(over_frozen).teacher("birch")
+    shutil.rmtree(birch)
+    birch.mkdir()
+    write_without_means(source, birch)  # with class means there is one network, and no expert
+    shutil.copy(source / MASK, birch / MASK)
+    ask(root, "routed")
+    used = params(lite_weights)
+    plan_query(root, "aster", QUERY, used)
+    transfer_query(root, "aster", QUERY, used)
+    student = load_bundle(Workspace(root).student("aster", QUERY))
+    sent, expert = read_card(birch), student.experts["birch"].card
+    assert expert.without_encoder is None
+    assert expert.training["sent_weights"] == sent.weights.sha256
+    assert expert.weights.bytes > 10_000_000 > sent.weights.bytes
+    assert torch.isfinite(predict_scores(student, to_input(shapes((0,), 2, 5)[0]), CPU)[:, 0]).all()
+
+
+def test_who_lacks_the_encoder_is_told_so_in_the_plan(
+    over_frozen: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    root = copy_of(over_frozen, tmp_path)
+    ask(root, "qkt")
+    with pytest.raises(QueryError) as caught:
+        plan_query(root, "aster", QUERY, params(None))
+    assert caught.value.code == "uncovered"
+    assert "Get that file and set shared_encoder" in caught.value.remedy
+    # Whoever has it for another purpose has it.
+    assert plan_query(root, "aster", QUERY, params(lite_weights)).relevant == ("birch",)
+
+
+def test_what_is_shared_of_a_teacher_without_its_encoder(over_frozen: Path, tmp_path: Path) -> None:
+    source = Workspace(over_frozen).teacher("birch")
+    files = pack(source)
+    (tmp_path / "birch").mkdir()
+    unpack_moved(files, "birch", tmp_path / "birch", "qkt")  # checked where there is no encoder
+    (tmp_path / "less").mkdir()
+    card = write_without_means(source, tmp_path / "less")
+    assert (card.class_means, card.without_encoder) == (False, read_card(source).without_encoder)
+    assert set(load_file(tmp_path / "less" / WEIGHTS)) == {"head.weight", "head.bias"}
+    assert read_bundle(tmp_path / "less").class_means == {}
+    assert read_bundle(source).class_means
 
 
 def test_a_grey_image_is_described_as_the_encoder_sees_it(lite_weights: Path) -> None:
