@@ -337,6 +337,7 @@ def load_bundle(folder: Path, encoders: FindEncoder = no_encoder) -> Bundle:
 
     Raises:
         BundleError: see :func:`read_bundle`; ``bundle-encoder`` if an encoder is missing.
+        EncoderError: the encoder's file that is here cannot be used.
     """
     stored = read_bundle(folder)
     card = stored.card
