@@ -28,17 +28,18 @@ from qkt_clinical.benchmark.simulate import SimulatedFederation, channels_first
 from qkt_clinical.benchmark.store import ResultStore
 from qkt_clinical.catalog import WITH_ENCODER
 from qkt_clinical.cli import main
+from qkt_clinical.config.params import EncoderParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.datasets.medmnist_file import read_medmnist
 from qkt_clinical.errors import ConfigError, EncoderError
 from qkt_clinical.models import encoder_network
 from qkt_clinical.models.encoder_network import EncoderExtractor
-from qkt_clinical.models.encoders import Encoder, encode, shared_extractor
+from qkt_clinical.models.encoders import Encoder, encode, load_encoder, shared_extractor
 from qkt_clinical.models.inference import predict
 from qkt_clinical.qkt.operating_point import as_if_held_out, decide, offset_for_budget, query_scores
 from qkt_clinical.qkt.prediction import scores_of
 from qkt_clinical.qkt.steps import Answer
-from qkt_clinical.records.card import CARD, MASK
+from qkt_clinical.records.card import CARD, MASK, WEIGHTS
 from qkt_clinical.task import MULTICLASS
 from tests.baselines.test_statistics import head_of
 from tests.benchmark.test_benchmark import QUICK, write_npz
@@ -262,6 +263,26 @@ def test_images_that_the_encoder_cannot_take_end_as_one_error(tmp_path: Path) ->
     data = write_npz(tmp_path / "volumes.npz", each=8, kind="volume")
     with pytest.raises(EncoderError, match="expected 2 dimensions"):
         answered(data, tmp_path / "run", ("statistics",))
+
+
+def test_networks_over_a_frozen_encoder_move_without_it(
+    data: Path, lite_weights: Path, tmp_path: Path
+) -> None:
+    lite = load_encoder("efficientnet-lite0", lite_weights)
+    start = EncoderParams(
+        name=lite.name, weights=str(lite_weights), digest=lite.digest, side=32, mode="frozen"
+    )
+    train = QUICK.train.model_copy(update={"epochs": 1, "encoder": start})
+    settings = QUICK.model_copy(update={"train": train})
+    hospitals = federations_of([data], settings)(0)
+    store = ResultStore(tmp_path, hospitals, settings, CPU, pretrained=lite)
+    name = f"full/{hospitals.hospitals[0].name}"
+    store.train(name)
+    assert store.bytes(name, (WEIGHTS,)) < 100_000
+    bundle = store.bundle(name)
+    assert bundle.card.without_encoder == lite.digest
+    found = predict(bundle.network, to_input(store.evaluation.images), CPU)
+    torch.testing.assert_close(found, store.logits(name)[settings.split])
 
 
 def test_an_encoder_stands_beside_the_merged_network(whole: tuple[Path, dict[str, Any]], data: Path) -> None:
