@@ -79,11 +79,8 @@ def _calibrated(manifest: Manifest, query: QueryConfig) -> None:
 def _plan(
     teachers: RegistryTeachers, name: str, query: QueryConfig, manifest: Manifest, own: Card, params: Params
 ) -> Plan:
-    asking, offers = (
-        Asking.of(manifest, params.shared_encoder, params.train.encoder),
-        teachers.offers.values(),
-    )
-    plan = make_plan(manifest.site, name, query, asking, offers, own.image_statistics)
+    asking = Asking.of(manifest, params.shared_encoder, params.train.encoder)
+    plan = make_plan(manifest.site, name, query, asking, teachers.offers.values(), own.image_statistics)
     _calibrated(manifest, query)
     return plan
 

@@ -47,14 +47,8 @@ def plan_query(root: Path, hospital: str, name: str, params: Params) -> Plan:
     manifest = read_manifest(space.prepared(hospital))
     offers = [read_offer(space.teacher(s), s) for s in params.sites if s != hospital]
     images = read_image_statistics(space.teacher(hospital))
-    plan = make_plan(
-        hospital,
-        name,
-        query,
-        Asking.of(manifest, params.shared_encoder, params.train.encoder),
-        offers,
-        images,
-    )
+    asking = Asking.of(manifest, params.shared_encoder, params.train.encoder)
+    plan = make_plan(hospital, name, query, asking, offers, images)
 
     def provide(site: str, folder: Path) -> None:
         files = moved_files(read_card(space.teacher(site)), plan.method)
