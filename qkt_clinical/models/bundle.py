@@ -25,6 +25,7 @@ from torch import Tensor
 from qkt_clinical.common.files import copy_plain, digest_file, write_json
 from qkt_clinical.config.encoder_specs import ENCODERS
 from qkt_clinical.errors import BundleError
+from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder, FindEncoder, no_encoder
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
 from qkt_clinical.models.tensor_file import Specs, read_tensors
@@ -97,8 +98,9 @@ def write_bundle(
         card: lacks only ``weights``, ``class_means``, ``encoder_means`` and ``without_encoder``.
         class_means: class to its mean features (F,), of a teacher.
         encoder_means: the same over the features of the shared encoder that the card names.
-        encoder: with which the network of a teacher started. Where it was frozen the file goes without its
-            tensors.
+        encoder: with which the network of a teacher started. The file goes without the tensors that training
+            left as they were, by the mode: all of a frozen one's, those outside normalisation layers of an
+            adapted one's.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
@@ -150,12 +152,18 @@ def _saved(tensors: Mapping[str, Tensor], path: Path) -> Weights:
 
 
 def _known(state: Mapping[str, Tensor], network: Classifier, encoder: Encoder | None) -> set[str]:
-    """Tensors of a network's state that are those of a frozen encoder, all of them or none."""
-    part = network.spec.encoder
-    if encoder is None or part is None or part.mode != "frozen":
+    """Tensors of a network's state that its encoder's file holds too, all that may be left out or none."""
+    if encoder is None:
         return set()
-    tensors = _tensors_of(encoder)
-    return set(tensors) if all(torch.equal(state[n], t) for n, t in tensors.items()) else set()
+    held, left_out = _tensors_of(encoder), _left_out(network)
+    return left_out if all(torch.equal(state[name], held[name]) for name in left_out) else set()
+
+
+def _left_out(network: Classifier) -> set[str]:
+    """Tensors of a network's state that its encoder's training left as they were."""
+    extractor = network.extractor
+    names = extractor.unchanged() if isinstance(extractor, EncoderExtractor) else ()
+    return {EXTRACTOR + name for name in names}
 
 
 def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
@@ -223,7 +231,8 @@ def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The tensors of a card's weights file."""
     wanted = tensor_specs(card.network)
     if card.without_encoder:
-        wanted = {name: spec for name, spec in wanted.items() if not name.startswith(EXTRACTOR)}
+        left_out = _left_out(outline(card.network))
+        wanted = {name: spec for name, spec in wanted.items() if name not in left_out}
     if card.class_means:
         wanted[CLASS_MEANS] = wanted["head.weight"]
     if card.shared_encoder is not None and card.encoder_means is None:  # an older bundle
@@ -326,7 +335,8 @@ def _encoder_tensors(card: Card, folder: Path, find: FindEncoder) -> dict[str, T
             site=card.site,
             code="bundle-encoder",
         )
-    return {name: tensor.clone() for name, tensor in _tensors_of(encoder).items()}
+    left_out = _left_out(outline(card.network))
+    return {name: tensor.clone() for name, tensor in _tensors_of(encoder).items() if name in left_out}
 
 
 def load_bundle(folder: Path, encoders: FindEncoder = no_encoder) -> Bundle:

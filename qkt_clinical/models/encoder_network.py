@@ -80,6 +80,20 @@ class EncoderExtractor(nn.Module):
             case "finetune":
                 return list(self.network.parameters())
 
+    def unchanged(self) -> frozenset[str]:
+        """Names in ``network``'s state of the tensors that training leaves as they are, by the mode.
+
+        A normalisation layer that is trained changes its statistics too, not its weight and bias alone.
+        """
+        match self.part.mode:
+            case "frozen":
+                return frozenset(self.network.state_dict())
+            case "adapters":
+                layers = [n for n, m in self.network.named_modules() if isinstance(m, NORMALISATIONS)]
+                return frozenset(n for n in self.network.state_dict() if n.rpartition(".")[0] not in layers)
+            case "finetune":
+                return frozenset()
+
     def train(self, mode: bool = True) -> Self:
         """Training mode, in which a frozen one stays as it is: its statistics too."""
         return super().train(mode and self.part.mode != "frozen")

@@ -276,7 +276,7 @@ class Card(_Later):
     Of which is not said here: who is shown a card need not be given the weights.
     """
     without_encoder: Sha256 | None = None
-    """Digest of the frozen encoder's file, whose tensors the weights file goes without.
+    """Digest of the encoder's file, whose tensors the weights file goes without where training left them.
 
     Whoever reads the network needs that file too.
     """
@@ -300,9 +300,9 @@ class Card(_Later):
             raise ValueError("input shape does not fit the network")
         if self.image_statistics and len(self.image_statistics.mean) != self.network.in_channels:
             raise ValueError("statistics of images of other channels")
-        frozen = self.network.encoder is not None and self.network.encoder.mode == "frozen"
-        if self.without_encoder and not (frozen and self.kind == "teacher"):
-            raise ValueError("only a teacher over a frozen encoder goes without it")
+        left = self.network.encoder is not None and self.network.encoder.mode != "finetune"
+        if self.without_encoder and not (left and self.kind == "teacher"):
+            raise ValueError("only a teacher over a frozen or adapted encoder goes without it")
         if self.encoder_means and not self.shared_encoder:
             raise ValueError("class means of an encoder that is not named")
         if self.network_kept and (not self.encoder_means or self.class_means):

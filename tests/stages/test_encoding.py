@@ -340,12 +340,17 @@ def test_networks_start_with_the_encoder_of_params(lite_weights: Path, tmp_path:
 
 def starting_frozen(weights: Path, **changed: Any) -> Params:
     """Networks over the frozen encoder, and no shared one."""
+    return starting_with(weights, "frozen", **changed)
+
+
+def starting_with(weights: Path, mode: str, epochs: int = 20, **changed: Any) -> Params:
+    """Networks that start with the encoder, and no shared one."""
     file = {"name": "efficientnet-lite0", "weights": str(weights), "digest": digest_weights(weights)}
     train = {
-        "epochs": 20,
+        "epochs": epochs,
         "appearance": 0.0,
         "batch_size": 16,
-        "encoder": {**file, "side": SIDE, "mode": "frozen"},
+        "encoder": {**file, "side": SIDE, "mode": mode},
     }
     return params(None, train=train, **changed)
 
@@ -378,6 +383,35 @@ def test_a_teacher_over_a_frozen_encoder_leaves_without_it(over_frozen: Path, li
         load_bundle(space.teacher("birch"))
     assert caught.value.code == "bundle-encoder"
     assert "params.yaml" in caught.value.remedy
+
+
+def test_a_teacher_over_an_adapted_encoder_carries_what_differs(lite_weights: Path, tmp_path: Path) -> None:
+    """Head, class means and normalisation layers with their statistics; the rest is in the file."""
+    prepare(tmp_path, "birch", (0, 1, 3))
+    used = starting_with(lite_weights, "adapters", epochs=2)
+    train_site(tmp_path, "birch", used)
+    mask_site(tmp_path, "birch", used)
+    space = Workspace(tmp_path)
+    card, own = read_card(space.teacher("birch")), read_card(space.own("birch"))
+    assert (card.without_encoder, own.without_encoder) == (digest_weights(lite_weights), None)
+    sent, whole = load_file(space.teacher("birch") / WEIGHTS), load_file(space.own("birch") / WEIGHTS)
+    assert card.weights.bytes < own.weights.bytes / 10
+    started = load_encoder("efficientnet-lite0", lite_weights).network.state_dict()
+    for name, tensor in whole.items():
+        encoder_name = name.removeprefix("extractor.network.")
+        if name not in sent:
+            assert torch.equal(started[encoder_name], tensor), f"{name}: neither sent nor in the file"
+    changed = {n for n, t in started.items() if not torch.equal(t, whole[f"extractor.network.{n}"])}
+    assert {f"extractor.network.{n}" for n in changed} <= set(sent)
+    assert any(n.endswith("running_mean") for n in changed), "statistics are the hospital's own"
+    read = load_bundle(space.teacher("birch"), encoders_of(tmp_path, used)).network
+    images = to_input(shapes((0, 1, 3), 2, 1)[0])
+    assert torch.equal(
+        predict(load_bundle(space.own("birch")).network, images, CPU), predict(read, images, CPU)
+    )
+    with pytest.raises(BundleError) as caught:
+        load_bundle(space.teacher("birch"))
+    assert caught.value.code == "bundle-encoder"
 
 
 @pytest.mark.parametrize("method", ["qkt", "qkt-light"])
