@@ -20,4 +20,5 @@ def to_input(images: Images, normalisation: str = "unit") -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     if tensor.dtype == torch.uint8:
         tensor = tensor.float().div_(255.0)
-    return tensor if normalisation == "zscore" else (tensor - MEAN) / STD
+        return tensor if normalisation == "zscore" else tensor.sub_(MEAN).div_(STD)
+    return tensor if normalisation == "zscore" else (tensor - MEAN).div_(STD)

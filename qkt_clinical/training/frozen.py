@@ -15,6 +15,9 @@ from qkt_clinical.training.loop import shuffled
 VIEWS = 4
 """Of an image, the first as it is: an epoch of a network that is trained sees a new one each time."""
 
+IMAGES_AT_ONCE = 256
+"""Of which views are held: large images need the memory of these, not of all."""
+
 
 def feature_views(
     network: Classifier,
@@ -32,10 +35,14 @@ def feature_views(
         strength: of :func:`.augment.augment`.
         appearance: strength of :func:`.augment.change_appearance`.
     """
+
+    def view(images: Tensor) -> Tensor:
+        return change_appearance(augment(images, strength, draw), appearance, draw)
+
     found = [predict(network, inputs, device, features=True)]
     for _ in range(VIEWS - 1):
-        view = change_appearance(augment(inputs, strength, draw), appearance, draw)
-        found.append(predict(network, view, device, features=True))
+        parts = (predict(network, view(p), device, features=True) for p in inputs.split(IMAGES_AT_ONCE))
+        found.append(torch.cat(list(parts)))
     return torch.stack(found)
 
 
