@@ -40,6 +40,10 @@ STRETCH = 3.0
 """Factor by which ``combined`` stretches features from their mean: real images move them more."""
 
 PROBES_PER_BATCH = 256
+PIXELS_PER_BATCH = PROBES_PER_BATCH * 128 * 128
+"""Pixels or voxels of a batch: with larger images it is of fewer probes, so that its memory is bounded."""
+FEWEST_PER_BATCH = 16
+"""Probes from which statistics of a layer are taken, even of the largest volumes."""
 
 
 def normalised(scores: Tensor) -> Tensor:
@@ -118,7 +122,8 @@ def noise_features(network: Classifier, probes: Tensor, *, batch_statistics: boo
             if isinstance(module, _NORMS):
                 module.train()
     # Every batch gets every kind of noise and about as many probes as the others.
-    count = math.ceil(len(probes) / PROBES_PER_BATCH)
+    fitting = PIXELS_PER_BATCH // probes[0, 0].numel()
+    count = math.ceil(len(probes) / min(PROBES_PER_BATCH, max(FEWEST_PER_BATCH, fitting)))
     return torch.cat([probe.features(probes[start::count]) for start in range(count)]).double()
 
 

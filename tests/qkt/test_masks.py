@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkt_clinical.benchmark.mask_estimators import NORM_POWER, class_scores, estimate_mask, head_row_norm
 from qkt_clinical.catalog import ESTIMATORS, Estimator, Network
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier, build
+from qkt_clinical.qkt import masks
 from qkt_clinical.qkt.masks import (
     MIN_RATIO,
     compute_mask,
@@ -268,3 +269,22 @@ def test_volumes_too() -> None:
     assert mask.known == (True, True, False, False)
     found = class_scores(network, (1, 12, 12, 12), estimator="combined", probes=16, seed=0)
     assert (float(found.max()), found.shape) == (1.0, (4,))
+
+
+def test_large_volumes_are_probed_a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is that of a batch; how large it is depends on the images' size alone."""
+    network = build(spec("resnet-small"), seed=1)
+    sizes: list[int] = []
+    features = network.features
+
+    def counted(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return features(images)
+
+    monkeypatch.setattr(copy, "deepcopy", lambda _: network)
+    monkeypatch.setattr(network, "features", counted)
+    monkeypatch.setattr(masks, "PIXELS_PER_BATCH", 64 * 16 * 16)
+    for side, batches in ((8, [100]), (16, [50, 50]), (32, [17, 17, 17, 17, 16, 16])):
+        sizes.clear()
+        found = masks.noise_features(network, torch.randn(100, 3, side, side), batch_statistics=False)
+        assert (sizes, found.shape[0]) == (batches, 100)
