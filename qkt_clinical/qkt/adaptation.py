@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.models.class_means import mean_features
 from qkt_clinical.models.generator import generator
-from qkt_clinical.models.inference import predict
+from qkt_clinical.models.inference import images_at_once, predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.qkt.consensus import calibrated_loss
 from qkt_clinical.qkt.panel import Teacher
@@ -52,6 +52,9 @@ MIN_SHARED = 10
 """Held-out images of shared classes on which a share is chosen, at least."""
 IMAGES_PER_BATCH = 128
 """Over so many images, about, statistics are measured at a time."""
+PIXELS_PER_BATCH = IMAGES_PER_BATCH * 112 * 112
+"""Over fewer where they are larger, so that memory is bounded."""
+FEWEST_PER_BATCH = 16
 MIN_IMAGES = 20
 """Of fewer images statistics say too little, and too much of single patients."""
 
@@ -108,7 +111,8 @@ def measure_statistics(
         layer.momentum = None  # the mean over all batches
         layer.train()
     order = torch.randperm(len(inputs), generator=generator(seed, "adaptation"))[:images]
-    for batch in order.tensor_split(max(1, round(len(order) / IMAGES_PER_BATCH))):
+    at_once = images_at_once(inputs, IMAGES_PER_BATCH, PIXELS_PER_BATCH, FEWEST_PER_BATCH)
+    for batch in order.tensor_split(max(1, round(len(order) / at_once))):
         measured(inputs[batch].to(device))
     return stored_statistics(measured.cpu())
 

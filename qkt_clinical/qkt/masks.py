@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from qkt_clinical.catalog import DEFAULT_ESTIMATOR, Estimator
 from qkt_clinical.errors import BundleError
+from qkt_clinical.models.inference import images_at_once
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.records.card import Mask
 
@@ -41,7 +42,7 @@ STRETCH = 3.0
 
 PROBES_PER_BATCH = 256
 PIXELS_PER_BATCH = PROBES_PER_BATCH * 128 * 128
-"""Pixels or voxels of a batch: with larger images it is of fewer probes, so that its memory is bounded."""
+"""Pixels or voxels of a batch: it is of fewer probes where they are larger, so that its memory is bounded."""
 FEWEST_PER_BATCH = 16
 """Probes from which statistics of a layer are taken, even of the largest volumes."""
 
@@ -122,8 +123,8 @@ def noise_features(network: Classifier, probes: Tensor, *, batch_statistics: boo
             if isinstance(module, _NORMS):
                 module.train()
     # Every batch gets every kind of noise and about as many probes as the others.
-    fitting = PIXELS_PER_BATCH // probes[0, 0].numel()
-    count = math.ceil(len(probes) / min(PROBES_PER_BATCH, max(FEWEST_PER_BATCH, fitting)))
+    at_once = images_at_once(probes, PROBES_PER_BATCH, PIXELS_PER_BATCH, FEWEST_PER_BATCH)
+    count = math.ceil(len(probes) / at_once)
     return torch.cat([probe.features(probes[start::count]) for start in range(count)]).double()
 
 

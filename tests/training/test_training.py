@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.models.generator import generator
-from qkt_clinical.models.inference import predict
+from qkt_clinical.models.inference import images_at_once, predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.task import MULTICLASS, mean_recall
 from qkt_clinical.training.classifier import train_teacher
@@ -355,6 +355,17 @@ def test_predict_in_parts_equals_predict_at_once(whole: tuple[Classifier, Histor
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(network.head(features).detach(), found, atol=1e-4)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("shape", "at_once"),
+    [
+        *(((3, 28, 28), 64), ((3, 64, 64), 64), ((1, 65, 65), 62), ((3, 224, 224), 5)),
+        *(((1, 64, 64, 64), 2), ((1, 600, 600), 2), ((1280,), 64)),  # the last are features
+    ],
+)
+def test_batches_of_large_images_are_of_fewer(shape: tuple[int, ...], at_once: int) -> None:
+    assert images_at_once(torch.empty(9, *shape), 64, 64**3, 2) == at_once
 
 
 @pytest.mark.parametrize(
