@@ -97,6 +97,7 @@ class TrainParams(Strict):
     encoder: EncoderParams | None = None
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 30
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 64
+    """At most: of volumes a batch is of fewer, so that memory is bounded."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 5e-2
     patience: Annotated[int, Field(ge=1)] = 10

@@ -17,13 +17,18 @@ from qkt_clinical.errors import ConfigError
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder
 from qkt_clinical.models.generator import generator
-from qkt_clinical.models.inference import predict
+from qkt_clinical.models.inference import images_at_once, predict
 from qkt_clinical.models.networks import Classifier, build, check_size, fast_layout
 from qkt_clinical.records.card import EncoderPart, NetworkSpec
 from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment, change_appearance
 from qkt_clinical.training.frozen import feature_batches, feature_views
 from qkt_clinical.training.loop import Checkpoint, History, Schedule, batches_per_epoch, fit, shuffled
+
+PIXELS_PER_BATCH = 64 * 224 * 224
+"""Pixels or voxels of a batch, at most: what training holds of every layer needs about 4 GB then."""
+FEWEST_PER_BATCH = 4
+"""Images of a batch, however large: layers are normalised by its statistics."""
 
 
 def augmented_batches(
@@ -94,6 +99,7 @@ def train_network(
             code="encoder-input",
         )
     inputs, labels = to_input(train[0], normalisation), torch.from_numpy(train[1])
+    size, least = params.batch_size, params.min_batches
     weights = task.weights(train[1], network.spec.classes).to(device)
     val_inputs, val_labels = to_input(val[0], normalisation), torch.from_numpy(val[1])
     appearance = appearance_of(params, normalisation, len(labels))
@@ -104,10 +110,11 @@ def train_network(
         views = feature_views(network, inputs, params.augment, draw, device, appearance=appearance)
         if len(val_labels):
             val_inputs = predict(network, val_inputs, device, features=True)
+    else:
+        size = images_at_once(inputs, size, PIXELS_PER_BATCH, FEWEST_PER_BATCH)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = generator(seed, "train", site, str(epoch))
-        size, least = params.batch_size, params.min_batches
         if frozen:
             return feature_batches(views, labels, size, draw, device, least=least)
         return augmented_batches(
@@ -121,7 +128,7 @@ def train_network(
     return fit(
         learnt,
         batches,
-        batches_per_epoch(len(labels), params.batch_size, params.min_batches),
+        batches_per_epoch(len(labels), size, least),
         lambda batch: task.loss(learnt(batch[0]), batch[1], weights),
         Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
         device=device,

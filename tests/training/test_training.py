@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from qkt_clinical.models.generator import generator
 from qkt_clinical.models.inference import images_at_once, predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.task import MULTICLASS, mean_recall
+from qkt_clinical.training import classifier
 from qkt_clinical.training.classifier import train_teacher
 from qkt_clinical.training.loop import (
     Checkpoint,
@@ -355,6 +357,23 @@ def test_predict_in_parts_equals_predict_at_once(whole: tuple[Classifier, Histor
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(network.head(features).detach(), found, atol=1e-4)
     assert not found.requires_grad
+
+
+def test_batches_of_volumes_are_of_fewer_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    plain = classifier.augmented_batches
+
+    def batches(inputs: Tensor, labels: Tensor, size: int, *rest: Any, **more: Any) -> Any:
+        seen.add(size)
+        return plain(inputs, labels, size, *rest, **more)
+
+    monkeypatch.setattr(classifier, "augmented_batches", batches)
+    pixels = shapes((0,), 1, 1)[0][0, 0].size
+    for bound, size in ((16 * pixels, 16), (7 * pixels, 7), (pixels, 4)):
+        seen.clear()
+        monkeypatch.setattr(classifier, "PIXELS_PER_BATCH", bound)
+        train(params=TrainParams(epochs=1, batch_size=16))
+        assert seen == {size}
 
 
 @pytest.mark.parametrize(
