@@ -163,7 +163,8 @@ def finetuned(bench: Bench) -> Iterator[Row]:
 
 def fens(bench: Bench) -> Iterator[Row]:
     """FENS: the learning rate, the units and the rounds of its aggregator, absent classes."""
-    for rate, hidden, rounds in product((3e-3, 1e-2, 3e-2), (64, 256, 1024, 4096), (50, 100)):
+    grid = product((3e-3, 1e-2, 3e-2), (64, 256, 1024, 4096), (50, 100))
+    for rate, hidden, rounds in (*grid, (3e-3, 16384, 50)):
         params = AggregatorParams(learning_rate=rate, hidden=hidden, rounds=rounds)
         row = bench.judge_method(learnt_ensemble, BaselineParams(aggregator=params))
         yield {"learning rate": f"{rate:g}", "units": hidden, "rounds": rounds, **row}

@@ -62,8 +62,8 @@ class SmallFederationParams(Strict):
 class AggregatorParams(SmallFederationParams):
     """Of FENS."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    hidden: Annotated[int, Field(ge=1, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 16384
     """Units between the networks' logits and the answer."""
 
 
