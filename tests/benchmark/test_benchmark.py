@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.adversarial_teachers import Screening
-from qkt_clinical.baselines.params import BaselineParams, DistillParams, FinetuneParams
+from qkt_clinical.baselines.params import AggregatorParams, BaselineParams, DistillParams, FinetuneParams
 from qkt_clinical.benchmark import methods as methods_room
 from qkt_clinical.benchmark import runner
 from qkt_clinical.benchmark.adversarial_teachers import PROBES, SHARE, draw_bad, spoil
@@ -170,8 +170,10 @@ def test_what_is_moved_and_how_often_a_prediction_passes(whole: tuple[Path, dict
     for row in result["rows"]:
         if row["method"] == "fens":  # every hospital gets every network, then the aggregator goes to and fro
             networks = 2 * sum(size.values())
+            hidden, classes = AggregatorParams().hidden, 4
+            aggregator = 4 * (hidden * (3 * classes + 1 + classes) + classes)
             assert row["rounds"] == 51
-            assert networks < row["bytes_moved"] < networks + 51 * 2 * 3 * 20_000
+            assert row["bytes_moved"] == networks + 50 * 2 * 3 * aggregator
             assert row["passes_per_prediction"] == 3
         elif "fed" not in row["method"] and "scaffold" not in row["method"]:
             assert row["rounds"] == (row["bytes_moved"] > 0)
