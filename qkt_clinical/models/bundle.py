@@ -322,7 +322,7 @@ def read_bundle(folder: Path) -> StoredBundle:
 
 
 def _encoder_tensors(card: Card, folder: Path, find: FindEncoder) -> dict[str, Tensor]:
-    """What a weights file goes without, by the hospital's own file of the same encoder."""
+    """The tensors of the encoder that a weights file goes without, by the hospital's own file of it."""
     part, digest = card.network.encoder, card.without_encoder
     if part is None or digest is None:
         return {}
@@ -335,8 +335,7 @@ def _encoder_tensors(card: Card, folder: Path, find: FindEncoder) -> dict[str, T
             site=card.site,
             code="bundle-encoder",
         )
-    left_out = _left_out(outline(card.network))
-    return {name: tensor.clone() for name, tensor in _tensors_of(encoder).items() if name in left_out}
+    return {name: tensor.clone() for name, tensor in _tensors_of(encoder).items()}
 
 
 def load_bundle(folder: Path, encoders: FindEncoder = no_encoder) -> Bundle:
@@ -352,7 +351,8 @@ def load_bundle(folder: Path, encoders: FindEncoder = no_encoder) -> Bundle:
     stored = read_bundle(folder)
     card = stored.card
     network = outline(card.network)
-    network.load_state_dict(stored.state | _encoder_tensors(card, folder, encoders), assign=True)
+    # What the bundle holds goes before what the encoder's file holds.
+    network.load_state_dict(_encoder_tensors(card, folder, encoders) | stored.state, assign=True)
     network.requires_grad_(True).eval()
     experts = {name: _expert(folder, name, card) for name in (card.decision.experts if card.decision else ())}
     said = (stored.class_means, stored.encoder_means, stored.mask)
