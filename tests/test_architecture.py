@@ -39,6 +39,7 @@ ROOMS = (
     "tracking",
     "jobs",
     "federation",
+    "repro",
     "benchmark",
     "cli",
 )

@@ -16,6 +16,7 @@ from qkt_clinical.cli.ingest import ingest_app
 from qkt_clinical.cli.options import EPILOG, group
 from qkt_clinical.cli.query import query_app
 from qkt_clinical.cli.registry import registry_app
+from qkt_clinical.cli.repro import repro
 
 Command = tuple[str, typer.Typer | Callable[..., None]]
 
@@ -38,7 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     ("federation", federation_app),
     ("registry", registry_app),
     ("encoder", encoder_app),
-    *((c.__name__, c) for c in (stages.summary, data.phantom, data.federate, benchmark, data.fetch)),
+    *((c.__name__, c) for c in (repro, stages.summary, data.phantom, data.federate, benchmark, data.fetch)),
 )
 
 

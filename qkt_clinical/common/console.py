@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkt_clinical.errors import Boundary, QktError, visible
@@ -69,6 +70,21 @@ def tell_warnings(stage: str, site: str, warnings: Sequence[tuple[str, str]]) ->
 def tell_set_aside(what: str, why: str) -> None:
     """Report on standard error an item that is skipped because it cannot be used."""
     print(f"{visible(what)}: set aside: {visible(why)}", file=sys.stderr)
+
+
+LINES_OF_LOG = 12
+"""Of a program that failed."""
+
+
+def tell_log(label: str, log: Path) -> None:
+    """Show on standard error the end of what a program printed, and where all of it is."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = ["(it printed nothing)"]
+    for line in [line for line in lines if line.strip()][-LINES_OF_LOG:]:
+        print(visible(f"  {label}: {line}"), file=sys.stderr)
+    print(visible(f"  all of it: {log}"), file=sys.stderr)
 
 
 @contextmanager
