@@ -29,6 +29,8 @@ from qkt_clinical.records.card import ENCODER, MERGED, Branch, NetworkSpec
 
 SAMPLES = 4096
 """Patches at most on which a layer is reproduced."""
+WIDE_PATCH, WIDE_SAMPLES = 1000, 1024
+"""Layers of larger patches than the first see so many: the system is then of patches seen, not of weights."""
 WORK = 2e11
 """Multiply-adds, about, that go into seeing what layers are given at most: deep networks see fewer views."""
 MIN_VIEWS = 16
@@ -36,8 +38,6 @@ CHUNK_SIZE = 2**22
 """Values of input at most in one pass, so that large images and volumes fit into memory."""
 PULL = 0.1
 """Ridge penalty that holds the weights to the teacher's, in units of the patches' mean square."""
-MAX_PATCH = 5000
-"""Layers of larger patches are not corrected: the linear system would take minutes."""
 ISOTROPIC = 0.3
 """Share of the output directions' weight that does not depend on local images: other classes need others."""
 
@@ -72,16 +72,21 @@ def patches(convolution: Convolution, inputs: Tensor, index: Sequence[Tensor]) -
 
 
 def _observe(
-    source: nn.Module, layers: dict[str, Convolution], views: Tensor, samples: int, draw: torch.Generator
+    source: nn.Module, layers: dict[str, Convolution], views: Tensor, share: float, draw: torch.Generator
 ) -> dict[str, _LayerOutput]:
-    """One pass of the teacher over views: every layer's output at random positions, in running order."""
+    """One pass of the teacher over views: every layer's output at random positions, in running order.
+
+    Args:
+        share: of a layer's positions, which is looked at here.
+    """
     seen: dict[str, _LayerOutput] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, _: Any, output: Tensor) -> None:
             count, _channels, *spatial = output.shape
             total = count * math.prod(spatial)
-            flat = torch.randperm(total, generator=draw)[:samples]
+            most = math.ceil(samples_of(layers[name].weight[0].numel()) * share)
+            flat = torch.randperm(total, generator=draw)[:most]
             index = torch.unravel_index(flat, (count, *spatial))
             images, *positions = (i.to(output.device) for i in index)
             at: Any = (images, slice(None), *positions)
@@ -196,6 +201,36 @@ def _inputs_of(
     return torch.cat(given)
 
 
+def samples_of(patch: int) -> int:
+    """Patches at most on which a layer is reproduced, by the number of values in one."""
+    return SAMPLES if patch <= WIDE_PATCH else WIDE_SAMPLES
+
+
+def corrected_weights(weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Weights (out, P), double, that give the ``outputs`` of the ``inputs``, held to ``weight``.
+
+    Ridge regression about the old weights, with a penalty of :data:`PULL` times the mean square of a patch's
+    values. Its normal equations have one unknown per value of a patch, or, where that is less, one per patch.
+
+    Args:
+        weight: (out, P), double.
+        inputs: patches (S, P), in single precision.
+        outputs: (S, out), likewise.
+    """
+    # Products of many patches in single precision, which is enough for them; what is solved in double.
+    samples, patch = inputs.shape
+    held = PULL * float((inputs**2).mean().clamp(min=1e-12))
+    if patch <= samples:
+        system = (inputs.T @ inputs).double() / samples + held * torch.eye(patch, dtype=weight.dtype)
+        wanted = (inputs.T @ outputs).double() / samples + held * weight.T
+        solved: Tensor = torch.linalg.solve(system, wanted).T
+        return solved
+    system = (inputs @ inputs.T).double() + samples * held * torch.eye(samples, dtype=weight.dtype)
+    missing = (outputs - inputs @ weight.T.to(inputs.dtype)).double()
+    counts = torch.cholesky_solve(missing, torch.linalg.cholesky(system))
+    return weight + (counts.T.to(inputs.dtype) @ inputs).double()
+
+
 def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Factorise a layer's weights (out, P) into ``wide @ narrow`` of the rank, fitted to its inputs now.
 
@@ -207,12 +242,8 @@ def reduce_layer(weight: Tensor, inputs: Tensor, outputs: Tensor, rank: int) -> 
     Returns:
         wide (out, rank), narrow (rank, P), and the share of the outputs' energy that is lost on the patches.
     """
-    # Products of many patches in single precision, which is enough for them; what is solved in double.
-    w, u, y = weight.double(), inputs, outputs
-    if w.shape[1] <= MAX_PATCH:
-        held = PULL * float((u**2).mean().clamp(min=1e-12))
-        system = (u.T @ u).double() / len(u) + held * torch.eye(w.shape[1], dtype=w.dtype)
-        w = torch.linalg.solve(system, (u.T @ y).double() / len(u) + held * w.T).T
+    u, y = inputs, outputs
+    w = corrected_weights(weight.double(), u, y)
     said = (u @ w.T.to(u.dtype)).double()
     local, anywhere = said.T @ said, w @ w.T
     weights = (1 - ISOTROPIC) * local / local.trace().clamp(min=1e-12)
@@ -258,8 +289,7 @@ def reduce_extractor(
     parts = views.split(max(1, CHUNK_SIZE // views[0].numel()))
     draw = generator(seed, "transplant")  # the stream of the first version: answers keep their bytes
     plain = {name: layer for name, (layer, _) in layers.items()}
-    shares = [math.ceil(SAMPLES * len(part) / len(views)) for part in parts]
-    seen = [_observe(extractor, plain, part, n, draw) for part, n in zip(parts, shares, strict=True)]
+    seen = [_observe(extractor, plain, part, len(part) / len(views), draw) for part in parts]
     settled = _settled(extractor, plain, views[:1])
     kept: list[dict[str, list[Tensor]]] = [{} for _ in parts]
     losses = []

@@ -15,7 +15,17 @@ from qkt_clinical.models.low_rank import convolutions, factorised, kept_rank
 from qkt_clinical.models.networks import Classifier, build, tensor_specs
 from qkt_clinical.qkt import low_rank_merge
 from qkt_clinical.qkt.consensus import consensus, consensus_rows
-from qkt_clinical.qkt.low_rank_merge import MAX_PATCH, merge_networks, patches, reduce_extractor, reduce_layer
+from qkt_clinical.qkt.low_rank_merge import (
+    SAMPLES,
+    WIDE_PATCH,
+    WIDE_SAMPLES,
+    corrected_weights,
+    merge_networks,
+    patches,
+    reduce_extractor,
+    reduce_layer,
+    samples_of,
+)
 from qkt_clinical.records.card import Branch, NetworkSpec
 from tests.shapes import CPU, counted, same, state
 
@@ -133,12 +143,27 @@ def test_a_layer_makes_up_for_what_earlier_ones_lost() -> None:
     assert lost == pytest.approx(lost_share(after @ (wide @ narrow).T, wanted), abs=1e-6)
 
 
-def test_layers_of_large_patches_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, before = normal(6, 10), normal(200, 10, seed=1)
-    monkeypatch.setattr(low_rank_merge, "MAX_PATCH", 9)
-    wide, narrow, lost = reduce_layer(weight, 0.5 * before, before @ weight.T, 6)
-    assert torch.allclose(wide @ narrow, weight, atol=1e-5)
-    assert lost == pytest.approx(0.25)
+def test_layers_of_large_patches_see_fewer_of_them() -> None:
+    assert (samples_of(WIDE_PATCH), samples_of(WIDE_PATCH + 1)) == (SAMPLES, WIDE_SAMPLES)
+
+
+@pytest.mark.parametrize("seen", [3, 9, 10, 11, 40])
+def test_both_forms_of_the_correction_are_the_ridge_regression(seen: int) -> None:
+    """One unknown per value of a patch, or one per patch where fewer are seen; here one stacked problem."""
+    weight, inputs, outputs = normal(6, 10), normal(seen, 10, seed=1), normal(seen, 6, seed=2)
+    held = low_rank_merge.PULL * float((inputs**2).mean())
+    stacked = torch.cat([inputs.double() / seen**0.5, held**0.5 * torch.eye(10, dtype=torch.float64)])
+    wanted = torch.cat([outputs.double() / seen**0.5, held**0.5 * weight.double().T])
+    expected = torch.linalg.lstsq(stacked, wanted).solution.T
+    assert torch.allclose(corrected_weights(weight.double(), inputs, outputs), expected, atol=1e-5)
+
+
+def test_a_correction_by_hand() -> None:
+    """One patch of two values, 3 and 4, of mean square 12.5: the penalty is 1.25, the error 10 - 5."""
+    weight, inputs = torch.tensor([[1.0, 0.5]]).double(), torch.tensor([[3.0, 4.0]])
+    moved = corrected_weights(weight, inputs, torch.tensor([[10.0]]))
+    share = 5 / (25 + 1.25)
+    assert moved.tolist() == [[pytest.approx(1 + 3 * share), pytest.approx(0.5 + 4 * share)]]
 
 
 def test_a_layer_that_sees_nothing_stays_finite() -> None:
@@ -201,14 +226,17 @@ def test_features_come_nearer_with_every_direction_kept() -> None:
 
 
 def test_an_extractor_with_layers_of_large_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, views = network_of(), views_of()
-    corrected = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
-    monkeypatch.setattr(low_rank_merge, "MAX_PATCH", 200)
+    """Fewer patches seen than a patch has values: the layers still say what the teacher's said."""
+    network, views = network_of(), views_of(count=40)
+    plain = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
+    monkeypatch.setattr(low_rank_merge, "WIDE_PATCH", 100)
+    monkeypatch.setattr(low_rank_merge, "WIDE_SAMPLES", 90)
     extractor, branch, losses = reduce_extractor(network, 0.5, views, seed=1, device=CPU)
-    assert branch == corrected[1]
-    assert list(state(extractor)) == list(state(corrected[0]))
-    assert len(losses) == len(corrected[2])
-    assert bool(torch.isfinite(features_of(extractor, views)).all())
+    assert branch == plain[1]
+    assert list(state(extractor)) == list(state(plain[0]))
+    assert len(losses) == len(plain[2])
+    wanted = features_of(network.extractor, views)
+    assert lost_share(features_of(extractor, views), wanted) < 0.5
 
 
 def test_layers_that_would_not_shrink_are_left_whole() -> None:
@@ -243,13 +271,8 @@ def joined(
     return merge_networks(sources[0], parts, consensus_rows(heads, known, (0, 1, 3), 2.0))
 
 
-@pytest.mark.parametrize("largest", [600, pytest.param(MAX_PATCH, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("name", "dims"), EVERY)
-def test_every_network_is_taken_up_and_loads_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Network, dims: Dims, largest: int
-) -> None:
-    # Wide layers are corrected by night: their linear systems take most of the time.
-    monkeypatch.setattr(low_rank_merge, "MAX_PATCH", largest)
+def test_every_network_is_taken_up_and_loads_again(tmp_path: Path, name: Network, dims: Dims) -> None:
     own, other = network_of("resnet-small", dims), network_of(name, dims, seed=1)
     views, known = views_of(dims), [(0, 1), (1, 3)]
     network = joined([own, other], [1.0, 1.0], known, views)
