@@ -77,7 +77,14 @@ def repro(
     def start(environment: Mapping[str, str]) -> Runner:
         return ClusterJobs(root, environment, options) if slurm else Process(root, environment)
 
-    found = run_stages(root, graph, start, environments(count, devices), tell=_teller(as_json))
+    try:
+        found = run_stages(root, graph, start, environments(count, devices), tell=_teller(as_json))
+    except KeyboardInterrupt:
+        raise QktError(
+            "stopped; stages that had ended are kept",
+            remedy="Run the same command again to go on.",
+            code="stopped",
+        ) from None
     failed = [r.stage for r in found if r.outcome == "failed"]
     if as_json:
         print_json([r.as_dict() for r in found])

@@ -23,7 +23,6 @@ class ClusterJobs:
 
     def __init__(self, root: Path, environment: Mapping[str, str], options: Sequence[str] = ()) -> None:
         self._root, self._environment, self._options = root, environment, options
-        self._waiting: subprocess.Popen[str] | None = None
         self._job = ""
         self._stopped = False
 
@@ -42,8 +41,14 @@ class ClusterJobs:
         command += [f"--chdir={self._root}", f"--output={log}", *self._options, "--wrap", program]
         environment = {**os.environ, **self._environment, STAGE: name, OUTCOME: os.fspath(outcome)}
         try:
-            self._waiting = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+            # In a session of its own: Ctrl-C must not end it before its job is cancelled.
+            submitted = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
         except FileNotFoundError:
             raise ConfigError(
@@ -51,7 +56,7 @@ class ClusterJobs:
                 remedy="Run it where jobs are submitted, or leave --slurm out.",
                 code="slurm-missing",
             ) from None
-        with self._waiting as waiting:
+        with submitted as waiting:
             assert waiting.stdout is not None
             self._job = waiting.stdout.readline().strip().partition(";")[0]
             if self._stopped:
@@ -76,6 +81,7 @@ class ClusterJobs:
         self._cancel()
 
     def _cancel(self) -> None:
+        """Cancel the job, whose ``sbatch`` ends with it."""
         if self._job:
             with contextlib.suppress(OSError):
                 subprocess.run(["scancel", self._job], check=False, stdout=subprocess.DEVNULL)

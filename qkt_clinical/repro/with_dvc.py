@@ -5,9 +5,9 @@ DVC is loaded when a function is called: it takes a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class StageGraph:
     """Stage to the stages that it reads of."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _repository(root: Path) -> Iterator[Any]:
     """DVC's view of a workspace, which waits for DVC's lock as long as another holds it.
+
+    The current folder is the workspace meanwhile: DVC names stages by where it is called.
 
     Raises:
         ConfigError: it is none of DVC's, or its files cannot be used.
@@ -43,20 +45,21 @@ def _repository(root: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    try:
-        repository = Repo(os.fspath(root), _wait_for_lock=True)
-    except DvcException as error:
-        raise _refused(error) from error
-    try:
-        yield repository
-    finally:
-        repository.close()
+    with contextlib.chdir(root):
+        try:
+            repository = Repo(_wait_for_lock=True)
+        except DvcException as error:
+            raise _refused(error) from error
+        try:
+            yield repository
+        finally:
+            repository.close()
 
 
 def _refused(error: Exception) -> ConfigError:
     return ConfigError(
         f"DVC cannot use this workspace: {str(error).splitlines()[0][:300]}",
-        remedy="Run it in the folder with dvc.yaml; 'dvc status' says more.",
+        remedy="Run it in the folder with dvc.yaml; 'dvc stage list' names its stages.",
         code="dvc",
     )
 
@@ -100,9 +103,9 @@ def reproduce_stage(root: Path, name: str) -> bool:
         try:
             return bool(repository.reproduce(name, single_item=True))
         except DvcException as error:
-            causes = [error.__cause__ or error]
+            cause = error.__cause__ or error  # DVC's own error says no more than that the stage failed
             raise StageFailed(
-                str(causes[0]).splitlines()[0][:300],
+                str(cause).splitlines()[0][:300],
                 remedy="What the stage said stands above; run the command again when it is put right.",
                 stage=name,
             ) from error
@@ -117,7 +120,7 @@ def locked_stages(root: Path) -> tuple[str, ...]:
 def _stages_of(repository: Any) -> dict[str, Any]:
     from dvc.dvcfile import Lockfile
 
-    content, _ = Lockfile(repository, os.fspath(Path(repository.root_dir) / LOCK_FILE))._load()
+    content, _ = Lockfile(repository, os.fspath(Path(LOCK_FILE).resolve()))._load()
     stages: dict[str, Any] = content.get("stages", {})
     return stages
 
@@ -131,14 +134,13 @@ def sort_lock_file(root: Path, first: Sequence[str], order: Sequence[str]) -> No
     """
     from dvc.utils.serialize import modify_yaml
 
-    path = root / LOCK_FILE
     wanted = [*first, *(name for name in order if name not in first)]
     with _repository(root) as repository, repository.lock:
         found = list(_stages_of(repository))
         sorted_names = [n for n in wanted if n in found] + [n for n in found if n not in wanted]
         if found == sorted_names:
             return
-        with modify_yaml(os.fspath(path)) as content:
+        with modify_yaml(LOCK_FILE) as content:
             stages = content["stages"]
             rows = {name: stages[name] for name in sorted_names}
             stages.clear()

@@ -160,6 +160,14 @@ def test_every_stage_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert "is no list of devices" in repro(root, "--gpus", "0;1", code=1).stderr
 
 
+def test_a_workspace_elsewhere(tmp_path: Path) -> None:
+    root = make(tmp_path / "ws")
+    done = repro(tmp_path, "--root", "ws", "second@b", "last", "--json", "--jobs", "2")
+    assert outcomes(done)["last"] == "made"
+    assert "up to date" in dvc(root, "status")
+    assert not (tmp_path / ".qkt").exists()
+
+
 def test_targets_as_dvc_names_them(tmp_path: Path) -> None:
     root = make(tmp_path / "ws")
     assert list(outcomes(repro(root, "second@b", "--json"))) == ["first@b", "second@b"]
@@ -222,7 +230,7 @@ if item == "b" and not Path("go").exists():
 SBATCH = f"""#!{sys.executable}
 import os, subprocess, sys
 arguments = dict(a.split("=", 1) for a in sys.argv[1:] if a.startswith("--") and "=" in a)
-print("4711;cluster", flush=True)
+print(f"{{os.getpid()}};cluster", flush=True)
 program = sys.argv[sys.argv.index("--wrap") + 1]
 with open(os.environ["SBATCH_CALLS"], "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
@@ -232,20 +240,53 @@ sys.exit(done.returncode)
 """
 
 
+SCANCEL = f"""#!{sys.executable}
+import os, signal, sys
+with open(os.environ["SBATCH_CALLS"], "a") as calls:
+    calls.write("scancel " + sys.argv[1] + "\\n")
+os.killpg(int(sys.argv[1]), signal.SIGTERM)
+"""
+
+
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """Stand-ins for Slurm's programs, and the environment that finds them."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    path = f"{place}{os.pathsep}{environment()['PATH']}"
+    return {"PATH": path, "SBATCH_CALLS": str(tmp_path / "calls")}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_cluster_s_jobs_are_cancelled(tmp_path: Path) -> None:
+    wait = 'Path("waiting-" + item).touch(); time.sleep(300)'
+    root = make(tmp_path / "ws", extra=wait)
+    mark = f"cancelled-{os.getpid()}"
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "qkt_clinical.cli", "repro", "--slurm", "--jobs", "2"],
+        cwd=root,
+        env=environment(QKT_TEST_MARK=mark, **cluster(tmp_path)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: len(list(root.glob("waiting-*"))) == 2)
+    stopped.send_signal(signal.SIGINT)
+    assert "error [stopped]: stopped; stages that had ended are kept" in stopped.communicate(timeout=30)[1]
+    until(lambda: not running(mark))
+    lines = (tmp_path / "calls").read_text().splitlines()
+    assert sum(line.startswith("scancel ") for line in lines) == 2
+
+
 def test_stages_as_jobs_of_a_cluster(tmp_path: Path) -> None:
     """The stand-in for ``sbatch`` takes what ours is called with, and really runs the job."""
     trip = 'if stage == "second" and item == "b" and Path("stone").exists(): sys.exit("stumbled")'
     root = make(tmp_path / "ws", extra=trip)
     (root / "stone").touch()
-    place = tmp_path / "bin"
-    place.mkdir()
-    (place / "sbatch").write_text(SBATCH)
-    (place / "sbatch").chmod(0o755)
-    calls = tmp_path / "calls"
-    more = {
-        "PATH": f"{place}{os.pathsep}{environment()['PATH']}",
-        "SBATCH_CALLS": str(calls),
-    }
+    more, calls = cluster(tmp_path), tmp_path / "calls"
     words = ("--slurm", "--sbatch", "--partition 'big gpu'", "--jobs", "2", "--json")
     done = repro(root, *words, code=1, **more)
     assert outcomes(done)["second@b"] == "failed"
