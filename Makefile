@@ -17,10 +17,10 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 # Else each of the hundred programs that tests and DVC start would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo deps check test ui pbc28 clean
+.PHONY: help setup demo deps check test bench bench-quick ui pbc28 clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z0-9]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(STAMP) ## create .venv and install the package with its pinned dependencies
 	@:
@@ -59,6 +59,12 @@ test: setup ## ruff, mypy and the whole test suite, with its coverage; offline
 	  wait $$typed
 	@python -c "import json; total = json.load(open('$(COVERAGE)'))['summary']['percent_covered']; \
 	  print(f'qkt_clinical: {total:.1f} % of its lines are covered ($(COVERAGE) says which)')"
+
+bench: setup ## ratios of speed and size beside their bars, about ten minutes; fails if one is missed
+	@OMP_NUM_THREADS=1 python -m benchmarks.speed
+
+bench-quick: setup ## the same on little, where no time is judged
+	@OMP_NUM_THREADS=1 python -m benchmarks.speed --quick
 
 ui: setup ## MLflow in the browser, on http://127.0.0.1:5000
 	@mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

@@ -52,7 +52,7 @@ from qkt_clinical.common.files import new_folder, write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import Labels
-from qkt_clinical.models.bundle import Bundle, load_bundle, write_bundle
+from qkt_clinical.models.bundle import Bundle, load_bundle, packed_network, write_bundle
 from qkt_clinical.models.class_means import class_means
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder
@@ -256,11 +256,13 @@ class ResultStore:
             pretrained=self.pretrained,
         )
         seconds = time.perf_counter() - start
-        network = network.cpu()
+        network = packed_network(network, self.pretrained) if train.packed else network.cpu()
         with new_folder(self.folder / name) as folder:
             draw = generator(self.federation.seed, "benchmark", "class-means", name)
             means = class_means(network, *data.train.pair, "unit", self.device, train.class_means, draw)
-            logits = self._write(folder, network, data.site, seconds, len(history.curves), means)
+            logits = self._write(
+                folder, network, data.site, seconds, len(history.curves), means, packed=train.packed
+            )
             masks = self._compute_masks(network)
             write_json(folder / MASK, masks[DEFAULT_ESTIMATOR].model_dump(mode="json"))
             index, labels = self.federation.val_of(data), self.federation.val.labels
@@ -375,11 +377,14 @@ class ResultStore:
         seconds: float,
         epochs: int,
         means: Mapping[int, Tensor] = MappingProxyType({}),
+        *,
+        packed: bool = False,
     ) -> dict[str, Tensor]:
         """Bundle and logits of a trained network; returns the logits by split.
 
         Args:
             means: class means of a teacher.
+            packed: whether its weights are stored in a byte each, as they are already rounded.
         """
         from safetensors.torch import save_file
 
@@ -397,6 +402,7 @@ class ResultStore:
             },
             means,
             encoder=self.pretrained,
+            packed=packed,
         )
         splits = {"val": self.federation.val, self.settings.split: self.evaluation}
         logits: dict[str, Tensor] = {

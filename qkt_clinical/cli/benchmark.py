@@ -88,6 +88,9 @@ def benchmark(
     min_batches: Annotated[
         int, typer.Option(min=1, max=1000, help="Of an epoch, at least, in every training.")
     ] = 1,
+    packed: Annotated[
+        OnOff, typer.Option(help="Whether teachers leave with their weights in a byte each.")
+    ] = "on",
     adapt: Annotated[
         OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
     ] = "on",
@@ -174,6 +177,7 @@ def benchmark(
             epochs=epochs,
             appearance=appearance,
             min_batches=min_batches,
+            packed=packed == "on",
         ),
         baselines=BaselineParams(
             finetune=FinetuneParams(min_batches=min_batches), federated=federated, scaffold=federated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -38,15 +39,21 @@ def train(sites: Sites = None, root: Root = HERE, device: OnDevice = None, as_js
     """Train each hospital's teacher on its own images."""
     from qkt_clinical.config.loading import load_params
     from qkt_clinical.stages.train import train_site
+    from qkt_clinical.training.processes import begin_processes, processes
 
     params = load_params(root)
     done = {}
-    for site in named_sites(params, sites):
-        with progress(f"train {site}", quiet=as_json) as step:
-            done[site] = train_site(root, site, params, device=device, progress=step)
-        if not as_json:
-            say(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
-    if as_json:
+    named = named_sites(params, sites)
+    words = [*named, "--root", os.fspath(root), *(("--device", device) if device else ())]
+    program = ("qkt_clinical.cli", "train", *words, *(("--json",) if as_json else ()))
+    with begin_processes(params.train.processes, program, device or params.device):
+        first = processes().first
+        for site in named:
+            with progress(f"train {site}", quiet=as_json or not first) as step:
+                done[site] = train_site(root, site, params, device=device, progress=step)
+            if first and not as_json:
+                say(f"{site}: balanced accuracy {done[site]['balanced_accuracy']:.3f} on validation images")
+    if first and as_json:
         print_json(done)
 
 

@@ -116,6 +116,10 @@ class TrainParams(Strict):
 
     20 is usual. Not with differential privacy, which counts every pass.
     """
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """That train one network together, each on a GPU of its own; each has batches of ``batch_size``."""
+    packed: bool = True
+    """Teachers leave with their weights in a byte each, a quarter of the size; own networks stay whole."""
     class_means: ClassMeansParams = ClassMeansParams()
     """Mean features of every class, which leave with the teacher."""
     privacy: PrivacyParams | None = None
@@ -123,6 +127,8 @@ class TrainParams(Strict):
 
     @model_validator(mode="after")
     def _image_by_image(self) -> TrainParams:
+        if self.privacy is not None and self.processes > 1:
+            raise ValueError("privacy is not possible with several processes")
         if self.privacy is not None and self.encoder is not None:
             raise ValueError("privacy is not possible with an encoder")
         if self.privacy is not None and self.network not in WITHOUT_BATCH_NORM:

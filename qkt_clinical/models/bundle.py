@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from qkt_clinical.errors import BundleError
 from qkt_clinical.models.encoder_network import EncoderExtractor
 from qkt_clinical.models.encoders import Encoder, FindEncoder, no_encoder
 from qkt_clinical.models.networks import Classifier, outline, tensor_specs
+from qkt_clinical.models.packed_weights import pack, packed_specs, unpack
 from qkt_clinical.models.tensor_file import Specs, read_tensors
 from qkt_clinical.records.card import (
     CARD,
@@ -91,16 +93,19 @@ def write_bundle(
     class_means: Mapping[int, Tensor] = MappingProxyType({}),
     encoder_means: Mapping[int, Tensor] = MappingProxyType({}),
     encoder: Encoder | None = None,
+    *,
+    packed: bool = False,
 ) -> Card:
     """Write weights and card into an existing folder.
 
     Args:
-        card: lacks only ``weights``, ``class_means``, ``encoder_means`` and ``without_encoder``.
+        card: lacks only ``weights``, ``packed``, ``class_means``, ``encoder_means`` and ``without_encoder``.
         class_means: class to its mean features (F,), of a teacher.
         encoder_means: the same over the features of the shared encoder that the card names.
         encoder: with which the network of a teacher started. The file goes without the tensors that training
             left as they were, by the mode: all of a frozen one's, those outside normalisation layers of an
             adapted one's.
+        packed: whether weights are stored in a byte each, see :func:`packed_network`.
 
     Raises:
         BundleError: a weight is not finite; nothing is written.
@@ -128,7 +133,8 @@ def write_bundle(
     made: dict[str, Any] = {
         "network": network.spec,
         "without_encoder": encoder.digest if encoder and known else None,
-        "weights": _saved(state, folder / WEIGHTS),
+        "weights": _saved(pack(state) if packed else state, folder / WEIGHTS),
+        "packed": packed or None,
         "class_means": bool(class_means),
     }
     if card["kind"] == "teacher":
@@ -137,6 +143,20 @@ def write_bundle(
     full = Card.model_validate({**card, **made})
     write_json(folder / CARD, full.model_dump(mode="json"))
     return full
+
+
+def packed_network(network: Classifier, encoder: Encoder | None = None) -> Classifier:
+    """A copy of a network, on the CPU in evaluation mode, with the weights that a packed bundle gives others.
+
+    Args:
+        encoder: as in :func:`write_bundle`; its tensors are not part of the bundle and stay as they are.
+    """
+    state = {k: v.detach().cpu() for k, v in network.state_dict().items()}
+    known = _known(state, network, encoder)
+    copy = deepcopy(network).cpu().eval()
+    packed = unpack(pack({name: tensor for name, tensor in state.items() if name not in known}))
+    copy.load_state_dict(state | packed)
+    return copy
 
 
 def _means_shape(encoder: SharedEncoder, classes: int) -> tuple[int, int]:
@@ -182,7 +202,7 @@ def write_without_means(source: Path, folder: Path) -> Card:
     written = stored.card.model_copy(
         update={
             "training": training,
-            "weights": _saved(stored.state, folder / WEIGHTS),
+            "weights": _saved(pack(stored.state) if stored.card.packed else stored.state, folder / WEIGHTS),
             "class_means": False,
             "shared_encoder": None,
             "encoder_means": None,
@@ -237,7 +257,7 @@ def _wanted(card: Card) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         wanted[CLASS_MEANS] = wanted["head.weight"]
     if card.shared_encoder is not None and card.encoder_means is None:  # an older bundle
         wanted[ENCODER_MEANS] = (_means_shape(card.shared_encoder, card.network.classes), torch.float32)
-    return wanted
+    return packed_specs(wanted) if card.packed else wanted
 
 
 def _read_means(folder: Path, card: Card) -> Tensor:
@@ -279,7 +299,10 @@ class StoredBundle:
 
     card: Card
     state: dict[str, Tensor]
-    """The network's, without the tensors of an encoder that the card names by ``without_encoder``."""
+    """The network's, in single precision.
+
+    Without the tensors of an encoder that the card names by ``without_encoder``.
+    """
     class_means: Mapping[int, Tensor]
     encoder_means: Mapping[int, Tensor]
     mask: Mask | None
@@ -305,15 +328,16 @@ def read_bundle(folder: Path) -> StoredBundle:
             code="bundle-missing",
         )
     path = folder / WEIGHTS
-    state = _read_file(path, card, card.weights, _wanted(card), f"{card.network.name} of the card")
+    state = unpack(_read_file(path, card, card.weights, _wanted(card), f"{card.network.name} of the card"))
     for name, tensor in state.items():
+        wrong = None
         if name.endswith("running_var") and bool((tensor < 0).any()):
+            wrong = "holds a negative variance"
+        elif not bool(torch.isfinite(tensor).all()):
+            wrong = "is not finite when unpacked"
+        if wrong:
             raise BundleError(
-                f"tensor {name} holds a negative variance",
-                remedy=REMEDY,
-                file=path,
-                site=card.site,
-                code="bundle-values",
+                f"tensor {name} {wrong}", remedy=REMEDY, file=path, site=card.site, code="bundle-values"
             )
     means, encoder_means = (_by_class(state.pop(name, ())) for name in (CLASS_MEANS, ENCODER_MEANS))
     if card.encoder_means is not None and os.path.lexists(folder / MEANS):

@@ -16,7 +16,7 @@ from qkt_clinical.errors import QktError
 
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 10_000, 300
 """What a header may take: for all, and for a tensor beside its name."""
-DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I8": torch.int8}
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor to shape and type."""

@@ -256,7 +256,7 @@ class DecisionRule(Strict):
 class Card(_Later):
     """``bundle.json``: description of a bundle. No class counts, paths or persons."""
 
-    LATER = ("without_encoder", "shared_encoder", "encoder_means", "network_kept")
+    LATER = ("packed", "without_encoder", "shared_encoder", "encoder_means", "network_kept")
     format: Literal["qkt-bundle/1", "qkt-bundle/2", "qkt-bundle/3"] = "qkt-bundle/3"
     """The first has no ``image_statistics``, the first two have no ``class_means``."""
     kind: Literal["teacher", "student"]
@@ -267,6 +267,8 @@ class Card(_Later):
     input: InputSpec
     training: dict[str, float | int | str | bool | None]
     weights: Weights
+    packed: Literal[True] | None = None
+    """Whether the file of weights holds a byte for each; see :mod:`.models.packed_weights`."""
     decision: DecisionRule | None = None
     image_statistics: ImageStatistics | None = None
     """None where the bundle is older, of a student, or trained with differential privacy."""

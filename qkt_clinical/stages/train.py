@@ -32,7 +32,7 @@ from qkt_clinical.config.workspace import Workspace
 from qkt_clinical.data.inputs import to_input
 from qkt_clinical.data.prepared import PreparedSite, load_prepared
 from qkt_clinical.errors import SourceError
-from qkt_clinical.models.bundle import write_bundle
+from qkt_clinical.models.bundle import packed_network, write_bundle
 from qkt_clinical.models.class_means import class_means, mean_features
 from qkt_clinical.models.encoders import load_encoder
 from qkt_clinical.models.generator import generator
@@ -50,6 +50,7 @@ from qkt_clinical.task import Task, task_of
 from qkt_clinical.training.classifier import appearance_of, at_home, network_spec, train_teacher
 from qkt_clinical.training.loop import Checkpoint, History
 from qkt_clinical.training.private import train_private
+from qkt_clinical.training.processes import processes
 
 METRICS, CURVES = "metrics.json", "curves.json"
 MADE = (METRICS, CURVES, REFERENCE, MEANS, WEIGHTS, CARD)
@@ -124,7 +125,8 @@ def train_site(
     """Train a site's networks: ``models/teachers/<site>/`` and ``models/own/<site>/``.
 
     Returns:
-        The teacher's metrics on validation images, as in ``metrics.json``.
+        The teacher's metrics on validation images, as in ``metrics.json``; of several processes only in the
+        first, which writes.
 
     Raises:
         ConfigError: images that the network cannot take.
@@ -198,6 +200,10 @@ def train_site(
         else:
             network, history = trained(params.train, "teacher")
         own = trained(at_home(params.train), "own") if travels else (network, history)
+    if not processes().first:
+        return {}
+    if params.train.packed:  # what is said of the teacher is said of what others get
+        network = packed_network(network, pretrained)
     val_images, val_labels = prepared.part("val")
     logits = predict(network, to_input(val_images, normalisation), where)
     metrics = _metrics(prepared, logits, torch.from_numpy(val_labels), history, task)
@@ -246,6 +252,7 @@ def train_site(
             else class_means(network, images, labels, normalisation, where, means, noise_of_means()),
             _encoder_means(SiteEncoder(root, shared, prepared, where), shared, params.seed) if shared else {},
             pretrained,
+            packed=params.train.packed,
         )
         reference = make_reference(network, card, images, prepared.part("calibration")[0], normalisation)
         write_json(part / REFERENCE, reference.model_dump(mode="json"))

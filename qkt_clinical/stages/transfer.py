@@ -142,13 +142,13 @@ def write_experts(folder: Path, fetched: Path, bundles: Sequence[Bundle], answer
         if teacher.share or card.without_encoder:
             said = {"adaptation_share": teacher.share, "sent_weights": card.weights.sha256}
             apart = {
-                *("network", "weights", "without_encoder"),
+                *("network", "weights", "packed", "without_encoder"),
                 *("class_means", "shared_encoder", "encoder_means"),
             }
             written = card.model_dump(mode="json", exclude=apart)
             adapted = {**written, "training": {**written["training"], **said}}
             bundle = sent[teacher.site]
-            write_bundle(target, teacher.network, adapted, bundle.class_means)
+            write_bundle(target, teacher.network, adapted, bundle.class_means, packed=bool(card.packed))
     correct_masks(folder, bundles, answer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from qkt_clinical.task import Task
 from qkt_clinical.training.augment import augment, change_appearance
 from qkt_clinical.training.frozen import feature_batches, feature_views
 from qkt_clinical.training.loop import Checkpoint, History, Schedule, batches_per_epoch, fit, shuffled
+from qkt_clinical.training.processes import averaged, processes
 
 PIXELS_PER_BATCH = 64 * 224 * 224
 """Pixels or voxels of a batch, at most: what training holds of every layer needs about 4 GB then."""
@@ -48,10 +50,15 @@ def augmented_batches(
         strength: of :func:`.augment.augment`.
         appearance: strength of :func:`.augment.change_appearance`.
         least: batches, at least; see :func:`.loop.shuffled`.
+
+    Of several :mod:`.processes` each has batches of this size, which are parts of one.
     """
-    for index in shuffled(len(labels), batch_size, draw, least):
-        view = augment(inputs[index].to(device), strength, draw)
-        yield change_appearance(view, appearance, draw), labels[index].to(device)
+    here = processes()
+    views = here.draws(draw)
+    for whole in shuffled(len(labels), batch_size * here.count, draw, least, 2 * here.count):
+        index = here.part(whole)
+        view = augment(inputs[index].to(device), strength, views)
+        yield change_appearance(view, appearance, views), labels[index].to(device)
 
 
 def appearance_of(params: TrainParams, normalisation: str, count: int) -> float:
@@ -125,11 +132,13 @@ def train_network(
         return task.validation_score(predict(learnt, val_inputs, device), val_labels)
 
     network.eval()  # an extractor that is not trained stays so
+    here = processes()
+    forward = cache(lambda: averaged(learnt, device))  # once it is settled what of it is trained
     return fit(
         learnt,
         batches,
-        batches_per_epoch(len(labels), size, least),
-        lambda batch: task.loss(learnt(batch[0]), batch[1], weights),
+        batches_per_epoch(len(labels), size * here.count, least, 2 * here.count),
+        lambda batch: task.loss(forward()(batch[0]), batch[1], weights),
         Schedule(params.epochs, params.learning_rate, params.weight_decay, params.patience),
         device=device,
         score=score if len(val_labels) else None,

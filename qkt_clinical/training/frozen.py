@@ -11,6 +11,7 @@ from qkt_clinical.models.inference import predict
 from qkt_clinical.models.networks import Classifier
 from qkt_clinical.training.augment import augment, change_appearance
 from qkt_clinical.training.loop import shuffled
+from qkt_clinical.training.processes import processes
 
 VIEWS = 4
 """Of an image, the first as it is: an epoch of a network that is trained sees a new one each time."""
@@ -60,6 +61,9 @@ def feature_batches(
     Args:
         least: batches, at least; see :func:`.loop.shuffled`.
     """
-    for index in shuffled(len(labels), batch_size, draw, least):
-        view = torch.randint(len(views), (len(index),), generator=draw)
+    here = processes()
+    chosen = here.draws(draw)
+    for whole in shuffled(len(labels), batch_size * here.count, draw, least, 2 * here.count):
+        index = here.part(whole)
+        view = torch.randint(len(views), (len(index),), generator=chosen)
         yield views[view, index].to(device), labels[index].to(device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qkt_clinical.common.files import digest_bytes, passing_file
 from qkt_clinical.models.encoder_network import EncoderExtractor
+from qkt_clinical.training.processes import processes
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> History:
-    """Train ``modules`` in place.
+    """Train ``modules`` in place, alone or as one of several :mod:`.processes`.
 
     Args:
         modules: everything with parameters to train; already on ``device``.
@@ -155,6 +156,7 @@ def fit(
         _parameter_groups(modules), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
     steps = schedule.epochs * steps_per_epoch
+    here = processes()
     amp = device.type == "cuda"
     half = torch.bfloat16 if amp and torch.cuda.is_bf16_supported() else torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=amp and half is torch.float16)
@@ -191,17 +193,17 @@ def fit(
             if after_step is not None:
                 after_step(optimizer.param_groups[0]["lr"])
             total += value.detach().float()
-        row = {"epoch": float(epoch), "loss": float(total) / steps_per_epoch}
+        row = {"epoch": float(epoch), "loss": float(here.mean(total)) / steps_per_epoch}
         if score is not None:
             modules.eval()
-            row["score"] = score()
+            row["score"] = here.as_first(score(), device)
             if row["score"] > best_score:
                 best_score, history.best_epoch = row["score"], epoch
                 best = {k: v.detach().cpu().clone() for k, v in modules.state_dict().items()}
             elif schedule.patience and epoch - history.best_epoch >= schedule.patience:
                 history.stopped_early = True
         history.curves.append(row)
-        if checkpoint:
+        if checkpoint and here.first:
             state = {
                 "done": epoch,
                 "curves": history.curves,
@@ -211,41 +213,46 @@ def fit(
                 "scaler": scaler.state_dict(),
             }
             checkpoint.save(_pack(modules, optimizer, best), state)
-        if progress:
+        if progress and here.first:
             progress(epoch, schedule.epochs)
     if best is not None:
         modules.load_state_dict(best)
     else:
         history.best_epoch = len(history.curves)
     modules.eval()
-    if checkpoint:
+    if checkpoint and here.first:
         checkpoint.clear()
     return history
 
 
-def shuffled(count: int, batch_size: int, draw: torch.Generator, least: int = 1) -> Iterator[Tensor]:
+def shuffled(
+    count: int, batch_size: int, draw: torch.Generator, least: int = 1, smallest: int = 2
+) -> Iterator[Tensor]:
     """Index batches over ``count`` items in random order; a last batch of one joins the one before.
 
     (A batch of one has no batch statistics.) Where that makes fewer than ``least`` batches, the items come
     again in another order, as often as it takes.
+
+    Args:
+        smallest: items of a last batch that stays alone.
     """
-    for _ in range(_passes(count, batch_size, least)):
+    for _ in range(_passes(count, batch_size, least, smallest)):
         order = torch.randperm(count, generator=draw)
         parts = list(order.split(batch_size))
-        if len(parts) > 1 and len(parts[-1]) == 1:
+        if len(parts) > 1 and len(parts[-1]) < smallest:
             parts[-2:] = [torch.cat(parts[-2:])]
         yield from parts
 
 
-def _batches(count: int, batch_size: int) -> int:
+def _batches(count: int, batch_size: int, smallest: int) -> int:
     whole, rest = divmod(count, batch_size)
-    return max(1, whole + (rest > 1 or (rest == 1 and whole == 0)))
+    return max(1, whole + (rest >= smallest or (rest > 0 and whole == 0)))
 
 
-def _passes(count: int, batch_size: int, least: int) -> int:
-    return max(1, math.ceil(least / _batches(count, batch_size)))
+def _passes(count: int, batch_size: int, least: int, smallest: int) -> int:
+    return max(1, math.ceil(least / _batches(count, batch_size, smallest)))
 
 
-def batches_per_epoch(count: int, batch_size: int, least: int = 1) -> int:
+def batches_per_epoch(count: int, batch_size: int, least: int = 1, smallest: int = 2) -> int:
     """Number of batches that :func:`shuffled` yields."""
-    return _batches(count, batch_size) * _passes(count, batch_size, least)
+    return _batches(count, batch_size, smallest) * _passes(count, batch_size, least, smallest)

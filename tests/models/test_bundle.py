@@ -19,7 +19,7 @@ from qkt_clinical.benchmark.mask_estimators import estimate_mask
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.common.files import digest_file, write_json
 from qkt_clinical.errors import BundleError
-from qkt_clinical.models.bundle import CLASS_MEANS, Bundle, load_bundle, write_bundle
+from qkt_clinical.models.bundle import CLASS_MEANS, Bundle, load_bundle, packed_network, write_bundle
 from qkt_clinical.models.networks import Classifier, build
 from qkt_clinical.models.offers import read_offer
 from qkt_clinical.models.tensor_file import HEADER_BYTES
@@ -126,6 +126,54 @@ def load_bundle_without(folder: Path) -> Bundle:
     """The same network written without class means."""
     write_bundle(folder, load_bundle(folder).network, card_of())
     return load_bundle(folder)
+
+
+def test_a_packed_bundle_is_a_quarter_and_says_what_was_packed(tmp_path: Path) -> None:
+    network, means = network_of(), {1: torch.randn(FEATURES, generator=torch.Generator().manual_seed(0))}
+    whole, small, again = (tmp_path / name for name in ("whole", "small", "again"))
+    for place in (whole, small, again):
+        place.mkdir()
+    plain = write_bundle(whole, network, card_of(), means)
+    packed = write_bundle(small, network, card_of(), means, packed=True)
+    assert plain.packed is None
+    assert "packed" not in json.loads((whole / CARD).read_text()), "older files keep their bytes"
+    assert packed.weights.bytes < 0.36 * plain.weights.bytes, "a small network has many short tensors"
+    got, wanted = load_bundle(small), packed_network(network)
+    before, after = wanted.state_dict(), got.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert torch.allclose(got.class_means[1], means[1], atol=float(means[1].abs().max()) / 200)
+    state = network.state_dict()
+    assert all(torch.equal(state[k], after[k]) for k in state if state[k].ndim < 2)
+    write_bundle(again, got.network, card_of(), got.class_means, packed=True)
+    assert (again / WEIGHTS).read_bytes() == (small / WEIGHTS).read_bytes(), "packed once, it stays as it is"
+
+
+def test_a_packed_bundle_is_checked_like_any_other(tmp_path: Path) -> None:
+    write_bundle(tmp_path, network_of(), card_of(), packed=True)
+    header, body = parts(tmp_path)
+    start, end = header["head.weight.scale"]["data_offsets"]
+    far = struct.pack("<f", 3e38)
+    forge(tmp_path, header, body[:start] + far + body[start + 4 :])
+    with pytest.raises(BundleError, match=r"tensor head\.weight is not finite when unpacked") as caught:
+        load_bundle(tmp_path)
+    assert caught.value.code == "bundle-values"
+    forge(tmp_path, header, body[:start] + struct.pack("<f", float("nan")) + body[start + 4 :])
+    with pytest.raises(BundleError, match="is not finite"):
+        load_bundle(tmp_path)
+    header["head.weight.scale"]["shape"] = [1]
+    forge(tmp_path, header, body)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(tmp_path)
+    assert caught.value.code == "bundle-tensors"
+    assert end - start == 4 * len(CLASSES)
+
+    card = json.loads((tmp_path / CARD).read_text())
+    del card["packed"]
+    write_json(tmp_path / CARD, card)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(tmp_path)
+    assert caught.value.code == "bundle-size", "levels are no weights"
 
 
 @pytest.mark.parametrize("format_", ["qkt-bundle/1", "qkt-bundle/2"])
@@ -615,7 +663,7 @@ def test_a_card_says_nothing_about_people_or_places(original: Path) -> None:
     assert set(Card.model_fields) == {
         "format", "kind", "site", "query", "network", "classes", "input", "training", "weights", "decision",
         "image_statistics", "class_means", "without_encoder", "shared_encoder",
-        "encoder_means", "network_kept",
+        "encoder_means", "network_kept", "packed",
     }  # fmt: skip
     text = (original / CARD).read_text()
     assert str(original.parent) not in text
