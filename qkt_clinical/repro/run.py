@@ -98,7 +98,6 @@ def run_stages(
     settings: Sequence[Mapping[str, str]],
     *,
     tell: Callable[[StageResult], None] = lambda result: None,
-    begun: Callable[[str], None] = lambda stage: None,
 ) -> list[StageResult]:
     """Run every stage of a graph once those that it reads of are done; a failed one ends its dependants only.
 
@@ -108,7 +107,6 @@ def run_stages(
         start: environment to what makes stages in it.
         settings: one environment for each stage that may run at once.
         tell: called with the result of each stage when it has ended.
-        begun: called with each stage that starts.
 
     Returns:
         One result a stage, in the graph's order.
@@ -122,7 +120,7 @@ def run_stages(
         (root / LOGS).mkdir(parents=True, exist_ok=True)
         before = locked_stages(root)
         try:
-            found = _run(root, graph, start, settings, tell, begun)
+            found = _run(root, graph, start, settings, tell)
         finally:
             sort_lock_file(root, before, graph.order)
     return [found[name] for name in graph.order]
@@ -134,7 +132,6 @@ def _run(
     start: Callable[[Mapping[str, str]], Runner],
     settings: Sequence[Mapping[str, str]],
     tell: Callable[[StageResult], None],
-    begun: Callable[[str], None],
 ) -> dict[str, StageResult]:
     agenda, found = Agenda(graph.order, graph.needs), dict[str, StageResult]()
     free: SimpleQueue[int] = SimpleQueue()
@@ -165,7 +162,6 @@ def _run(
         try:
             while not agenda.over:
                 while len(running) < len(settings) and (name := agenda.next()) is not None:
-                    begun(name)
                     running.add(threads.submit(make, name))
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 for result in sorted((f.result() for f in ended), key=lambda r: graph.order.index(r.stage)):
