@@ -90,7 +90,7 @@ def benchmark(
     ] = 1,
     packed: Annotated[
         OnOff, typer.Option(help="Whether teachers leave with their weights in a byte each.")
-    ] = "on",
+    ] = "off",
     adapt: Annotated[
         OnOff, typer.Option(help="Whether QKT brings teachers to the asking hospital's images.")
     ] = "on",

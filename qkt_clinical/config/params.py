@@ -118,7 +118,7 @@ class TrainParams(Strict):
     """
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     """That train one network together, each on a GPU of its own; each has batches of ``batch_size``."""
-    packed: bool = True
+    packed: bool = False
     """Teachers leave with their weights in a byte each, a quarter of the size; own networks stay whole."""
     class_means: ClassMeansParams = ClassMeansParams()
     """Mean features of every class, which leave with the teacher."""
