@@ -72,7 +72,7 @@ def repro(root: Path, *words: str, code: int = 0, **more: str) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -190,7 +190,7 @@ def running(word: str) -> list[int]:
     return found
 
 
-def until(what: Callable[[], object], seconds: float = 30.0) -> None:
+def until(what: Callable[[], object], seconds: float = 120.0) -> None:
     give_up = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < give_up
@@ -219,7 +219,7 @@ if item == "b" and not Path("go").exists():
     until(lambda: (root / "second" / "a").exists())
     assert "error [repro-running]" in repro(root, code=1).stderr
     killed.send_signal(number)
-    killed.wait(timeout=30)
+    killed.wait(timeout=120)
     until(lambda: not running(mark))
     (root / "go").touch()
     after = outcomes(repro(root, "--jobs", "2", "--json"))
@@ -275,7 +275,7 @@ def test_a_cluster_s_jobs_are_cancelled(tmp_path: Path) -> None:
     )
     until(lambda: len(list(root.glob("waiting-*"))) == 2)
     stopped.send_signal(signal.SIGINT)
-    assert "error [stopped]: stopped; stages that had ended are kept" in stopped.communicate(timeout=30)[1]
+    assert "error [stopped]: stopped; stages that had ended are kept" in stopped.communicate(timeout=120)[1]
     until(lambda: not running(mark))
     lines = (tmp_path / "calls").read_text().splitlines()
     assert sum(line.startswith("scancel ") for line in lines) == 2
