@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from qkt_clinical.errors import ConfigError, QktError
 
 LOCK_FILE = "dvc.lock"
+PATIENCE_S = 60.0
+"""For a stage that another process makes, or made: a killed one counts until the system has forgotten it."""
 
 
 class StageFailed(QktError):
@@ -98,17 +101,23 @@ def reproduce_stage(root: Path, name: str) -> bool:
         StageFailed: its command failed, or DVC could not take in what it wrote.
     """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
 
+    give_up = time.monotonic() + PATIENCE_S
     with _repository(root) as repository:
-        try:
-            return bool(repository.reproduce(name, single_item=True))
-        except DvcException as error:
-            cause = error.__cause__ or error  # DVC's own error says no more than that the stage failed
-            raise StageFailed(
-                str(cause).splitlines()[0][:300],
-                remedy="What the stage said stands above; run the command again when it is put right.",
-                stage=name,
-            ) from error
+        while True:
+            try:
+                return bool(repository.reproduce(name, single_item=True))
+            except DvcException as error:
+                cause = error.__cause__ or error  # DVC's own error says no more than that the stage failed
+                if isinstance(cause, LockError) and time.monotonic() < give_up:
+                    time.sleep(0.5)
+                    continue
+                raise StageFailed(
+                    str(cause).splitlines()[0][:300],
+                    remedy="What the stage said stands above; run the command again when it is put right.",
+                    stage=name,
+                ) from error
 
 
 def locked_stages(root: Path) -> tuple[str, ...]:

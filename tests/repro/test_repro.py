@@ -176,6 +176,15 @@ def test_targets_as_dvc_names_them(tmp_path: Path) -> None:
     assert "error [dvc]" in repro(tmp_path, code=1).stderr
 
 
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from qkt_clinical.cli import main
+main()
+"""
+"""``qkt`` as a terminal starts it: tests that run in the background start what ignores Ctrl-C."""
+
+
 def running(word: str) -> list[int]:
     """Processes with a word in their command line or environment."""
     found = []
@@ -208,7 +217,7 @@ if item == "b" and not Path("go").exists():
     root = make(tmp_path / "ws", extra=wait)
     mark = f"killed-{number}-{os.getpid()}"
     killed = subprocess.Popen(
-        [sys.executable, "-m", "qkt_clinical.cli", "repro", "--jobs", "2"],
+        [sys.executable, "-c", PROGRAM, "repro", "--jobs", "2"],
         cwd=root,
         env=environment(QKT_TEST_MARK=mark),
         stdout=subprocess.DEVNULL,
@@ -265,7 +274,7 @@ def test_a_cluster_s_jobs_are_cancelled(tmp_path: Path) -> None:
     root = make(tmp_path / "ws", extra=wait)
     mark = f"cancelled-{os.getpid()}"
     stopped = subprocess.Popen(
-        [sys.executable, "-m", "qkt_clinical.cli", "repro", "--slurm", "--jobs", "2"],
+        [sys.executable, "-c", PROGRAM, "repro", "--slurm", "--jobs", "2"],
         cwd=root,
         env=environment(QKT_TEST_MARK=mark, **cluster(tmp_path)),
         stdout=subprocess.DEVNULL,
