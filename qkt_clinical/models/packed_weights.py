@@ -2,7 +2,8 @@
 
 Every matrix and filter bank has 255 levels for each output, symmetric about zero, as far apart as its largest
 weight needs. The distance has so few digits that level times distance is exact in single precision: weights
-that were packed once come out of another packing as they are.
+that were packed once come out of another packing as they are. Written here, since torch's quantised tensors
+cannot be stored as safetensors and have other distances.
 """
 
 from __future__ import annotations

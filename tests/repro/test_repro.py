@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,16 @@ def running(word: str) -> list[int]:
     return found
 
 
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A word for the environment of what a test starts; whatever bears it is ended with the test."""
+    word = f"mark-{os.getpid()}-{time.monotonic_ns()}"
+    yield word
+    for process in running(word):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
 def until(what: Callable[[], object], seconds: float = 120.0) -> None:
     give_up = time.monotonic() + seconds
     while not what():
@@ -208,14 +219,15 @@ def until(what: Callable[[], object], seconds: float = 120.0) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_it_leaves_nothing_running_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_killed_it_leaves_nothing_running_and_goes_on(
+    tmp_path: Path, mark: str, number: signal.Signals
+) -> None:
     wait = """
 if item == "b" and not Path("go").exists():
     Path("waiting").touch()
     time.sleep(300)
 """
     root = make(tmp_path / "ws", extra=wait)
-    mark = f"killed-{number}-{os.getpid()}"
     killed = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "repro", "--jobs", "2"],
         cwd=root,
@@ -269,10 +281,9 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_a_cluster_s_jobs_are_cancelled(tmp_path: Path) -> None:
+def test_a_cluster_s_jobs_are_cancelled(tmp_path: Path, mark: str) -> None:
     wait = 'Path("waiting-" + item).touch(); time.sleep(300)'
     root = make(tmp_path / "ws", extra=wait)
-    mark = f"cancelled-{os.getpid()}"
     stopped = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "repro", "--slurm", "--jobs", "2"],
         cwd=root,
