@@ -52,6 +52,7 @@ def repro(
     A stage that fails ends those that need it and no others.
     """
     import shlex
+    from dataclasses import asdict
 
     from qkt_clinical.common.workers import cores
     from qkt_clinical.repro.processes import Process
@@ -78,7 +79,7 @@ def repro(
         return ClusterJobs(root, environment, options) if slurm else Process(root, environment)
 
     try:
-        found = run_stages(root, graph, start, environments(count, devices), tell=_teller(as_json))
+        found = run_stages(root, graph, start, environments(count, devices), _teller(as_json))
     except KeyboardInterrupt:
         raise QktError(
             "stopped; stages that had ended are kept",
@@ -87,7 +88,7 @@ def repro(
         ) from None
     failed = [r.stage for r in found if r.outcome == "failed"]
     if as_json:
-        print_json([r.as_dict() for r in found])
+        print_json([asdict(r) for r in found])
     elif all(r.outcome == "unchanged" for r in found):
         say("Nothing has changed.")
     if failed:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 from qkt_clinical.common.locks import lock
 from qkt_clinical.config.workspace import keep_private
@@ -34,10 +34,6 @@ class StageResult:
     seconds: float
     log: str = ""
     """File with what it printed; empty where it did not run."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
 
 
 class Runner(Protocol):
@@ -96,8 +92,7 @@ def run_stages(
     graph: StageGraph,
     start: Callable[[Mapping[str, str]], Runner],
     settings: Sequence[Mapping[str, str]],
-    *,
-    tell: Callable[[StageResult], None] = lambda result: None,
+    tell: Callable[[StageResult], None],
 ) -> list[StageResult]:
     """Run every stage of a graph once those that it reads of are done; a failed one ends its dependants only.
 
@@ -138,13 +133,15 @@ def _run(
     for number in range(len(settings)):
         free.put(number)
     runners: dict[int, Runner] = {}
-    held = threading.Lock()
+    held, stopped = threading.Lock(), threading.Event()
 
     def make(name: str) -> StageResult:
         log, began = log_file(root, name), time.monotonic()
         number = free.get()
         try:
             with held:
+                if stopped.is_set():  # submitted, and not begun when it all was stopped
+                    return StageResult(name, "not run", 0.0)
                 runner = runners.get(number)
                 if runner is None or not runner.alive:
                     runner = runners[number] = start(settings[number])
@@ -173,6 +170,7 @@ def _run(
                         agenda.done(result.stage)
         finally:
             with held:
+                stopped.set()
                 for runner in runners.values():
                     runner.stop()
     return found
