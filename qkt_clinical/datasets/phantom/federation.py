@@ -207,9 +207,9 @@ label_map: {{eosinophils: eosinophil, left-shift: ig, monocytes: monocyte, segme
 {SMEAR_SPEC}""",
         queries={
             "ig": _query(
-                "Elm has a handful of immature granulocytes, too few to learn from, and asks for them.",
+                "Elm has a handful of immature granulocytes, and asks those alone who know them.",
                 "ig",
-                "qkt",
+                "qkt-light",
             )
         },
     ),
@@ -231,9 +231,9 @@ splits: given
 {SMEAR_SPEC}""",
         queries={
             "basophil": _query(
-                "Fern asks for basophils the quick way: its own extractor stays, one row is learnt.",
+                "Fern has never named a basophil and asks all who know one, or its own classes.",
                 "basophil",
-                "qkt-light",
+                "qkt",
             )
         },
         strange={"basophil": "4"},
