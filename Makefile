@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## run everything on six generated hospitals and print the table of answered queries
 	@python -m pipelines.dependencies
 	@qkt phantom
-	@dvc repro
+	@qkt repro
 	@qkt summary
 
 deps: setup ## write down of what code each stage is made (pipelines/code/), for DVC
@@ -71,7 +71,7 @@ ui: setup ## MLflow in the browser, on http://127.0.0.1:5000
 
 pbc28: setup ## the same on real blood-cell images: make pbc28 DATA=FILE.npz
 	@qkt federate '$(DATA)' --preset pbc28 --out runs/pbc28
-	@cd runs/pbc28 && dvc repro && qkt summary
+	@cd runs/pbc28 && qkt repro && qkt summary
 
 # Removes a hospital's data only where 'qkt phantom' generated it: other folders hold a user's own.
 clean: ## remove what runs generated; keeps the environment and your own hospitals' data

@@ -93,10 +93,10 @@ def preview(root: Path, hospital: str, name: str, params: Params, *, device: str
         QktError: the registry cannot be reached.
     """
     from qkt_clinical.jobs.routes import routes
-    from qkt_clinical.models.networks import pick_device
+    from qkt_clinical.models.networks import begin_computing
 
     query = load_query(root, hospital, name)
-    where = pick_device(device or params.device)
+    where = begin_computing(device or params.device, params.threads)
     manifest = read_manifest(Workspace(root).prepared(hospital))
     own = read_card(Workspace(root).own(hospital))
     with open_teachers(root, params, hospital, query) as teachers:

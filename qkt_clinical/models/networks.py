@@ -213,3 +213,17 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device", remedy="Use --device cpu or --device auto.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def begin_computing(device: str, threads: int) -> torch.device:
+    """The device that this process computes on from now on, on a CPU with so many threads.
+
+    Args:
+        device: as of :func:`pick_device`.
+        threads: the last digits of weights depend on their number.
+
+    Raises:
+        DeviceError: ``cuda`` was asked for and there is none.
+    """
+    torch.set_num_threads(threads)
+    return pick_device(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 class Agenda:
@@ -11,11 +11,14 @@ class Agenda:
     Args:
         order: every stage, as DVC would run one after the other.
         needs: stage to the stages that it reads of, all of them in ``order``.
+        ended: those that need not run.
     """
 
-    def __init__(self, order: Sequence[str], needs: Mapping[str, frozenset[str]]) -> None:
-        self._waiting = list(order)
-        self._needs = {name: set(needs.get(name, ())) for name in order}
+    def __init__(
+        self, order: Sequence[str], needs: Mapping[str, frozenset[str]], ended: Collection[str] = ()
+    ) -> None:
+        self._waiting = [name for name in order if name not in ended]
+        self._needs = {name: set(needs.get(name, ())).difference(ended) for name in order}
         self._running: set[str] = set()
 
     def next(self) -> str | None:

@@ -18,7 +18,7 @@ from qkt_clinical.common.locks import lock
 from qkt_clinical.config.workspace import keep_private
 from qkt_clinical.errors import ConfigError
 from qkt_clinical.repro.agenda import Agenda
-from qkt_clinical.repro.with_dvc import StageGraph, locked_stages, sort_lock_file
+from qkt_clinical.repro.with_dvc import StageGraph, locked_stages, sort_lock_file, unchanged_stages
 
 Outcome = Literal["made", "unchanged", "failed", "not run"]
 LOGS = Path(".qkt") / "repro"
@@ -53,8 +53,8 @@ class Runner(Protocol):
 def environments(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
     """Environment of each of ``jobs`` runners: a GPU of its own where there are any.
 
-    The number of a stage's threads stays what it is without this: networks have other bytes with another. So
-    that stages side by side do not take each other's cores, a thread that waits sleeps.
+    A stage has the threads that params.yaml says, as without this: networks have other bytes with another
+    number. So that several do not take each other's cores, a thread that waits sleeps.
     """
     python = os.fspath(Path(sys.executable).parent)
     path = os.pathsep.join([python, os.environ.get("PATH", os.defpath)])
@@ -113,22 +113,28 @@ def run_stages(
     keep_private(root)
     with _alone(root):
         (root / LOGS).mkdir(parents=True, exist_ok=True)
-        before = locked_stages(root)
-        try:
-            found = _run(root, graph, start, settings, tell)
-        finally:
-            sort_lock_file(root, before, graph.order)
+        done = unchanged_stages(root, graph)
+        found = {name: StageResult(name, "unchanged", 0.0) for name in done}
+        for result in found.values():
+            tell(result)
+        if len(done) < len(graph.order):
+            before = locked_stages(root)
+            try:
+                found |= _run(root, graph, done, start, settings, tell)
+            finally:
+                sort_lock_file(root, before, graph.order)
     return [found[name] for name in graph.order]
 
 
 def _run(
     root: Path,
     graph: StageGraph,
+    unchanged: Sequence[str],
     start: Callable[[Mapping[str, str]], Runner],
     settings: Sequence[Mapping[str, str]],
     tell: Callable[[StageResult], None],
 ) -> dict[str, StageResult]:
-    agenda, found = Agenda(graph.order, graph.needs), dict[str, StageResult]()
+    agenda, found = Agenda(graph.order, graph.needs, unchanged), dict[str, StageResult]()
     free: SimpleQueue[int] = SimpleQueue()
     for number in range(len(settings)):
         free.put(number)

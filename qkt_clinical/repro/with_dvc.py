@@ -94,6 +94,20 @@ def stage_graph(root: Path, targets: Sequence[str] = ()) -> StageGraph:
         return StageGraph(tuple(names.values()), needs)
 
 
+def unchanged_stages(root: Path, graph: StageGraph) -> tuple[str, ...]:
+    """The stages that have nothing to do: neither they have changed nor those that they read of."""
+    from dvc.lock import LockError
+
+    found: list[str] = []
+    with _repository(root) as repository, repository.lock:
+        for name in graph.order:
+            # Another process may be making a stage: whoever runs this one waits for it.
+            with contextlib.suppress(LockError):
+                if graph.needs[name] <= set(found) and not repository.stage.get_target(name).changed():
+                    found.append(name)
+    return tuple(found)
+
+
 def reproduce_stage(root: Path, name: str) -> bool:
     """Make one stage as ``dvc repro --single-item`` does; False where nothing that it reads has changed.
 

@@ -43,7 +43,7 @@ from qkt_clinical.evaluation.metrics import (
 )
 from qkt_clinical.models.bundle import load_bundle
 from qkt_clinical.models.inference import predict
-from qkt_clinical.models.networks import pick_device
+from qkt_clinical.models.networks import begin_computing
 from qkt_clinical.qkt.prediction import predict_scores
 from qkt_clinical.records.base import Estimate
 from qkt_clinical.records.card import DecisionRule
@@ -516,7 +516,7 @@ def evaluate_one(
         NoTestImages, QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
-    where = pick_device(device or params.device)
+    where = begin_computing(device or params.device, params.threads)
     result = evaluate_query(space, ref, prepared_sites(space, sites), params, where)
     write_record(space.reports / "evaluation" / ref.hospital / f"{ref.query}.json", result)
     return QuerySummary.of(result)
@@ -545,7 +545,7 @@ def evaluate_queries(
         QueryError: as :func:`evaluate_query`.
     """
     space = Workspace(root)
-    where = pick_device(device or params.device)
+    where = begin_computing(device or params.device, params.threads)
     sites = prepared_sites(space, params.sites)
     folder = space.reports / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,10 @@ from qkt_clinical.config.query import QueryConfig
 from qkt_clinical.data.prepared import Manifest
 
 SECTIONS = {
-    "train": ("seed", "device", "shared_encoder", "train"),
+    "train": ("seed", "device", "threads", "shared_encoder", "train"),
     "mask": ("seed", "mask"),
     "plan": ("sites", "shared_encoder", "train.encoder"),
-    "transfer": ("seed", "device", "shared_encoder", "mask", "transfer"),
+    "transfer": ("seed", "device", "threads", "shared_encoder", "mask", "transfer"),
 }
 """Stage to the sections of ``params.yaml`` that it reads, or a part of one."""
 

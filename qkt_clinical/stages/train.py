@@ -38,7 +38,7 @@ from qkt_clinical.models.encoders import load_encoder
 from qkt_clinical.models.generator import generator
 from qkt_clinical.models.image_statistics import image_statistics
 from qkt_clinical.models.inference import predict
-from qkt_clinical.models.networks import Classifier, pick_device
+from qkt_clinical.models.networks import Classifier, begin_computing
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.models.private_means import private_means
 from qkt_clinical.records.card import CARD, MEANS, REFERENCE, WEIGHTS, InputSpec, SharedEncoder
@@ -159,7 +159,7 @@ def train_site(
     encoder = params.train.encoder
     pretrained = load_encoder(encoder.name, root / encoder.weights, encoder.digest) if encoder else None
     shared = params.shared_encoder if params.train.privacy is None else None
-    where = pick_device(device or params.device)
+    where = begin_computing(device or params.device, params.threads)
     normalisation = prepared.manifest.normalisation
     privacy, means = params.train.privacy, params.train.class_means
     made_of = train_recipe(params, prepared.manifest, where.type)

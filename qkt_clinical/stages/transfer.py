@@ -22,7 +22,7 @@ from qkt_clinical.data.prepared import Labels, PreparedSite, load_prepared
 from qkt_clinical.errors import QueryError
 from qkt_clinical.models.bundle import Bundle, SharedMeans, load_bundle, load_shared_means, write_bundle
 from qkt_clinical.models.encoders import encoders_of
-from qkt_clinical.models.networks import pick_device
+from qkt_clinical.models.networks import begin_computing
 from qkt_clinical.models.out_of_distribution import make_reference
 from qkt_clinical.qkt.adaptation import AdaptationResult
 from qkt_clinical.qkt.answer import answer_query
@@ -231,7 +231,7 @@ def transfer_query(
             remedy="Run 'qkt plan' for this query again.",
             code="plan-outdated",
         )
-    where = pick_device(device or params.device)
+    where = begin_computing(device or params.device, params.threads)
     classes = own.card.classes
     encoded, shared = None, SharedEncoder.of(params.shared_encoder)
     if query.method in ENCODED_METHODS:

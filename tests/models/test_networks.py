@@ -11,7 +11,14 @@ from torch import nn
 from qkt_clinical.catalog import NETWORKS, Network
 from qkt_clinical.errors import ConfigError, DeviceError
 from qkt_clinical.models.low_rank import factorised
-from qkt_clinical.models.networks import build, check_size, multiply_adds, pick_device, tensor_specs
+from qkt_clinical.models.networks import (
+    begin_computing,
+    build,
+    check_size,
+    multiply_adds,
+    pick_device,
+    tensor_specs,
+)
 from qkt_clinical.records.card import Branch, NetworkSpec
 
 pytestmark = pytest.mark.slow
@@ -153,3 +160,13 @@ print(nibabel.Nifti1Image.__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "[]", "Nifti1Image"]
+
+
+def test_a_process_computes_with_the_threads_it_is_told() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            assert begin_computing("cpu", threads) == torch.device("cpu")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -33,6 +33,14 @@ def test_a_stage_starts_when_those_it_reads_of_are_done() -> None:
     assert agenda.over
 
 
+def test_nobody_waits_for_what_need_not_run() -> None:
+    agenda = Agenda(ORDER, NEEDS, ended=("ingest@a", "train@a", "ingest@b"))
+    assert [agenda.next(), agenda.next()] == ["train@b", None]
+    agenda.done("train@b")
+    assert agenda.next() == "evaluate"
+    assert Agenda(ORDER, NEEDS, ended=ORDER).over
+
+
 def test_a_failure_ends_all_that_need_it_and_nothing_else() -> None:
     agenda = Agenda(ORDER, NEEDS)
     assert [agenda.next(), agenda.next()] == ["ingest@a", "ingest@b"]

@@ -15,6 +15,7 @@ from qkt_clinical.repro.with_dvc import StageGraph
 
 @pytest.fixture(autouse=True)
 def without_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "unchanged_stages", lambda root, graph: tuple(graph.needs)[:1])
     monkeypatch.setattr(module, "locked_stages", lambda root: ())
     monkeypatch.setattr(module, "sort_lock_file", lambda root, first, order: None)
 
@@ -42,7 +43,7 @@ class Recorder:
 
 
 def test_results_come_in_the_graph_s_order(tmp_path: Path) -> None:
-    graph = StageGraph(("a", "b", "c"), {"b": frozenset({"a"})})
+    graph = StageGraph(("a", "b", "c"), {"a": frozenset(), "b": frozenset({"a"}), "c": frozenset()})
     told: list[StageResult] = []
     made: list[str] = []
 
@@ -51,16 +52,19 @@ def test_results_come_in_the_graph_s_order(tmp_path: Path) -> None:
 
     found = run_stages(tmp_path, graph, start, environments(2), told.append)
     assert [r.stage for r in found] == ["a", "b", "c"]
-    assert {r.outcome for r in found} == {"made"}
-    assert sorted(made) == sorted(r.stage for r in told) == ["a", "b", "c"]
+    assert [r.outcome for r in found] == ["unchanged", "made", "made"]
+    assert sorted(made) == ["b", "c"], "no process starts for what has not changed"
+    assert sorted(r.stage for r in told) == ["a", "b", "c"]
 
 
 def test_what_is_interrupted_ends_at_once(tmp_path: Path) -> None:
-    graph = StageGraph(("a", "wait", "later"), {"later": frozenset({"a", "wait"})})
+    graph = StageGraph(("old", "a", "wait", "later"), {"old": frozenset(), "later": frozenset({"a", "wait"})})
     made: list[str] = []
     begun = threading.Event()
 
     def interrupt(result: StageResult) -> None:
+        if result.outcome == "unchanged":
+            return
         assert begun.wait(30)
         raise KeyboardInterrupt
 

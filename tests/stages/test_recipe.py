@@ -82,6 +82,7 @@ def test_a_recipe_has_the_sections_that_dvc_lists(stage: str) -> None:
 
 CHANGES: dict[str, dict[str, Any]] = {
     "seed": {"seed": PARAMS.seed + 1},
+    "threads": {"threads": PARAMS.threads + 1},
     "mask": {"mask": PARAMS.mask.model_copy(update={"threshold": 0.123})},
     "train": {"train": PARAMS.train.model_copy(update={"epochs": PARAMS.train.epochs + 1})},
     "transfer": {"transfer": PARAMS.transfer.model_copy(update={"screening": not PARAMS.transfer.screening})},
