@@ -100,10 +100,11 @@ def unchanged_stages(root: Path, graph: StageGraph) -> tuple[str, ...]:
 
     found: list[str] = []
     with _repository(root) as repository, repository.lock:
+        stages = {stage.addressing: stage for stage in repository.index.stages}
         for name in graph.order:
             # Another process may be making a stage: whoever runs this one waits for it.
             with contextlib.suppress(LockError):
-                if graph.needs[name] <= set(found) and not repository.stage.get_target(name).changed():
+                if graph.needs[name] <= set(found) and not stages[name].changed():
                     found.append(name)
     return tuple(found)
 
