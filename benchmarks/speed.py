@@ -1,4 +1,4 @@
-"""What training, merging and bundles cost beside their references: ``python -m benchmarks.speed [--quick]``.
+"""Training, a query, merging and bundles beside their references: ``python -m benchmarks.speed [--quick]``.
 
 Times of one machine say little about another, so every figure is a ratio, taken in one run: the contenders
 take turns, and the median over the turns counts. Beside each stands its bar; the exit code is 1 if one is
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.query_cost import measure
 from benchmarks.tables import Row, markdown
 from qkt_clinical.config.params import TrainParams
 from qkt_clinical.data.inputs import to_input
@@ -222,6 +223,20 @@ def _median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))
 
 
+# --- a query ----------------------------------------------------------------------------------------
+
+
+def queries(turns: int, quick: bool) -> tuple[list[Row], list[Bar]]:
+    """A query beside one whose teachers run at every step."""
+    few, of_few = measure(3, ("qkt",), turns, quick)
+    many, of_many = measure(8, ("qkt", "qkt-light"), turns, quick)
+    return [*few, *many], [
+        Bar("a query of 3 teachers, times faster", of_few["qkt"], least=3.0),
+        Bar("a query of 8 teachers, times faster", of_many["qkt"], least=6.0),
+        Bar("qkt-light of 8 teachers, times faster", of_many["qkt-light"], least=20.0),
+    ]
+
+
 # --- merging ----------------------------------------------------------------------------------------
 
 
@@ -292,7 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     turns = 1 if given.quick else given.turns
-    parts = [training(turns, given.quick), merging(turns, given.quick), bundles()]
+    parts = [
+        training(turns, given.quick),
+        queries(turns, given.quick),
+        merging(turns, given.quick),
+        bundles(),
+    ]
     for rows, _ in parts:
         print(markdown(rows), end="\n\n")
     timed = [bar for _, bars in parts[:-1] for bar in bars]

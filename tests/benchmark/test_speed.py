@@ -58,7 +58,7 @@ def test_quickly_it_runs_everything_and_judges_no_time(
     monkeypatch.setattr(speed, "WORK", (Work("28 px", (3, 28, 28), 8), Work("volumes", (1, 16, 16, 16), 8)))
     assert speed.main(["--quick"]) == 0
     out = capsys.readouterr().out
-    assert out.count("not judged") == 5
+    assert out.count("not judged") == 8
     assert "| bytes of a teacher, resnet18 |" in out
     monkeypatch.setattr(speed, "bundle_bytes", lambda *_: {True: 9, False: 10})
     assert speed.main(["--quick"]) == 1
