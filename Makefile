@@ -60,7 +60,7 @@ test: setup ## ruff, mypy and the whole test suite, with its coverage; offline
 	@python -c "import json; total = json.load(open('$(COVERAGE)'))['summary']['percent_covered']; \
 	  print(f'qkt_clinical: {total:.1f} % of its lines are covered ($(COVERAGE) says which)')"
 
-bench: setup ## ratios of speed and size beside their bars, about ten minutes; fails if one is missed
+bench: setup ## ratios of speed and size beside their bars, about half an hour; fails if one is missed
 	@OMP_NUM_THREADS=1 python -m benchmarks.speed
 
 bench-quick: setup ## the same on little, where no time is judged
