@@ -200,7 +200,7 @@ class Params(Strict):
 
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
     """Of a stage on the CPU. Networks have other last digits with another number."""
     classes: Classes = Field(min_length=2)
     """The federation's label space; its order is the order of every network's outputs."""

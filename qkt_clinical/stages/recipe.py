@@ -45,6 +45,8 @@ class Recipe:
 def _recipe(stage: str, params: Params, reads: dict[str, Any], device: str | None = None) -> Recipe:
     said = params.model_dump(mode="json")
     used = {name: reduce(lambda part, key: part[key], name.split("."), said) for name in SECTIONS[stage]}
+    if used.get("threads") == Params.model_fields["threads"].default:
+        del used["threads"]  # so that what was made before there was this key is not made again
     return Recipe(stage, used | ({} if device is None else {"device": device}), reads)
 
 

@@ -77,7 +77,11 @@ def listed(stage: str) -> list[str]:
 @pytest.mark.parametrize("stage", sorted(SECTIONS))
 def test_a_recipe_has_the_sections_that_dvc_lists(stage: str) -> None:
     assert sorted(SECTIONS[stage]) == sorted(listed(stage))
-    assert sorted(recipes()[stage].params) == sorted(listed(stage))
+    more = recipes(PARAMS.model_copy(update={"threads": 7}))[stage].params
+    assert sorted(more) == sorted(listed(stage))
+    assert sorted(recipes()[stage].params) == sorted(set(listed(stage)) - {"threads"}), (
+        "the default is not told"
+    )
 
 
 CHANGES: dict[str, dict[str, Any]] = {
