@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,10 +221,12 @@ def begin_computing(device: str, threads: int) -> torch.device:
 
     Args:
         device: as of :func:`pick_device`.
-        threads: the last digits of weights depend on their number.
+        threads: the last digits of weights depend on their number. ``OMP_NUM_THREADS``, by which clusters say
+            how many cores a job has, counts before it.
 
     Raises:
         DeviceError: ``cuda`` was asked for and there is none.
     """
-    torch.set_num_threads(threads)
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(threads)
     return pick_device(device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from qkt_clinical.common.files import write_json
 from qkt_clinical.common.seeding import derive
 from qkt_clinical.config.params import Params
@@ -20,13 +18,11 @@ from qkt_clinical.records.card import MASK, Mask
 def mask_site(root: Path, site: str, params: Params) -> Mask:
     """Compute a teacher's mask and write ``models/teachers/<site>/mask.json``.
 
-    It opens no image. On the CPU always, with one thread, so that whoever holds the bundle gets the same
-    mask.
+    It opens no image. On the CPU always, so that whoever holds the bundle gets the same mask.
 
     Raises:
         BundleError: the bundle is not valid, or its network gives no finite answer to noise.
     """
-    torch.set_num_threads(1)
     folder = Workspace(root).teacher(site)
     (folder / MASK).unlink(missing_ok=True)
     bundle = load_bundle(folder, encoders_of(root, params))

@@ -162,11 +162,15 @@ print(nibabel.Nifti1Image.__name__)
     assert done.stdout.splitlines() == ["[]", "[]", "Nifti1Image"]
 
 
-def test_a_process_computes_with_the_threads_it_is_told() -> None:
+def test_a_process_computes_with_the_threads_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
         for threads in (3, 1):
             assert begin_computing("cpu", threads) == torch.device("cpu")
             assert torch.get_num_threads() == threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        begin_computing("cpu", 3)
+        assert torch.get_num_threads() == 1, "a cluster says how many cores a job has"
     finally:
         torch.set_num_threads(before)
