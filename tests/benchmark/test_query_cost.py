@@ -1,4 +1,4 @@
-"""A query beside the obvious way to distil one: what both do, and that both learn."""
+"""A query beside the obvious way to distil one: what the reference does, and what is measured."""
 
 from __future__ import annotations
 
